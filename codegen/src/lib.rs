@@ -1,1 +1,15 @@
-//! Placeholder.
+//! Graph → Program: views instead of copies, steps, buffers with lifetimes, the memory plan.
+//!
+//! - [`program`]: what a Program is.
+//! - [`lower`]: makes one from an optimised graph.
+//! - [`traits`]: what each op's kernels accept, from the one list of ops.
+//! - [`plan`]: addresses and the peak at concrete dims.
+
+pub mod lower;
+pub mod plan;
+pub mod program;
+pub mod traits;
+
+pub use lower::lower;
+pub use plan::{MemoryPlan, plan};
+pub use program::{Buffer, BufferId, BufferKind, Program, Step, View};

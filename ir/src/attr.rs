@@ -36,9 +36,20 @@ impl fmt::Display for Attr {
     }
 }
 
-/// `s` in double quotes, with `\"`, `\\` and `\n` escaped.
+/// `s` in double quotes, with quotes, backslashes and control characters escaped.
 pub fn quoted(s: &str) -> String {
-    format!("\"{}\"", s.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n"))
+    let mut out = String::from("\"");
+    for c in s.chars() {
+        match c {
+            '"' | '\\' => out.extend(['\\', c]),
+            '\n' => out += "\\n",
+            '\r' => out += "\\r",
+            '\t' => out += "\\t",
+            c if c.is_control() => out += &format!("\\u{{{:x}}}", c as u32),
+            c => out.push(c),
+        }
+    }
+    out + "\""
 }
 
 /// What is wrong with an op's attributes.
@@ -65,10 +76,15 @@ impl AttrValue for usize {
         "a non-negative integer".into()
     }
     fn to_attr(&self) -> Attr {
-        Attr::Int(*self as i64)
+        Dim::int(*self).to_attr()
     }
     fn from_attr(a: &Attr) -> Option<Self> {
-        if let Attr::Int(v) = a { usize::try_from(*v).ok() } else { None }
+        match a {
+            Attr::Int(v) => usize::try_from(*v).ok(),
+            // Beyond `i64`.
+            Attr::Dim(d) => d.as_int(),
+            _ => None,
+        }
     }
 }
 impl AttrValue for i64 {

@@ -66,10 +66,18 @@ impl Builder {
     }
     /// Runs `f` with `name` appended to the scope of the nodes it adds.
     pub fn scoped<T>(&mut self, name: &str, f: impl FnOnce(&mut Self) -> T) -> T {
-        self.scope.push(name.into());
+        self.enter(name);
         let out = f(self);
-        self.scope.pop();
+        self.leave();
         out
+    }
+    /// Appends `name` to the scope of the nodes added until the matching [`leave`](Self::leave).
+    pub fn enter(&mut self, name: &str) {
+        self.scope.push(name.into());
+    }
+    /// Ends the innermost scope.
+    pub fn leave(&mut self) {
+        self.scope.pop();
     }
     /// Names a value for people.
     pub fn name(&mut self, v: Value, name: &str) -> Value {

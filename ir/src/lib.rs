@@ -6,12 +6,14 @@
 //! - [`dim`], [`ty`]: symbolic dims, element types, tensor types.
 //! - [`ops`]: the one list of ops, one file each: shape inference, cost, reference evaluation, gradient.
 //! - [`graph`], [`builder`]: the graph and how to make one.
+//! - [`diagnostic`]: what is wrong, where, and what to do.
 //! - [`text`]: the text form; `parse(print(g)) == g`.
 //! - [`verify`]: everything that must hold, reported all at once.
 //! - [`host`], [`interp`]: host arrays and the reference interpreter.
 
 pub mod attr;
 pub mod builder;
+pub mod diagnostic;
 pub mod dim;
 pub mod graph;
 pub mod host;
@@ -22,6 +24,7 @@ pub mod ty;
 pub mod verify;
 
 pub use builder::{BuildErrors, Builder};
+pub use diagnostic::{Diagnostic, Severity};
 pub use dim::{Bindings, Dim, DimError, Sym};
 pub use graph::{Graph, Loc, Node, NodeId, Output, Value};
 pub use host::HostArray;

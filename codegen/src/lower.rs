@@ -1,0 +1,451 @@
+//! Graph → Program.
+//!
+//! Reshapes and slices become views where strides allow; operands of a concat are written in place by the kernels
+//! that make them; elementwise results overwrite operands that die; updates are written into their source's buffer.
+//! Where a kernel can't take a strided view, a copy step stands before it.
+
+use crate::program::*;
+use crate::traits::kernel_traits;
+use rambac_ir::ops::*;
+use rambac_ir::{Dim, Graph, NodeId, Ty, Value};
+use std::collections::HashMap;
+
+struct Lowering<'g> {
+    g: &'g Graph,
+    users: Vec<Vec<NodeId>>,
+    buffers: Vec<Buffer>,
+    steps: Vec<Step>,
+    sources: Vec<SourceSlot>,
+    views: HashMap<Value, View>,
+    /// Values that are written straight into a concat's result: `(concat, element offset, row length)`.
+    placed: HashMap<Value, (NodeId, Dim)>,
+    concats: HashMap<NodeId, BufferId>,
+}
+
+/// Lowers `g`, which should have been through the pipeline.
+pub fn lower(g: &Graph) -> Program {
+    let mut l = Lowering {
+        g,
+        users: g.users(),
+        buffers: vec![],
+        steps: vec![],
+        sources: vec![],
+        views: HashMap::new(),
+        placed: HashMap::new(),
+        concats: HashMap::new(),
+    };
+    l.place_concats();
+    for (id, _) in g.iter() {
+        l.node(id);
+    }
+    let mut outputs: Vec<OutputSlot> = g
+        .outputs
+        .iter()
+        .map(|o| OutputSlot { name: o.name.to_string(), view: l.contiguous(o.value), update: false })
+        .collect();
+    l.updates(&mut outputs);
+    l.in_place(&outputs);
+    Program {
+        name: g.name.clone(),
+        syms: g.syms.clone(),
+        buffers: l.buffers,
+        steps: l.steps,
+        sources: l.sources,
+        outputs,
+        graph: g.clone(),
+    }
+}
+
+/// Product of dims.  Types bind without overflow, so their products exist.
+fn product(dims: &[Dim]) -> Dim {
+    Dim::product(dims).expect("BUG: the verifier admits no type whose size overflows")
+}
+
+fn times(a: &Dim, b: &Dim) -> Dim {
+    product(&[a.clone(), b.clone()])
+}
+
+impl Lowering<'_> {
+    fn buffer(&mut self, ty: Ty, kind: BufferKind) -> BufferId {
+        self.buffers.push(Buffer { ty, kind });
+        BufferId(self.buffers.len() as u32 - 1)
+    }
+
+    fn fresh(&mut self, ty: &Ty) -> View {
+        let buffer = self.buffer(ty.clone(), BufferKind::Arena);
+        View { buffer, offset: Dim::int(0), ty: ty.clone(), strided: None }
+    }
+
+    /// Finds operands of concats that their makers can write in place.
+    fn place_concats(&mut self) {
+        for (id, n) in self.g.iter() {
+            let Op::Concat(c) = &n.op else { continue };
+            let inner = product(&n.tys[0].shape[c.axis + 1..]);
+            let mut at = 0usize;
+            for &v in &n.inputs {
+                let size = self.g.ty(v).shape[c.axis].as_int().unwrap_or(0);
+                let maker = self.g.node(v.node);
+                let once = n.inputs.iter().filter(|&&w| w == v).count() == 1;
+                let alone = self.users[v.node.index()]
+                    .iter()
+                    .flat_map(|u| self.g.node(*u).inputs.iter())
+                    .filter(|&&w| w == v)
+                    .count()
+                    == 1;
+                let able = kernel_traits(&maker.op).strided_outputs.contains(&(v.result as usize))
+                    && !matches!(maker.op, Op::Reshape(_) | Op::Slice(_) | Op::Source(_));
+                if once && alone && able && self.rows_fit(&maker.op, self.g.ty(v), c.axis) {
+                    self.placed.insert(v, (id, times(&Dim::int(at), &inner)));
+                }
+                at += size;
+            }
+        }
+    }
+
+    /// Whether a kernel's natural row (the last axis, or what it flattens) is the row of a concat along `axis`.
+    fn rows_fit(&self, op: &Op, ty: &Ty, axis: usize) -> bool {
+        match op {
+            // Their matrices are tokens × (all the rest): rows must start at the axis after the tokens.
+            Op::SelectiveScanGrad(_) => axis == 2,
+            Op::Attention(_) | Op::AttentionGrad(_) | Op::ChunkAttention(_) | Op::ChunkAttentionGrad(_) => axis == 2,
+            Op::Rotary(_) | Op::SelectionGrad(_) => axis + 2 == ty.rank(),
+            _ => axis + 1 == ty.rank(),
+        }
+    }
+
+    fn result(&mut self, v: Value) -> View {
+        let ty = self.g.ty(v).clone();
+        let Some((concat, offset)) = self.placed.get(&v).cloned() else { return self.fresh(&ty) };
+        let Op::Concat(c) = &self.g.node(concat).op else { unreachable!("BUG: placed in a concat") };
+        let whole = self.g.node(concat).tys[0].clone();
+        let buffer = match self.concats.get(&concat) {
+            Some(b) => *b,
+            None => {
+                let b = self.buffer(whole.clone(), BufferKind::Arena);
+                self.concats.insert(concat, b);
+                b
+            }
+        };
+        let cols = product(&ty.shape[c.axis..]);
+        let stride = product(&whole.shape[c.axis..]);
+        View { buffer, offset, ty, strided: Some(Strided { cols, stride }) }
+    }
+
+    fn node(&mut self, id: NodeId) {
+        let n = self.g.node(id);
+        match &n.op {
+            Op::Source(s) => {
+                let buffer = self.buffer(s.ty.clone(), BufferKind::Source(self.sources.len()));
+                self.sources.push(SourceSlot { kind: s.kind, name: s.name.clone(), ty: s.ty.clone(), buffer });
+                let view = View { buffer, offset: Dim::int(0), ty: s.ty.clone(), strided: None };
+                self.views.insert(id.result(0), view);
+            }
+            Op::Reshape(_) => {
+                let x = self.views[&n.inputs[0]].clone();
+                let y = match reshape(&x, &n.tys[0]) {
+                    Some(y) => y,
+                    None => View { ty: n.tys[0].clone(), ..self.copied(id, &x) },
+                };
+                self.views.insert(id.result(0), y);
+            }
+            Op::Slice(s) => {
+                let x = self.contiguous_rows(id, n.inputs[0], s.axis);
+                let y = slice(&x, s, &n.tys[0]);
+                self.views.insert(id.result(0), y);
+            }
+            Op::Concat(c) => self.concat(id, c.axis),
+            Op::Unary(_) | Op::Binary(_) | Op::Where(_) | Op::Cast(_) if as_map(self.g, id).is_some() => {
+                let map = as_map(self.g, id).expect("BUG: tested in the guard");
+                self.step(id, map.into());
+            }
+            _ => self.step(id, n.op.clone()),
+        }
+    }
+
+    /// A step for `op` on the operands of `id`.
+    fn step(&mut self, id: NodeId, op: Op) {
+        let n = self.g.node(id);
+        let t = kernel_traits(&op);
+        let mut inputs = vec![];
+        for (i, &v) in n.inputs.iter().enumerate() {
+            let view = self.views[&v].clone();
+            let ok = view.strided.is_none() || (t.strided_inputs.contains(&i) && strided_fits(&op, i, &view));
+            inputs.push(if ok { view } else { self.copied(id, &view) });
+        }
+        if let Op::FusedMap(m) = &op {
+            self.map_operands(id, m, &mut inputs);
+        }
+        let mut outputs: Vec<View> = (0..n.tys.len()).map(|r| self.result(id.result(r))).collect();
+        if matches!(op, Op::FusedMap(_)) {
+            // All strided views of a map must have rows of one length.
+            let cols = outputs.iter().find_map(|v| v.strided.as_ref().map(|s| s.cols.clone()));
+            let cols = cols.or_else(|| inputs.iter().find_map(|v| v.strided.as_ref().map(|s| s.cols.clone())));
+            for v in &mut inputs {
+                if v.strided.as_ref().is_some_and(|s| Some(&s.cols) != cols.as_ref()) {
+                    *v = self.copied(id, v);
+                }
+            }
+            // A result placed with other rows is made apart and copied there.
+            for r in 0..outputs.len() {
+                if outputs[r].strided.as_ref().is_some_and(|s| Some(&s.cols) != cols.as_ref()) {
+                    self.placed.remove(&id.result(r));
+                    outputs[r] = self.fresh(&n.tys[r]);
+                }
+            }
+        }
+        for (r, v) in outputs.iter().enumerate() {
+            self.views.insert(id.result(r), v.clone());
+        }
+        self.steps.push(Step { op, node: id, inputs, outputs });
+    }
+
+    /// Operands of a map whose broadcast is neither a scalar, a suffix nor a prefix are broadcast by a step.
+    fn map_operands(&mut self, id: NodeId, m: &FusedMap, inputs: &mut [View]) {
+        for v in inputs {
+            if v.ty.shape != m.shape && v.strided.is_some() {
+                *v = self.copied(id, v);
+            }
+            if !simple_broadcast(&v.ty.shape, &m.shape) {
+                let y = self.fresh(&Ty::new(v.ty.dtype, m.shape.clone()));
+                let op = Broadcast { shape: m.shape.clone() }.into();
+                self.steps.push(Step { op, node: id, inputs: vec![v.clone()], outputs: vec![y.clone()] });
+                *v = y;
+            }
+        }
+    }
+
+    fn concat(&mut self, id: NodeId, axis: usize) {
+        let n = self.g.node(id);
+        let whole = n.tys[0].clone();
+        let buffer = match self.concats.get(&id) {
+            Some(b) => *b,
+            None => self.buffer(whole.clone(), BufferKind::Arena),
+        };
+        let inner = product(&whole.shape[axis + 1..]);
+        let stride = product(&whole.shape[axis..]);
+        let mut at = 0usize;
+        for &v in &n.inputs {
+            let ty = self.g.ty(v).clone();
+            if !self.placed.contains_key(&v) {
+                let x = self.views[&v].clone();
+                let cols = product(&ty.shape[axis..]);
+                let x = if x.strided.as_ref().is_none_or(|s| s.cols == cols) { x } else { self.copied(id, &x) };
+                let strided = Some(Strided { cols, stride: stride.clone() });
+                let y = View { buffer, offset: times(&Dim::int(at), &inner), ty: ty.clone(), strided };
+                let op = Reshape { shape: ty.shape.clone() }.into();
+                self.steps.push(Step { op, node: id, inputs: vec![x], outputs: vec![y] });
+            }
+            at += ty.shape[axis].as_int().unwrap_or(0);
+        }
+        self.views.insert(id.result(0), View { buffer, offset: Dim::int(0), ty: whole, strided: None });
+    }
+
+    /// A contiguous copy of `x`.
+    fn copied(&mut self, node: NodeId, x: &View) -> View {
+        let y = self.fresh(&x.ty);
+        let op = Reshape { shape: x.ty.shape.clone() }.into();
+        self.steps.push(Step { op, node, inputs: vec![x.clone()], outputs: vec![y.clone()] });
+        y
+    }
+
+    fn contiguous(&mut self, v: Value) -> View {
+        let x = self.views[&v].clone();
+        if x.strided.is_none() { x } else { self.copied(v.node, &x) }
+    }
+
+    /// The view of `v` if it can be sliced along `axis` without a copy, else a copy.
+    fn contiguous_rows(&mut self, node: NodeId, v: Value, axis: usize) -> View {
+        let x = self.views[&v].clone();
+        match &x.strided {
+            Some(s) if s.cols != product(&x.ty.shape[axis..]) => self.copied(node, &x),
+            _ => x,
+        }
+    }
+
+    /// Writes updates into their source's buffer: by the step that makes them where nothing reads the old value after
+    /// it, else by a copy at the end.
+    fn updates(&mut self, outputs: &mut [OutputSlot]) {
+        for o in outputs {
+            let Some(slot) = self.sources.iter().find(|s| s.name == o.name && s.kind != SourceKind::Input) else {
+                continue;
+            };
+            o.update = true;
+            let target = slot.buffer;
+            let made = o.view.buffer;
+            if made == target {
+                continue;
+            }
+            let maker = self.steps.iter().position(|s| s.outputs.iter().any(|v| v.buffer == made));
+            let last_read = self.steps.iter().rposition(|s| s.inputs.iter().any(|v| v.buffer == target));
+            let whole = self.buffers[made.index()].kind == BufferKind::Arena
+                && self.buffers[made.index()].ty.elements() == self.buffers[target.index()].ty.elements();
+            let direct = maker.is_some_and(|m| {
+                whole && last_read.is_none_or(|r| r < m || (r == m && overwrites(&self.steps[m], target)))
+            });
+            if direct {
+                for s in &mut self.steps {
+                    s.inputs
+                        .iter_mut()
+                        .chain(&mut s.outputs)
+                        .filter(|v| v.buffer == made)
+                        .for_each(|v| v.buffer = target);
+                }
+                o.view.buffer = target;
+            } else {
+                let y = View { buffer: target, offset: Dim::int(0), ty: o.view.ty.clone(), strided: None };
+                let op = Reshape { shape: o.view.ty.shape.clone() }.into();
+                let step = Step { op, node: NodeId(0), inputs: vec![o.view.clone()], outputs: vec![y.clone()] };
+                self.steps.push(step);
+                o.view = y;
+            }
+        }
+    }
+
+    /// Lets elementwise results take the buffer of an operand that dies there.
+    fn in_place(&mut self, outputs: &[OutputSlot]) {
+        let mut last = vec![0usize; self.buffers.len()];
+        for (i, s) in self.steps.iter().enumerate() {
+            s.inputs.iter().chain(&s.outputs).for_each(|v| last[v.buffer.index()] = i);
+        }
+        outputs.iter().for_each(|o| last[o.view.buffer.index()] = usize::MAX);
+        let mut become_: Vec<BufferId> = (0..self.buffers.len() as u32).map(BufferId).collect();
+        for i in 0..self.steps.len() {
+            for v in self.steps[i].inputs.iter_mut() {
+                v.buffer = become_[v.buffer.index()];
+            }
+            for v in self.steps[i].outputs.iter_mut() {
+                v.buffer = become_[v.buffer.index()];
+            }
+            let s = &self.steps[i];
+            if !kernel_traits(&s.op).in_place {
+                continue;
+            }
+            for o in 0..s.outputs.len() {
+                let s = &self.steps[i];
+                let y = &s.outputs[o];
+                let own = |v: &View| {
+                    self.buffers[v.buffer.index()].kind == BufferKind::Arena
+                        && v.strided.is_none()
+                        && self.buffers[v.buffer.index()].ty.elements() == v.ty.elements()
+                };
+                // The result must be this buffer's first appearance.
+                let first = self.steps[..i]
+                    .iter()
+                    .rev()
+                    .all(|p| p.outputs.iter().chain(&p.inputs).all(|v| v.buffer != y.buffer));
+                if !own(y) || !first {
+                    continue;
+                }
+                let dies = s.inputs.iter().find(|x| {
+                    own(x)
+                        && x.ty == y.ty
+                        && last[x.buffer.index()] == i
+                        && s.inputs.iter().filter(|w| w.buffer == x.buffer).all(|w| w == *x)
+                        && s.outputs.iter().all(|w| w.buffer != x.buffer)
+                });
+                if let Some(x) = dies {
+                    let (from, to) = (y.buffer, x.buffer);
+                    last[to.index()] = last[from.index()];
+                    become_[from.index()] = to;
+                    self.steps[i].outputs[o].buffer = to;
+                }
+            }
+        }
+    }
+}
+
+/// Whether the step may write `target` while reading it: an elementwise op whose every read of it is the whole.
+fn overwrites(s: &Step, target: BufferId) -> bool {
+    kernel_traits(&s.op).in_place
+        && s.inputs
+            .iter()
+            .filter(|v| v.buffer == target)
+            .all(|v| v.strided.is_none() && s.outputs.iter().all(|o| o.ty == v.ty))
+}
+
+/// Whether a kernel can read this strided operand: its natural matrix must have the view's rows.
+fn strided_fits(op: &Op, i: usize, v: &View) -> bool {
+    let Some(s) = &v.strided else { return true };
+    let tail = |from: usize| product(&v.ty.shape[from..]) == s.cols;
+    match op {
+        Op::SelectiveScan(_) | Op::SelectiveScanGrad(_) => tail(2),
+        Op::Attention(_) | Op::AttentionGrad(_) | Op::Selection(_) | Op::SelectionGrad(_) => tail(2),
+        Op::ChunkAttention(_) | Op::ChunkAttentionGrad(_) => tail(2),
+        Op::Rotary(_) => v.ty.rank() >= 2 && tail(v.ty.rank() - 2),
+        // A norm over heads reads rows that hold several of them.
+        Op::RmsNorm(_) | Op::RmsNormGrad(_) => (1..v.ty.rank()).any(tail),
+        // Batched products take contiguous operands only.
+        Op::MatMul(_) => tail(v.ty.rank() - 1) && (v.ty.rank() == 2 || i == 0),
+        Op::FusedMap(m) => v.ty.shape == m.shape,
+        Op::Reshape(_) => true,
+        _ => tail(v.ty.rank() - 1),
+    }
+}
+
+/// Whether the broadcast is a scalar, or repeats a suffix of the shape, or each element along trailing axes.
+fn simple_broadcast(from: &[Dim], to: &[Dim]) -> bool {
+    let lead = from.iter().take_while(|d| d.is_one()).count();
+    let suffix = from[lead..] == to[to.len() - (from.len() - lead)..];
+    let tail = from.iter().rev().take_while(|d| d.is_one()).count();
+    let prefix = from.len() == to.len() && from[..from.len() - tail] == to[..from.len() - tail];
+    suffix || prefix
+}
+
+/// An elementwise op in floating point as a map of one instruction.
+fn as_map(g: &Graph, id: NodeId) -> Option<FusedMap> {
+    let n = g.node(id);
+    let int = |t: &Ty| t.dtype == rambac_ir::DType::I32;
+    if n.inputs.iter().any(|v| int(g.ty(*v))) || int(&n.tys[0]) {
+        return None;
+    }
+    let f = match &n.op {
+        Op::Unary(u) => MapFn::Unary(u.f),
+        Op::Binary(b) => MapFn::Binary(b.f),
+        Op::Where(_) => MapFn::Where,
+        Op::Cast(c) => MapFn::Cast(c.to),
+        _ => return None,
+    };
+    let args = (0..n.inputs.len() as u32).collect();
+    Some(FusedMap {
+        shape: n.tys[0].shape.clone(),
+        body: vec![MapInst { f, args }],
+        outs: vec![n.inputs.len()],
+        dtypes: vec![n.tys[0].dtype],
+    })
+}
+
+/// The same elements under another type; `None` if rows would have to be cut.
+fn reshape(x: &View, ty: &Ty) -> Option<View> {
+    let y = View { ty: ty.clone(), ..x.clone() };
+    let Some(s) = &x.strided else { return Some(y) };
+    (0..=ty.rank()).any(|k| product(&ty.shape[k..]) == s.cols).then_some(y)
+}
+
+fn slice(x: &View, s: &Slice, ty: &Ty) -> View {
+    let inner = product(&x.ty.shape[s.axis + 1..]);
+    let stride = match &x.strided {
+        Some(st) => st.stride.clone(),
+        None => product(&x.ty.shape[s.axis..]),
+    };
+    let skip = times(&Dim::int(s.start), &inner);
+    let cols = product(&ty.shape[s.axis..]);
+    // Offsets add; both are integers times the same inner size, or one of them is 0.
+    let offset = add(&x.offset, &skip);
+    let one_row = ty.shape[..s.axis].iter().all(Dim::is_one) && x.strided.is_none();
+    let strided = (!one_row).then_some(Strided { cols, stride });
+    View { buffer: x.buffer, offset, ty: ty.clone(), strided }
+}
+
+/// `a + b` where the sum has the form of a dim.
+fn add(a: &Dim, b: &Dim) -> Dim {
+    match (a.as_int(), b.as_int()) {
+        (Some(0), _) => b.clone(),
+        (_, Some(0)) => a.clone(),
+        (Some(a), Some(b)) => Dim::int(a + b),
+        _ => match (a.checked_quotient(b).and_then(|q| q.as_int()), b.checked_quotient(a).and_then(|q| q.as_int())) {
+            (Some(q), _) => times(&Dim::int(q + 1), b),
+            (_, Some(q)) => times(&Dim::int(q + 1), a),
+            _ => panic!("BUG: the offsets {a} and {b} have no sum of a dim's form"),
+        },
+    }
+}

@@ -1,1 +1,0 @@
-//! Verifier (being written).

@@ -1,0 +1,288 @@
+//! Whole models as graphs: the forward, the loss, and the parts that inference runs segment by segment.
+//!
+//! The stack is `lower → chunking → upper`.  [`forward`] and [`loss`] run it at once; [`lower`], [`chunks`],
+//! [`upper`] and [`head`] are the same layers cut where a sequence is cut: states go in and come out, and the chunk memory is an
+//! input whose number of chunks `C` does not depend on the segment's length `L`.
+
+use crate::config::{Config, LayerKind};
+use crate::mamba2::{self, MambaState};
+use crate::ramba::{self, Chosen, Memory};
+use rambac_ir::ops::CrossEntropy;
+use rambac_ir::{BuildErrors, Builder, DType, Dim, Graph, Ty, Value};
+
+/// Names of a Mamba layer's carried states.
+pub fn state_names(layer: usize) -> [String; 2] {
+    [format!("carry.layers.{layer}.conv"), format!("carry.layers.{layer}.scan")]
+}
+
+/// Where scan and conv states come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Carry {
+    /// Every sequence starts from zero.
+    Zero,
+    /// From the persistent states, which the final ones replace; scaled by the input `carry: f32[N]`, 1 to go on from the
+    /// run before and 0 to start anew.  No gradient flows back into them.
+    States,
+}
+
+/// Builds layers in order and keeps what they share.
+struct Stack<'a> {
+    b: Builder,
+    c: &'a Config,
+    carry: Carry,
+    memory: Option<Memory>,
+    chosen: Option<Chosen>,
+    /// `i32[N]`: position of each sequence's first token.
+    start: Option<Value>,
+    embeddings: Option<Value>,
+    trace: Vec<(String, Value)>,
+}
+
+impl<'a> Stack<'a> {
+    fn new(c: &'a Config, name: &str, syms: &[&str], carry: Carry) -> Self {
+        let b = Builder::new(name, syms);
+        Self { b, c, carry, memory: None, chosen: None, start: None, embeddings: None, trace: vec![] }
+    }
+
+    fn tokens(&mut self) -> Value {
+        let ids = self.b.input("input_ids", Ty::i32([Dim::sym("N"), Dim::sym("L")]));
+        let table = self.table();
+        self.b.scoped("embeddings", |b| b.push(rambac_ir::ops::Embedding {}, &[ids, table]))
+    }
+
+    fn table(&mut self) -> Value {
+        let (v, d) = (self.c.vocab_size, self.c.hidden_size);
+        *self.embeddings.get_or_insert_with(|| self.b.param("backbone.embeddings.weight", Ty::f32([v, d])))
+    }
+
+    fn mamba(&mut self, i: usize, x: Value) -> Value {
+        let n = self.b.ty(x).shape[0].clone();
+        let (conv, scan) = mamba2::state_types(self.c, &n);
+        let c = self.c;
+        match self.carry {
+            Carry::Zero => {
+                let state = MambaState { conv: self.b.constant(0.0, conv), scan: self.b.constant(0.0, scan) };
+                mamba2::block(&mut self.b, c, &format!("backbone.layers.{i}."), x, state).0
+            }
+            Carry::States => {
+                let names = state_names(i);
+                let keep = self.carry_input(&n);
+                let mut from = |name: &str, ty: Ty| {
+                    let s = self.b.state(name, ty.clone());
+                    let ones = [n.clone()].into_iter().chain(vec![Dim::int(1); ty.rank() - 1]).collect();
+                    let k = self.b.reshape(keep, ones);
+                    self.b.mul(s, k)
+                };
+                let state = MambaState { conv: from(&names[0], conv), scan: from(&names[1], scan) };
+                let (y, end) = mamba2::block(&mut self.b, c, &format!("backbone.layers.{i}."), x, state);
+                self.b.output(&names[0], end.conv);
+                self.b.output(&names[1], end.scan);
+                y
+            }
+        }
+    }
+
+    fn carry_input(&mut self, n: &Dim) -> Value {
+        let have = self.b.graph().source("carry").map(|(id, _)| id.result(0));
+        have.unwrap_or_else(|| self.b.input("carry", Ty::f32([n.clone()])))
+    }
+
+    fn layer(&mut self, i: usize, kind: LayerKind, x: Value) -> Value {
+        let p = format!("backbone.layers.{i}.");
+        let c = self.c;
+        self.b.enter(&format!("layers.{i}"));
+        let y = match kind {
+            LayerKind::Mamba => self.mamba(i, x),
+            LayerKind::Chunking => {
+                self.memory = Some(ramba::chunking(&mut self.b, c, &p, x));
+                x
+            }
+            LayerKind::Retrieval => {
+                let memory = self.memory.expect("BUG: chunking comes before retrieval");
+                let start = self.start();
+                self.chosen = Some(ramba::retrieval(&mut self.b, c, &p, x, memory.landmarks, start));
+                x
+            }
+            LayerKind::Attention => {
+                let memory = self.memory.expect("BUG: chunking comes before attention");
+                let chosen = self.chosen.expect("BUG: retrieval comes before attention");
+                ramba::attention(&mut self.b, c, &p, x, &memory, &chosen)
+            }
+        };
+        self.b.leave();
+        self.trace.push((format!("trace.{i}"), y));
+        y
+    }
+
+    fn start(&mut self) -> Value {
+        *self.start.get_or_insert_with(|| self.b.constant(0.0, Ty::i32([Dim::sym("N")])))
+    }
+
+    /// Logits `[.., V]` of hidden states.
+    fn head(&mut self, x: Value) -> Value {
+        let c = self.c;
+        let table = if c.tie_word_embeddings { Some(self.table()) } else { None };
+        self.b.scoped("head", |b| {
+            let w = b.param("backbone.norm_f.weight", Ty::f32([c.hidden_size]));
+            let x = b.rms_norm(x, w, c.layer_norm_epsilon);
+            let w = table.unwrap_or_else(|| b.param("lm_head.weight", Ty::f32([c.vocab_size, c.hidden_size])));
+            b.linear(x, w)
+        })
+    }
+
+    fn all_layers(&mut self, mut x: Value) -> Value {
+        for (i, kind) in self.c.layers().into_iter().enumerate() {
+            x = self.layer(i, kind, x);
+        }
+        x
+    }
+}
+
+/// Index of the chunking layer, which cuts the stack; its length for a plain Mamba-2.
+pub fn cut(c: &Config) -> usize {
+    let layers = c.layers();
+    layers.iter().position(|k| *k == LayerKind::Chunking).unwrap_or(layers.len())
+}
+
+/// `input_ids: i32[N, L]` → `logits: [N, L, V]`.  `trace`: every layer's output and the chunk memory as outputs too.
+///
+/// # Errors
+/// A config that did not pass [`Config::problems`].
+pub fn forward(c: &Config, trace: bool) -> Result<Graph, BuildErrors> {
+    let mut s = Stack::new(c, "forward", &["N", "L"], Carry::Zero);
+    let x = s.tokens();
+    let x = s.all_layers(x);
+    let logits = s.head(x);
+    s.b.output("logits", logits);
+    if trace {
+        traced(&mut s);
+    }
+    s.b.finish()
+}
+
+fn traced(s: &mut Stack) {
+    for (name, v) in std::mem::take(&mut s.trace) {
+        s.b.output(&name, v);
+    }
+    if let (Some(m), Some(c)) = (s.memory, s.chosen) {
+        let named = [
+            ("mem_k", m.k),
+            ("mem_v", m.v),
+            ("landmarks", m.landmarks),
+            ("indices", c.indices),
+            ("weights", c.weights),
+        ];
+        named.into_iter().for_each(|(name, v)| s.b.output(name, v));
+    }
+}
+
+/// As [`forward`], and the `loss`: the mean of cross-entropy over labelled tokens, weighted by `loss_weights`.
+///
+/// Inputs `input_ids, labels: i32[N, L]` (labels are shifted; -100 is ignored), `loss_weights: f32[N, L]`, and with
+/// [`Carry::States`] `carry: f32[N]`.  Also outputs `tokens`, the sum of weights that the mean divides by.
+///
+/// # Errors
+/// As [`forward`].
+pub fn loss(c: &Config, carry: Carry, trace: bool) -> Result<Graph, BuildErrors> {
+    let mut s = Stack::new(c, "loss", &["N", "L"], carry);
+    let x = s.tokens();
+    let x = s.all_layers(x);
+    let logits = s.head(x);
+    if trace {
+        s.b.output("logits", logits);
+        traced(&mut s);
+    }
+    s.b.scoped("loss", |b| {
+        let nl = [Dim::sym("N"), Dim::sym("L")];
+        let labels = b.input("labels", Ty::i32(nl.clone()));
+        let weights = b.input("loss_weights", Ty::f32(nl));
+        let each = b.push(CrossEntropy { ignore: -100 }, &[logits, labels]);
+        let ignored = b.scalar_like(-100.0, labels);
+        let used = b.binary(rambac_ir::ops::BinaryFn::Ne, labels, ignored);
+        let used = b.cast(used, DType::F32);
+        let used = b.mul(used, weights);
+        let tokens = b.sum_all(used);
+        // A batch without a label has loss 0, not NaN.
+        let least = b.scalar_like(1e-6, tokens);
+        let divisor = b.max(tokens, least);
+        let sum = b.mul(each, weights);
+        let sum = b.sum_all(sum);
+        let mean = b.div(sum, divisor);
+        b.output("loss", mean);
+        b.output("tokens", tokens);
+    });
+    s.b.finish()
+}
+
+/// The lower half of a segment: `input_ids: i32[N, L]` → `hidden: [N, L, D]`, states carried.
+///
+/// # Errors
+/// As [`forward`].
+pub fn lower(c: &Config) -> Result<Graph, BuildErrors> {
+    let mut s = Stack::new(c, "lower", &["N", "L"], Carry::States);
+    let mut x = s.tokens();
+    for (i, kind) in c.layers().into_iter().enumerate().take(cut(c)) {
+        x = s.layer(i, kind, x);
+    }
+    s.b.output("hidden", x);
+    s.b.finish()
+}
+
+/// Whole chunks of lower hidden states, `hidden: [N, S·B, D]` → `k`, `v`, `landmarks`.  `None` for a plain Mamba-2.
+///
+/// # Errors
+/// As [`forward`].
+pub fn chunks(c: &Config) -> Result<Option<Graph>, BuildErrors> {
+    if c.num_upper_groups == 0 {
+        return Ok(None);
+    }
+    let mut s = Stack::new(c, "chunks", &["N", "B"], Carry::Zero);
+    let t = Dim::sym("B").checked_mul(&Dim::int(c.chunk_size)).expect("BUG: a checked config's sizes multiply");
+    let x = s.b.input("hidden", Ty::f32([Dim::sym("N"), t, Dim::int(c.hidden_size)]));
+    s.layer(cut(c), LayerKind::Chunking, x);
+    let m = s.memory.expect("BUG: just built");
+    s.b.output("k", m.k);
+    s.b.output("v", m.v);
+    s.b.output("landmarks", m.landmarks);
+    s.b.finish().map(Some)
+}
+
+/// The upper half of a segment: `hidden: [N, L, D]`, `start: i32[N]` and a memory of `C` chunks → `upper: [N, L, D]`,
+/// states carried, and the last retrieval's `indices`, `count` and `weights`.  `None` for a plain Mamba-2.
+///
+/// # Errors
+/// As [`forward`].
+pub fn upper(c: &Config) -> Result<Option<Graph>, BuildErrors> {
+    if c.num_upper_groups == 0 {
+        return Ok(None);
+    }
+    let mut s = Stack::new(c, "upper", &["N", "L", "C"], Carry::States);
+    let n = Dim::sym("N");
+    let mut x = s.b.input("hidden", Ty::f32([n.clone(), Dim::sym("L"), Dim::int(c.hidden_size)]));
+    s.start = Some(s.b.input("start", Ty::i32([n.clone()])));
+    let [k, v, lm] = ramba::memory_types(c, &n, &Dim::sym("C"));
+    let (k, v) = (s.b.input("k", k), s.b.input("v", v));
+    s.memory = Some(Memory { k, v, landmarks: s.b.input("landmarks", lm) });
+    for (i, kind) in c.layers().into_iter().enumerate().skip(cut(c) + 1) {
+        x = s.layer(i, kind, x);
+    }
+    if let Some(chosen) = s.chosen {
+        s.b.output("indices", chosen.indices);
+        s.b.output("count", chosen.count);
+        s.b.output("weights", chosen.weights);
+    }
+    s.b.output("upper", x);
+    s.b.finish().map(Some)
+}
+
+/// The head: `upper: [N, L, D]` → `logits: [N, L, V]`.
+///
+/// # Errors
+/// As [`forward`].
+pub fn head(c: &Config) -> Result<Graph, BuildErrors> {
+    let mut s = Stack::new(c, "head", &["N", "L"], Carry::Zero);
+    let x = s.b.input("upper", Ty::f32([Dim::sym("N"), Dim::sym("L"), Dim::int(c.hidden_size)]));
+    let logits = s.head(x);
+    s.b.output("logits", logits);
+    s.b.finish()
+}

@@ -1,0 +1,107 @@
+//! `attend` + `aggregate` become `chunk_attention`, and their gradients `chunk_attention_grad`.
+//!
+//! ```text
+//! %o = attend %q, %k, %v, %i, %n                     %y = chunk_attention %q, %k, %v, %i, %n, %w
+//! %y = aggregate %o, %w                        ⇒
+//! %do, %dw = aggregate_grad %o, %w, %dy              %dq, %dk, %dv, %dw = chunk_attention_grad …, %w, %dy
+//! %dq, %dk, %dv = attend_grad …, %do
+//! ```
+//! Requires: nothing else reads the per-chunk outputs or their gradient.  Ensures: no `[N, L, H, K, d]` is left there.
+
+use crate::fuse_selection::push_in_scope;
+use crate::rewrite::Rewrite;
+use rambac_ir::ops::{Attend, ChunkAttention, ChunkAttentionGrad, Op};
+use rambac_ir::{Graph, NodeId, Value};
+
+struct Group {
+    attend: NodeId,
+    aggregate: NodeId,
+    /// `(aggregate_grad, attend_grad)` in training graphs.
+    grad: Option<(NodeId, NodeId)>,
+}
+
+fn find(g: &Graph, users: &[Vec<NodeId>], attend: NodeId) -> Result<Group, String> {
+    let o = attend.result(0);
+    if g.outputs.iter().any(|out| out.value == o) {
+        return Err("the per-chunk outputs are an output of the graph".into());
+    }
+    let (mut aggregate, mut aggregate_grad, mut attend_grad) = (None, None, None);
+    for &u in &users[attend.index()] {
+        let slot = match g.node(u).op {
+            Op::Aggregate(_) => &mut aggregate,
+            Op::AggregateGrad(_) => &mut aggregate_grad,
+            ref op => return Err(format!("{} also reads the per-chunk outputs", op.mnemonic())),
+        };
+        if slot.replace(u).is_some() {
+            return Err(format!("two ops {} read the per-chunk outputs", g.node(u).op.mnemonic()));
+        }
+    }
+    let aggregate = aggregate.ok_or("nothing aggregates the per-chunk outputs")?;
+    if let Some(ag) = aggregate_grad {
+        if g.node(ag).inputs[1] != g.node(aggregate).inputs[1] || g.outputs.iter().any(|o| o.value == ag.result(0)) {
+            return Err("the gradient of the per-chunk outputs is used elsewhere".into());
+        }
+        let readers = users[ag.index()].iter().filter(|&&u| g.node(u).inputs.contains(&ag.result(0)));
+        for &u in readers {
+            match &g.node(u).op {
+                Op::AttendGrad(_) if attend_grad.is_none() && g.node(u).inputs[..5] == g.node(attend).inputs[..5] => {
+                    attend_grad = Some(u)
+                }
+                op => return Err(format!("{} reads the gradient of the per-chunk outputs", op.mnemonic())),
+            }
+        }
+    }
+    let grad = match (aggregate_grad, attend_grad) {
+        (Some(a), Some(b)) => Some((a, b)),
+        (None, _) => None,
+        (Some(_), None) => return Err("the gradient reaches no query, key or value".into()),
+    };
+    Ok(Group { attend, aggregate, grad })
+}
+
+/// Attends that stay, each with the reason; `explain` prints them.
+pub fn unfused(g: &Graph) -> Vec<(NodeId, String)> {
+    let users = g.users();
+    g.iter()
+        .filter(|(_, n)| matches!(n.op, Op::Attend(_)))
+        .map(|(id, _)| (id, find(g, &users, id).err().unwrap_or_else(|| "the pass did not run".into())))
+        .collect()
+}
+
+/// See the module's comment.
+pub fn fuse_attention(g: &Graph) -> Graph {
+    let users = g.users();
+    let groups: Vec<Group> = g
+        .iter()
+        .filter(|(_, n)| matches!(n.op, Op::Attend(_)))
+        .filter_map(|(id, _)| find(g, &users, id).ok())
+        .collect();
+    let mut r = Rewrite::new(g);
+    for (id, node) in g.iter() {
+        if r.has(id) || groups.iter().any(|k| k.attend == id || k.grad.is_some_and(|(_, a)| a == id)) {
+            continue;
+        }
+        let Some(k) = groups.iter().find(|k| k.aggregate == id || k.grad.is_some_and(|(a, _)| a == id)) else {
+            r.copy(id);
+            continue;
+        };
+        let attend = g.node(k.attend);
+        let Op::Attend(Attend { chunk, scale, off_by_one }) = attend.op else {
+            unreachable!("BUG: a group holds an attend")
+        };
+        let mut x: Vec<Value> = attend.inputs.iter().map(|&v| r.get(v)).collect();
+        x.push(r.get(node.inputs[1]));
+        if k.aggregate == id {
+            let out = push_in_scope(&mut r, id, ChunkAttention { chunk, scale, off_by_one }.into(), &x);
+            r.set(id, out);
+        } else {
+            x.push(r.get(node.inputs[2]));
+            let out = push_in_scope(&mut r, id, ChunkAttentionGrad { chunk, scale, off_by_one }.into(), &x);
+            let (_, attend_grad) = k.grad.expect("BUG: tested above");
+            // `do` disappears; its place is never read.
+            r.set(id, vec![out[0], out[3]]);
+            r.set(attend_grad, out[..3].to_vec());
+        }
+    }
+    r.finish()
+}

@@ -1,0 +1,230 @@
+//! From a loss to a training step: gradients, clipping by global norm, AdamW and its schedule, all in one graph.
+//!
+//! AdamW (arXiv 1711.05101) with bias correction; the learning rate warms up linearly and then follows a cosine to a
+//! floor.  The step counter and the moments are states, so a step is a pure function of the store and the batch.
+//! With gradient accumulation the step is two graphs: [`accumulate`] adds a micro-batch's gradients into states,
+//! [`apply`] updates from them.
+
+use crate::autodiff::{AutodiffError, GRAD, gradients};
+use rambac_ir::ops::{SourceKind, UnaryFn};
+use rambac_ir::{Builder, DType, Graph, Ty, Value};
+use std::f64::consts::PI;
+
+/// The optimiser's settings.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AdamW {
+    /// Peak learning rate.
+    pub lr: f64,
+    pub beta1: f64,
+    pub beta2: f64,
+    pub eps: f64,
+    /// Decoupled decay of the parameters for which `decays` says so.
+    pub weight_decay: f64,
+    /// Largest global norm of the gradient; 0 turns clipping off.
+    pub clip: f64,
+    /// Steps of linear warm-up.
+    pub warmup: u64,
+    /// Steps of the whole schedule.
+    pub steps: u64,
+    /// Final learning rate as a part of the peak.
+    pub floor: f64,
+}
+
+impl Default for AdamW {
+    fn default() -> Self {
+        Self {
+            lr: 1e-3,
+            beta1: 0.9,
+            beta2: 0.95,
+            eps: 1e-8,
+            weight_decay: 0.1,
+            clip: 1.0,
+            warmup: 100,
+            steps: 1000,
+            floor: 0.1,
+        }
+    }
+}
+
+/// Name of the step counter, an f32 scalar that counts finished steps.
+pub const STEP: &str = "optim.step";
+
+/// Names of a parameter's moments.
+pub fn moment_names(param: &str) -> [String; 2] {
+    [format!("optim.m.{param}"), format!("optim.v.{param}")]
+}
+
+/// Name of a parameter's accumulated gradient.
+pub fn accumulator_name(param: &str) -> String {
+    format!("accum.{param}")
+}
+
+fn params(g: &Graph) -> Vec<(String, Value)> {
+    g.sources().filter(|(_, s)| s.kind == SourceKind::Param).map(|(id, s)| (s.name.clone(), id.result(0))).collect()
+}
+
+fn with_gradients(loss: &Graph) -> Result<(Graph, Vec<(String, Value, Value)>), AutodiffError> {
+    let l = loss.output("loss").expect("BUG: a loss graph has the output `loss`");
+    let params = params(loss);
+    let wrt: Vec<Value> = params.iter().map(|p| p.1).collect();
+    let (g, grads) = gradients(loss.clone(), l, &wrt)?;
+    Ok((g, params.into_iter().zip(grads).map(|((name, p), d)| (name, p, d)).collect()))
+}
+
+/// The gradient of every parameter as outputs `grad.<name>`, beside the outputs of `loss`.
+///
+/// # Errors
+/// As [`gradients`].
+pub fn gradient_graph(loss: &Graph) -> Result<Graph, AutodiffError> {
+    let (g, grads) = with_gradients(loss)?;
+    let mut b = Builder::extend(g);
+    grads.iter().for_each(|(name, _, d)| b.output(&format!("grad.{name}"), *d));
+    built(b)
+}
+
+/// One whole step: the outputs of `loss`, then `grad_norm` and `lr`, and the updates.
+///
+/// # Errors
+/// As [`gradients`].
+pub fn train_step(loss: &Graph, opt: &AdamW, decays: impl Fn(&str) -> bool) -> Result<Graph, AutodiffError> {
+    let (g, grads) = with_gradients(loss)?;
+    let mut b = Builder::extend(g);
+    update(&mut b, opt, &grads, decays);
+    built(b)
+}
+
+/// A micro-batch: adds every gradient into its accumulator.
+///
+/// # Errors
+/// As [`gradients`].
+pub fn accumulate(loss: &Graph) -> Result<Graph, AutodiffError> {
+    let (g, grads) = with_gradients(loss)?;
+    let mut b = Builder::extend(g);
+    b.enter(GRAD);
+    for (name, p, d) in &grads {
+        let ty = b.ty(*p).clone();
+        let sum = b.state(&accumulator_name(name), ty);
+        let sum = b.add(sum, *d);
+        b.output(&accumulator_name(name), sum);
+    }
+    b.leave();
+    built(b)
+}
+
+/// The update from accumulators that hold `parts` micro-batches; empties them.
+///
+/// # Errors
+/// As [`gradients`].
+pub fn apply(loss: &Graph, opt: &AdamW, parts: usize, decays: impl Fn(&str) -> bool) -> Result<Graph, AutodiffError> {
+    let mut b = Builder::new("apply", &[]);
+    let mut grads = vec![];
+    for (name, v) in params(loss) {
+        let ty = loss.ty(v).clone();
+        let p = b.param(&name, ty.clone());
+        let sum = b.state(&accumulator_name(&name), ty.clone());
+        let d = b.scale(sum, 1.0 / parts as f64);
+        let zero = b.constant(0.0, ty);
+        b.output(&accumulator_name(&name), zero);
+        grads.push((name, p, d));
+    }
+    update(&mut b, opt, &grads, decays);
+    built(b)
+}
+
+fn built(b: Builder) -> Result<Graph, AutodiffError> {
+    b.finish().map_err(|e| AutodiffError::IllTyped { op: "the training step", error: e.to_string() })
+}
+
+fn update(b: &mut Builder, opt: &AdamW, grads: &[(String, Value, Value)], decays: impl Fn(&str) -> bool) {
+    b.enter("optim");
+    let scalar = Ty::scalar(DType::F32);
+    let c = |b: &mut Builder, v: f64| b.constant(v, Ty::scalar(DType::F32));
+    let done = b.state(STEP, scalar);
+    let one = c(b, 1.0);
+    let t = b.add(done, one);
+    b.output(STEP, t);
+
+    let norm = {
+        let parts: Vec<Value> = grads
+            .iter()
+            .map(|(_, _, d)| {
+                let s = b.square(*d);
+                b.sum_all(s)
+            })
+            .collect();
+        let sum = parts.into_iter().reduce(|a, x| b.add(a, x)).unwrap_or(one);
+        b.sqrt(sum)
+    };
+    b.output("grad_norm", norm);
+    let shrink = (opt.clip > 0.0).then(|| {
+        let eps = c(b, 1e-6);
+        let n = b.add(norm, eps);
+        let clip = c(b, opt.clip);
+        let s = b.div(clip, n);
+        b.min(s, one)
+    });
+
+    let lr = {
+        let warm = b.scale(t, 1.0 / opt.warmup.max(1) as f64);
+        let warm = b.min(warm, one);
+        let span = opt.steps.saturating_sub(opt.warmup).max(1) as f64;
+        let start = c(b, opt.warmup as f64);
+        let p = b.sub(t, start);
+        let p = b.scale(p, 1.0 / span);
+        let zero = c(b, 0.0);
+        let p = b.max(p, zero);
+        let p = b.min(p, one);
+        let p = b.scale(p, PI);
+        let p = b.unary(UnaryFn::Cos, p);
+        let p = b.scale(p, 0.5 * (1.0 - opt.floor));
+        let mid = c(b, 0.5 * (1.0 + opt.floor));
+        let p = b.add(p, mid);
+        let p = b.mul(p, warm);
+        b.scale(p, opt.lr)
+    };
+    b.output("lr", lr);
+    // 1 - beta^t
+    let correction = |b: &mut Builder, beta: f64| {
+        let e = b.scale(t, beta.ln());
+        let e = b.exp(e);
+        b.sub(one, e)
+    };
+    let c1 = correction(b, opt.beta1);
+    let c2 = correction(b, opt.beta2);
+    let rate = b.div(lr, c1);
+    let keep = {
+        let d = b.scale(lr, opt.weight_decay);
+        b.sub(one, d)
+    };
+
+    for (name, p, d) in grads {
+        let ty = b.ty(*p).clone();
+        let [mn, vn] = moment_names(name);
+        let g = match shrink {
+            Some(s) => b.mul(*d, s),
+            None => *d,
+        };
+        let ema = |b: &mut Builder, state: Value, x: Value, beta: f64| {
+            let old = b.scale(state, beta);
+            let new = b.scale(x, 1.0 - beta);
+            b.add(old, new)
+        };
+        let m = b.state(&mn, ty.clone());
+        let m = ema(b, m, g, opt.beta1);
+        let v = b.state(&vn, ty.clone());
+        let g2 = b.square(g);
+        let v = ema(b, v, g2, opt.beta2);
+        let denom = b.div(v, c2);
+        let denom = b.sqrt(denom);
+        let eps = b.constant(opt.eps, ty);
+        let denom = b.add(denom, eps);
+        let dir = b.div(m, denom);
+        let dir = b.mul(dir, rate);
+        let old = if decays(name) && opt.weight_decay > 0.0 { b.mul(*p, keep) } else { *p };
+        let new = b.sub(old, dir);
+        b.output(&mn, m);
+        b.output(&vn, v);
+        b.output(name, new);
+    }
+    b.leave();
+}

@@ -1,0 +1,543 @@
+//! Hierarchical sparse attention: softmax within each selected chunk, mixed by the selection's weights.
+//!
+//! ```text
+//! y_t,head = Σ_i w_t,i · softmax_over_chunk_i(q_t,head · kᵀ · scale) v          (spec.md)
+//! ```
+//!
+//! Chunk-major: an inverted index lists the tokens that chose a chunk, a *slab* is a part of one such list, and the
+//! keys and values of a chunk are packed once per slab.  A chunk is one tile, so its softmax is complete there and
+//! the backward recomputes it: five products a pair.  What a pair contributes to a token (`w·o`, or dq) goes to the
+//! pair's own slot and is summed in slot order afterwards; dK and dV of a slab are summed in slab order.  So the
+//! bits do not depend on threads, and a popular chunk is shared by many.
+//!
+//! Slots are the only large workspace; tokens are processed in segments of bounded size (see
+//! [`ChunkAttention::segments`]), never more than `k` times the size of `q`.
+
+use pulp::{Arch, Simd, WithSimd};
+use rayon::prelude::*;
+
+use super::attn_micro::{
+    Attend, AttendBackward, Block, LN_2, LOG2_E, carve, carved, pack_row, pack_rows, pack_transposed, padded,
+};
+use super::inverted_index::InvertedIndex;
+use crate::par::{SharedMut, with_scratch};
+use crate::{Mat, MatMut};
+
+/// Query rows (pair, head) of one tile: its operands fit the first-level cache.
+const ROWS: usize = 48;
+/// Query rows of one slab: enough to pay for packing the chunk.
+const SLAB_ROWS: usize = 512;
+/// Floats of slots that a segment may take without further reason: they stay in the last-level cache.
+const SLOT_BUDGET: usize = 2 << 20;
+/// Floats of slots that a segment never exceeds by more than one token.
+const SLOT_LIMIT: usize = 12 << 20;
+/// Query rows per chunk that a segment aims at.
+const SEGMENT_ROWS: usize = 256;
+/// Tokens of one task of the sums over slots.
+const REDUCE_TOKENS: usize = 32;
+
+/// Shapes of chunk attention: `q` and `y` are (n·l x heads·dim), `k` and `v` (n·keys x kv_heads·dim), indices and
+/// weights (n, l, kv_heads, k), counts (n, l, kv_heads).  Query head → kv head: `head / (heads / kv_heads)`.
+#[derive(Clone, Copy, Debug)]
+pub struct ChunkAttention {
+    pub n: usize,
+    /// Query tokens per sequence.
+    pub l: usize,
+    /// Rows of keys per sequence: whole chunks; unrelated to `l`.
+    pub keys: usize,
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub dim: usize,
+    /// Slots per token.
+    pub k: usize,
+    /// Keys per chunk.
+    pub chunk: usize,
+    pub scale: f32,
+    /// Zero logits added to the denominator of every softmax.
+    pub off_by_one: f32,
+}
+
+/// What both directions read.
+#[derive(Clone, Copy)]
+struct Inputs<'a> {
+    q: Mat<'a>,
+    k: Mat<'a>,
+    v: Mat<'a>,
+    indices: &'a [i32],
+    count: &'a [i32],
+    weights: &'a [f32],
+}
+
+/// Tokens `token..token + l` of sequences `seq..seq + n`; a part of a sequence only when `n` is 1.
+#[derive(Clone, Copy)]
+struct Segment {
+    seq: usize,
+    n: usize,
+    token: usize,
+    l: usize,
+}
+
+/// A part of the list of one chunk.
+struct Slab {
+    /// Within the segment.
+    seq: usize,
+    head: usize,
+    chunk: usize,
+    /// Range of the chunk's list.
+    first: usize,
+    last: usize,
+    /// Where partial sums of dK and dV go; none when the slab is the chunk's only one.
+    partial: Option<usize>,
+}
+
+/// A chunk of several slabs, whose partial sums are `first..last`.
+struct Shared {
+    seq: usize,
+    head: usize,
+    chunk: usize,
+    first: usize,
+    last: usize,
+}
+
+/// The work of a segment.
+#[derive(Default)]
+struct Plan {
+    index: InvertedIndex,
+    slabs: Vec<Slab>,
+    shared: Vec<Shared>,
+    partials: usize,
+}
+
+impl Plan {
+    fn rebuild(&mut self, shape: &ChunkAttention, inputs: &Inputs, segment: Segment) {
+        let chunks = shape.keys / shape.chunk;
+        let (row, rows) =
+            ((segment.seq * shape.l + segment.token) * shape.kv_heads, segment.n * segment.l * shape.kv_heads);
+        let (count, indices) = (&inputs.count[row..][..rows], &inputs.indices[row * shape.k..][..rows * shape.k]);
+        self.index.rebuild(indices, count, segment.n, segment.l, shape.kv_heads, shape.k, chunks);
+        self.slabs.clear();
+        self.shared.clear();
+        self.partials = 0;
+        let size = (SLAB_ROWS / shape.group()).max(1);
+        for seq in 0..segment.n {
+            for head in 0..shape.kv_heads {
+                for chunk in 0..chunks {
+                    let pairs = self.index.chosen_by(seq, head, chunk).len();
+                    let parts = pairs.div_ceil(size);
+                    if parts > 1 {
+                        let (first, last) = (self.partials, self.partials + parts);
+                        self.shared.push(Shared { seq, head, chunk, first, last });
+                    }
+                    for first in (0..pairs).step_by(size) {
+                        let partial = (parts > 1).then_some(self.partials);
+                        self.partials += partial.is_some() as usize;
+                        self.slabs.push(Slab { seq, head, chunk, first, last: pairs.min(first + size), partial });
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl ChunkAttention {
+    /// Attention; `y` is overwritten, with zeros for tokens that selected nothing.
+    #[allow(clippy::too_many_arguments)]
+    pub fn forward(&self, q: Mat, k: Mat, v: Mat, indices: &[i32], count: &[i32], weights: &[f32], y: MatMut) {
+        let inputs = Inputs { q, k, v, indices, count, weights };
+        self.check(&inputs);
+        assert!(y.rows() == q.rows() && y.cols() == q.cols(), "BUG: y");
+        let arch = Arch::new();
+        let mut plan = Plan::default();
+        for segment in self.segments() {
+            plan.rebuild(self, &inputs, segment);
+            with_scratch(segment.n * segment.l * self.token_slots(), |slots| {
+                let shared = SharedMut::new(slots);
+                let index = &plan.index;
+                plan.slabs.par_iter().for_each(|slab| {
+                    let task = SlabTask { shape: self, inputs: &inputs, segment, slab, index, slots: shared };
+                    with_scratch(carved(&task.forward_sizes()), |scratch| {
+                        arch.dispatch(ForwardSlab { task, scratch });
+                    });
+                });
+                self.sum_slots(arch, &inputs, segment, slots, &y);
+            });
+        }
+    }
+
+    /// Gradients from `dy`: of `q`, `k`, `v` and the weights (unfilled slots: 0); all are overwritten.
+    #[allow(clippy::too_many_arguments)]
+    pub fn backward(
+        &self,
+        q: Mat,
+        k: Mat,
+        v: Mat,
+        indices: &[i32],
+        count: &[i32],
+        weights: &[f32],
+        dy: Mat,
+        dq: MatMut,
+        dk: MatMut,
+        dv: MatMut,
+        dweights: &mut [f32],
+    ) {
+        let inputs = Inputs { q, k, v, indices, count, weights };
+        self.check(&inputs);
+        assert!(dy.rows() == q.rows() && dy.cols() == q.cols(), "BUG: dy");
+        assert!(dq.rows() == q.rows() && dq.cols() == q.cols(), "BUG: dq");
+        assert!([&dk, &dv].iter().all(|x| x.rows() == k.rows() && x.cols() == k.cols()), "BUG: dk, dv");
+        assert_eq!(dweights.len(), weights.len(), "BUG: dweights");
+        (0..k.rows()).into_par_iter().with_min_len(64).for_each(|row| {
+            // SAFETY: every task has its own row of both.
+            unsafe {
+                dk.row_unchecked(row).fill(0.0);
+                dv.row_unchecked(row).fill(0.0);
+            }
+        });
+        dweights.fill(0.0);
+        let dweights = SharedMut::new(dweights);
+        let arch = Arch::new();
+        let mut plan = Plan::default();
+        for segment in self.segments() {
+            plan.rebuild(self, &inputs, segment);
+            let size = self.chunk * padded(self.dim);
+            let sizes = [segment.n * segment.l * self.token_slots(), plan.partials * 2 * size];
+            with_scratch(carved(&sizes), |workspace| {
+                let [slots, partials] = carve(workspace, sizes);
+                let (shared, parts) = (SharedMut::new(slots), SharedMut::new(partials));
+                let index = &plan.index;
+                plan.slabs.par_iter().for_each(|slab| {
+                    let task = SlabTask { shape: self, inputs: &inputs, segment, slab, index, slots: shared };
+                    with_scratch(carved(&task.backward_sizes()), |scratch| {
+                        arch.dispatch(BackwardSlab { task, scratch, dy, dk: &dk, dv: &dv, dweights, partials: parts });
+                    });
+                });
+                self.sum_slots(arch, &inputs, segment, slots, &dq);
+                let partials = &*partials;
+                plan.shared.par_iter().for_each(|chunk| {
+                    let parts = partials[chunk.first * 2 * size..chunk.last * 2 * size].chunks_exact(2 * size);
+                    for part in parts {
+                        let (part_k, part_v) = part.split_at(size);
+                        self.add_to_chunk(&dk, segment.seq + chunk.seq, chunk.head, chunk.chunk, part_k);
+                        self.add_to_chunk(&dv, segment.seq + chunk.seq, chunk.head, chunk.chunk, part_v);
+                    }
+                });
+            });
+        }
+    }
+
+    fn check(&self, x: &Inputs) {
+        assert!(self.kv_heads > 0 && self.heads % self.kv_heads == 0, "BUG: {} heads", self.heads);
+        assert!(self.chunk > 0, "BUG: chunks of no keys");
+        assert!(x.q.rows() == self.n * self.l && x.q.cols() == self.heads * self.dim, "BUG: q");
+        let (rows, cols) = (self.n * self.keys, self.kv_heads * self.dim);
+        assert!(x.k.rows() == rows && x.k.cols() == cols && x.v.rows() == rows && x.v.cols() == cols, "BUG: k, v");
+        assert_eq!(x.count.len(), self.n * self.l * self.kv_heads, "BUG: counts");
+        assert!(x.indices.len() == x.count.len() * self.k && x.weights.len() == x.indices.len(), "BUG: indices");
+        assert!(x.count.iter().all(|&c| c >= 0 && c as usize <= self.k), "BUG: a count exceeds {}", self.k);
+    }
+
+    /// Query heads per kv head.
+    fn group(&self) -> usize {
+        self.heads / self.kv_heads
+    }
+
+    /// Floats of one pair's slot: the group's heads, padded.
+    fn slot(&self) -> usize {
+        self.group() * padded(self.dim)
+    }
+
+    /// Floats of a token's slots.
+    fn token_slots(&self) -> usize {
+        self.kv_heads * self.k * self.slot()
+    }
+
+    /// Splits the tokens by shape alone: segments as small as the cache likes, but large enough that a chunk meets
+    /// about [`SEGMENT_ROWS`] rows if choices are spread evenly.
+    fn segments(&self) -> Vec<Segment> {
+        if self.n * self.l * self.heads * self.dim == 0 {
+            return Vec::new();
+        }
+        let token = self.token_slots().max(1);
+        let busy = SEGMENT_ROWS * (self.keys / self.chunk) / (self.k * self.group()).max(1);
+        let tokens = (SLOT_BUDGET / token).max(busy).min(SLOT_LIMIT / token).max(1);
+        let mut segments = Vec::new();
+        if tokens < self.l {
+            // Even parts of every sequence.
+            let l = self.l.div_ceil(self.l.div_ceil(tokens));
+            for seq in 0..self.n {
+                let parts = (0..self.l).step_by(l);
+                segments.extend(parts.map(|token| Segment { seq, n: 1, token, l: l.min(self.l - token) }));
+            }
+        } else {
+            let n = (tokens / self.l).max(1);
+            let parts = (0..self.n).step_by(n);
+            segments.extend(parts.map(|seq| Segment { seq, n: n.min(self.n - seq), token: 0, l: self.l }));
+        }
+        segments
+    }
+
+    /// Sums every token's filled slots, in slot order, into its row of `out`.
+    fn sum_slots(&self, arch: Arch, inputs: &Inputs, segment: Segment, slots: &[f32], out: &MatMut) {
+        let rows = segment.n * segment.l;
+        (0..rows.div_ceil(REDUCE_TOKENS)).into_par_iter().for_each(|block| {
+            let first = block * REDUCE_TOKENS;
+            arch.dispatch(SumSlots {
+                shape: self,
+                count: inputs.count,
+                slots,
+                first,
+                last: rows.min(first + REDUCE_TOKENS),
+                offset: segment.seq * self.l + segment.token,
+                out,
+            });
+        });
+    }
+
+    /// Adds padded rows to the rows of a chunk.
+    #[inline(always)]
+    fn add_to_chunk(&self, out: &MatMut, seq: usize, head: usize, chunk: usize, rows: &[f32]) {
+        let first = seq * self.keys + chunk * self.chunk;
+        for (i, row) in rows.chunks_exact(padded(self.dim)).enumerate() {
+            // SAFETY: at any time one task handles a (sequence, head, chunk), and no other touches these columns.
+            let mut line = unsafe { out.block_unchecked(first + i, 1, head * self.dim, self.dim) };
+            for (y, &x) in line.row_mut(0).iter_mut().zip(row) {
+                *y += x;
+            }
+        }
+    }
+}
+
+/// See [`ChunkAttention::sum_slots`]; rows `first..last` of the segment.
+struct SumSlots<'a> {
+    shape: &'a ChunkAttention,
+    count: &'a [i32],
+    slots: &'a [f32],
+    first: usize,
+    last: usize,
+    /// The segment's first row in `out`.
+    offset: usize,
+    out: &'a MatMut<'a>,
+}
+
+impl WithSimd for SumSlots<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let shape = self.shape;
+        let (dim, wide, slot) = (shape.dim, padded(shape.dim), shape.slot());
+        for row in self.first..self.last {
+            // SAFETY: every task has its own rows.
+            let out = unsafe { self.out.row_unchecked(self.offset + row) };
+            for (head, out) in out.chunks_exact_mut(shape.group() * dim).enumerate() {
+                let count = self.count[(self.offset + row) * shape.kv_heads + head] as usize;
+                let pairs = &self.slots[(row * shape.kv_heads + head) * shape.k * slot..][..count * slot];
+                for (g, out) in out.chunks_exact_mut(dim).enumerate() {
+                    for column in (0..dim).step_by(S::F32_LANES) {
+                        let mut sum = simd.splat_f32s(0.0);
+                        for pair in 0..count {
+                            let at = pair * slot + g * wide + column;
+                            sum = simd.add_f32s(sum, simd.partial_load_f32s(&pairs[at..at + S::F32_LANES]));
+                        }
+                        simd.partial_store_f32s(&mut out[column..dim.min(column + S::F32_LANES)], sum);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// One slab and where its pairs live.
+#[derive(Clone, Copy)]
+struct SlabTask<'a> {
+    shape: &'a ChunkAttention,
+    inputs: &'a Inputs<'a>,
+    segment: Segment,
+    slab: &'a Slab,
+    index: &'a InvertedIndex,
+    slots: SharedMut<'a>,
+}
+
+impl<'a> SlabTask<'a> {
+    /// The slab's (token, slot) pairs, as many at a time as make a tile.
+    fn tiles(&self) -> std::slice::Chunks<'a, u32> {
+        let Slab { seq, head, chunk, first, last, .. } = *self.slab;
+        self.index.chosen_by(seq, head, chunk)[first..last].chunks(self.tile())
+    }
+
+    /// Kᵀ, V; queries, exponentials, outputs and denominators of a tile.
+    fn forward_sizes(&self) -> [usize; 6] {
+        let (wide, width) = (padded(self.shape.dim), padded(self.shape.chunk));
+        let rows = self.tile() * self.shape.group();
+        [self.shape.dim * width, self.shape.chunk * wide, rows * wide, rows * width, rows * wide, rows]
+    }
+
+    /// Kᵀ, Vᵀ, K, dK, dV; of a tile queries, dy, dq, exponentials, their gradient, dots and weights.
+    fn backward_sizes(&self) -> [usize; 12] {
+        let [turned, keys, queries, square, _, rows] = self.forward_sizes();
+        [turned, turned, keys, keys, keys, queries, queries, queries, square, square, rows, rows]
+    }
+
+    /// Pairs of a tile.
+    fn tile(&self) -> usize {
+        (ROWS / self.shape.group()).max(1)
+    }
+
+    /// An entry's row in the segment and its slot.
+    #[inline(always)]
+    fn pair(&self, entry: u32) -> (usize, usize) {
+        let k = self.shape.k as u32;
+        (self.slab.seq * self.segment.l + (entry / k) as usize, (entry % k) as usize)
+    }
+
+    /// The row in `q` of a row of the segment.
+    #[inline(always)]
+    fn token(&self, row: usize) -> usize {
+        self.segment.seq * self.shape.l + self.segment.token + row
+    }
+
+    /// Position of a pair in (n, l, kv_heads, k).
+    #[inline(always)]
+    fn weight_at(&self, entry: u32) -> usize {
+        let (row, slot) = self.pair(entry);
+        (self.token(row) * self.shape.kv_heads + self.slab.head) * self.shape.k + slot
+    }
+
+    /// The rows of the slab's chunk and head in keys or values.
+    #[inline(always)]
+    fn chunk(&self, x: Mat<'a>) -> Mat<'a> {
+        let shape = self.shape;
+        let first = (self.segment.seq + self.slab.seq) * shape.keys + self.slab.chunk * shape.chunk;
+        x.block(first, shape.chunk, self.slab.head * shape.dim, shape.dim)
+    }
+
+    /// Copies the group's heads of every pair's token into padded rows.
+    #[inline(always)]
+    fn gather(&self, pairs: &[u32], x: Mat, factor: f32, out: &mut [f32]) {
+        let dim = self.shape.dim;
+        let width = self.shape.group() * dim;
+        let mut rows = out.chunks_exact_mut(padded(dim));
+        for &entry in pairs {
+            let row = self.token(self.pair(entry).0);
+            let heads = x.row(row)[self.slab.head * width..][..width].chunks_exact(dim);
+            for (head, out) in heads.zip(&mut rows) {
+                pack_row(head, factor, out, dim);
+            }
+        }
+    }
+
+    /// Writes the group's rows of every pair, times `factor(row)`, to the pair's slot.
+    #[inline(always)]
+    fn scatter(&self, pairs: &[u32], rows: &[f32], factor: impl Fn(usize) -> f32) {
+        let (shape, wide) = (self.shape, padded(self.shape.dim));
+        let group = shape.group();
+        for (i, (&entry, rows)) in pairs.iter().zip(rows.chunks_exact(shape.slot())).enumerate() {
+            let (row, slot) = self.pair(entry);
+            let at = ((row * shape.kv_heads + self.slab.head) * shape.k + slot) * shape.slot();
+            // SAFETY: a pair is in one list, once.
+            let out = unsafe { self.slots.slice(at, shape.slot()) };
+            for (g, (out, row)) in out.chunks_exact_mut(wide).zip(rows.chunks_exact(wide)).enumerate() {
+                pack_row(row, factor(i * group + g), out, wide);
+            }
+        }
+    }
+}
+
+struct ForwardSlab<'a> {
+    task: SlabTask<'a>,
+    scratch: &'a mut [f32],
+}
+
+impl WithSimd for ForwardSlab<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let task = self.task;
+        let shape = task.shape;
+        let (dim, chunk, group) = (shape.dim, shape.chunk, shape.group());
+        let width = padded(chunk);
+        let [keys_t, values, q, s, o, sums] = carve(self.scratch, task.forward_sizes());
+        pack_transposed(task.chunk(task.inputs.k), width, keys_t);
+        pack_rows(task.chunk(task.inputs.v), 1.0, values);
+        let block = Block { keys: chunk, dim, zeros: shape.off_by_one, keys_t, rows: values, values_t: &[] };
+        for pairs in task.tiles() {
+            task.gather(pairs, task.inputs.q, shape.scale * LOG2_E, q);
+            let rows = pairs.len() * group;
+            simd.vectorize(Attend { block, rows, visible: &|_| chunk, q, s, o, sums });
+            task.scatter(pairs, o, |row| task.inputs.weights[task.weight_at(pairs[row / group])] / sums[row]);
+        }
+    }
+}
+
+struct BackwardSlab<'a> {
+    task: SlabTask<'a>,
+    scratch: &'a mut [f32],
+    dy: Mat<'a>,
+    dk: &'a MatMut<'a>,
+    dv: &'a MatMut<'a>,
+    dweights: SharedMut<'a>,
+    partials: SharedMut<'a>,
+}
+
+impl WithSimd for BackwardSlab<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let BackwardSlab { task, scratch, .. } = self;
+        let shape = task.shape;
+        let (dim, chunk, group) = (shape.dim, shape.chunk, shape.group());
+        let (width, keys) = (padded(chunk), chunk * padded(dim));
+        let [keys_t, values_t, key_rows, dk, dv, q, dy, dq, s, ds, dots, weights] =
+            carve(scratch, task.backward_sizes());
+        pack_transposed(task.chunk(task.inputs.k), width, keys_t);
+        pack_transposed(task.chunk(task.inputs.v), width, values_t);
+        pack_rows(task.chunk(task.inputs.k), 1.0, key_rows);
+        let block = Block { keys: chunk, dim, zeros: shape.off_by_one, keys_t, rows: key_rows, values_t };
+        let mut first = true;
+        for pairs in task.tiles() {
+            task.gather(pairs, task.inputs.q, shape.scale * LOG2_E, q);
+            task.gather(pairs, self.dy, 1.0, dy);
+            for (&entry, weights) in pairs.iter().zip(weights.chunks_exact_mut(group)) {
+                weights.fill(task.inputs.weights[task.weight_at(entry)]);
+            }
+            simd.vectorize(AttendBackward {
+                block,
+                rows: pairs.len() * group,
+                visible: &|_| chunk,
+                weights,
+                q,
+                dy,
+                s,
+                ds,
+                dots,
+                dq,
+                dk,
+                dv,
+                first,
+            });
+            first = false;
+            task.scatter(pairs, dq, |_| shape.scale);
+            for (&entry, dots) in pairs.iter().zip(dots.chunks_exact(group)) {
+                // SAFETY: a pair is in one list, once.
+                let out = unsafe { self.dweights.slice(task.weight_at(entry), 1) };
+                out[0] = dots.iter().sum();
+            }
+        }
+        dk.iter_mut().for_each(|x| *x *= LN_2);
+        let Slab { seq, head, chunk, partial, .. } = *task.slab;
+        match partial {
+            None => {
+                shape.add_to_chunk(self.dk, task.segment.seq + seq, head, chunk, dk);
+                shape.add_to_chunk(self.dv, task.segment.seq + seq, head, chunk, dv);
+            }
+            Some(part) => {
+                // SAFETY: every slab has its own part.
+                let out = unsafe { self.partials.slice(part * 2 * keys, 2 * keys) };
+                out[..keys].copy_from_slice(dk);
+                out[keys..].copy_from_slice(dv);
+            }
+        }
+    }
+}

@@ -1,0 +1,309 @@
+//! Causal depthwise convolution over time with bias and optional SiLU (spec.md, Mamba2Block):
+//! y_t = act(bias + sum_j w_j x_{t-(k-1)+j}), the inputs before the first coming from a carried state.
+//!
+//! Tasks own blocks of time steps; the arithmetic of an element does not depend on the block it falls in.  Backward
+//! recomputes the pre-activation with a halo of k-1 steps; dw and db are summed per task, then over tasks in order.
+
+use super::vmath::{lane, simd_fn};
+use crate::par::{self, SharedMut};
+use crate::{Mat, MatMut};
+
+/// Most steps of a backward task (longer tasks when the sequence is long, so that partial dw stay few).
+const BLOCK: usize = 64;
+
+/// Sizes of a convolution: `n` sequences of `l` steps, `channels` wide, `kernel` taps.
+#[derive(Clone, Copy, Debug)]
+pub struct CausalConv1d {
+    pub n: usize,
+    pub l: usize,
+    pub channels: usize,
+    pub kernel: usize,
+    /// Apply SiLU to the result.
+    pub silu: bool,
+}
+
+simd_fn! {
+    /// out = act(bias + sum_j taps[j] * rows[j]); taps (kernel, channels).
+    fn row_forward<'a, S>(rows: &'a [&'a [f32]], taps: &'a [f32], bias: &'a [f32], silu: bool, out: &'a mut [f32]) {
+        let c = bias.len();
+        let out = &mut out[..c];
+        if let [x0, x1, x2, x3] = *rows {
+            let (x0, x1, x2, x3) = (&x0[..c], &x1[..c], &x2[..c], &x3[..c]);
+            let (w0, w1, w2, w3) = (&taps[..c], &taps[c..2 * c], &taps[2 * c..3 * c], &taps[3 * c..4 * c]);
+            for i in 0..c {
+                let v = lane::fma::<S>(w0[i], x0[i], bias[i]);
+                let v = lane::fma::<S>(w1[i], x1[i], v);
+                let v = lane::fma::<S>(w2[i], x2[i], v);
+                out[i] = lane::fma::<S>(w3[i], x3[i], v);
+            }
+        } else {
+            out.copy_from_slice(bias);
+            for (x, w) in rows.iter().zip(taps.chunks_exact(c)) {
+                for ((o, x), w) in out.iter_mut().zip(*x).zip(w) {
+                    *o = lane::fma::<S>(*w, *x, *o);
+                }
+            }
+        }
+        if silu {
+            for o in out {
+                *o = lane::silu::<S>(*o);
+            }
+        }
+    }
+}
+
+simd_fn! {
+    /// g = dy * silu'(g).
+    fn activation_backward<'a, S>(dy: &'a [f32], g: &'a mut [f32]) {
+        for (g, dy) in g.iter_mut().zip(dy) {
+            *g = dy * lane::dsilu::<S>(*g);
+        }
+    }
+}
+
+simd_fn! {
+    /// acc += x * y, elementwise.
+    fn add_product<'a, S>(x: &'a [f32], y: &'a [f32], acc: &'a mut [f32]) {
+        for ((a, x), y) in acc.iter_mut().zip(x).zip(y) {
+            *a = lane::fma::<S>(*x, *y, *a);
+        }
+    }
+}
+
+fn add(x: &[f32], acc: &mut [f32]) {
+    for (a, x) in acc.iter_mut().zip(x) {
+        *a += x;
+    }
+}
+
+impl CausalConv1d {
+    /// x, y (n * l, channels); w (channels, 1, kernel); bias (channels); s0, s_final (n, kernel - 1, channels):
+    /// the inputs before the first step and the last kernel - 1 inputs.
+    pub fn forward(&self, x: Mat, w: &[f32], bias: &[f32], s0: &[f32], y: MatMut, s_final: &mut [f32]) {
+        let &Self { n, l, channels: c, kernel, silu } = self;
+        self.check(&x, w, bias, s0, (y.rows(), y.cols()));
+        assert_eq!(s_final.len(), s0.len(), "BUG: final conv state");
+        self.with_taps(w, |taps| {
+            let cost = c * (2 * kernel + 16);
+            let block = par::rows_per_task(cost);
+            let blocks = l.div_ceil(block);
+            par::for_each(n * blocks, n * l * cost, |t| {
+                let (b, start) = (t / blocks, t % blocks * block);
+                for i in start..(start + block).min(l) {
+                    // SAFETY: row belongs to this task.
+                    let out = unsafe { y.row_unchecked(b * l + i) };
+                    self.pre(&x, s0, b, i, taps, bias, silu, out);
+                }
+            });
+        });
+        for b in 0..n {
+            for j in 0..kernel - 1 {
+                let out = &mut s_final[(b * (kernel - 1) + j) * c..][..c];
+                out.copy_from_slice(self.input(&x, s0, b, (l + j) as isize - (kernel - 1) as isize));
+            }
+        }
+    }
+
+    /// Gradients of `forward`: dx (n * l, channels), dw (channels, 1, kernel), db (channels),
+    /// ds0 (n, kernel - 1, channels), from dy and ds_final.
+    #[allow(clippy::too_many_arguments)]
+    pub fn backward(
+        &self,
+        x: Mat,
+        w: &[f32],
+        bias: &[f32],
+        s0: &[f32],
+        dy: Mat,
+        ds_final: &[f32],
+        dx: MatMut,
+        dw: &mut [f32],
+        db: &mut [f32],
+        ds0: &mut [f32],
+    ) {
+        let &Self { n, l, channels: c, kernel, .. } = self;
+        let back = kernel - 1;
+        self.check(&x, w, bias, s0, (dy.rows(), dy.cols()));
+        assert!((dx.rows(), dx.cols()) == (n * l, c) && dw.len() == w.len() && db.len() == c, "BUG: conv gradients");
+        assert!(ds0.len() == s0.len() && ds_final.len() == s0.len(), "BUG: conv state gradients");
+        let block = BLOCK.max((n * l).div_ceil(BLOCK)).min(l.max(1));
+        let blocks = l.div_ceil(block);
+        let part = (kernel + 1) * c; // dw as (kernel, channels), then db
+        self.with_taps(w, |taps| {
+            par::with_scratch(n * blocks * part, |partials| {
+                let (shared, ds0) = (SharedMut::new(partials), SharedMut::new(&mut *ds0));
+                par::for_each(n * blocks, n * l * c * (4 * kernel + 32), |t| {
+                    let (b, start) = (t / blocks, t % blocks * block);
+                    let end = (start + block).min(l);
+                    // SAFETY: each task has its own partial; the first block of a sequence owns its ds0.
+                    let (sums, ds0) = unsafe {
+                        let ds0 = ds0.slice(b * back * c, if start == 0 { back * c } else { 0 });
+                        (shared.slice(t * part, part), ds0)
+                    };
+                    self.backward_block(&x, taps, bias, s0, &dy, ds_final, &dx, b, start, end, sums, ds0);
+                });
+                par::with_scratch(part, |sums| {
+                    par::sum_partials(partials, sums);
+                    for (j, row) in sums[..kernel * c].chunks_exact(c.max(1)).enumerate() {
+                        for (i, v) in row.iter().enumerate() {
+                            dw[i * kernel + j] = *v;
+                        }
+                    }
+                    db.copy_from_slice(&sums[kernel * c..]);
+                });
+            });
+        });
+    }
+
+    /// Steps start..end of sequence b.
+    #[allow(clippy::too_many_arguments)]
+    fn backward_block(
+        &self,
+        x: &Mat,
+        taps: &[f32],
+        bias: &[f32],
+        s0: &[f32],
+        dy: &Mat,
+        ds_final: &[f32],
+        dx: &MatMut,
+        b: usize,
+        start: usize,
+        end: usize,
+        sums: &mut [f32],
+        ds0: &mut [f32],
+    ) {
+        let &Self { l, channels: c, kernel, silu, .. } = self;
+        let back = kernel - 1;
+        let (dw, db) = sums.split_at_mut(kernel * c);
+        dw.fill(0.0);
+        db.fill(0.0);
+        // A ring of the last `kernel` pre-activation gradients: step s is at s % kernel.
+        par::with_scratch(kernel * c, |ring| {
+            let halo_end = (end + back).min(l);
+            for s in start..halo_end {
+                let g = &mut ring[s % kernel * c..][..c];
+                if silu {
+                    self.pre(x, s0, b, s, taps, bias, false, g);
+                    activation_backward(dy.row(b * l + s), g);
+                } else {
+                    g.copy_from_slice(dy.row(b * l + s));
+                }
+                if s < end {
+                    add(g, db);
+                    for j in 0..kernel {
+                        let input = self.input(x, s0, b, (s + j) as isize - back as isize);
+                        add_product(g, input, &mut dw[j * c..][..c]);
+                    }
+                }
+                // All steps that use input s - back are now in the ring, if it is this block's.
+                if s >= start + back {
+                    self.input_gradient(ring, taps, ds_final, b, (s - back) as isize, start, s, dx, ds0);
+                }
+            }
+            // The last inputs: later steps do not exist.
+            let done = (halo_end.saturating_sub(back)).max(start);
+            for i in done..end {
+                self.input_gradient(ring, taps, ds_final, b, i as isize, i, halo_end - 1, dx, ds0);
+            }
+        });
+        if start == 0 {
+            // Inputs before the first step; their steps may have left the ring, so take the first ones again.
+            par::with_scratch(kernel * c, |ring| {
+                let last = back.min(l);
+                for s in 0..last {
+                    let g = &mut ring[s % kernel * c..][..c];
+                    if silu {
+                        self.pre(x, s0, b, s, taps, bias, false, g);
+                        activation_backward(dy.row(b * l + s), g);
+                    } else {
+                        g.copy_from_slice(dy.row(b * l + s));
+                    }
+                }
+                for i in 0..back {
+                    self.input_gradient(ring, taps, ds_final, b, i as isize - back as isize, 0, last - 1, dx, ds0);
+                }
+            });
+        }
+    }
+
+    /// Gradient of the input at time `at` (negative: of the initial state) from steps `at..=at + back` that exist
+    /// (not after `last`), found in the ring, and from the final state.
+    #[allow(clippy::too_many_arguments)]
+    fn input_gradient(
+        &self,
+        ring: &[f32],
+        taps: &[f32],
+        ds_final: &[f32],
+        b: usize,
+        at: isize,
+        _first: usize,
+        last: usize,
+        dx: &MatMut,
+        ds0: &mut [f32],
+    ) {
+        let &Self { l, channels: c, kernel, .. } = self;
+        let back = kernel - 1;
+        let out = if at >= 0 {
+            // SAFETY: the task owning step `at` is the only one to write its row.
+            unsafe { dx.row_unchecked(b * l + at as usize) }
+        } else {
+            &mut ds0[(at + back as isize) as usize * c..][..c]
+        };
+        // at = l - back + i for entry i of the final state.
+        match at + back as isize - l as isize {
+            i if i >= 0 => out.copy_from_slice(&ds_final[(b * back + i as usize) * c..][..c]),
+            _ => out.fill(0.0),
+        }
+        for s in at.max(0)..=(at + back as isize).min(last as isize) {
+            let j = (at + back as isize - s) as usize;
+            add_product(&taps[j * c..][..c], &ring[s as usize % kernel * c..][..c], out);
+        }
+    }
+
+    /// Pre-activation (or activation) of step `i` of sequence `b`.
+    #[inline]
+    #[allow(clippy::too_many_arguments)]
+    fn pre(&self, x: &Mat, s0: &[f32], b: usize, i: usize, taps: &[f32], bias: &[f32], silu: bool, out: &mut [f32]) {
+        let back = self.kernel as isize - 1;
+        if self.kernel <= 8 {
+            let mut rows: [&[f32]; 8] = [&[]; 8];
+            for (j, r) in rows[..self.kernel].iter_mut().enumerate() {
+                *r = self.input(x, s0, b, i as isize - back + j as isize);
+            }
+            row_forward(&rows[..self.kernel], taps, bias, silu, out);
+        } else {
+            let rows: Vec<&[f32]> =
+                (0..self.kernel).map(|j| self.input(x, s0, b, i as isize - back + j as isize)).collect();
+            row_forward(&rows, taps, bias, silu, out);
+        }
+    }
+
+    /// Input of sequence `b` at time `at`, which may reach kernel - 1 steps before the first.
+    #[inline]
+    fn input<'a>(&self, x: &Mat<'a>, s0: &'a [f32], b: usize, at: isize) -> &'a [f32] {
+        if at >= 0 {
+            x.row(b * self.l + at as usize)
+        } else {
+            let back = self.kernel - 1;
+            &s0[(b * back + (at + back as isize) as usize) * self.channels..][..self.channels]
+        }
+    }
+
+    /// w (channels, 1, kernel) as (kernel, channels).
+    fn with_taps(&self, w: &[f32], f: impl FnOnce(&[f32])) {
+        par::with_scratch(w.len(), |taps| {
+            for (i, w) in w.chunks_exact(self.kernel).enumerate() {
+                for (j, &v) in w.iter().enumerate() {
+                    taps[j * self.channels + i] = v;
+                }
+            }
+            f(taps)
+        });
+    }
+
+    fn check(&self, x: &Mat, w: &[f32], bias: &[f32], s0: &[f32], y: (usize, usize)) {
+        let &Self { n, l, channels: c, kernel, .. } = self;
+        assert!(kernel > 0, "BUG: convolution without taps");
+        assert!((x.rows(), x.cols()) == (n * l, c) && y == (n * l, c), "BUG: conv of {}x{}", x.rows(), x.cols());
+        assert!(w.len() == c * kernel && bias.len() == c && s0.len() == n * (kernel - 1) * c, "BUG: conv weights");
+    }
+}

@@ -1,0 +1,65 @@
+//! Embedding lookup and its gradient.
+//!
+//! The gradient sorts token positions by id (a stable counting sort), so that each table row is the sum of its tokens'
+//! rows in token order, whoever computes it.  An id outside the table is a bug of the caller: ids are checked upstream.
+
+use crate::par;
+use crate::{Mat, MatMut};
+
+#[inline(always)]
+fn index(id: i32, vocab: usize) -> usize {
+    assert!(id >= 0 && (id as usize) < vocab, "BUG: token id {id} outside a vocabulary of {vocab}");
+    id as usize
+}
+
+/// y[i] = table[ids[i]]; table (vocab, d), y (ids.len(), d).
+pub fn gather(ids: &[i32], table: Mat, y: MatMut) {
+    assert!(y.rows() == ids.len() && y.cols() == table.cols(), "BUG: gather into {}x{}", y.rows(), y.cols());
+    let d = table.cols();
+    par::for_blocks(ids.len(), par::rows_per_task(d), ids.len() * d, |_, start, end| {
+        for i in start..end {
+            // SAFETY: row i belongs to this task.
+            unsafe { y.row_unchecked(i) }.copy_from_slice(table.row(index(ids[i], table.rows())));
+        }
+    });
+}
+
+/// dtable[v] = sum of dy[i] over i with ids[i] = v, in the order of i; overwrites all of dtable (vocab, d).
+pub fn scatter_add(ids: &[i32], dy: Mat, dtable: MatMut) {
+    assert!(dy.rows() == ids.len() && dy.cols() == dtable.cols(), "BUG: scatter of {}x{}", dy.rows(), dy.cols());
+    let (vocab, d) = (dtable.rows(), dtable.cols());
+    // positions[ends[v-1]..ends[v]] are the tokens with id v.
+    let mut ends = vec![0u32; vocab + 1];
+    for &id in ids {
+        ends[index(id, vocab) + 1] += 1;
+    }
+    for v in 0..vocab {
+        ends[v + 1] += ends[v];
+    }
+    let mut positions = vec![0u32; ids.len()];
+    let mut next = ends.clone();
+    for (i, &id) in ids.iter().enumerate() {
+        let slot = &mut next[id as usize];
+        positions[*slot as usize] = i as u32;
+        *slot += 1;
+    }
+    // Few frequent ids would leave one task with all the work: columns are cut as well.
+    let cut = 64.max(d.div_ceil(8)).min(d.max(1));
+    let (col_blocks, row_block) = (d.div_ceil(cut), (vocab / 64).clamp(1, 256));
+    let work = (vocab + ids.len()) * d;
+    par::for_each(vocab.div_ceil(row_block) * col_blocks, work, |t| {
+        let (v0, c0) = (t / col_blocks * row_block, t % col_blocks * cut);
+        let c1 = (c0 + cut).min(d);
+        for v in v0..(v0 + row_block).min(vocab) {
+            // SAFETY: rows and column ranges of tasks are disjoint.
+            let mut out = unsafe { dtable.block_unchecked(v, 1, c0, c1 - c0) };
+            let out = out.row_mut(0);
+            out.fill(0.0);
+            for &i in &positions[ends[v] as usize..ends[v + 1] as usize] {
+                for (o, g) in out.iter_mut().zip(&dy.row(i as usize)[c0..c1]) {
+                    *o += g;
+                }
+            }
+        }
+    });
+}

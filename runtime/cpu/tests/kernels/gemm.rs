@@ -1,0 +1,76 @@
+//! Matrix products.
+
+use crate::common::*;
+use rambac_cpu::kernels::gemm::{batched_matmul, matmul};
+
+fn reference(a: &[f32], ta: bool, b: &[f32], tb: bool, m: usize, n: usize, k: usize) -> Vec<f64> {
+    let mut c = vec![0.0; m * n];
+    for i in 0..m {
+        for p in 0..k {
+            let v = a[if ta { p * m + i } else { i * k + p }] as f64;
+            for j in 0..n {
+                c[i * n + j] += v * b[if tb { j * k + p } else { p * n + j }] as f64;
+            }
+        }
+    }
+    c
+}
+
+#[test]
+fn gemm_matches_reference() {
+    let mut src = Source::new(1);
+    let shapes = [
+        (1, 1, 1),
+        (1, 300, 77),
+        (1, 1100, 256),
+        (3, 17, 5),
+        (6, 513, 130),
+        (7, 9, 3),
+        (5, 4, 0),
+        (13, 40, 64),
+        (65, 129, 33),
+        (64, 64, 64),
+        (200, 300, 50),
+        (67, 45, 3000),
+        (8, 8, 1025),
+        (500, 1100, 20),
+        (130, 1030, 70),
+    ];
+    for (m, n, k) in shapes {
+        for (ta, tb) in [(false, false), (false, true), (true, false), (true, true)] {
+            let (a, b, c0) = (src.vec(m * k), src.vec(k * n), src.vec(m * n));
+            let ap = if ta { Padded::new(&a, k, m, 5) } else { Padded::new(&a, m, k, 5) };
+            let bp = if tb { Padded::new(&b, n, k, 2) } else { Padded::new(&b, k, n, 2) };
+            let want = reference(&a, ta, &b, tb, m, n, k);
+            for add in [false, true] {
+                let got = same_bits(|| {
+                    let mut c = if add { Padded::new(&c0, m, n, 1) } else { Padded::out(m, n, 1) };
+                    matmul(ap.mat(), ta, bp.mat(), tb, c.mat_mut(), add);
+                    c.values()
+                });
+                let want: Vec<f64> =
+                    want.iter().zip(&c0).map(|(w, &c)| if add { w + c as f64 } else { *w }).collect();
+                close(&format!("{m}x{n}x{k} {ta} {tb} {add}"), &got, &want, 3e-6);
+            }
+        }
+    }
+}
+
+#[test]
+fn gemm_batched_matches_reference() {
+    let mut src = Source::new(2);
+    for (batch, m, n, k) in [(1, 3, 4, 5), (37, 16, 9, 11), (5, 64, 65, 66), (300, 1, 7, 3)] {
+        for (ta, tb) in [(false, false), (false, true), (true, false), (true, true)] {
+            let (a, b) = (src.vec(batch * m * k), src.vec(batch * k * n));
+            let got = same_bits(|| {
+                let mut c = vec![f32::NAN; batch * m * n];
+                batched_matmul(batch, &a, &b, &mut c, m, n, k, ta, tb);
+                c
+            });
+            let want: Vec<f64> = (0..batch)
+                .flat_map(|i| reference(&a[i * m * k..][..m * k], ta, &b[i * k * n..][..k * n], tb, m, n, k))
+                .collect();
+            close("batched", &got, &want, 3e-6);
+        }
+    }
+}

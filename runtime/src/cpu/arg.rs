@@ -1,0 +1,141 @@
+//! An operand or result of a kernel: a pointer with its bound type.
+
+use crate::tensor::{Data, Tensor};
+use rambac_cpu::{Mat, MatMut};
+use rambac_ir::ty::ConcreteTy;
+use rambac_ir::{DType, HostArray};
+
+/// See the module's comment.  The executor guarantees that it points to memory of its type, that inputs and sources
+/// are not written meanwhile, and that a result overlaps an operand only where the op allows it.
+pub struct Arg<'a> {
+    ptr: *mut u8,
+    pub ty: &'a ConcreteTy,
+    /// `(cols, stride)`; `None`: contiguous.
+    strided: Option<(usize, usize)>,
+}
+
+// SAFETY: see the struct's comment.
+unsafe impl Sync for Arg<'_> {}
+unsafe impl Send for Arg<'_> {}
+
+impl<'a> Arg<'a> {
+    pub(crate) fn new(base: *mut u8, offset: usize, ty: &'a ConcreteTy, strided: Option<(usize, usize)>) -> Self {
+        Self { ptr: base.wrapping_add(offset * ty.dtype.size()), ty, strided }
+    }
+    pub fn shape(&self) -> &[usize] {
+        &self.ty.shape
+    }
+    pub fn len(&self) -> usize {
+        self.ty.elements()
+    }
+    pub(crate) fn ptr(&self) -> *mut u8 {
+        self.ptr
+    }
+    /// `(rows, cols, stride)` of the memory.
+    pub(crate) fn rows(&self) -> (usize, usize, usize) {
+        match self.strided {
+            Some((cols, stride)) => (self.len().checked_div(cols).unwrap_or(0), cols, stride),
+            None => (1, self.len(), self.len()),
+        }
+    }
+    pub(crate) fn is_contiguous(&self) -> bool {
+        self.strided.is_none()
+    }
+
+    fn check(&self, dtype: DType) {
+        assert_eq!(self.ty.dtype, dtype, "BUG: a kernel asked {} for {dtype}", self.ty);
+    }
+    fn contiguous(&self) {
+        assert!(self.strided.is_none(), "BUG: a kernel without strides got a strided {}", self.ty);
+    }
+    /// Contiguous floats.
+    pub fn f32(&self) -> &[f32] {
+        self.check(DType::F32);
+        self.contiguous();
+        // SAFETY: the struct's contract.
+        unsafe { std::slice::from_raw_parts(dangling(self.ptr), self.len()) }
+    }
+    /// Contiguous integers.
+    pub fn i32(&self) -> &[i32] {
+        self.check(DType::I32);
+        self.contiguous();
+        // SAFETY: the struct's contract.
+        unsafe { std::slice::from_raw_parts(dangling(self.ptr), self.len()) }
+    }
+    /// Contiguous floats of a result.
+    #[allow(clippy::mut_from_ref)]
+    pub fn f32_mut(&self) -> &mut [f32] {
+        self.check(DType::F32);
+        self.contiguous();
+        // SAFETY: the struct's contract; a kernel takes each result once.
+        unsafe { std::slice::from_raw_parts_mut(dangling(self.ptr), self.len()) }
+    }
+    /// Contiguous integers of a result.
+    #[allow(clippy::mut_from_ref)]
+    pub fn i32_mut(&self) -> &mut [i32] {
+        self.check(DType::I32);
+        self.contiguous();
+        // SAFETY: the struct's contract; a kernel takes each result once.
+        unsafe { std::slice::from_raw_parts_mut(dangling(self.ptr), self.len()) }
+    }
+    /// As a matrix whose rows are `cols` long, or as long as the view's rows where it is strided (a multiple of `cols`).
+    pub fn mat(&self, cols: usize) -> Mat<'_> {
+        self.check(DType::F32);
+        let (rows, cols, stride) = self.matrix(cols);
+        // SAFETY: the struct's contract.
+        unsafe { Mat::from_raw(dangling(self.ptr), rows, cols, stride) }
+    }
+    /// As [`mat`](Self::mat), of a result.
+    pub fn mat_mut(&self, cols: usize) -> MatMut<'_> {
+        self.check(DType::F32);
+        let (rows, cols, stride) = self.matrix(cols);
+        // SAFETY: the struct's contract; a kernel takes each result once.
+        unsafe { MatMut::from_raw(dangling(self.ptr), rows, cols, stride) }
+    }
+    fn matrix(&self, cols: usize) -> (usize, usize, usize) {
+        match self.strided {
+            None => (self.len().checked_div(cols).unwrap_or(0), cols, cols),
+            Some((c, stride)) => {
+                assert!(cols > 0 && c.is_multiple_of(cols), "BUG: rows of {cols} wanted, the view has rows of {c}");
+                (self.len().checked_div(c).unwrap_or(0), c, stride)
+            }
+        }
+    }
+
+    pub(crate) fn to_tensor(&self) -> Tensor {
+        let data = match self.ty.dtype {
+            DType::I32 => Data::I32(self.i32().to_vec()),
+            DType::Bool => {
+                self.contiguous();
+                // SAFETY: the struct's contract.
+                Data::Bool(unsafe { std::slice::from_raw_parts(dangling(self.ptr), self.len()) }.to_vec())
+            }
+            _ => Data::F32(self.f32().to_vec()),
+        };
+        Tensor { shape: self.ty.shape.clone(), data }
+    }
+    pub(crate) fn to_host(&self) -> HostArray {
+        self.to_tensor().to_host()
+    }
+    pub(crate) fn write_host(&self, a: &HostArray) {
+        match Tensor::from_host(a).data {
+            Data::F32(v) => self.f32_mut().copy_from_slice(&v),
+            Data::I32(v) => self.i32_mut().copy_from_slice(&v),
+            // SAFETY: the struct's contract.
+            Data::Bool(v) => unsafe { std::ptr::copy_nonoverlapping(v.as_ptr(), self.ptr, v.len()) },
+        }
+    }
+}
+
+/// A null base belongs to an empty buffer; slices want a well-aligned pointer even then.
+fn dangling<T>(p: *mut u8) -> *mut T {
+    if p.is_null() { std::ptr::NonNull::dangling().as_ptr() } else { p.cast() }
+}
+
+impl Arg<'_> {
+    /// A row length that this and `others` share: the strided views' rows, else `cols`.
+    pub(crate) fn rows_for(&self, cols: usize, others: &[&Arg]) -> usize {
+        let strided = std::iter::once(self).chain(others.iter().copied()).find_map(|a| a.strided.map(|(c, _)| c));
+        strided.unwrap_or(cols)
+    }
+}

@@ -1,0 +1,166 @@
+//! Attention, selection and their gradients.
+
+use super::{Arg, CpuKernel, KernelError};
+use rambac_cpu::kernels::{chunk_attention as ca, dense_attention as da, selection as sel};
+use rambac_ir::ops::*;
+
+fn width(x: &Arg) -> usize {
+    x.shape()[2] * x.shape()[3]
+}
+
+fn dense(x: &[Arg], scale: f64, causal: bool) -> da::DenseAttention {
+    let s = x[0].shape();
+    let (batch, t, heads, dim) = (s[0], s[1], s[2], s[3]);
+    da::DenseAttention { batch, t, heads, kv_heads: x[1].shape()[2], dim, scale: scale as f32, causal }
+}
+
+impl CpuKernel for Attention {
+    fn run(&self, x: &[Arg], y: &[Arg]) -> Result<(), KernelError> {
+        let (q, kv) = (width(&x[0]), width(&x[1]));
+        dense(x, self.scale, self.causal).forward(x[0].mat(q), x[1].mat(kv), x[2].mat(kv), y[0].mat_mut(q));
+        Ok(())
+    }
+}
+
+impl CpuKernel for AttentionGrad {
+    fn run(&self, x: &[Arg], y: &[Arg]) -> Result<(), KernelError> {
+        let (q, kv) = (width(&x[0]), width(&x[1]));
+        dense(x, self.scale, self.causal).backward(
+            x[0].mat(q),
+            x[1].mat(kv),
+            x[2].mat(kv),
+            x[3].mat(q),
+            y[0].mat_mut(q),
+            y[1].mat_mut(kv),
+            y[2].mat_mut(kv),
+        );
+        Ok(())
+    }
+}
+
+fn weighting(rule: Weighting) -> sel::Weighting {
+    match rule {
+        Weighting::StickBreaking => sel::Weighting::StickBreaking,
+        Weighting::Softmax => sel::Weighting::Softmax,
+        Weighting::Sigmoid => sel::Weighting::Sigmoid,
+        Weighting::One => sel::Weighting::One,
+    }
+}
+
+fn order(order: Order) -> sel::Order {
+    match order {
+        Order::Recent => sel::Order::Recent,
+        Order::Score => sel::Order::Score,
+    }
+}
+
+impl CpuKernel for Selection {
+    fn run(&self, x: &[Arg], y: &[Arg]) -> Result<(), KernelError> {
+        let s = x[0].shape();
+        let k = sel::Selection {
+            n: s[0],
+            l: s[1],
+            heads: s[2],
+            dim: s[3],
+            chunks: x[1].shape()[1],
+            k: self.k,
+            chunk: self.chunk,
+            scale: self.scale as f32,
+            order: order(self.order),
+            weighting: weighting(self.rule),
+        };
+        k.forward(
+            x[0].mat(width(&x[0])),
+            x[1].f32(),
+            x[2].i32(),
+            y[0].i32_mut(),
+            y[1].i32_mut(),
+            y[2].f32_mut(),
+            y[3].f32_mut(),
+        );
+        Ok(())
+    }
+}
+
+impl CpuKernel for SelectionGrad {
+    fn run(&self, x: &[Arg], y: &[Arg]) -> Result<(), KernelError> {
+        let s = x[0].shape();
+        // Chunk length and order do not matter to the gradient.
+        let k = sel::Selection {
+            n: s[0],
+            l: s[1],
+            heads: s[2],
+            dim: s[3],
+            chunks: x[1].shape()[1],
+            k: x[2].shape()[3],
+            chunk: 1,
+            scale: self.scale as f32,
+            order: sel::Order::Recent,
+            weighting: weighting(self.rule),
+        };
+        k.backward(
+            x[0].mat(width(&x[0])),
+            x[1].f32(),
+            x[2].i32(),
+            x[3].i32(),
+            x[4].f32(),
+            x[5].f32(),
+            x[6].f32(),
+            y[0].mat_mut(width(&x[0])),
+            y[1].f32_mut(),
+        );
+        Ok(())
+    }
+}
+
+fn chunked(x: &[Arg], chunk: usize, scale: f64, off_by_one: f64) -> ca::ChunkAttention {
+    let (q, k) = (x[0].shape(), x[1].shape());
+    ca::ChunkAttention {
+        n: q[0],
+        l: q[1],
+        keys: k[1],
+        heads: q[2],
+        kv_heads: k[2],
+        dim: q[3],
+        k: x[3].shape()[3],
+        chunk,
+        scale: scale as f32,
+        off_by_one: off_by_one as f32,
+    }
+}
+
+impl CpuKernel for ChunkAttention {
+    fn run(&self, x: &[Arg], y: &[Arg]) -> Result<(), KernelError> {
+        let (q, kv) = (width(&x[0]), width(&x[1]));
+        chunked(x, self.chunk, self.scale, self.off_by_one).forward(
+            x[0].mat(q),
+            x[1].mat(kv),
+            x[2].mat(kv),
+            x[3].i32(),
+            x[4].i32(),
+            x[5].f32(),
+            y[0].mat_mut(q),
+        );
+        Ok(())
+    }
+}
+
+impl CpuKernel for ChunkAttentionGrad {
+    fn run(&self, x: &[Arg], y: &[Arg]) -> Result<(), KernelError> {
+        let (q, kv) = (width(&x[0]), width(&x[1]));
+        chunked(x, self.chunk, self.scale, self.off_by_one).backward(
+            x[0].mat(q),
+            x[1].mat(kv),
+            x[2].mat(kv),
+            x[3].i32(),
+            x[4].i32(),
+            x[5].f32(),
+            x[6].mat(q),
+            y[0].mat_mut(q),
+            y[1].mat_mut(kv),
+            y[2].mat_mut(kv),
+            y[3].f32_mut(),
+        );
+        Ok(())
+    }
+}

@@ -1,0 +1,39 @@
+//! The CPU device: one kernel per op of the list, over the plain functions of `rambac-cpu`.
+
+mod arg;
+mod attention;
+mod map;
+mod move_;
+mod nn;
+mod reference;
+mod scan;
+
+pub use arg::Arg;
+use rambac_ir::for_each_op;
+use rambac_ir::ops::*;
+
+/// Why a kernel refused its operands.
+#[derive(Debug, thiserror::Error)]
+pub enum KernelError {
+    #[error(
+        "id {id} at position {at} is outside the table of {rows} rows; the tokenizer and the model do not belong together"
+    )]
+    Id { id: i32, at: usize, rows: usize },
+    #[error("label {label} at position {at} is outside the {classes} classes (and is not the ignored label)")]
+    Label { label: i32, at: usize, classes: usize },
+}
+
+/// Runs an op on bound operands and results.
+pub(crate) trait CpuKernel {
+    fn run(&self, x: &[Arg], y: &[Arg]) -> Result<(), KernelError>;
+}
+
+macro_rules! dispatch {
+    ($($op:ident),* $(,)?) => {
+        /// Runs any op.
+        pub(crate) fn run_kernel(op: &Op, x: &[Arg], y: &[Arg]) -> Result<(), KernelError> {
+            match op { $(Op::$op(o) => o.run(x, y)),* }
+        }
+    };
+}
+for_each_op!(dispatch);

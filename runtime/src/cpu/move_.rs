@@ -1,0 +1,135 @@
+//! Kernels that move elements: copies between strides, constants, broadcasts, transposes, padding.
+
+use super::{Arg, CpuKernel, KernelError};
+use rambac_cpu::kernels::transpose::permute;
+use rambac_ir::DType;
+use rambac_ir::host::strides;
+use rambac_ir::ops::*;
+use rayon::prelude::*;
+
+/// Copies `x` to `y`, either of which may be strided.
+fn copy(x: &Arg, y: &Arg) {
+    let size = x.ty.dtype.size();
+    let ((_, cx, sx), (_, cy, sy)) = (x.rows(), y.rows());
+    let n = x.len();
+    if n == 0 {
+        return;
+    }
+    // Runs that are contiguous on both sides, batched so that a task is worth its start.
+    let run = if cx.is_multiple_of(cy) {
+        cy
+    } else if cy.is_multiple_of(cx) {
+        cx
+    } else {
+        gcd(cx, cy)
+    };
+    let per_task = ((64 * 1024) / (run * size)).max(1);
+    let runs = n / run;
+    (0..runs.div_ceil(per_task)).into_par_iter().with_min_len(4).for_each(|task| {
+        for r in task * per_task..((task + 1) * per_task).min(runs) {
+            let i = r * run;
+            let (from, to) = (i / cx * sx + i % cx, i / cy * sy + i % cy);
+            // SAFETY: both lie inside their views; views of different buffers do not overlap.
+            unsafe { std::ptr::copy_nonoverlapping(x.ptr().add(from * size), y.ptr().add(to * size), run * size) };
+        }
+    });
+}
+
+fn gcd(a: usize, b: usize) -> usize {
+    if b == 0 { a } else { gcd(b, a % b) }
+}
+
+impl CpuKernel for Reshape {
+    fn run(&self, x: &[Arg], y: &[Arg]) -> Result<(), KernelError> {
+        copy(&x[0], &y[0]);
+        Ok(())
+    }
+}
+
+impl CpuKernel for Slice {
+    fn run(&self, _: &[Arg], _: &[Arg]) -> Result<(), KernelError> {
+        panic!("BUG: a slice is a view, not a step")
+    }
+}
+
+impl CpuKernel for Concat {
+    fn run(&self, _: &[Arg], _: &[Arg]) -> Result<(), KernelError> {
+        panic!("BUG: a concat is lowered to copies")
+    }
+}
+
+impl CpuKernel for Constant {
+    fn run(&self, _: &[Arg], y: &[Arg]) -> Result<(), KernelError> {
+        match self.ty.dtype {
+            DType::I32 => y[0].i32_mut().fill(self.value as i32),
+            // SAFETY: a contiguous result of one byte an element.
+            DType::Bool => unsafe { std::ptr::write_bytes(y[0].ptr(), self.value as u8, y[0].len()) },
+            _ => y[0].f32_mut().fill(self.value as f32),
+        }
+        Ok(())
+    }
+}
+
+/// Four-byte elements of a contiguous operand.
+fn words<'a>(x: &'a Arg) -> &'a [u32] {
+    assert!(x.ty.dtype.size() == 4 && x.is_contiguous(), "BUG: contiguous four-byte elements wanted, got {}", x.ty);
+    // SAFETY: `Arg`'s contract; f32 and i32 have the size and alignment of u32.
+    unsafe { std::slice::from_raw_parts(x.ptr().cast(), x.len()) }
+}
+
+#[allow(clippy::mut_from_ref)]
+fn words_mut<'a>(x: &'a Arg) -> &'a mut [u32] {
+    assert!(x.ty.dtype.size() == 4 && x.is_contiguous(), "BUG: contiguous four-byte elements wanted, got {}", x.ty);
+    // SAFETY: as `words`; a kernel takes each result once.
+    unsafe { std::slice::from_raw_parts_mut(x.ptr().cast(), x.len()) }
+}
+
+impl CpuKernel for Transpose {
+    fn run(&self, x: &[Arg], y: &[Arg]) -> Result<(), KernelError> {
+        if x[0].len() > 0 {
+            permute(words(&x[0]), x[0].shape(), &self.perm, words_mut(&y[0]));
+        }
+        Ok(())
+    }
+}
+
+impl CpuKernel for Broadcast {
+    fn run(&self, x: &[Arg], y: &[Arg]) -> Result<(), KernelError> {
+        if y[0].len() == 0 {
+            return Ok(());
+        }
+        let (from, to) = (x[0].shape(), y[0].shape());
+        let skip = to.len() - from.len();
+        let st = strides(from);
+        let step: Vec<usize> =
+            (0..to.len()).map(|i| if i < skip || from[i - skip] == 1 { 0 } else { st[i - skip] }).collect();
+        let inner = to.last().copied().unwrap_or(1);
+        let last = step.last().copied().unwrap_or(0);
+        let (src, outer) = (words(&x[0]), strides(to));
+        words_mut(&y[0]).par_chunks_mut(inner).with_min_len((16 * 1024 / inner).max(1)).enumerate().for_each(
+            |(r, out)| {
+                let at: usize = (0..to.len().saturating_sub(1)).map(|k| r * inner / outer[k] % to[k] * step[k]).sum();
+                if last == 0 { out.fill(src[at]) } else { out.copy_from_slice(&src[at..at + inner]) }
+            },
+        );
+        Ok(())
+    }
+}
+
+impl CpuKernel for Pad {
+    fn run(&self, x: &[Arg], y: &[Arg]) -> Result<(), KernelError> {
+        let inner: usize = y[0].shape()[self.axis + 1..].iter().product();
+        let (from, to) = (x[0].shape()[self.axis] * inner, y[0].shape()[self.axis] * inner);
+        if to == 0 {
+            return Ok(());
+        }
+        let skip = self.before * inner;
+        let src = words(&x[0]);
+        words_mut(&y[0]).par_chunks_mut(to).with_min_len((16 * 1024 / to).max(1)).enumerate().for_each(|(r, out)| {
+            out[..skip].fill(0);
+            out[skip..skip + from].copy_from_slice(&src[r * from..(r + 1) * from]);
+            out[skip + from..].fill(0);
+        });
+        Ok(())
+    }
+}

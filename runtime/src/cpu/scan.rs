@@ -1,0 +1,55 @@
+//! The selective scan.
+
+use super::{Arg, CpuKernel, KernelError};
+use rambac_cpu::kernels::scan;
+use rambac_ir::ops::*;
+
+fn shape(x: &[Arg], block: usize) -> scan::SelectiveScan {
+    let (s, b) = (x[0].shape(), x[3].shape());
+    scan::SelectiveScan { n: s[0], l: s[1], heads: s[2], head_dim: s[3], groups: b[2], state: b[3], block }
+}
+
+impl CpuKernel for SelectiveScan {
+    fn run(&self, x: &[Arg], y: &[Arg]) -> Result<(), KernelError> {
+        let s = shape(x, self.block);
+        let (e, gr) = (s.heads * s.head_dim, s.groups * s.state);
+        s.forward(
+            x[0].mat(e),
+            x[1].mat(s.heads),
+            x[2].f32(),
+            x[3].mat(gr),
+            x[4].mat(gr),
+            x[5].f32(),
+            x[6].f32(),
+            y[0].mat_mut(e),
+            y[1].f32_mut(),
+        );
+        Ok(())
+    }
+}
+
+impl CpuKernel for SelectiveScanGrad {
+    fn run(&self, x: &[Arg], y: &[Arg]) -> Result<(), KernelError> {
+        let s = shape(x, self.block);
+        let (e, gr) = (s.heads * s.head_dim, s.groups * s.state);
+        s.backward(
+            x[0].mat(e),
+            x[1].mat(s.heads),
+            x[2].f32(),
+            x[3].mat(gr),
+            x[4].mat(gr),
+            x[5].f32(),
+            x[6].f32(),
+            x[7].mat(e),
+            x[8].f32(),
+            y[0].mat_mut(e),
+            y[1].mat_mut(s.heads),
+            y[2].f32_mut(),
+            y[3].mat_mut(gr),
+            y[4].mat_mut(gr),
+            y[5].f32_mut(),
+            y[6].f32_mut(),
+        );
+        Ok(())
+    }
+}

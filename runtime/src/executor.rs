@@ -1,0 +1,276 @@
+//! Runs a Program on the CPU.
+//!
+//! Dims are bound once per binding: the plan, the addresses and the shapes are kept, so that a run only resolves
+//! pointers and calls kernels.  The arena is allocated once and grows to the largest plan it has served.
+
+use crate::cpu::{Arg, KernelError, run_kernel};
+use crate::store::Store;
+use crate::tensor::{Tensor, TensorRef};
+use rambac_codegen::plan::ALIGN;
+use rambac_codegen::{BufferKind, MemoryPlan, Program, View, plan};
+use rambac_ir::ops::{Op, SourceKind};
+use rambac_ir::ty::ConcreteTy;
+use rambac_ir::{Bindings, DimError};
+use std::alloc::Layout;
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Why a run failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ExecError {
+    #[error(transparent)]
+    Dim(#[from] DimError),
+    #[error("{kind} \"{name}\" ({expected}) was not given to program {program}")]
+    Missing { program: String, kind: &'static str, name: String, expected: String },
+    #[error("{kind} \"{name}\" of program {program} must be {expected}, but {found} was given")]
+    Wrong { program: String, kind: &'static str, name: String, expected: String, found: String },
+    #[error("{program}: step {step} ({op}): {error}")]
+    Kernel { program: String, step: usize, op: &'static str, error: KernelError },
+    #[error(
+        "{program} needs {} MiB for activations at {dims}, which this machine did not give; use a shorter length, a \
+         smaller batch or --recompute", need >> 20
+    )]
+    OutOfMemory { program: String, need: usize, dims: String },
+}
+
+/// Memory aligned for any kernel.
+struct Arena {
+    ptr: *mut u8,
+    size: usize,
+}
+
+// SAFETY: plain owned memory.
+unsafe impl Send for Arena {}
+
+impl Arena {
+    fn empty() -> Self {
+        Self { ptr: std::ptr::without_provenance_mut(ALIGN), size: 0 }
+    }
+    /// At least `size` bytes; contents are lost on growth.
+    fn reserve(&mut self, size: usize) -> bool {
+        if size <= self.size {
+            return true;
+        }
+        self.free();
+        let Ok(layout) = Layout::from_size_align(size, ALIGN) else { return false };
+        // SAFETY: the layout is not empty, `size > self.size >= 0`.
+        let ptr = unsafe { std::alloc::alloc_zeroed(layout) };
+        if ptr.is_null() {
+            return false;
+        }
+        (self.ptr, self.size) = (ptr, size);
+        true
+    }
+    fn free(&mut self) {
+        if self.size > 0 {
+            // SAFETY: allocated by `reserve` with this layout.
+            unsafe { std::alloc::dealloc(self.ptr, Layout::from_size_align_unchecked(self.size, ALIGN)) };
+            *self = Self::empty();
+        }
+    }
+}
+
+impl Drop for Arena {
+    fn drop(&mut self) {
+        self.free();
+    }
+}
+
+/// A view with its dims bound.
+#[derive(Clone, Debug)]
+struct BoundView {
+    buffer: usize,
+    offset: usize,
+    ty: ConcreteTy,
+    strided: Option<(usize, usize)>,
+}
+
+struct Bound {
+    plan: MemoryPlan,
+    steps: Vec<(Vec<BoundView>, Vec<BoundView>)>,
+    outputs: Vec<BoundView>,
+    sources: Vec<ConcreteTy>,
+}
+
+/// First byte of every buffer during one run.
+struct Bases(Vec<*mut u8>);
+
+// SAFETY: they point to memory that outlives the run; steps run one after another, and a kernel's tasks touch disjoint
+// parts of its results.
+unsafe impl Send for Bases {}
+unsafe impl Sync for Bases {}
+
+impl Bases {
+    fn arg<'a>(&self, v: &'a BoundView) -> Arg<'a> {
+        Arg::new(self.0[v.buffer], v.offset, &v.ty, v.strided)
+    }
+}
+
+/// Time spent per step, for profiles.
+pub type StepTimes = Vec<Duration>;
+
+/// A Program ready to run.
+pub struct Executor {
+    program: Arc<Program>,
+    bound: HashMap<Bindings, Arc<Bound>>,
+    arena: Arena,
+    pool: Arc<rayon::ThreadPool>,
+}
+
+impl Executor {
+    pub fn new(program: Program, pool: Arc<rayon::ThreadPool>) -> Self {
+        Self { program: Arc::new(program), bound: HashMap::new(), arena: Arena::empty(), pool }
+    }
+    pub fn program(&self) -> &Program {
+        &self.program
+    }
+
+    fn bind(&mut self, dims: &Bindings) -> Result<Arc<Bound>, DimError> {
+        if let Some(b) = self.bound.get(dims) {
+            return Ok(b.clone());
+        }
+        let p = &self.program;
+        let plan = plan(p, dims)?;
+        let view = |v: &View| -> Result<BoundView, DimError> {
+            Ok(BoundView {
+                buffer: v.buffer.index(),
+                offset: v.offset.eval(dims)?,
+                ty: v.ty.bind(dims)?,
+                strided: match &v.strided {
+                    Some(s) => Some((s.cols.eval(dims)?, s.stride.eval(dims)?)),
+                    None => None,
+                },
+            })
+        };
+        let views = |vs: &[View]| vs.iter().map(view).collect::<Result<Vec<_>, _>>();
+        let steps =
+            p.steps.iter().map(|s| Ok((views(&s.inputs)?, views(&s.outputs)?))).collect::<Result<_, DimError>>()?;
+        let outputs = p.outputs.iter().map(|o| view(&o.view)).collect::<Result<_, _>>()?;
+        let sources = p.sources.iter().map(|s| s.ty.bind(dims)).collect::<Result<_, _>>()?;
+        let b = Arc::new(Bound { plan, steps, outputs, sources });
+        // Decoding binds ever new lengths; old bindings must not pile up.
+        if self.bound.len() >= 64 {
+            self.bound.clear();
+        }
+        self.bound.insert(dims.clone(), b.clone());
+        Ok(b)
+    }
+
+    /// The memory plan at `dims`.
+    ///
+    /// # Errors
+    /// A dim without a value.
+    pub fn plan(&mut self, dims: &Bindings) -> Result<MemoryPlan, DimError> {
+        Ok(self.bind(dims)?.plan.clone())
+    }
+
+    /// Runs once: reads `inputs` and the store, updates the store, returns the other outputs in order.
+    ///
+    /// # Errors
+    /// See [`ExecError`].  Params and states may be half updated after a kernel's error, not after any other.
+    pub fn run(
+        &mut self,
+        dims: &Bindings,
+        inputs: &[(&str, TensorRef)],
+        store: &mut Store,
+    ) -> Result<Vec<(String, Tensor)>, ExecError> {
+        self.run_timed(dims, inputs, store, None)
+    }
+
+    /// As [`run`](Self::run); adds the time of every step to `times`.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    pub fn run_timed(
+        &mut self,
+        dims: &Bindings,
+        inputs: &[(&str, TensorRef)],
+        store: &mut Store,
+        mut times: Option<&mut StepTimes>,
+    ) -> Result<Vec<(String, Tensor)>, ExecError> {
+        let bound = self.bind(dims)?;
+        let p = self.program.clone();
+        let name = || p.name.clone();
+
+        // Resolve every source before anything runs.
+        let mut bases = Bases(vec![std::ptr::null_mut(); p.buffers.len()]);
+        for (slot, expected) in p.sources.iter().zip(&bound.sources) {
+            let wrong = |kind, found: String| ExecError::Wrong {
+                program: name(),
+                kind,
+                name: slot.name.clone(),
+                expected: expected.to_string(),
+                found,
+            };
+            let missing = |kind| ExecError::Missing {
+                program: name(),
+                kind,
+                name: slot.name.clone(),
+                expected: expected.to_string(),
+            };
+            bases.0[slot.buffer.index()] = match slot.kind {
+                SourceKind::Input => {
+                    let (_, t) = inputs.iter().find(|(n, _)| *n == slot.name).ok_or_else(|| missing("input"))?;
+                    if t.ty() != *expected || t.len() != expected.elements() {
+                        return Err(wrong("input", format!("{} ({} elements)", t.ty(), t.len())));
+                    }
+                    t.as_ptr().cast_mut()
+                }
+                SourceKind::Param | SourceKind::State => {
+                    let kind = if slot.kind == SourceKind::Param { "param" } else { "state" };
+                    let t = store.0.get_mut(&slot.name).ok_or_else(|| missing(kind))?;
+                    if t.ty() != *expected {
+                        return Err(wrong(kind, t.ty().to_string()));
+                    }
+                    t.as_mut_ptr()
+                }
+            };
+        }
+        if !self.arena.reserve(bound.plan.arena) {
+            return Err(ExecError::OutOfMemory { program: name(), need: bound.plan.arena, dims: dims.to_string() });
+        }
+        for (b, offset) in bound.plan.offsets.iter().enumerate() {
+            if let (Some(o), BufferKind::Arena) = (offset, p.buffers[b].kind) {
+                // SAFETY: the plan's offsets lie inside the arena.
+                bases.0[b] = unsafe { self.arena.ptr.add(*o) };
+            }
+        }
+
+        if let Some(t) = &mut times {
+            t.resize(p.steps.len(), Duration::ZERO);
+        }
+        self.pool.install(|| -> Result<(), ExecError> {
+            let (mut x, mut y) = (vec![], vec![]);
+            for (i, (step, (ins, outs))) in p.steps.iter().zip(&bound.steps).enumerate() {
+                x.clear();
+                x.extend(ins.iter().map(|v| bases.arg(v)));
+                y.clear();
+                y.extend(outs.iter().map(|v| bases.arg(v)));
+                let t = std::time::Instant::now();
+                run_kernel(&step.op, &x, &y).map_err(|error| ExecError::Kernel {
+                    program: name(),
+                    step: i,
+                    op: step.op.mnemonic(),
+                    error,
+                })?;
+                if let Some(times) = &mut times {
+                    times[i] += t.elapsed();
+                }
+            }
+            Ok(())
+        })?;
+        Ok(p.outputs
+            .iter()
+            .zip(&bound.outputs)
+            .filter(|(o, _)| !o.update)
+            .map(|(o, v)| (o.name.clone(), bases.arg(v).to_tensor()))
+            .collect())
+    }
+}
+
+/// Whether an op of the program runs by its reference evaluation, with the reason.
+pub fn slow_steps(p: &Program) -> Vec<(usize, &'static str)> {
+    let slow = |op: &Op| rambac_codegen::traits::kernel_traits(op).reference;
+    p.steps.iter().enumerate().filter_map(|(i, s)| slow(&s.op).map(|r| (i, r))).collect()
+}

@@ -1,0 +1,15 @@
+//! Runs Programs: the CPU device, tensors and the store, the executor, checkpoints.
+
+pub mod checkpoint;
+pub mod cpu;
+pub mod executor;
+pub mod session;
+pub mod store;
+pub mod tensor;
+pub mod trainer;
+
+pub use executor::{ExecError, Executor};
+pub use session::{Session, SessionGraphs};
+pub use store::Store;
+pub use tensor::{Tensor, TensorRef};
+pub use trainer::{MicroBatch, StepReport, TrainError, Trainer};
