@@ -44,7 +44,7 @@ pub fn lower(g: &Graph) -> Program {
         .map(|o| OutputSlot { name: o.name.to_string(), view: l.contiguous(o.value), update: false })
         .collect();
     l.updates(&mut outputs);
-    l.in_place(&outputs);
+    l.in_place(&mut outputs);
     Program {
         name: g.name.clone(),
         syms: g.syms.clone(),
@@ -302,7 +302,7 @@ impl Lowering<'_> {
     }
 
     /// Lets elementwise results take the buffer of an operand that dies there.
-    fn in_place(&mut self, outputs: &[OutputSlot]) {
+    fn in_place(&mut self, outputs: &mut [OutputSlot]) {
         let mut last = vec![0usize; self.buffers.len()];
         for (i, s) in self.steps.iter().enumerate() {
             s.inputs.iter().chain(&s.outputs).for_each(|v| last[v.buffer.index()] = i);
@@ -351,6 +351,7 @@ impl Lowering<'_> {
                 }
             }
         }
+        outputs.iter_mut().for_each(|o| o.view.buffer = become_[o.view.buffer.index()]);
     }
 }
 

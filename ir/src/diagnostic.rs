@@ -84,7 +84,8 @@ pub fn render(diagnostics: &[Diagnostic], src: &str) -> String {
                 let line = src[start..].split('\n').next().unwrap_or_default();
                 let number = src[..start].matches('\n').count() + 1;
                 let before = src[start..span.start].chars().count();
-                let marked = src.get(span.clone()).map_or(1, |s| s.split('\n').next().unwrap_or_default().chars().count());
+                let marked =
+                    src.get(span.clone()).map_or(1, |s| s.split('\n').next().unwrap_or_default().chars().count());
                 out += &format!("{number:4} | {line}\n     | {}{}\n", " ".repeat(before), "^".repeat(marked.max(1)));
             }
             (None, Loc::Caller(_)) => out += &format!("     at {}\n", d.loc),

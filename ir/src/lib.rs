@@ -9,6 +9,7 @@
 //! - [`diagnostic`]: what is wrong, where, and what to do.
 //! - [`text`]: the text form; `parse(print(g)) == g`.
 //! - [`verify`]: everything that must hold, reported all at once.
+//! - `testing` (feature): graphs grown at random.
 //! - [`host`], [`interp`]: host arrays and the reference interpreter.
 
 pub mod attr;
@@ -19,6 +20,8 @@ pub mod graph;
 pub mod host;
 pub mod interp;
 pub mod ops;
+#[cfg(feature = "testing")]
+pub mod testing;
 pub mod text;
 pub mod ty;
 pub mod verify;

@@ -434,7 +434,7 @@ impl Config {
         if self.encoder_layers > 0 {
             divides(p, heads, ("num_key_value_heads", self.num_key_value_heads));
             let d = self.attention_head_dim();
-            p.check(d % 2 == 0, "hidden_size, num_attention_heads", || {
+            p.check(d.is_multiple_of(2), "hidden_size, num_attention_heads", || {
                 format!("the chunk encoder's rotary embedding needs an even width per head, found {d}; change either or set encoder_layers = 0")
             });
             p.check(self.mlp_dim() > 0, "hidden_size, encoder_layers", || {
@@ -483,7 +483,7 @@ impl Config {
 
     /// Inner width of the chunk encoder's MLP: ⌊8D/3⌋ rounded down to a multiple of 64.
     pub fn mlp_dim(&self) -> usize {
-        self.hidden_size / 24 * 64
+        (self.hidden_size / 24).saturating_mul(64)
     }
 
     /// I, the attention layers that share one retrieval; 0 for plain Mamba-2.
@@ -501,7 +501,7 @@ impl Config {
         if self.is_plain() { 0 } else { self.num_upper_layers }
     }
 
-    /// The stack, in order; a layer's index here is the `i` of its checkpoint names.
+    /// The stack, in order, for sizes within bounds; a layer's index here is the `i` of its checkpoint names.
     pub fn layers(&self) -> Vec<LayerKind> {
         let mut layers = vec![LayerKind::Mamba; self.num_lower_layers];
         if !self.is_plain() {
@@ -545,7 +545,7 @@ impl Config {
         total
     }
 
-    /// Parameters in all, tied weights once.
+    /// Parameters in all, tied weights once, for sizes within bounds.
     pub fn n_parameters(&self) -> u64 {
         u64::try_from(self.count_parameters()).unwrap_or(u64::MAX)
     }
@@ -724,7 +724,7 @@ fn transformers_defaults() -> Config {
 
 /// Whether `a` is a multiple of `b`; nothing is one of 0.
 fn is_multiple(a: usize, b: usize) -> bool {
-    b != 0 && a % b == 0
+    b != 0 && a.is_multiple_of(b)
 }
 
 /// Problems in the making.
@@ -814,7 +814,7 @@ fn quote_python_floats(text: &str) -> String {
         match bytes[i] {
             b'\\' if in_string => i += 1,
             b'"' => in_string = !in_string,
-            b'-' | b'I' | b'N' if !in_string && !(i > 0 && word(i - 1)) => {
+            b'-' | b'I' | b'N' if !in_string && (i == 0 || !word(i - 1)) => {
                 let found = ["Infinity", "-Infinity", "NaN"]
                     .into_iter()
                     .find(|w| bytes[i..].starts_with(w.as_bytes()) && !word(i + w.len()));
@@ -1075,7 +1075,7 @@ mod tests {
             bytes[at % n] = with;
             if let Ok(p) = Config::from_json(&String::from_utf8_lossy(&bytes), "x") {
                 prop_assert_eq!(p.config.problems(), vec![]);
-                prop_assert!(p.config.layers().len() > 0);
+                prop_assert!(!p.config.layers().is_empty());
             }
         }
 

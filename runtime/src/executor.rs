@@ -66,7 +66,9 @@ impl Arena {
         if self.size > 0 {
             // SAFETY: allocated by `reserve` with this layout.
             unsafe { std::alloc::dealloc(self.ptr, Layout::from_size_align_unchecked(self.size, ALIGN)) };
-            *self = Self::empty();
+            // Not an assignment of `empty()`: that would drop, and free, the old value again.
+            self.ptr = std::ptr::without_provenance_mut(ALIGN);
+            self.size = 0;
         }
     }
 }

@@ -178,9 +178,10 @@ impl Lexer<'_> {
             }
         }
         if text.bytes().all(|b| b.is_ascii_digit()) {
-            return text.parse().map(Tok::Int).map_err(|_| {
-                Diagnostic::error(format!("the number {text} is too large")).at(self.span(start))
-            });
+            return text
+                .parse()
+                .map(Tok::Int)
+                .map_err(|_| Diagnostic::error(format!("the number {text} is too large")).at(self.span(start)));
         }
         match text.parse::<f64>() {
             Ok(v) if v.is_finite() => Ok(Tok::Float(v)),

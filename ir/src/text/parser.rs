@@ -220,17 +220,13 @@ impl<'t> Line<'t> {
         let here = self.span();
         let too_large = || Diagnostic::error("this number is too large").at(start.start..here.end);
         let v = match self.peek() {
-            Some(Tok::Int(v)) if negative => {
-                Attr::Int(0i64.checked_sub_unsigned(*v).ok_or_else(too_large)?)
-            }
+            Some(Tok::Int(v)) if negative => Attr::Int(0i64.checked_sub_unsigned(*v).ok_or_else(too_large)?),
             Some(Tok::Int(v)) => match i64::try_from(*v) {
                 Ok(v) => Attr::Int(v),
                 Err(_) => Attr::Dim(usize::try_from(*v).map(Dim::int).map_err(|_| too_large())?),
             },
             Some(Tok::Float(v)) => Attr::Float(if negative { -v } else { *v }),
-            Some(Tok::Word(w)) if w == "inf" => {
-                Attr::Float(if negative { f64::NEG_INFINITY } else { f64::INFINITY })
-            }
+            Some(Tok::Word(w)) if w == "inf" => Attr::Float(if negative { f64::NEG_INFINITY } else { f64::INFINITY }),
             Some(Tok::Word(w)) if w == "nan" || w == "NaN" => Attr::Float(f64::NAN),
             _ => return Err(self.wanted("a number")),
         };
@@ -291,6 +287,7 @@ impl<'a> Parser<'a> {
             (Stage::Returned, _) => Err(Diagnostic::error("statement after `return`").at(span).help("move it up")),
             (_, Some(Tok::Word(w))) if w == "return" => {
                 self.stage = Stage::Returned;
+                l.at += 1;
                 if broken.is_none() { self.returns(l) } else { Ok(()) }
             }
             _ if broken.is_some() => {
@@ -408,7 +405,12 @@ impl<'a> Parser<'a> {
                     return Err(l.wanted("a name in quotes").help(format!("write {mnemonic} \"name\" : f32[N, L]")));
                 };
                 l.at += 1;
-                attrs.push(Written { name: "name".into(), attr: Attr::Str(s.clone()), name_at: at.clone(), value_at: at });
+                attrs.push(Written {
+                    name: "name".into(),
+                    attr: Attr::Str(s.clone()),
+                    name_at: at.clone(),
+                    value_at: at,
+                });
             }
             "constant" => {
                 let at = l.span();
@@ -431,7 +433,8 @@ impl<'a> Parser<'a> {
             self.attributes(l, &mut attrs)?;
         }
         let ty_at = l.span();
-        let written = if l.eat(':') { Some(l.list(|l| Ok((l.span(), l.ty()?, l.toks[l.at - 1].1.end)))?) } else { None };
+        let written =
+            if l.eat(':') { Some(l.list(|l| Ok((l.span(), l.ty()?, l.toks[l.at - 1].1.end)))?) } else { None };
         let scope = match l.peek() {
             Some(Tok::Scope(s)) => {
                 l.at += 1;
@@ -470,7 +473,9 @@ impl<'a> Parser<'a> {
         if let Some(written) = written {
             if written.len() != inferred.len() {
                 let d = format!("{mnemonic} has {} results, {} types written", inferred.len(), written.len());
-                return Err(Diagnostic::error(d).at(ty_at.start..l.end.end).help(format!("it gives {}", list(&inferred))));
+                return Err(Diagnostic::error(d)
+                    .at(ty_at.start..l.end.end)
+                    .help(format!("it gives {}", list(&inferred))));
             }
             if let Some(((at, w), t)) = written.iter().zip(&inferred).find(|((_, w), t)| w != *t) {
                 let d = format!("{mnemonic} gives {t}, but {w} is written");
@@ -556,7 +561,8 @@ impl<'a> Parser<'a> {
                     AttrError::Wrong { name, .. } => (find(name).map_or(op_at, |w| w.value_at.clone()), None),
                     AttrError::Unknown { name, known } => (
                         find(name).map_or(op_at, |w| w.name_at.clone()),
-                        nearest(name, known.split(", ").filter(|k| *k != "none")).map(|n| format!("did you mean `{n}`?")),
+                        nearest(name, known.split(", ").filter(|k| *k != "none"))
+                            .map(|n| format!("did you mean `{n}`?")),
                     ),
                 };
                 let d = Diagnostic::error(format!("{mnemonic}: {e}")).at(at);
@@ -639,7 +645,8 @@ impl<'a> Parser<'a> {
     /// Defines whatever stands before `=` on a broken line, so that its uses aren't reported too.
     fn poison(&mut self, l: &Line) {
         let before = l.toks.iter().take_while(|(t, _)| *t != Tok::Punct('='));
-        let labels = before.filter_map(|(t, s)| if let Tok::Label(l) = t { Some((l.clone(), s.clone())) } else { None });
+        let labels =
+            before.filter_map(|(t, s)| if let Tok::Label(l) = t { Some((l.clone(), s.clone())) } else { None });
         self.define_broken(labels.collect(), Self::annotation(l));
     }
 

@@ -21,7 +21,8 @@ pub fn print(g: &Graph) -> String {
         let operands: Vec<String> = n.inputs.iter().map(&label).collect();
         out += &format!("  {} = {}\n", results.join(", "), rhs(n, &operands));
     }
-    let outputs: Vec<String> = g.outputs.iter().map(|o| format!(" {} = {}", quoted(&o.name), label(&o.value))).collect();
+    let outputs: Vec<String> =
+        g.outputs.iter().map(|o| format!(" {} = {}", quoted(&o.name), label(&o.value))).collect();
     out + &format!("  return{}\n}}\n", outputs.join(","))
 }
 
@@ -52,7 +53,6 @@ fn rhs(n: &Node, operands: &[String]) -> String {
     }
     out
 }
-
 
 /// Every value's label without `%`, unique.
 fn labels(g: &Graph) -> Vec<Vec<String>> {

@@ -155,7 +155,8 @@ impl Verifier<'_> {
         for (id, s) in self.g.sources() {
             if let Some(first) = seen.insert(&s.name, id) {
                 let (name, first) = (s.name.to_attr(), self.g.label(first.result(0)));
-                self.on(id, format!("{first} already is the source {name}")).help = Some("use one, or rename one".into());
+                self.on(id, format!("{first} already is the source {name}")).help =
+                    Some("use one, or rename one".into());
             }
         }
     }
@@ -167,7 +168,8 @@ impl Verifier<'_> {
             let name = o.name.to_string().to_attr();
             if !self.exists(o.value) {
                 self.sound = false;
-                self.errors.push(Diagnostic::error(format!("output {name} is {}, which does not exist", g.label(o.value))));
+                self.errors
+                    .push(Diagnostic::error(format!("output {name} is {}, which does not exist", g.label(o.value))));
                 continue;
             }
             let at = |d: Diagnostic| d.on(o.value.node, &g.node(o.value.node).loc);

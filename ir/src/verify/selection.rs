@@ -249,7 +249,8 @@ pub(super) fn check(g: &Graph) -> Vec<Diagnostic> {
         if let Some(w) = u.weights {
             let weights = f.weight_choices(n.inputs[w]);
             if !choices.is_empty() && !weights.is_empty() && choices.is_disjoint(&weights) {
-                let what = format!("its weights belong to {}, but its indices to {}", f.names(&weights), f.names(&choices));
+                let what =
+                    format!("its weights belong to {}, but its indices to {}", f.names(&weights), f.names(&choices));
                 error(what, "weigh the scores of the selection whose indices are used");
             }
         }
@@ -305,7 +306,11 @@ pub(super) fn lint(g: &Graph) -> Vec<Diagnostic> {
             for choice in f.choices(n.inputs[1]) {
                 if f.relation(n.inputs[0], choice) == Relation::Related {
                     let what = format!("it weighs other scores than {} chose by", mention(g, choice));
-                    warn(what, "this trains the weighed scores only; weigh the very scores of the choice if that is not meant".into());
+                    warn(
+                        what,
+                        "this trains the weighed scores only; weigh the very scores of the choice if that is not meant"
+                            .into(),
+                    );
                 }
             }
         }
@@ -337,7 +342,10 @@ fn unmasked(f: &Facts, s: Value, warn: &mut impl FnMut(String, String)) {
             Op::Unary(u) if u.f == UnaryFn::Exp => "choose by the scores themselves: exp does not change their order",
             _ => "choose by the scores themselves and apply it after the choice",
         };
-        warn(format!("{} turns the -inf of unfinished chunks into numbers, so they can be chosen", mention(f.g, v.node)), help.into());
+        warn(
+            format!("{} turns the -inf of unfinished chunks into numbers, so they can be chosen", mention(f.g, v.node)),
+            help.into(),
+        );
     }
 }
 

@@ -85,30 +85,39 @@ impl<'a, T> SharedMut<'a, T> {
 }
 
 /// Buffers larger than this are given back to the allocator after use.
-const KEEP: usize = 1 << 24;
+const KEEP: usize = 1 << 25;
+
+/// Idle buffers a thread keeps.
+const IDLE: usize = 8;
 
 thread_local! {
-    /// Idle buffers of this thread; a stack, so that nested and stolen tasks each get their own.
+    /// Idle buffers of this thread by length; taken out while in use, so nested and stolen tasks each get their own.
     static POOL: RefCell<Vec<Vec<f32>>> = const { RefCell::new(Vec::new()) };
 }
 
 /// Calls `f` with `len` floats of scratch, 64-byte aligned, contents unspecified.
 pub fn with_scratch<R>(len: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
     const LANES: usize = 16;
-    let mut buf = POOL.with(|p| p.borrow_mut().pop()).unwrap_or_default();
-    if buf.len() < len + LANES {
-        // A fresh allocation rather than `resize`: old contents need not be copied.
-        buf = vec![0.0; (len + LANES).next_multiple_of(1024)];
+    if len == 0 {
+        return f(&mut []);
     }
+    // The smallest idle buffer that fits, so that a small user does not take a large one away.
+    let idle = POOL.with(|p| {
+        let mut pool = p.borrow_mut();
+        let at = pool.partition_point(|b| b.len() < len + LANES);
+        (at < pool.len()).then(|| pool.remove(at))
+    });
+    let mut buf = idle.unwrap_or_else(|| vec![0.0; (len + LANES).next_power_of_two().max(1024)]);
     let skew = buf.as_ptr().align_offset(64).min(LANES);
     let r = f(&mut buf[skew..skew + len]);
     if buf.len() <= KEEP {
         POOL.with(|p| {
             let mut pool = p.borrow_mut();
-            pool.push(buf);
-            // Largest last, so that the next user rarely has to grow one.
-            pool.sort_by_key(Vec::len);
-            pool.truncate(8);
+            let at = pool.partition_point(|b| b.len() < buf.len());
+            pool.insert(at, buf);
+            if pool.len() > IDLE {
+                pool.remove(0);
+            }
         });
     }
     r

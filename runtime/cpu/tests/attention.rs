@@ -106,7 +106,12 @@ fn check_selection(s: Selection, start: &[i32], ties: bool) {
                 best.sort_by(|a, b| b.cmp(a));
             }
             if ties {
-                assert_eq!(chosen, best, "row {row}, ties {scores:?} {:?}", best.iter().map(|&c| score(c)).collect::<Vec<_>>());
+                assert_eq!(
+                    chosen,
+                    best,
+                    "row {row}, ties {scores:?} {:?}",
+                    best.iter().map(|&c| score(c)).collect::<Vec<_>>()
+                );
             } else if chosen != best {
                 // Only rounding may explain another choice or order.
                 let (mut a, mut b): (Vec<f64>, Vec<f64>) =

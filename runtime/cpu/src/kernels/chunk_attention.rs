@@ -226,7 +226,7 @@ impl ChunkAttention {
     }
 
     fn check(&self, x: &Inputs) {
-        assert!(self.kv_heads > 0 && self.heads % self.kv_heads == 0, "BUG: {} heads", self.heads);
+        assert!(self.kv_heads > 0 && self.heads.is_multiple_of(self.kv_heads), "BUG: {} heads", self.heads);
         assert!(self.chunk > 0, "BUG: chunks of no keys");
         assert!(x.q.rows() == self.n * self.l && x.q.cols() == self.heads * self.dim, "BUG: q");
         let (rows, cols) = (self.n * self.keys, self.kv_heads * self.dim);

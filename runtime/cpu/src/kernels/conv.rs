@@ -70,9 +70,47 @@ simd_fn! {
     }
 }
 
-fn add(x: &[f32], acc: &mut [f32]) {
-    for (a, x) in acc.iter_mut().zip(x) {
-        *a += x;
+simd_fn! {
+    /// db += g and dw_j += g * rows_j; dw (kernel, channels).
+    fn add_weight_gradients<'a, S>(g: &'a [f32], rows: &'a [&'a [f32]], dw: &'a mut [f32], db: &'a mut [f32]) {
+        let c = g.len();
+        let db = &mut db[..c];
+        if let [x0, x1, x2, x3] = *rows {
+            let (x0, x1, x2, x3) = (&x0[..c], &x1[..c], &x2[..c], &x3[..c]);
+            let (w0, rest) = dw.split_at_mut(c);
+            let (w1, rest) = rest.split_at_mut(c);
+            let (w2, w3) = rest.split_at_mut(c);
+            let w3 = &mut w3[..c];
+            for i in 0..c {
+                db[i] += g[i];
+                w0[i] = lane::fma::<S>(g[i], x0[i], w0[i]);
+                w1[i] = lane::fma::<S>(g[i], x1[i], w1[i]);
+                w2[i] = lane::fma::<S>(g[i], x2[i], w2[i]);
+                w3[i] = lane::fma::<S>(g[i], x3[i], w3[i]);
+            }
+        } else {
+            for i in 0..c {
+                db[i] += g[i];
+            }
+            for (x, w) in rows.iter().zip(dw.chunks_exact_mut(c)) {
+                for ((w, x), g) in w.iter_mut().zip(*x).zip(g) {
+                    *w = lane::fma::<S>(*g, *x, *w);
+                }
+            }
+        }
+    }
+}
+
+/// Slices for up to eight taps live on the stack.
+fn with_rows<'a>(kernel: usize, row: impl Fn(usize) -> &'a [f32], f: impl FnOnce(&[&'a [f32]])) {
+    if kernel <= 8 {
+        let mut rows: [&[f32]; 8] = [&[]; 8];
+        for (j, r) in rows[..kernel].iter_mut().enumerate() {
+            *r = row(j);
+        }
+        f(&rows[..kernel]);
+    } else {
+        f(&(0..kernel).map(row).collect::<Vec<_>>());
     }
 }
 
@@ -177,7 +215,9 @@ impl CausalConv1d {
         dw.fill(0.0);
         db.fill(0.0);
         // A ring of the last `kernel` pre-activation gradients: step s is at s % kernel.
-        par::with_scratch(kernel * c, |ring| {
+        par::with_scratch((kernel + 1) * c, |buf| {
+            let (ring, zeros) = buf.split_at_mut(kernel * c);
+            zeros.fill(0.0);
             let halo_end = (end + back).min(l);
             for s in start..halo_end {
                 let g = &mut ring[s % kernel * c..][..c];
@@ -188,26 +228,25 @@ impl CausalConv1d {
                     g.copy_from_slice(dy.row(b * l + s));
                 }
                 if s < end {
-                    add(g, db);
-                    for j in 0..kernel {
-                        let input = self.input(x, s0, b, (s + j) as isize - back as isize);
-                        add_product(g, input, &mut dw[j * c..][..c]);
-                    }
+                    let input = |j| self.input(x, s0, b, (s + j) as isize - back as isize);
+                    with_rows(kernel, input, |rows| add_weight_gradients(g, rows, dw, db));
                 }
                 // All steps that use input s - back are now in the ring, if it is this block's.
                 if s >= start + back {
-                    self.input_gradient(ring, taps, ds_final, b, (s - back) as isize, start, s, dx, ds0);
+                    self.input_gradient(ring, zeros, taps, ds_final, b, (s - back) as isize, s, dx, ds0);
                 }
             }
             // The last inputs: later steps do not exist.
             let done = (halo_end.saturating_sub(back)).max(start);
             for i in done..end {
-                self.input_gradient(ring, taps, ds_final, b, i as isize, i, halo_end - 1, dx, ds0);
+                self.input_gradient(ring, zeros, taps, ds_final, b, i as isize, halo_end - 1, dx, ds0);
             }
         });
         if start == 0 {
             // Inputs before the first step; their steps may have left the ring, so take the first ones again.
-            par::with_scratch(kernel * c, |ring| {
+            par::with_scratch((kernel + 1) * c, |buf| {
+                let (ring, zeros) = buf.split_at_mut(kernel * c);
+                zeros.fill(0.0);
                 let last = back.min(l);
                 for s in 0..last {
                     let g = &mut ring[s % kernel * c..][..c];
@@ -219,7 +258,7 @@ impl CausalConv1d {
                     }
                 }
                 for i in 0..back {
-                    self.input_gradient(ring, taps, ds_final, b, i as isize - back as isize, 0, last - 1, dx, ds0);
+                    self.input_gradient(ring, zeros, taps, ds_final, b, i as isize - back as isize, last - 1, dx, ds0);
                 }
             });
         }
@@ -231,11 +270,11 @@ impl CausalConv1d {
     fn input_gradient(
         &self,
         ring: &[f32],
+        zeros: &[f32],
         taps: &[f32],
         ds_final: &[f32],
         b: usize,
         at: isize,
-        _first: usize,
         last: usize,
         dx: &MatMut,
         ds0: &mut [f32],
@@ -249,10 +288,16 @@ impl CausalConv1d {
             &mut ds0[(at + back as isize) as usize * c..][..c]
         };
         // at = l - back + i for entry i of the final state.
-        match at + back as isize - l as isize {
-            i if i >= 0 => out.copy_from_slice(&ds_final[(b * back + i as usize) * c..][..c]),
-            _ => out.fill(0.0),
+        let from_state = match at + back as isize - l as isize {
+            i if i >= 0 => Some(&ds_final[(b * back + i as usize) * c..][..c]),
+            _ => None,
+        };
+        if at >= 0 && at + back as isize <= last as isize && from_state.is_none() {
+            // All taps present and no state involved: the convolution turned round, in one pass.
+            let g = |j: usize| &ring[(at as usize + back - j) % kernel * c..][..c];
+            return with_rows(kernel, g, |rows| row_forward(rows, taps, zeros, false, out));
         }
+        out.copy_from_slice(from_state.unwrap_or(zeros));
         for s in at.max(0)..=(at + back as isize).min(last as isize) {
             let j = (at + back as isize - s) as usize;
             add_product(&taps[j * c..][..c], &ring[s as usize % kernel * c..][..c], out);
@@ -264,17 +309,8 @@ impl CausalConv1d {
     #[allow(clippy::too_many_arguments)]
     fn pre(&self, x: &Mat, s0: &[f32], b: usize, i: usize, taps: &[f32], bias: &[f32], silu: bool, out: &mut [f32]) {
         let back = self.kernel as isize - 1;
-        if self.kernel <= 8 {
-            let mut rows: [&[f32]; 8] = [&[]; 8];
-            for (j, r) in rows[..self.kernel].iter_mut().enumerate() {
-                *r = self.input(x, s0, b, i as isize - back + j as isize);
-            }
-            row_forward(&rows[..self.kernel], taps, bias, silu, out);
-        } else {
-            let rows: Vec<&[f32]> =
-                (0..self.kernel).map(|j| self.input(x, s0, b, i as isize - back + j as isize)).collect();
-            row_forward(&rows, taps, bias, silu, out);
-        }
+        let input = |j| self.input(x, s0, b, i as isize - back + j as isize);
+        with_rows(self.kernel, input, |rows| row_forward(rows, taps, bias, silu, out));
     }
 
     /// Input of sequence `b` at time `at`, which may reach kernel - 1 steps before the first.

@@ -78,7 +78,7 @@ impl DenseAttention {
 
     fn check(&self, q: Mat, k: Mat, v: Mat) {
         let (rows, width) = (self.batch * self.t, self.kv_heads * self.dim);
-        assert!(self.kv_heads > 0 && self.heads % self.kv_heads == 0, "BUG: {} heads", self.heads);
+        assert!(self.kv_heads > 0 && self.heads.is_multiple_of(self.kv_heads), "BUG: {} heads", self.heads);
         assert!(q.rows() == rows && q.cols() == self.heads * self.dim, "BUG: q");
         assert!(k.rows() == rows && k.cols() == width && v.rows() == rows && v.cols() == width, "BUG: k, v");
     }

@@ -17,9 +17,9 @@ pub fn gather(ids: &[i32], table: Mat, y: MatMut) {
     assert!(y.rows() == ids.len() && y.cols() == table.cols(), "BUG: gather into {}x{}", y.rows(), y.cols());
     let d = table.cols();
     par::for_blocks(ids.len(), par::rows_per_task(d), ids.len() * d, |_, start, end| {
-        for i in start..end {
+        for (i, &id) in ids.iter().enumerate().take(end).skip(start) {
             // SAFETY: row i belongs to this task.
-            unsafe { y.row_unchecked(i) }.copy_from_slice(table.row(index(ids[i], table.rows())));
+            unsafe { y.row_unchecked(i) }.copy_from_slice(table.row(index(id, table.rows())));
         }
     });
 }

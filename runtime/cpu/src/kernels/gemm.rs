@@ -1,10 +1,14 @@
 //! Dense matrix products.
 //!
-//! `matmul` cuts C in tiles by shape alone; large tiles go to the `gemm` crate, single-threaded, small ones and the
-//! products inside other kernels to `small`, an own micro-kernel on strided operands that needs no packing.
+//! `matmul` cuts C in tiles and k in blocks, packs B once in panels of 64 columns (and A, if transposed, per tile), and
+//! runs `small`, a register-tiled micro-kernel on strided operands that other kernels use as well.
 //! A long contraction with a small result (weight gradients: k = tokens) is cut in parts whose results are summed in
-//! order.  Few rows (decoding) stream B once, as matrix-vector products.
+//! order.  Few rows (decoding) stream B once, as matrix-vector products.  The `gemm` crate was measured to be equal or
+//! slower on all our shapes (a fifth of the speed with transposed B), so it is not used.
 //! Invariants: tile and part counts never depend on threads; C is overwritten unless `accumulate`.
+
+// Index loops over several arrays at once read like the formulas.
+#![allow(clippy::needless_range_loop)]
 
 use crate::par::{self, SharedMut};
 use crate::{Mat, MatMut};
@@ -17,7 +21,12 @@ const FEW_ROWS: usize = 6;
 pub fn matmul(a: Mat, trans_a: bool, b: Mat, trans_b: bool, c: MatMut, accumulate: bool) {
     let (m, k) = if trans_a { (a.cols(), a.rows()) } else { (a.rows(), a.cols()) };
     let (kb, n) = if trans_b { (b.cols(), b.rows()) } else { (b.rows(), b.cols()) };
-    assert!(k == kb && c.rows() == m && c.cols() == n, "BUG: matmul {m}x{k} by {kb}x{n} into {}x{}", c.rows(), c.cols());
+    assert!(
+        k == kb && c.rows() == m && c.cols() == n,
+        "BUG: matmul {m}x{k} by {kb}x{n} into {}x{}",
+        c.rows(),
+        c.cols()
+    );
     let (ars, acs) = if trans_a { (1, a.stride()) } else { (a.stride(), 1) };
     let (brs, bcs) = if trans_b { (1, b.stride()) } else { (b.stride(), 1) };
     let p = Product { m, n, k, a: a.as_ptr(), ars, acs, b: b.as_ptr(), brs, bcs };
@@ -38,7 +47,10 @@ pub fn batched_matmul(
     trans_a: bool,
     trans_b: bool,
 ) {
-    assert!(a.len() == batch * m * k && b.len() == batch * k * n && c.len() == batch * m * n, "BUG: batched_matmul sizes");
+    assert!(
+        a.len() == batch * m * k && b.len() == batch * k * n && c.len() == batch * m * n,
+        "BUG: batched_matmul sizes"
+    );
     let (ars, acs) = if trans_a { (1, m) } else { (k, 1) };
     let (brs, bcs) = if trans_b { (1, k) } else { (n, 1) };
     let out = SharedMut::new(c);
@@ -81,15 +93,39 @@ impl SharedPtr {
     }
 }
 
-/// Rows and columns of a tile, and the number of parts of k: functions of the shape alone.
-fn plan(m: usize, n: usize, k: usize) -> (usize, usize, usize) {
-    let tn = if n <= 1024 { n } else { n.div_ceil(n.div_ceil(768)) };
-    let tn = tn.next_multiple_of(16);
-    // About 4 MFLOP a tile, rows in multiples of 48.
-    let tm = (2_000_000 / (tn * k.max(1))).clamp(48, 512).min(m.max(1)).next_multiple_of(48);
-    let tiles = m.div_ceil(tm) * n.div_ceil(tn);
-    let parts = if tiles >= 16 || k < 512 { 1 } else { (k / 256).min(32 / tiles).max(1) };
-    (tm, tn, parts)
+/// Columns of a packed panel of B.
+const PANEL: usize = 64;
+/// Rows of A packed together; the micro-kernel's height.
+const HEIGHT: usize = 6;
+/// Up to this many rows, a B whose rows are contiguous is used in place: packing it would not pay.
+const UNPACKED_ROWS: usize = 160;
+
+/// How a product is cut: a function of its shape alone.
+#[derive(Debug, PartialEq)]
+struct Plan {
+    /// Rows of a tile, a multiple of HEIGHT.
+    rows: usize,
+    /// Columns of a tile, a multiple of PANEL.
+    cols: usize,
+    /// Contraction steps of a block: a panel of B stays in L2, better L1.
+    depth: usize,
+    /// Blocks of k whose sum is one partial result.
+    blocks: usize,
+}
+
+impl Plan {
+    fn new(m: usize, n: usize, k: usize) -> Self {
+        let depth = k.div_ceil(k.div_ceil(320)).next_multiple_of(4);
+        let cols = n.div_ceil(n.div_ceil(256)).next_multiple_of(PANEL);
+        let mut rows = 192;
+        while rows > 48 && m.div_ceil(rows) * n.div_ceil(cols) < 16 && k <= 1024 {
+            rows /= 2;
+        }
+        let (tiles, all) = (m.div_ceil(rows) * n.div_ceil(cols), k.div_ceil(depth));
+        // Enough tasks for many cores; the parts' results must stay small beside the operands.
+        let parts = if tiles >= 16 { 1 } else { (32 / tiles).min(all / 2).max(1) };
+        Self { rows, cols, depth, blocks: all.div_ceil(parts) }
+    }
 }
 
 impl Product {
@@ -106,84 +142,147 @@ impl Product {
         if m == 0 || n == 0 {
             return;
         }
-        if m <= FEW_ROWS && k > 0 {
-            // SAFETY: forwarded.
-            return unsafe { self.few_rows(c, crs, add) };
+        // SAFETY: the caller's matrices, forwarded.
+        unsafe {
+            if m <= FEW_ROWS && k > 0 {
+                self.few_rows(c, crs, add);
+            } else if k == 0 || (self.bcs == 1 && m * n * k <= 1 << 18) {
+                small(m, n, k, (self.a, self.ars, self.acs), (self.b, self.brs), (c, crs), add);
+            } else {
+                self.tiled(c, crs, add);
+            }
         }
+    }
+
+    unsafe fn tiled(&self, c: *mut f32, crs: usize, add: bool) {
+        let &Product { m, n, k, .. } = self;
+        let plan = Plan::new(m, n, k);
+        let step = plan.depth * plan.blocks;
+        let (rows, cols, parts) = (m.div_ceil(plan.rows), n.div_ceil(plan.cols), k.div_ceil(step));
+        let pack = self.bcs != 1 || m > UNPACKED_ROWS;
         let work = 2 * m * n * k;
-        if work < 8 * par::INLINE_WORK {
-            // SAFETY: forwarded.
-            return unsafe { self.tile(c, crs, add) };
-        }
-        let (tm, tn, parts) = plan(m, n, k);
-        let (rows, cols) = (m.div_ceil(tm), n.div_ceil(tn));
-        if parts == 1 {
-            let c = SharedPtr(c);
-            par::for_each(rows * cols, work, |t| {
-                let (i, j) = (t / cols * tm, t % cols * tn);
-                // SAFETY: tiles are disjoint parts of the product.
-                unsafe {
-                    let tile = self.part(i, tm.min(m - i), j, tn.min(n - j), 0, k);
-                    tile.tile(c.get().add(i * crs + j), crs, add);
-                }
-            });
-            return;
-        }
-        let step = k.div_ceil(parts).next_multiple_of(16);
-        let parts = k.div_ceil(step);
-        par::with_scratch(parts * m * n, |partial| {
-            let shared = SharedMut::new(partial);
-            par::for_each(parts * rows * cols, work, |t| {
-                let (p, i, j) = (t / (rows * cols) * step, t / cols % rows * tm, t % cols * tn);
-                let (tm, tn) = (tm.min(m - i), tn.min(n - j));
-                // SAFETY: tasks own disjoint tiles of their part's partial result.
-                unsafe {
-                    let tile = self.part(i, tm, j, tn, p, step.min(k - p));
-                    let base = p / step * m * n + i * n + j;
-                    tile.tile(shared.slice(base, (tm - 1) * n + tn).as_mut_ptr(), n, false);
-                }
-            });
-            let c = SharedPtr(c);
-            par::for_blocks(m, par::rows_per_task(n * parts), parts * m * n, |_, start, end| {
-                for i in start..end {
-                    // SAFETY: row i of c belongs to this task.
-                    let row = unsafe { std::slice::from_raw_parts_mut(c.get().add(i * crs), n) };
-                    sum_rows(partial, m * n, i * n, parts, row, add);
+        par::with_scratch(if pack { k * n.next_multiple_of(PANEL) } else { 0 }, |packed| {
+            if pack {
+                self.pack_b(packed, plan.depth);
+            }
+            let packed = pack.then_some(&*packed);
+            par::with_scratch(if parts > 1 { parts * m * n } else { 0 }, |partial| {
+                let (shared, c) = (SharedMut::new(partial), SharedPtr(c));
+                par::for_each(parts * rows * cols, work, |t| {
+                    let (p, i, j) = (t / (rows * cols), t / cols % rows * plan.rows, t % cols * plan.cols);
+                    let (tm, tn) = (plan.rows.min(m - i), plan.cols.min(n - j));
+                    // SAFETY: tasks own disjoint tiles of c, or of their part's partial result.
+                    unsafe {
+                        let ks = (p * step, step.min(k - p * step));
+                        if parts == 1 {
+                            self.tile(packed, (i, tm), (j, tn), ks, plan.depth, c.get().add(i * crs + j), crs, add);
+                        } else {
+                            let to = shared.slice(p * m * n + i * n + j, (tm - 1) * n + tn).as_mut_ptr();
+                            self.tile(packed, (i, tm), (j, tn), ks, plan.depth, to, n, false);
+                        }
+                    }
+                });
+                if parts > 1 {
+                    par::for_blocks(m, par::rows_per_task(n * parts), parts * m * n, |_, start, end| {
+                        for i in start..end {
+                            // SAFETY: row i of c belongs to this task.
+                            let row = unsafe { std::slice::from_raw_parts_mut(c.get().add(i * crs), n) };
+                            sum_rows(partial, m * n, i * n, parts, row, add);
+                        }
+                    });
                 }
             });
         });
     }
 
-    /// One tile on the calling thread.
-    unsafe fn tile(&self, c: *mut f32, crs: usize, add: bool) {
-        let &Product { m, n, k, a, ars, acs, b, brs, bcs } = self;
-        // SAFETY: the caller's matrices; C is row-major with unit column stride.
-        unsafe {
-            if bcs == 1 && m * n * k <= 48 * 48 * 48 {
-                return small(m, n, k, (a, ars, acs), (b, brs), (c, crs), add);
+    /// One tile and part on the calling thread: rows, columns and contraction as (start, length).
+    #[allow(clippy::too_many_arguments)]
+    unsafe fn tile(
+        &self,
+        packed: Option<&[f32]>,
+        (i, m): (usize, usize),
+        (j, n): (usize, usize),
+        (p, k): (usize, usize),
+        depth: usize,
+        c: *mut f32,
+        crs: usize,
+        add: bool,
+    ) {
+        // Transposed A is copied in strips of HEIGHT rows: its columns are far apart in memory.
+        let copy_a = self.acs != 1 && self.ars == 1;
+        let strips = m.div_ceil(HEIGHT);
+        par::with_scratch(if copy_a { strips * HEIGHT * depth } else { 0 }, |a_copy| {
+            for p0 in (p..p + k).step_by(depth) {
+                let kb = depth.min(p + k - p0);
+                let add = add || p0 > p;
+                // SAFETY: ranges inside the operands, and in the copies as laid out by the packing.
+                unsafe {
+                    let block = self.part(i, m, j, n, p0, kb);
+                    if copy_a {
+                        block.copy_a(a_copy);
+                    }
+                    for j0 in (0..n).step_by(PANEL) {
+                        let width = PANEL.min(n - j0);
+                        let b = match packed {
+                            // Panels of a block of k follow each other; all blocks before are full.
+                            Some(all) => {
+                                let wide = self.n.next_multiple_of(PANEL);
+                                (all[p0 * wide + (j + j0) * kb..].as_ptr(), PANEL)
+                            }
+                            None => (block.b.add(j0), block.brs),
+                        };
+                        if copy_a {
+                            for s in 0..strips {
+                                let rows = HEIGHT.min(m - s * HEIGHT);
+                                let a = (a_copy[s * HEIGHT * kb..].as_ptr(), 1, HEIGHT);
+                                small(rows, width, kb, a, b, (c.add(s * HEIGHT * crs + j0), crs), add);
+                            }
+                        } else {
+                            small(m, width, kb, (block.a, block.ars, block.acs), b, (c.add(j0), crs), add);
+                        }
+                    }
+                }
             }
-            gemm::gemm(
-                m,
-                n,
-                k,
-                c,
-                1,
-                crs as isize,
-                add,
-                a,
-                acs as isize,
-                ars as isize,
-                b,
-                bcs as isize,
-                brs as isize,
-                1.0,
-                1.0,
-                false,
-                false,
-                false,
-                gemm::Parallelism::None,
-            )
+        });
+    }
+
+    /// A (m x k, transposed in memory) as strips of HEIGHT rows, each (k, HEIGHT).
+    unsafe fn copy_a(&self, to: &mut [f32]) {
+        for p in 0..self.k {
+            // SAFETY: row p of the transposed matrix has m contiguous entries.
+            let row = unsafe { std::slice::from_raw_parts(self.a.add(p * self.acs), self.m) };
+            let (full, rest) = row.as_chunks::<HEIGHT>();
+            let strips = to.chunks_exact_mut(self.k * HEIGHT);
+            for (strip, part) in strips.zip(full) {
+                strip[p * HEIGHT..][..HEIGHT].copy_from_slice(part);
+            }
+            if !rest.is_empty() {
+                to[(full.len() * self.k + p) * HEIGHT..][..rest.len()].copy_from_slice(rest);
+            }
         }
+    }
+
+    /// B in blocks of `depth` steps, each in panels (depth, PANEL); columns beyond n are never read.
+    fn pack_b(&self, to: &mut [f32], depth: usize) {
+        let &Product { n, k, .. } = self;
+        let (wide, panels) = (n.next_multiple_of(PANEL), n.div_ceil(PANEL));
+        let out = SharedMut::new(to);
+        par::for_each(k.div_ceil(depth) * panels, 2 * k * n, |t| {
+            let (p0, j0) = (t / panels * depth, t % panels * PANEL);
+            let (kb, width) = (depth.min(k - p0), PANEL.min(n - j0));
+            // SAFETY: one panel per task; reads stay inside B.
+            unsafe {
+                let to = out.slice(p0 * wide + j0 * kb, kb * PANEL);
+                let b = self.part(0, 0, j0, width, p0, kb);
+                if self.bcs == 1 {
+                    for (p, row) in to.chunks_exact_mut(PANEL).enumerate() {
+                        row[..width].copy_from_slice(std::slice::from_raw_parts(b.b.add(p * b.brs), width));
+                    }
+                } else {
+                    super::transpose::transpose_small(Mat::from_raw(b.b, width, kb, b.bcs), to, PANEL);
+                }
+            }
+        });
     }
 
     /// m <= FEW_ROWS: B is read once, in parallel over its columns (or rows, if transposed).
@@ -202,17 +301,30 @@ impl Product {
             if bcs == 1 {
                 // 256 columns: the running results stay in registers or L1, rows of B are read a kilobyte at a time.
                 par::for_blocks(n, 256, work, |_, start, end| {
-                    small(m, end - start, k, (packed.as_ptr(), k, 1), (columns(start), brs), (c.get().add(start), crs), add);
+                    small(
+                        m,
+                        end - start,
+                        k,
+                        (packed.as_ptr(), k, 1),
+                        (columns(start), brs),
+                        (c.get().add(start), crs),
+                        add,
+                    );
                 });
             } else {
                 assert!(brs == 1, "BUG: one stride of B must be 1");
                 par::for_blocks(n, par::rows_per_task(m * k), work, |_, start, end| {
-                    for j in start..end {
-                        let col = std::slice::from_raw_parts(columns(j), k);
-                        for i in 0..m {
-                            let v = dot(&packed[i * k..(i + 1) * k], col);
-                            let out = c.get().add(i * crs + j);
-                            *out = if add { *out + v } else { v };
+                    let mut values = [0.0; 4];
+                    for j in (start..end).step_by(4) {
+                        let count = 4.min(end - j);
+                        // The last columns are repeated to make four.
+                        let cols = [0, 1, 2, 3].map(|o| std::slice::from_raw_parts(columns(j + o.min(count - 1)), k));
+                        for (i, row) in packed.chunks_exact(k).enumerate() {
+                            four_dots(row, &cols, &mut values);
+                            for (o, v) in values[..count].iter().enumerate() {
+                                let out = c.get().add(i * crs + j + o);
+                                *out = if add { *out + v } else { *v };
+                            }
                         }
                     }
                 });
@@ -225,6 +337,50 @@ super::vmath::simd_fn! {
     /// Sum of products.
     pub(crate) fn dot<'a, S>(x: &'a [f32], y: &'a [f32]) -> f32 {
         super::vmath::fold::dot::<S>(x, y)
+    }
+}
+
+/// Dot products of x with four slices of its length.
+fn four_dots(x: &[f32], ys: &[&[f32]; 4], out: &mut [f32; 4]) {
+    assert!(ys.iter().all(|y| y.len() == x.len()), "BUG: dot products of unequal lengths");
+    Arch::new().dispatch(FourDots { x, ys, out })
+}
+
+struct FourDots<'a> {
+    x: &'a [f32],
+    ys: &'a [&'a [f32]; 4],
+    out: &'a mut [f32; 4],
+}
+
+impl WithSimd for FourDots<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let (xs, rest) = S::as_simd_f32s(self.x);
+        let ys = self.ys.map(|y| S::as_simd_f32s(y).0);
+        let zero = simd.splat_f32s(0.0);
+        let mut acc = [[zero; 4]; 2];
+        let pairs = xs.len() / 2 * 2;
+        for v in (0..pairs).step_by(2) {
+            for u in 0..2 {
+                for j in 0..4 {
+                    acc[u][j] = simd.mul_add_e_f32s(xs[v + u], ys[j][v + u], acc[u][j]);
+                }
+            }
+        }
+        for v in pairs..xs.len() {
+            for j in 0..4 {
+                acc[0][j] = simd.mul_add_e_f32s(xs[v], ys[j][v], acc[0][j]);
+            }
+        }
+        let full = self.x.len() - rest.len();
+        for j in 0..4 {
+            let mut sum = simd.reduce_sum_f32s(simd.add_f32s(acc[0][j], acc[1][j]));
+            for (x, y) in rest.iter().zip(&self.ys[j][full..]) {
+                sum += x * y;
+            }
+            self.out[j] = sum;
+        }
     }
 }
 

@@ -1,32 +1,42 @@
 //! The selective scan of Mamba-2 in block form (spec.md, Mamba2Block; state-space duality).
 //!
-//!     h_t = exp(dt_t a) h_{t-1} + dt_t x_t (x) b_t        y_t = h_t c_t + d x_t
+//! ```text
+//! h_t = exp(dt_t a) h_{t-1} + dt_t x_t (x) b_t        y_t = h_t c_t + d x_t
+//! ```
 //!
 //! With cs the running sum of dt a inside a block and h the state before it:
 //!
-//!     y_t  = exp(cs_t) h c_t + sum_{s<=t} (c_t . b_s) exp(cs_t - cs_s) dt_s x_s + d x_t
-//!     h'   = exp(cs_end) h + sum_s exp(cs_end - cs_s) dt_s x_s (x) b_s
+//! ```text
+//! y_t  = exp(cs_t) h c_t + sum_{s<=t} (c_t . b_s) exp(cs_t - cs_s) dt_s x_s + d x_t
+//! h'   = exp(cs_end) h + sum_s exp(cs_end - cs_s) dt_s x_s (x) b_s
+//! ```
 //!
 //! Two passes per window of blocks: states before every block (tasks: sequence, head, slice of head_dim; each walks the
-//! window), then outputs (tasks: sequence, block, group; c.b once per group).  Backward (scan_backward.rs) adds a third
+//! window), then outputs (tasks: sequence, block, up to 8 heads of a group, which share c.b).  Backward (scan_backward.rs) adds a third
 //! pass, the states' gradients walked in reverse.  Windows bound the workspace.
 //! Invariants: exponents are differences with s <= t, so never positive; cs is kept as a sum of two floats, so a
 //! difference is accurate even after a step of -1000; task and window sizes depend on shapes alone.
+
+// Index loops over several arrays at once read like the formulas.
+#![allow(clippy::needless_range_loop)]
 
 use super::gemm::small;
 use super::transpose::transpose_small;
 use super::vmath::{fold, lane, simd_fn};
 use crate::par::{self, SharedMut};
 use crate::{Mat, MatMut};
+use std::ops::Range;
 
 /// Longer blocks only add work inside the block, so `SelectiveScan::block` is cut to this.
 const MAX_BLOCK: usize = 64;
 /// Up to this many steps the recurrence itself is cheaper than blocks.
 const FEW_STEPS: usize = 6;
-/// Rows taken together in products with a triangular matrix: a multiple of `small`'s 6.
-pub(super) const STRIP: usize = 12;
-/// Floats of one window's states.
-pub(super) const WINDOW: usize = 1 << 22;
+/// Rows taken together in products with a triangular matrix: whole vectors of columns.
+pub(super) const STRIP: usize = 16;
+/// Floats of one window's states in forward: what the walk writes, the outputs find in a cache.
+const WINDOW: usize = 1 << 20;
+/// Heads of an output task.  More heads share one c.b product; fewer make more tasks and smaller windows.
+const HEADS: usize = 8;
 
 /// Sizes of a scan: `n` sequences of `l` steps, `heads` of width `head_dim`, `groups` of b and c with `state` entries
 /// (head m uses group m * groups / heads), in blocks of at most `block` steps.
@@ -89,17 +99,16 @@ simd_fn! {
 }
 
 simd_fn! {
-    /// m_ts = cb_ts exp(cs_t - cs_s) dt_s for s <= t, 0 up to the end of t's strip; both (q, q).
-    fn weigh<'a, S>(q: usize, cb: &'a [f32], hi: &'a [f32], lo: &'a [f32], dt: &'a [f32], m: &'a mut [f32]) {
+    /// m_ts = cb_ts exp(cs_t - cs_s) for s <= t, 0 up to the end of t's strip; both (q, q).
+    fn weigh<'a, S>(q: usize, cb: &'a [f32], hi: &'a [f32], lo: &'a [f32], m: &'a mut [f32]) {
         for t in 0..q {
-            // Whole vectors; what lies beyond t is overwritten.
-            let n = (t + 1).next_multiple_of(16).min(q);
+            let n = strip_end(t, q);
             let (h, l) = (hi[t], lo[t]);
-            let (out, cb, hi, lo, dt) = (&mut m[t * q..][..n], &cb[t * q..][..n], &hi[..n], &lo[..n], &dt[..n]);
+            let (out, cb, hi, lo) = (&mut m[t * q..][..n], &cb[t * q..][..n], &hi[..n], &lo[..n]);
             for s in 0..n {
-                out[s] = cb[s] * lane::exp::<S>((h - hi[s]) + (l - lo[s])) * dt[s];
+                let v = cb[s] * lane::exp::<S>((h - hi[s]) + (l - lo[s]));
+                out[s] = if s as u32 <= t as u32 { v } else { 0.0 };
             }
-            m[t * q + t + 1..t * q + strip_end(t, q)].fill(0.0);
         }
     }
 }
@@ -221,9 +230,9 @@ impl SelectiveScan {
     pub(super) fn all_states(&self) -> usize {
         self.n * self.heads * self.head_state()
     }
-    /// Blocks of a window: few enough for the workspace, enough for parallel output tasks.
-    pub(super) fn window(&self, floats: usize) -> usize {
-        (floats / self.all_states().max(1)).max(16usize.div_ceil(self.n.max(1))).clamp(1, self.blocks().max(1))
+    /// Blocks of a window: few enough for a workspace of `floats`, enough for parallel tasks (`tasks` per block).
+    pub(super) fn window(&self, floats: usize, tasks: usize) -> usize {
+        (floats / self.all_states().max(1)).max(16usize.div_ceil(tasks.max(1))).clamp(1, self.blocks().max(1))
     }
     /// First row and number of rows of block `blk` of sequence `i`.
     pub(super) fn rows(&self, i: usize, blk: usize) -> (usize, usize) {
@@ -238,6 +247,7 @@ impl SelectiveScan {
         self.n * blocks * self.q() * self.heads * self.head_state() * 4
     }
 
+    #[allow(clippy::too_many_arguments)]
     pub(super) fn check(&self, x: &Mat, dt: &Mat, a: &[f32], b: &Mat, c: &Mat, d: &[f32], h0: &[f32]) {
         let rows = self.n * self.l;
         let is = |m: &Mat, cols: usize| m.rows() == rows && m.cols() == cols;
@@ -269,7 +279,9 @@ impl SelectiveScan {
             return self.steps(x, dt, a, b, c, d, h0, y, h_final);
         }
         let (p, r, all) = (self.head_dim, self.state, self.all_states());
-        let window = self.window(WINDOW);
+        let per_group = self.heads / self.groups;
+        let (head_step, chunks) = (HEADS.min(per_group), per_group.div_ceil(HEADS) * self.groups);
+        let window = self.window(WINDOW, self.n * chunks);
         let walk = Walk { x, dt, a, b, layout: Layout::StateMajor, reverse: false };
         // states[j] is the state before block j of the window, the last one that after it; (state, head_dim) each.
         par::with_scratch((window + 1) * all, |states| {
@@ -281,9 +293,12 @@ impl SelectiveScan {
                 let count = window.min(self.blocks() - first);
                 self.walk(&walk, first, count, states);
                 let before = &*states;
-                par::for_each(self.n * count * self.groups, self.work(count), |t| {
-                    let (i, j, g) = (t / (count * self.groups), t / self.groups % count, t % self.groups);
-                    self.outputs(&x, &dt, a, &b, &c, d, &before[j * all..(j + 1) * all], &y, i, first + j, g);
+                par::for_each(self.n * count * chunks, self.work(count), |t| {
+                    let (i, j, chunk) = (t / (count * chunks), t / chunks % count, t % chunks);
+                    let (g, part) = (chunk * self.groups / chunks, chunk % (chunks / self.groups));
+                    let m = g * per_group + part * head_step;
+                    let heads = m..(m + head_step).min((g + 1) * per_group);
+                    self.outputs(&x, &dt, a, &b, &c, d, &before[j * all..(j + 1) * all], &y, i, first + j, heads);
                 });
                 states.copy_within(count * all..(count + 1) * all, 0);
                 first += count;
@@ -369,7 +384,7 @@ impl SelectiveScan {
         });
     }
 
-    /// y of block `blk` of sequence `i` for the heads of group `g`; `states` before the block, (state, head_dim).
+    /// y of block `blk` of sequence `i` for some heads of one group; `states` before the block, (state, head_dim).
     #[allow(clippy::too_many_arguments)]
     fn outputs(
         &self,
@@ -383,19 +398,20 @@ impl SelectiveScan {
         y: &MatMut,
         i: usize,
         blk: usize,
-        g: usize,
+        heads: Range<usize>,
     ) {
-        let (p, r) = (self.head_dim, self.state);
+        let (p, r, g) = (self.head_dim, self.state, self.group(heads.start));
         let (row, q) = self.rows(i, blk);
         let (b, c) = (b.block(row, q, g * r, r), c.block(row, q, g * r, r));
-        par::with_scratch(Decay::LEN + 2 * q * q + r * q, |buf| {
+        par::with_scratch(Decay::LEN + 2 * q * q + r * q + p * q, |buf| {
             let (decay, rest) = buf.split_at_mut(Decay::LEN);
             let (cb, rest) = rest.split_at_mut(q * q);
-            let (m_ts, b_t) = rest.split_at_mut(q * q);
+            let (m_ts, rest) = rest.split_at_mut(q * q);
+            let (b_t, x_dt) = rest.split_at_mut(r * q);
+            let x_dt = &mut x_dt[..p * q];
             transpose_small(b, b_t, q);
             lower_product(q, &c, b_t, cb);
-            let per_group = self.heads / self.groups;
-            for m in g * per_group..(g + 1) * per_group {
+            for m in heads {
                 let decay = Decay::new(decay, dt, a[m], row, q, m);
                 let x = x.block(row, q, m * p, p);
                 // SAFETY: rows of this block, columns of this head.
@@ -407,8 +423,10 @@ impl SelectiveScan {
                     small(q, p, r, (c.as_ptr(), c.stride(), 1), (h.as_ptr(), p), out, false);
                 }
                 skip(decay.from_start, d[m], x, reborrow(&mut y));
-                weigh(q, cb, decay.hi, decay.lo, decay.dt, m_ts);
-                add_lower(q, m_ts, &x, &mut y);
+                weigh(q, cb, decay.hi, decay.lo, m_ts);
+                // A compact copy: rows of x may be a power of two apart and evict each other.
+                scale_rows(decay.dt, &[1.0; MAX_BLOCK], x, x_dt);
+                add_lower(q, m_ts, &Mat::new(x_dt, q, p), &mut y);
             }
         });
     }

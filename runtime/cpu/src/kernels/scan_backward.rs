@@ -3,21 +3,29 @@
 //! Per block and head, with h the state before it, g the gradient of the state after it, l_ts = exp(cs_t - cs_s),
 //! e_t = exp(cs_t), w_s = exp(cs_end - cs_s), dm = dy xᵀ, f = dm * cb * l:
 //!
-//!     dx_s  = sum_t m_ts dy_t + dt_s w_s g b_s + d dy_s          dcb = sum over heads dm * l * dt
-//!     dc_t  = sum_s dcb_ts b_s + sum over heads e_t hᵀ dy_t      db_s = sum_t dcb_ts c_t + sum over heads dt_s w_s gᵀ x_s
-//!     ddt_s = sum_t f_ts + w_s x_s g b_s + a da_s                 da_u = sum_{t>=u} dcs_t
-//!     dcs_t = sum_{s<t} f_ts dt_s - dt_t sum_{t'>t} f_t't + e_t dy_t h c_t - dt_t w_t x_t g b_t;   the last step also
-//!             gets sum_s dt_s w_s x_s g b_s + e_end <g, h>
+//! ```text
+//! dx_s  = sum_t m_ts dy_t + dt_s w_s g b_s + d dy_s          dcb = sum over heads dm * l * dt
+//! dc_t  = sum_s dcb_ts b_s + sum over heads e_t hᵀ dy_t      db_s = sum_t dcb_ts c_t + sum over heads dt_s w_s gᵀ x_s
+//! ddt_s = sum_t f_ts + w_s x_s g b_s + a da_s                 da_u = sum_{t>=u} dcs_t
+//! dcs_t = sum_{s<t} f_ts dt_s - dt_t sum_{t'>t} f_t't + e_t dy_t h c_t - dt_t w_t x_t g b_t;   the last step also
+//!         gets sum_s dt_s w_s x_s g b_s + e_end <g, h>
+//! ```
 //!
 //! Heads of a group are added in order by the task that owns (sequence, block, group); da and dd are partial sums per
 //! block, added in order in float64.
 
+// Index loops over several arrays at once read like the formulas.
+#![allow(clippy::needless_range_loop)]
+
 use super::gemm::small;
-use super::scan::{Decay, Layout, STRIP, SelectiveScan, WINDOW, Walk, add_lower, lower_product, reborrow, strip_end};
+use super::scan::{Decay, Layout, STRIP, SelectiveScan, Walk, add_lower, lower_product, reborrow, strip_end};
 use super::transpose::transpose_small;
 use super::vmath::{fold, lane, simd_fn};
 use crate::par::{self, SharedMut};
 use crate::{Mat, MatMut};
+
+/// Floats of one window's states, and as many of their gradients.
+const WINDOW: usize = 1 << 23;
 
 /// Inputs of the scan and the incoming gradient of y.
 struct Inputs<'a> {
@@ -55,37 +63,37 @@ simd_fn! {
         m: &'a mut [f32], dcb: &'a mut [f32],
     ) -> Sums {
         let mut out = Sums { flow: [0.0; 64], columns: [0.0; 64] };
+        let mut row = [0.0f32; 64];
         for t in 0..q {
+            // Whole vectors: beyond the diagonal the decay is 0, and cb and dm are defined to the strip's end.
+            let n = strip_end(t, q);
             let (h, l) = (hi[t], lo[t]);
-            let (cb, dm, hi, lo, dt) = (&cb[t * q..][..q], &dm[t * q..][..q], &hi[..q], &lo[..q], &dt[..q]);
-            let (m, dcb) = (&mut m[t * q..][..q], &mut dcb[t * q..][..q]);
-            let (flow, columns) = (&mut out.flow[..q], &mut out.columns[..q]);
-            let mut sums = [0.0f64; 16];
-            let mut visit = |s: usize, sum: &mut f64| {
+            let (cb, dm, hi, lo, dt) = (&cb[t * q..][..n], &dm[t * q..][..n], &hi[..n], &lo[..n], &dt[..n]);
+            let (m, dcb) = (&mut m[t * q..][..n], &mut dcb[t * q..][..n]);
+            let (columns, e) = (&mut out.columns[..n], &mut row[..n]);
+            for s in 0..n {
                 let decay = lane::exp::<S>((h - hi[s]) + (l - lo[s]));
+                let decay = if s as u32 <= t as u32 { decay } else { 0.0 };
                 let scaled = decay * dt[s];
                 let f = dm[s] * cb[s];
                 m[s] = cb[s] * scaled;
                 dcb[s] = lane::fma::<S>(dm[s], scaled, dcb[s]);
                 columns[s] = lane::fma::<S>(f, decay, columns[s]);
-                let e = (f * scaled) as f64;
-                flow[s] -= e;
-                *sum += e;
-            };
-            let full = t / 16 * 16;
-            for base in (0..full).step_by(16) {
-                for (i, sum) in sums.iter_mut().enumerate() {
-                    visit(base + i, sum);
+                e[s] = if (s as u32) < t as u32 { f * scaled } else { 0.0 };
+            }
+            let mut sums = [0.0f64; 16];
+            let (es, rest) = e.as_chunks::<16>();
+            for (e, flow) in es.iter().zip(out.flow.as_chunks_mut::<16>().0) {
+                for i in 0..16 {
+                    flow[i] -= e[i] as f64;
+                    sums[i] += e[i] as f64;
                 }
             }
-            for s in full..t {
-                visit(s, &mut sums[s - full]);
+            for (i, &e) in rest.iter().enumerate() {
+                out.flow[n - rest.len() + i] -= e as f64;
+                sums[i] += e as f64;
             }
             out.flow[t] += sums.iter().sum::<f64>();
-            out.columns[t] += dm[t] * cb[t];
-            m[t] = cb[t] * dt[t];
-            dcb[t] += dm[t] * dt[t];
-            m[t + 1..strip_end(t, q)].fill(0.0);
         }
         out
     }
@@ -185,7 +193,7 @@ impl SelectiveScan {
         assert!(da.len() == a.len() && dd.len() == d.len() && dh0.len() == h0.len(), "BUG: gradients of {self:?}");
         assert!(dh_final.len() == h0.len(), "BUG: final gradient of {self:?}");
         let (all, blocks) = (self.all_states(), self.blocks());
-        let window = self.window(4 * WINDOW);
+        let window = self.window(WINDOW, self.n * self.groups);
         let windows = blocks.div_ceil(window);
         let forward = Walk { x, dt, a, b, layout: Layout::HeadMajor, reverse: false };
         let reverse = Walk { x: dy, dt, a, b: c, layout: Layout::HeadMajor, reverse: true };
@@ -231,16 +239,7 @@ impl SelectiveScan {
 
     /// All gradients of block `blk` of sequence `i` through the heads of group `g`.
     #[allow(clippy::too_many_arguments)]
-    fn backward_block(
-        &self,
-        v: &Inputs,
-        out: &Outputs,
-        states: &[f32],
-        grads: &[f32],
-        i: usize,
-        blk: usize,
-        g: usize,
-    ) {
+    fn backward_block(&self, v: &Inputs, out: &Outputs, states: &[f32], grads: &[f32], i: usize, blk: usize, g: usize) {
         let (p, r, len) = (self.head_dim, self.state, self.head_state());
         let (row, q) = self.rows(i, blk);
         let (b, c) = (v.b.block(row, q, g * r, r), v.c.block(row, q, g * r, r));

@@ -339,10 +339,12 @@ impl List<'_> {
         let (vectors, tail) = S::as_simd_f32s(&scores[fill..]);
         for &vector in vectors {
             let better = simd.greater_than_f32s(vector, simd.splat_f32s(self.scores[last]));
-            let lane = simd.first_true_m32s(better);
-            for i in lane..S::F32_LANES {
-                if scores[at + i] > self.scores[last] {
-                    self.insert(scores[at + i], first + at + i);
+            // Only whether any lane is set: with AVX-512 masks pulp 0.22 counts lanes from the wrong end.
+            if simd.first_true_m32s(better) < S::F32_LANES {
+                for i in 0..S::F32_LANES {
+                    if scores[at + i] > self.scores[last] {
+                        self.insert(scores[at + i], first + at + i);
+                    }
                 }
             }
             at += S::F32_LANES;

@@ -111,11 +111,26 @@ fn transpose<T: Copy + Send + Sync>(x: &[T], y: &mut [T], axes: &[(usize, usize)
 /// dst (cols x rows, row stride `dst_stride`) = transpose of src (rows x cols), on one thread, inside other kernels.
 pub(crate) fn transpose_small(src: crate::Mat, dst: &mut [f32], dst_stride: usize) {
     const T: usize = 16;
-    for c0 in (0..src.cols()).step_by(T) {
-        let c1 = (c0 + T).min(src.cols());
-        for r in 0..src.rows() {
-            for (c, &v) in src.row(r)[c0..c1].iter().enumerate() {
-                dst[(c0 + c) * dst_stride + r] = v;
+    let (rows, cols) = (src.rows(), src.cols());
+    if rows == 0 || cols == 0 {
+        return;
+    }
+    assert!(rows <= dst_stride && dst.len() >= (cols - 1) * dst_stride + rows, "BUG: transpose of {rows}x{cols}");
+    let to = dst.as_mut_ptr();
+    for r0 in (0..rows).step_by(T) {
+        let r1 = (r0 + T).min(rows);
+        for c in 0..cols {
+            // SAFETY: r < rows and c < cols; the destination's size was checked.
+            unsafe {
+                let (from, to) = (src.as_ptr().add(c), to.add(c * dst_stride));
+                if r1 - r0 == T {
+                    let column: [f32; T] = std::array::from_fn(|i| *from.add((r0 + i) * src.stride()));
+                    to.add(r0).cast::<[f32; T]>().write(column);
+                } else {
+                    for r in r0..r1 {
+                        *to.add(r) = *from.add(r * src.stride());
+                    }
+                }
             }
         }
     }

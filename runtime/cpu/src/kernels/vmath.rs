@@ -5,6 +5,9 @@
 //! `logf` series; tanh: Cephes.  Errors are at most about 2 ulp (sin and cos: 2 ulp near zero, 1e-7 absolute).
 //! Invariant: the slice functions do not allocate and do not start threads.
 
+// Index loops over several arrays at once read like the formulas.
+#![allow(clippy::needless_range_loop)]
+
 use pulp::{Arch, Simd, WithSimd};
 
 /// Declares a function whose body is compiled once per instruction set and dispatched at run time.
@@ -87,7 +90,7 @@ pub mod lane {
         let t1 = w * fma::<S>(w, 0.242_790_79, 0.400_009_72);
         let t2 = z * fma::<S>(w, 0.284_987_87, 0.666_666_6);
         let hfsq = 0.5 * f * f;
-        let y = s * (hfsq + (t1 + t2)) + e * 9.058_000_6e-6 - hfsq + f + e * 6.931_381e-1;
+        let y = s * (hfsq + (t1 + t2)) + e * 9.058e-6 - hfsq + f + e * 6.931_381e-1;
         let y = if x == 0.0 { f32::NEG_INFINITY } else { y };
         let y = if x < 0.0 { f32::NAN } else { y };
         if x < f32::INFINITY { y } else { x } // inf and NaN are their own logarithm
@@ -150,7 +153,7 @@ pub mod lane {
         let a = x.abs();
         let z = x * x;
         let mut p = -5.704_988_5e-3;
-        p = fma::<S>(p, z, 2.063_908_9e-2);
+        p = fma::<S>(p, z, 2.063_909e-2);
         p = fma::<S>(p, z, -5.373_971_7e-2);
         p = fma::<S>(p, z, 1.333_144_2e-1);
         p = fma::<S>(p, z, -3.333_328e-1);
@@ -189,60 +192,90 @@ pub mod lane {
     pub const TRIG_MAX: f32 = 8192.0;
 }
 
-/// Reductions to inline into a dispatched loop.
+/// Reductions to inline into a dispatched loop: `W` independent lanes, joined pairwise, so the order of additions
+/// depends on the length alone.
 pub(crate) mod fold {
     use super::lane;
     use pulp::Simd;
 
-    /// Independent running results: enough to fill the pipelines of the widest machine.
+    /// Enough running results to fill the pipelines of the widest machine.
     const W: usize = 64;
 
-    /// Folds `f(acc, i)` over i in 0..n in W lanes, then the lanes pairwise with `join`.
     #[inline(always)]
-    fn lanes(n: usize, init: f32, f: impl Fn(f32, usize) -> f32, join: impl Fn(f32, f32) -> f32) -> f32 {
-        let mut acc = [init; W];
-        let full = n / W * W;
-        for base in (0..full).step_by(W) {
-            for (l, a) in acc.iter_mut().enumerate() {
-                *a = f(*a, base + l);
-            }
-        }
-        for i in full..n {
-            acc[i - full] = f(acc[i - full], i);
-        }
+    fn join(mut acc: [f32; W], f: impl Fn(f32, f32) -> f32) -> f32 {
         let mut width = W / 2;
         while width > 0 {
             for i in 0..width {
-                acc[i] = join(acc[i], acc[i + width]);
+                acc[i] = f(acc[i], acc[i + width]);
             }
             width /= 2;
         }
         acc[0]
     }
 
+    /// Sum of f(x) over a slice.
+    #[inline(always)]
+    fn sum_of(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
+        let mut acc = [0.0; W];
+        let (blocks, rest) = x.as_chunks::<W>();
+        for x in blocks {
+            for i in 0..W {
+                acc[i] += f(x[i]);
+            }
+        }
+        for (a, &x) in acc.iter_mut().zip(rest) {
+            *a += f(x);
+        }
+        join(acc, |a, b| a + b)
+    }
+
     /// Sum of products.
     #[inline(always)]
     pub fn dot<S: Simd>(x: &[f32], y: &[f32]) -> f32 {
-        let y = &y[..x.len()];
-        lanes(x.len(), 0.0, |a, i| lane::fma::<S>(x[i], y[i], a), |a, b| a + b)
+        assert_eq!(x.len(), y.len());
+        let mut acc = [0.0; W];
+        let ((xs, xr), (ys, yr)) = (x.as_chunks::<W>(), y.as_chunks::<W>());
+        for (x, y) in xs.iter().zip(ys) {
+            for i in 0..W {
+                acc[i] = lane::fma::<S>(x[i], y[i], acc[i]);
+            }
+        }
+        for ((a, &x), &y) in acc.iter_mut().zip(xr).zip(yr) {
+            *a = lane::fma::<S>(x, y, *a);
+        }
+        join(acc, |a, b| a + b)
     }
 
     #[inline(always)]
     pub fn sum<S: Simd>(x: &[f32]) -> f32 {
-        lanes(x.len(), 0.0, |a, i| a + x[i], |a, b| a + b)
-    }
-
-    /// Largest element, -inf if empty, NaN if any is.
-    #[inline(always)]
-    pub fn max<S: Simd>(x: &[f32]) -> f32 {
-        let m = |a: f32, b: f32| if b <= a || a.is_nan() { a } else { b };
-        lanes(x.len(), f32::NEG_INFINITY, |a, i| m(a, x[i]), m)
+        sum_of(x, |x| x)
     }
 
     /// Sum of e^(x - shift).
     #[inline(always)]
     pub fn sum_exp<S: Simd>(x: &[f32], shift: f32) -> f32 {
-        lanes(x.len(), 0.0, |a, i| a + lane::exp::<S>(x[i] - shift), |a, b| a + b)
+        sum_of(x, |x| lane::exp::<S>(x - shift))
+    }
+
+    /// Largest element, -inf if empty, NaN if any is.
+    #[inline(always)]
+    pub fn max<S: Simd>(x: &[f32]) -> f32 {
+        let (mut acc, mut nan) = ([f32::NEG_INFINITY; W], [0u32; W]);
+        let (blocks, rest) = x.as_chunks::<W>();
+        for x in blocks {
+            for i in 0..W {
+                acc[i] = if x[i] > acc[i] { x[i] } else { acc[i] };
+                nan[i] |= x[i].is_nan() as u32;
+            }
+        }
+        for (i, &x) in rest.iter().enumerate() {
+            acc[i] = if x > acc[i] { x } else { acc[i] };
+            nan[i] |= x.is_nan() as u32;
+        }
+        if nan.iter().any(|&n| n != 0) {
+            return f32::NAN;
+        }
+        join(acc, |a, b| if b > a { b } else { a })
     }
 }
 

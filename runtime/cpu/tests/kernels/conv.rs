@@ -28,9 +28,14 @@ fn reference(s: &CausalConv1d, v: &[Vec<f64>]) -> (Vec<f64>, Vec<f64>) {
 #[test]
 fn conv_matches_reference_and_differences() {
     let mut src = Source::new(5);
-    for (n, l, channels, kernel, silu) in
-        [(1, 1, 3, 4, true), (2, 2, 5, 4, true), (2, 9, 7, 4, false), (1, 70, 3, 3, true), (2, 3, 4, 1, true), (1, 5, 2, 9, true)]
-    {
+    for (n, l, channels, kernel, silu) in [
+        (1, 1, 3, 4, true),
+        (2, 2, 5, 4, true),
+        (2, 9, 7, 4, false),
+        (1, 70, 3, 3, true),
+        (2, 3, 4, 1, true),
+        (1, 5, 2, 9, true),
+    ] {
         let s = CausalConv1d { n, l, channels, kernel, silu };
         let (x, w, bias) = (src.vec(n * l * channels), src.vec(channels * kernel), src.vec(channels));
         let s0 = src.vec(n * (kernel - 1) * channels);
@@ -51,7 +56,8 @@ fn conv_matches_reference_and_differences() {
             let (y, t) = reference(&s, v);
             dot(&y, &dy) + dot(&t, &ds)
         });
-        for (name, got, want) in [("dx", dx.values(), &d[0]), ("dw", dw, &d[1]), ("db", db, &d[2]), ("ds0", ds0, &d[3])] {
+        for (name, got, want) in [("dx", dx.values(), &d[0]), ("dw", dw, &d[1]), ("db", db, &d[2]), ("ds0", ds0, &d[3])]
+        {
             close(&format!("{name} of {s:?}"), &got, want, 3e-6);
         }
     }

@@ -48,8 +48,7 @@ fn gemm_matches_reference() {
                     matmul(ap.mat(), ta, bp.mat(), tb, c.mat_mut(), add);
                     c.values()
                 });
-                let want: Vec<f64> =
-                    want.iter().zip(&c0).map(|(w, &c)| if add { w + c as f64 } else { *w }).collect();
+                let want: Vec<f64> = want.iter().zip(&c0).map(|(w, &c)| if add { w + c as f64 } else { *w }).collect();
                 close(&format!("{m}x{n}x{k} {ta} {tb} {add}"), &got, &want, 3e-6);
             }
         }

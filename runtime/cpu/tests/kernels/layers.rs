@@ -20,7 +20,8 @@ fn norm_matches_reference_and_differences() {
     let mut src = Source::new(30);
     for (rows, groups, width) in [(1, 1, 3), (3, 1, 7), (2, 4, 5), (5, 2, 70)] {
         let cols = groups * width;
-        let (x, z, w, dy) = (src.vec(rows * cols), src.range(rows * cols, -3.0, 3.0), src.vec(width), src.vec(rows * cols));
+        let (x, z, w, dy) =
+            (src.vec(rows * cols), src.range(rows * cols, -3.0, 3.0), src.vec(width), src.vec(rows * cols));
         let eps = 1e-5f32;
         let [px, pz, pdy] = [(&x, 1), (&z, 2), (&dy, 3)].map(|(v, pad)| Padded::new(v, rows, cols, pad));
         let [mut y, mut dx, mut dz] = [1, 2, 3].map(|pad| Padded::out(rows, cols, pad));

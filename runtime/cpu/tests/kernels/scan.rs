@@ -167,7 +167,7 @@ fn scan_threads_and_windows() {
     let v = args(&s, &mut src, (0.0, 0.3));
     let (dy, dh) = (src.vec(v[0].len()), src.vec(v[6].len()));
     same_bits(|| run(&s, &v, &dy, &dh).concat());
-    // Tiny blocks make a window of few of them: 2 * 2^22 floats of states.
+    // States of 2^19 floats: 16 blocks of one step make a window.
     let s = SelectiveScan { n: 1, l: 40, heads: 16, head_dim: 128, groups: 1, state: 256, block: 1 };
     check(s, 23, (0.0, 0.5), 1e-5);
 }

@@ -1,0 +1,128 @@
+//! What MODEL means on the command line: a preset, a folder, a config, a checkpoint or an IR file.
+
+use crate::error::{Result, findings, warn, wrap};
+use miette::miette;
+use rambac_ir::Graph;
+use rambac_models::{Config, InitRule, canonical_name, init_tensor, preset};
+use rambac_runtime::checkpoint::{self, WeightsFolder};
+use rambac_runtime::{SessionGraphs, Store, Tensor};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// What was named.
+pub enum Named {
+    /// A model by its configuration, with the folder of its weights if there are any.
+    Model { config: Config, weights: Option<PathBuf> },
+    /// A graph in text form.
+    Ir { path: PathBuf, text: String, graph: Graph },
+}
+
+/// Resolves MODEL.
+///
+/// # Errors
+/// Neither a preset nor a readable path; a config or an IR text with errors.
+pub fn resolve(name: &str) -> Result<Named> {
+    let path = Path::new(name);
+    if !path.exists() {
+        if path.extension().is_some() || name.contains('/') {
+            return Err(miette!(
+                help = "give a preset (tiny, small, …), a folder with config.json, a config, or an .ir file",
+                "{name}: no such file or folder"
+            ));
+        }
+        return Ok(Named::Model { config: preset(name).map_err(wrap)?, weights: None });
+    }
+    if path.extension().is_some_and(|e| e == "ir") {
+        let text = std::fs::read_to_string(path).map_err(|e| miette!("{name}: {e}"))?;
+        let graph = rambac_ir::text::parse(&text).map_err(|e| findings(path, &text, e))?;
+        rambac_ir::verify::verify(&graph).map_err(|e| findings(path, &text, e))?;
+        return Ok(Named::Ir { path: path.into(), text, graph });
+    }
+    let folder = if path.is_dir() { Some(model_folder(path)?) } else { None };
+    let parsed = Config::from_path(folder.as_deref().unwrap_or(path)).map_err(wrap)?;
+    parsed.warnings.iter().for_each(warn);
+    let mut config = parsed.config;
+    let weights = folder.filter(|f| {
+        ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"].iter().any(|w| f.join(w).exists())
+    });
+    if let (Some(w), true) = (&weights, parsed.tie_is_assumed) {
+        config.tie_word_embeddings = !WeightsFolder::open(w).map_err(wrap)?.contains("lm_head.weight");
+    }
+    Ok(Named::Model { config, weights })
+}
+
+/// The folder that holds config.json: `dir` itself, or the latest checkpoint of a training run.
+fn model_folder(dir: &Path) -> Result<PathBuf> {
+    if dir.join("config.json").exists() {
+        return Ok(dir.into());
+    }
+    checkpoint::latest(dir).map_err(|e| {
+        miette!("{}: there is neither a config.json nor a whole checkpoint in this folder ({e})", dir.display())
+    })
+}
+
+/// Resolves MODEL to a configuration.
+///
+/// # Errors
+/// As [`resolve`]; an IR file.
+pub fn config(name: &str) -> Result<(Config, Option<PathBuf>)> {
+    match resolve(name)? {
+        Named::Model { config, weights } => Ok((config, weights)),
+        Named::Ir { path, .. } => Err(miette!(
+            help = "this command needs a model: a preset, a folder with config.json, or a config",
+            "{} is a graph in text form",
+            path.display()
+        )),
+    }
+}
+
+/// The parameters: from `weights`, or fresh from `seed`.
+///
+/// # Errors
+/// Weights that do not belong to the configuration: every missing, unexpected or misshapen tensor is listed.
+pub fn parameters(config: &Config, weights: Option<&Path>, rule: InitRule, seed: u64) -> Result<Store> {
+    let specs = config.parameters_with(rule);
+    let mut store = Store::default();
+    let Some(path) = weights else {
+        for s in &specs {
+            store.insert(s.name.clone(), Tensor::f32(&s.shape, init_tensor(s, seed)));
+        }
+        return Ok(store);
+    };
+    let mut folder = WeightsFolder::open(path).map_err(wrap)?;
+    folder.rename(canonical_name).map_err(wrap)?;
+    let ignored: &[&str] = if config.tie_word_embeddings { &["lm_head.weight"] } else { &[] };
+    folder.check(specs.iter().map(|s| (s.name.as_str(), s.shape.as_slice())), ignored).map_err(wrap)?;
+    for s in &specs {
+        let (shape, data) = folder.get_f32(&s.name).map_err(wrap)?;
+        store.insert(s.name.clone(), Tensor::f32(&shape, data));
+    }
+    Ok(store)
+}
+
+/// The graphs that a [`Session`](rambac_runtime::Session) runs.
+///
+/// # Errors
+/// A graph that does not build, which a checked config excludes.
+pub fn session_graphs(c: &Config) -> Result<SessionGraphs> {
+    use rambac_models::stack;
+    Ok(SessionGraphs {
+        lower: stack::lower(c).map_err(wrap)?,
+        chunks: stack::chunks(c).map_err(wrap)?,
+        upper: stack::upper(c).map_err(wrap)?,
+        head: stack::head(c).map_err(wrap)?,
+        chunk_size: c.chunk_size,
+        hidden_size: c.hidden_size,
+        kv: [c.num_kv_heads, c.attention_head_dim()],
+        landmark: [c.num_kv_heads, c.retrieval_head_dim()],
+    })
+}
+
+/// A pool of `threads` threads; 0 means one per core.
+///
+/// # Errors
+/// The system gives no threads.
+pub fn pool(threads: usize) -> Result<Arc<rayon::ThreadPool>> {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+    Ok(Arc::new(pool.map_err(|e| miette!("cannot start {threads} threads: {e}"))?))
+}
