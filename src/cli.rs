@@ -19,6 +19,22 @@ pub struct Cli {
 
 #[derive(Subcommand)]
 pub enum Verb {
+    /// Train a small RAMba on passkey here and now, evaluate it far beyond its training length, save it
+    Demo(Demo),
+    /// Train a model on passkey, copying, or any text
+    Train(Train),
+    /// Evaluate a checkpoint on long contexts
+    Eval(Eval),
+    /// Write on from a prompt
+    Generate(Generate),
+    /// What compiling does to a model: passes, fusion, work, memory
+    Explain(Explain),
+    /// How fast a training step, a forward or one op runs here
+    Bench(Bench),
+    /// What is in a checkpoint, a model's folder or a safetensors file
+    Inspect(Inspect),
+    /// What this machine has and whether all is well
+    Doctor(Doctor),
     /// Compare a device with stored values and gradients: ops and whole models
     Check(Check),
 }
@@ -50,4 +66,273 @@ pub struct Check {
     /// One JSON object per tensor
     #[arg(long)]
     pub json: bool,
+}
+
+#[derive(Args)]
+pub struct Demo {
+    /// Where to save [default: runs/demo, or the next free name]
+    #[arg(long)]
+    pub out: Option<PathBuf>,
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Stop training after this many minutes
+    #[arg(long, default_value_t = 6)]
+    pub minutes: u64,
+}
+
+/// Data that needs no file.
+#[derive(Clone, Copy, ValueEnum, PartialEq, Eq, Debug)]
+pub enum Data {
+    /// A number hidden in filler, asked for at the end
+    Passkey,
+    /// Random strings that repeat
+    Copy,
+}
+
+#[derive(Args)]
+pub struct Train {
+    /// What to train: a preset, a config, or a folder with weights to start from
+    pub model: Option<String>,
+    /// Generated data
+    #[arg(long, value_enum, default_value_t = Data::Passkey)]
+    pub task: Data,
+    /// Train on this text file instead
+    #[arg(long, value_name = "FILE")]
+    pub data: Option<PathBuf>,
+    /// tokenizer.json for --data [default: bytes]
+    #[arg(long, value_name = "FILE")]
+    pub tokenizer: Option<PathBuf>,
+    /// The demo's recipe: copying first, then passkeys at growing lengths (for chunk size 16)
+    #[arg(long)]
+    pub curriculum: bool,
+    /// Tokens per row
+    #[arg(long, default_value_t = 1024)]
+    pub len: usize,
+    /// Rows per step
+    #[arg(long, default_value_t = 4)]
+    pub batch: usize,
+    /// Micro-batches per step: gradients of this many batches are added up
+    #[arg(long, default_value_t = 1)]
+    pub accumulate: usize,
+    #[arg(long, default_value_t = 1000)]
+    pub steps: u64,
+    /// Peak learning rate [default: 1e-3]
+    #[arg(long)]
+    pub lr: Option<f64>,
+    /// Final learning rate as a part of the peak
+    #[arg(long, default_value_t = 0.1)]
+    pub lr_floor: f64,
+    #[arg(long, default_value_t = 100)]
+    pub warmup: u64,
+    #[arg(long, default_value_t = 0.1)]
+    pub weight_decay: f64,
+    /// Largest gradient norm; 0: no clipping
+    #[arg(long, default_value_t = 1.0)]
+    pub clip: f64,
+    /// Draw fresh weights from N(0, 1/sqrt(fan in)); better for small models
+    #[arg(long)]
+    pub fan_in: bool,
+    /// Share of rows that go on from the scan states of the step before
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0)]
+    pub state_passing: f64,
+    /// Compute activations again in the backward instead of keeping them: less memory, more time
+    #[arg(long)]
+    pub recompute: bool,
+    /// Folder for checkpoints and metrics.jsonl; DIR/latest is always the newest whole checkpoint
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// Steps between checkpoints; 0: only at the end
+    #[arg(long, value_name = "N", default_value_t = 500)]
+    pub save_every: u64,
+    /// Go on with a run, bit for bit; all settings come from its checkpoint
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["model", "data"])]
+    pub resume: Option<PathBuf>,
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    #[arg(long, value_enum, default_value_t = TrainDevice::Cpu)]
+    pub device: TrainDevice,
+    /// One JSON object per step on standard output instead of a progress bar
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Where training runs.
+#[derive(Clone, Copy, ValueEnum, PartialEq, Eq, Debug)]
+pub enum TrainDevice {
+    Cpu,
+}
+
+#[derive(Clone, Copy, ValueEnum, PartialEq, Eq, Debug)]
+pub enum EvalTask {
+    Passkey,
+}
+
+#[derive(Args)]
+pub struct Eval {
+    #[arg(value_enum)]
+    pub task: EvalTask,
+    /// A training run, a checkpoint, or a folder with config.json and weights
+    pub checkpoint: String,
+    /// Context lengths, e.g. 4096,64K,1M (K = 1024)
+    #[arg(long, value_delimiter = ',', value_parser = size, default_value = "1024,4096,16K")]
+    pub len: Vec<usize>,
+    #[arg(long, default_value_t = 20)]
+    pub cases: usize,
+    /// Tokens per segment of the prefill
+    #[arg(long, default_value_t = 4096)]
+    pub segment: usize,
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+    /// One JSON object per length
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `4096`, `64K`, `1M`.
+pub fn size(s: &str) -> Result<usize, String> {
+    let (digits, unit) = match s.trim().to_ascii_uppercase() {
+        t if t.ends_with('K') => (t[..t.len() - 1].to_string(), 1usize << 10),
+        t if t.ends_with('M') => (t[..t.len() - 1].to_string(), 1 << 20),
+        t if t.ends_with('G') => (t[..t.len() - 1].to_string(), 1 << 30),
+        t => (t, 1),
+    };
+    let n: usize = digits.parse().map_err(|_| format!("{s}: a size such as 4096, 64K or 1M is wanted"))?;
+    n.checked_mul(unit).filter(|&n| n > 0).ok_or_else(|| format!("{s}: too large or zero"))
+}
+
+/// What to time.
+#[derive(Clone, Copy, ValueEnum, PartialEq, Eq, Debug)]
+pub enum Work {
+    /// A whole training step: loss, gradients, clipping, AdamW
+    Train,
+    /// The loss alone
+    Forward,
+    /// Scores of chunks, causal mask, top-k and weights; forward and backward
+    Select,
+    /// Attention within the selected chunks; forward and backward
+    Attend,
+    /// The Mamba-2 recurrence; forward and backward
+    Scan,
+}
+
+/// A number of at least 1.
+fn positive() -> clap::builder::RangedU64ValueParser<usize> {
+    clap::builder::RangedU64ValueParser::new().range(1..1 << 40)
+}
+
+#[derive(Args)]
+pub struct Bench {
+    #[arg(value_enum, default_value_t = Work::Train)]
+    pub what: Work,
+    /// Model whose sizes to use: a preset, a folder with config.json, or a config
+    #[arg(long, value_name = "MODEL", default_value = "small")]
+    pub preset: String,
+    /// Tokens of a sequence
+    #[arg(long, default_value_t = 4096, value_parser = positive())]
+    pub len: usize,
+    /// Sequences
+    #[arg(long, default_value_t = 1, value_parser = positive())]
+    pub batch: usize,
+    /// Timed runs, after two that do not count
+    #[arg(long, default_value_t = 5, value_parser = positive())]
+    pub runs: usize,
+    /// Compute activations again in the backward: less memory, more work
+    #[arg(long)]
+    pub recompute: bool,
+    /// Also the time per kind of op
+    #[arg(long)]
+    pub profile: bool,
+    /// One JSON object per line
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args)]
+pub struct Explain {
+    /// A preset, a folder with config.json, a config, or an .ir file
+    pub model: String,
+    /// Value of the symbol L: tokens of a sequence
+    #[arg(long, default_value_t = 4096, value_parser = positive())]
+    pub len: usize,
+    /// Value of the symbol N: sequences
+    #[arg(long, default_value_t = 1, value_parser = positive())]
+    pub batch: usize,
+    /// Values of any symbols
+    #[arg(long, value_name = "N=1,L=4096,…", value_delimiter = ',', value_parser = binding)]
+    pub dims: Vec<(String, usize)>,
+    /// The whole training step in place of the loss alone
+    #[arg(long)]
+    pub train: bool,
+    /// With activations computed again in the backward
+    #[arg(long)]
+    pub recompute: bool,
+    /// Print the optimised graph in text form instead
+    #[arg(long, conflicts_with_all = ["program", "json"])]
+    pub ir: bool,
+    /// Print the program's steps instead
+    #[arg(long, conflicts_with = "json")]
+    pub program: bool,
+    /// One JSON object per line
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `L=4096`
+fn binding(s: &str) -> Result<(String, usize), String> {
+    let (name, value) = s.split_once('=').ok_or("write it as SYMBOL=NUMBER, such as L=4096")?;
+    let value = value.trim().parse().map_err(|_| format!("{value:?} is not a whole number"))?;
+    Ok((name.trim().to_string(), value))
+}
+
+#[derive(Args)]
+pub struct Inspect {
+    /// A training run, a checkpoint, a model's folder, a config.json, or a .safetensors file
+    pub path: PathBuf,
+    /// Also the least, largest and mean value of every tensor, and its standard deviation
+    #[arg(long)]
+    pub stats: bool,
+    /// One JSON object per line
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args)]
+pub struct Doctor {
+    /// One JSON object per line
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args)]
+#[command(group = clap::ArgGroup::new("text").required(true).args(["prompt", "prompt_file"]))]
+pub struct Generate {
+    /// A training run, a checkpoint, or a model's folder with weights
+    pub checkpoint: String,
+    /// The text to go on from
+    #[arg(long)]
+    pub prompt: Option<String>,
+    /// A file that holds it
+    #[arg(long, value_name = "FILE")]
+    pub prompt_file: Option<PathBuf>,
+    /// Tokens to write
+    #[arg(long, default_value_t = 64)]
+    pub tokens: usize,
+    /// 0 always takes the likeliest token; 1 draws as the model predicts; more is wilder
+    #[arg(long, default_value_t = 0.0)]
+    pub temperature: f64,
+    /// Draw only among the K likeliest tokens
+    #[arg(long, value_name = "K", value_parser = positive())]
+    pub top_k: Option<usize>,
+    /// Draw only among the likeliest tokens that make up this probability
+    #[arg(long, value_name = "P")]
+    pub top_p: Option<f64>,
+    /// Same seed, same draws
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// tokenizer.json [default: the one in the folder, else bytes]
+    #[arg(long, value_name = "FILE")]
+    pub tokenizer: Option<PathBuf>,
+    /// Tokens of the prompt that are fed at once
+    #[arg(long, default_value_t = 1024, value_parser = positive())]
+    pub segment: usize,
 }

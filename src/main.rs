@@ -3,7 +3,9 @@
 mod cli;
 mod cmd;
 mod error;
+mod machine;
 mod model;
+mod show;
 
 use clap::Parser;
 

@@ -4,7 +4,7 @@
 //! or a slice is a view, not a step.
 
 use rambac_ir::ops::{Op, SourceKind};
-use rambac_ir::{Bindings, Dim, DimError, Graph, NodeId, Sym, Ty};
+use rambac_ir::{Bindings, Cost, Dim, DimError, Graph, NodeId, Sym, Ty};
 
 /// A place in [`Program::buffers`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -102,5 +102,22 @@ impl Program {
     pub fn check_dims(&self, b: &Bindings) -> Result<(), DimError> {
         self.buffers.iter().try_for_each(|x| x.ty.bind(b).map(drop))?;
         self.graph.nodes.iter().flat_map(|n| &n.tys).try_for_each(|t| t.bind(b).map(drop))
+    }
+
+    /// The work of every step under `b`, from its op's definition and the types it sees.
+    ///
+    /// # Errors
+    /// As [`check_dims`](Self::check_dims).
+    pub fn costs(&self, b: &Bindings) -> Result<Vec<Cost>, DimError> {
+        let bind = |vs: &[View]| vs.iter().map(|v| v.ty.bind(b)).collect::<Result<Vec<_>, _>>();
+        let cost = |s: &Step| {
+            let (x, y) = (bind(&s.inputs)?, bind(&s.outputs)?);
+            Ok(match s.op {
+                // Free as a view; as a step it copies.
+                Op::Reshape(_) => Cost { flops: 0.0, bytes: rambac_ir::ops::traffic(&x, &y) },
+                _ => s.op.def().cost(&x, &y),
+            })
+        };
+        self.steps.iter().map(cost).collect()
     }
 }

@@ -238,7 +238,7 @@ macro_rules! op_struct {
         impl $crate::ops::OpText for $name {
             const MNEMONICS: &'static [&'static str] = &[$mn];
             fn mnemonic(&self) -> &'static str { $mn }
-            #[allow(unused_mut)]
+            #[allow(unused_mut, clippy::vec_init_then_push)]
             fn attrs(&self) -> Vec<(&'static str, $crate::attr::Attr)> {
                 let mut out = vec![];
                 $($crate::op_struct!(@put out, self, $field, $t $(, $def)?);)*

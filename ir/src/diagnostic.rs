@@ -106,7 +106,7 @@ pub fn nearest<'a>(name: &str, candidates: impl IntoIterator<Item = &'a str>) ->
     candidates
         .into_iter()
         .filter(|c| c.chars().count().abs_diff(len) <= limit)
-        .map(|c| (distance(name, c), c))
+        .map(|c| (if name.eq_ignore_ascii_case(c) { 0 } else { distance(name, c) }, c))
         .filter(|&(d, c)| d <= limit && d < c.chars().count())
         .min()
         .map(|(_, c)| c)

@@ -163,7 +163,7 @@ impl Dim {
             })?;
             v = v.checked_mul(x as u64).ok_or_else(overflow)?;
         }
-        if v % self.den != 0 {
+        if !v.is_multiple_of(self.den) {
             return Err(DimError::NotDivisible {
                 dim: self.to_string(),
                 value: v,

@@ -63,7 +63,7 @@ pub fn has_gradient(mnemonic: &str) -> bool {
 pub struct Rng(pub u64);
 
 impl Rng {
-    pub fn next(&mut self) -> u64 {
+    pub fn bits(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -72,7 +72,7 @@ impl Rng {
     }
     /// Below `n`.
     pub fn below(&mut self, n: usize) -> usize {
-        (self.next() % n.max(1) as u64) as usize
+        (self.bits() % n.max(1) as u64) as usize
     }
     pub fn pick<T: Clone>(&mut self, from: &[T]) -> T {
         from[self.below(from.len())].clone()
@@ -83,7 +83,7 @@ impl Rng {
     }
     /// Uniform in `lo..hi`.
     pub fn uniform(&mut self, lo: f64, hi: f64) -> f64 {
-        lo + (hi - lo) * (self.next() >> 11) as f64 / (1u64 << 53) as f64
+        lo + (hi - lo) * (self.bits() >> 11) as f64 / (1u64 << 53) as f64
     }
 }
 
@@ -183,7 +183,13 @@ impl Grower {
         let name = format!("s{}", self.sources.len());
         let concrete = ty.bind(&self.dims).expect("BUG: grown dims are bound and whole");
         let values = (0..concrete.elements())
-            .map(|_| if ty.dtype.is_float() { self.rng.uniform(lo, hi) } else { (lo + self.rng.below((hi - lo) as usize + 1) as f64).floor() })
+            .map(|_| {
+                if ty.dtype.is_float() {
+                    self.rng.uniform(lo, hi)
+                } else {
+                    (lo + self.rng.below((hi - lo) as usize + 1) as f64).floor()
+                }
+            })
             .collect();
         let mut values = HostArray::from_f64(&concrete, values);
         values.round_to_dtype();
@@ -235,7 +241,8 @@ impl Grower {
     fn push(&mut self, op: impl Into<Op>, x: &[Value], bound: f64) -> Option<Vec<Value>> {
         let op = op.into();
         let tys: Vec<&Ty> = x.iter().map(|v| self.b.ty(*v)).collect();
-        let y = op.def().infer(&tys).unwrap_or_else(|e| panic!("BUG: grew an ill-typed {}: {e} ({tys:?})", op.mnemonic()));
+        let y =
+            op.def().infer(&tys).unwrap_or_else(|e| panic!("BUG: grew an ill-typed {}: {e} ({tys:?})", op.mnemonic()));
         let bind = |t: &Ty| t.bind(&self.dims).expect("BUG: grown dims are bound and whole");
         let (x_c, y_c): (Vec<_>, Vec<_>) = (tys.iter().map(|t| bind(t)).collect(), y.iter().map(bind).collect());
         if y_c.iter().any(|t| t.elements() > MAX_ELEMENTS) || op.def().cost(&x_c, &y_c).flops > MAX_FLOPS {
@@ -780,7 +787,8 @@ impl Grower {
     /// Names some values, adds outputs (and the loss) for what nothing uses.
     fn finish(mut self) -> Grown {
         let users = self.b.graph().users();
-        let leaves: Vec<(Value, f64)> = self.pool.iter().filter(|(v, _)| users[v.node.index()].is_empty()).cloned().collect();
+        let leaves: Vec<(Value, f64)> =
+            self.pool.iter().filter(|(v, _)| users[v.node.index()].is_empty()).cloned().collect();
         for (i, (v, _)) in leaves.iter().enumerate() {
             self.b.output(&format!("y{i}"), *v);
             if i % 3 == 0 {

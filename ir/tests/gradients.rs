@@ -131,7 +131,12 @@ fn check_vjp_at(op: &Op, x: &[HostArray], dy: &[Option<HostArray>]) {
         for i in (0..x[k].len()).step_by(step) {
             let want = slope(x, k, i, |x| dot(&eval(op, x), dy));
             let have = given.as_ref().map_or(0.0, |a| a.get(i));
-            assert_close(&format!("{op:?} of {:?}: d/dx{k}[{i}]", x.iter().map(ty_of).collect::<Vec<_>>()), have, want, 2e-7);
+            assert_close(
+                &format!("{op:?} of {:?}: d/dx{k}[{i}]", x.iter().map(ty_of).collect::<Vec<_>>()),
+                have,
+                want,
+                2e-7,
+            );
         }
     }
 }
@@ -187,7 +192,9 @@ fn elementwise(c: &mut Cases) {
 }
 
 fn shapes(c: &mut Cases) {
-    for (from, to) in [(vec![], vec![2, 3]), (vec![3], vec![2, 3]), (vec![2, 1, 3], vec![4, 2, 7, 3]), (vec![1], vec![1, 1])] {
+    for (from, to) in
+        [(vec![], vec![2, 3]), (vec![3], vec![2, 3]), (vec![2, 1, 3], vec![4, 2, 7, 3]), (vec![1], vec![1, 1])]
+    {
         let x = c.random(&from);
         c.check(Broadcast { shape: to.into_iter().map(Into::into).collect() }, vec![x]);
     }
@@ -353,7 +360,8 @@ fn selecting(c: &mut Cases) {
 
 fn sources(c: &mut Cases) {
     let ty = Ty::f32([2usize, 3]);
-    let mut all: Vec<Op> = vec![Constant { value: 0.5, ty: ty.clone() }.into(), Iota { axis: 1, ty: ty.clone() }.into()];
+    let mut all: Vec<Op> =
+        vec![Constant { value: 0.5, ty: ty.clone() }.into(), Iota { axis: 1, ty: ty.clone() }.into()];
     for kind in [SourceKind::Input, SourceKind::Param, SourceKind::State] {
         all.push(Source { kind, name: "x".into(), ty: ty.clone() }.into());
     }
@@ -381,7 +389,7 @@ fn the_others_refuse() {
     let mut rng = Rng(3);
     let mut left: BTreeSet<&str> = Op::mnemonics().into_iter().filter(|m| !has_gradient(m)).collect();
     for seed in 0..40 {
-        let steps: Vec<(u16, u64)> = (0..Op::mnemonics().len()).map(|op| (op as u16, rng.next())).collect();
+        let steps: Vec<(u16, u64)> = (0..Op::mnemonics().len()).map(|op| (op as u16, rng.bits())).collect();
         let g = grow(seed, &steps, false).graph;
         for (id, n) in g.iter().filter(|(_, n)| !has_gradient(n.op.mnemonic())) {
             let mut b = Builder::extend(g.clone());

@@ -10,6 +10,7 @@ pub mod mamba2;
 pub mod params;
 pub mod presets;
 pub mod ramba;
+pub mod recipe;
 pub mod stack;
 pub mod tokenizer;
 

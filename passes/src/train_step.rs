@@ -24,6 +24,8 @@ pub struct AdamW {
     pub clip: f64,
     /// Steps of linear warm-up.
     pub warmup: u64,
+    /// Steps before the cosine begins; at least the warm-up.
+    pub hold: u64,
     /// Steps of the whole schedule.
     pub steps: u64,
     /// Final learning rate as a part of the peak.
@@ -40,6 +42,7 @@ impl Default for AdamW {
             weight_decay: 0.1,
             clip: 1.0,
             warmup: 100,
+            hold: 0,
             steps: 1000,
             floor: 0.1,
         }
@@ -167,8 +170,9 @@ fn update(b: &mut Builder, opt: &AdamW, grads: &[(String, Value, Value)], decays
     let lr = {
         let warm = b.scale(t, 1.0 / opt.warmup.max(1) as f64);
         let warm = b.min(warm, one);
-        let span = opt.steps.saturating_sub(opt.warmup).max(1) as f64;
-        let start = c(b, opt.warmup as f64);
+        let hold = opt.hold.max(opt.warmup);
+        let span = opt.steps.saturating_sub(hold).max(1) as f64;
+        let start = c(b, hold as f64);
         let p = b.sub(t, start);
         let p = b.scale(p, 1.0 / span);
         let zero = c(b, 0.0);

@@ -3,7 +3,7 @@
 //! A step is one Program (or two with gradient accumulation) and a pure function of the store and the batch, so a run
 //! that stops and goes on gives the same bits as one that never stopped.
 
-use crate::executor::{ExecError, Executor};
+use crate::executor::{ExecError, Executor, StepTimes};
 use crate::store::Store;
 use crate::tensor::{Tensor, TensorRef};
 use rambac_codegen::lower;
@@ -114,6 +114,20 @@ impl Trainer {
     /// # Errors
     /// A refused input, or a loss that is not finite (the store is then spoilt; go back to the last checkpoint).
     pub fn step(&mut self, step: u64, batch: &[MicroBatch]) -> Result<StepReport, TrainError> {
+        self.step_timed(step, batch, None)
+    }
+
+    /// As [`step`](Self::step); adds the time of every step of [`main_executor`](Self::main_executor)'s program to
+    /// `times`.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step).
+    pub fn step_timed(
+        &mut self,
+        step: u64,
+        batch: &[MicroBatch],
+        mut times: Option<&mut StepTimes>,
+    ) -> Result<StepReport, TrainError> {
         let expected = match &self.programs {
             Programs::Whole(_) => 1,
             Programs::Parts { parts, .. } => *parts,
@@ -129,13 +143,14 @@ impl Trainer {
         };
         let (loss, last) = match &mut self.programs {
             Programs::Whole(e) => {
-                let out = e.run(&batch[0].dims, &batch[0].views(), &mut self.store)?;
+                let out = e.run_timed(&batch[0].dims, &batch[0].views(), &mut self.store, times)?;
                 (scalar(&out, "loss"), out)
             }
             Programs::Parts { accumulate, apply, parts } => {
                 let mut loss = 0.0;
                 for m in batch {
-                    let out = accumulate.run(&m.dims, &m.views(), &mut self.store)?;
+                    let times = times.as_deref_mut();
+                    let out = accumulate.run_timed(&m.dims, &m.views(), &mut self.store, times)?;
                     loss += scalar(&out, "loss") / *parts as f32;
                 }
                 (loss, apply.run(&Bindings::default(), &[], &mut self.store)?)

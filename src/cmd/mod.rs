@@ -1,6 +1,10 @@
 //! The verbs, one file each.
 
+mod bench;
 mod check;
+mod demo;
+mod eval;
+mod train;
 
 use crate::cli::{Cli, Verb};
 use crate::error::Result;
@@ -10,6 +14,11 @@ use std::process::ExitCode;
 pub fn run(cli: Cli) -> Result<ExitCode> {
     let pool = crate::model::pool(cli.threads)?;
     match cli.verb {
+        Verb::Demo(a) => demo::run(&a, pool),
+        Verb::Train(a) => train::run(&a, pool),
+        Verb::Eval(a) => eval::run(&a, pool),
+        Verb::Bench(a) => bench::run(&a, pool),
+        Verb::Generate(_) | Verb::Explain(_) | Verb::Inspect(_) | Verb::Doctor(_) => todo!(),
         Verb::Check(a) => check::run(&a, pool),
     }
 }

@@ -113,8 +113,8 @@ impl OpDef for FusedMap {
         let mut out = vec![Vec::with_capacity(n); y.len()];
         let mut v = vec![0.0; x.len() + self.body.len()];
         for i in 0..n {
-            for (k, a) in x.iter().enumerate() {
-                v[k] = a.get(maps[k][i]);
+            for ((r, a), map) in v.iter_mut().zip(x).zip(&maps) {
+                *r = a.get(map[i]);
             }
             for (k, inst) in self.body.iter().enumerate() {
                 let arg = |j: usize| v[inst.args[j] as usize];

@@ -68,9 +68,12 @@ impl OpDef for Reshape {
         vec![x[0].reshaped(&y[0].shape)]
     }
     fn vjp(&self, cx: &mut Vjp) -> Gradients {
-        let shape = cx.b.ty(cx.x[0]).shape.clone();
+        let from = cx.b.ty(cx.x[0]).clone();
+        if !from.dtype.is_float() {
+            return Ok(vec![None]);
+        }
         let dy = cx.dy(0);
-        Ok(vec![Some(cx.b.reshape(dy, shape))])
+        Ok(vec![Some(cx.b.reshape(dy, from.shape))])
     }
 }
 
@@ -95,6 +98,9 @@ impl OpDef for Transpose {
         vec![x[0].gathered(&y[0].shape, indices(&y[0].shape).map(at))]
     }
     fn vjp(&self, cx: &mut Vjp) -> Gradients {
+        if !cx.b.ty(cx.x[0]).dtype.is_float() {
+            return Ok(vec![None]);
+        }
         let mut inverse = vec![0; self.perm.len()];
         for (i, &p) in self.perm.iter().enumerate() {
             inverse[p] = i;

@@ -16,6 +16,9 @@ use std::ops::Range;
 /// Lists in attributes nest no deeper.
 const MAX_DEPTH: usize = 16;
 
+/// After so many errors, undefined names get no suggestion.
+const MAX_SUGGESTIONS: usize = 100;
+
 /// Parses the text form; see [`text`](crate::text).
 ///
 /// # Errors
@@ -472,7 +475,11 @@ impl<'a> Parser<'a> {
         let inferred = op.def().infer(&tys).map_err(|e| infer_error(mnemonic, e, span.clone()))?;
         if let Some(written) = written {
             if written.len() != inferred.len() {
-                let d = format!("{mnemonic} has {} results, {} types written", inferred.len(), written.len());
+                let d = format!(
+                    "{mnemonic} has {}, {} written",
+                    count(inferred.len(), "result"),
+                    count(written.len(), "type")
+                );
                 return Err(Diagnostic::error(d)
                     .at(ty_at.start..l.end.end)
                     .help(format!("it gives {}", list(&inferred))));
@@ -483,7 +490,7 @@ impl<'a> Parser<'a> {
             }
         }
         if results.len() != inferred.len() {
-            let d = format!("{mnemonic} has {} results, {} named", inferred.len(), results.len());
+            let d = format!("{mnemonic} has {}, {} named", count(inferred.len(), "result"), results.len());
             let at = results[0].1.start..results[results.len() - 1].1.end;
             return Err(Diagnostic::error(d).at(at).help(format!("it gives {}", list(&inferred))));
         }
@@ -600,6 +607,8 @@ impl<'a> Parser<'a> {
             let d = Diagnostic::error(format!("%{} is not defined", label.text())).at(at);
             let d = match later {
                 Some(line) => d.help(format!("line {line} defines it; a value must be defined before its use")),
+                // Looking for likenesses is slow, and nobody reads that many.
+                None if self.errors.len() >= MAX_SUGGESTIONS => d,
                 None => {
                     let all: Vec<String> = self.known.keys().map(Label::text).collect();
                     let mut all: Vec<&str> = all.iter().map(String::as_str).collect();
@@ -644,7 +653,8 @@ impl<'a> Parser<'a> {
 
     /// Defines whatever stands before `=` on a broken line, so that its uses aren't reported too.
     fn poison(&mut self, l: &Line) {
-        let before = l.toks.iter().take_while(|(t, _)| *t != Tok::Punct('='));
+        let Some(equals) = l.toks.iter().position(|(t, _)| *t == Tok::Punct('=')) else { return };
+        let before = l.toks[..equals].iter();
         let labels =
             before.filter_map(|(t, s)| if let Tok::Label(l) = t { Some((l.clone(), s.clone())) } else { None });
         self.define_broken(labels.collect(), Self::annotation(l));
@@ -666,6 +676,10 @@ impl<'a> Parser<'a> {
         }
         if self.errors.is_empty() { Ok(self.g) } else { Err(self.errors) }
     }
+}
+
+fn count(n: usize, what: &str) -> String {
+    format!("{n} {what}{}", if n == 1 { "" } else { "s" })
 }
 
 fn list(tys: &[Ty]) -> String {

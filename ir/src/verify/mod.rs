@@ -121,7 +121,8 @@ impl Verifier<'_> {
                     }
                     Ok(tys) if tys != n.tys => {
                         self.sound = false;
-                        self.on(id, format!("has types {:?}, but its op gives {tys:?}", n.tys));
+                        let list = |t: &[Ty]| t.iter().map(|t| t.to_string()).collect::<Vec<_>>().join(", ");
+                        self.on(id, format!("has the types ({}), but its op gives ({})", list(&n.tys), list(&tys)));
                     }
                     Ok(_) => {}
                 }

@@ -300,7 +300,7 @@ pub(super) fn lint(g: &Graph) -> Vec<Diagnostic> {
             && k > c
         {
             let what = format!("k is {k}, but there are only {c} chunks");
-            warn(what, format!("the last {} slots are never filled: use k = {c}", k - c));
+            warn(what, format!("slots beyond the first {c} are never filled: use k = {c}"));
         }
         if let Op::Weigh(_) = n.op {
             for choice in f.choices(n.inputs[1]) {
@@ -322,7 +322,13 @@ pub(super) fn lint(g: &Graph) -> Vec<Diagnostic> {
 
 /// Warns of scores that reach a choice without their causal mask.
 fn unmasked(f: &Facts, s: Value, warn: &mut impl FnMut(String, String)) {
+    let behind = f.behind(s, |v| passes_on(f.op(v)));
+    // A mask of one's own: some -inf is mixed in.
+    let masks = |v: &Value| matches!(f.op(*v), Op::Constant(c) if c.value == f64::NEG_INFINITY);
     if f.scorers(s).is_empty() {
+        if behind.iter().any(masks) {
+            return;
+        }
         let from = mention(f.g, f.stripped(s).node);
         let what = format!("its scores come from {from}, not from `score`: nothing hides chunks that are not complete");
         let help = "compute them by `score`, or set scores of unfinished chunks to -inf by `where`";
@@ -334,7 +340,7 @@ fn unmasked(f: &Facts, s: Value, warn: &mut impl FnMut(String, String)) {
         Op::Binary(b) => b.f == BinaryFn::Max && f.g.node(v.node).inputs.iter().any(|&i| f.scorers(i).is_empty()),
         _ => false,
     };
-    for v in f.behind(s, |v| passes_on(f.op(v))).iter().filter(|v| lifts(v)) {
+    for v in behind.iter().filter(|v| lifts(v)) {
         if f.scorers(*v).is_empty() {
             continue;
         }

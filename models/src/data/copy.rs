@@ -8,8 +8,24 @@ use super::{Task, check_share, row_total};
 use crate::error::ModelError;
 use rand::Rng;
 
-/// Characters of the strings; digits among them, since digits are what passkeys need.
-const ALPHABET: &[u8; 36] = b"abcdefghijklmnopqrstuvwxyz0123456789";
+/// What strings are made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Alphabet {
+    /// All 94 printable characters: rare matches by chance, so copying is learnt fastest.
+    Printable,
+    /// Per document one of: digits, lower case, letters and digits.  Digits are what passkeys need.
+    Any,
+}
+
+impl Alphabet {
+    fn characters(self, rng: &mut impl Rng) -> Vec<u8> {
+        let classes: &[&[std::ops::RangeInclusive<u8>]] = match self {
+            Alphabet::Printable => &[&[b'!'..=b'~']],
+            Alphabet::Any => &[&[b'0'..=b'9'], &[b'a'..=b'z'], &[b'0'..=b'9', b'a'..=b'z', b'A'..=b'Z']],
+        };
+        classes[rng.random_range(0..classes.len())].iter().cloned().flatten().collect()
+    }
+}
 
 /// The shape of copy documents.
 #[derive(Clone, Debug, PartialEq)]
@@ -22,11 +38,21 @@ pub struct CopyMix {
     pub head: usize,
     /// Loss weight of everything that is not a tail.
     pub filler_weight: f32,
+    pub alphabet: Alphabet,
+    /// Whether a space ends every string; without it where a string begins has to be found out.
+    pub separated: bool,
 }
 
 impl Default for CopyMix {
     fn default() -> Self {
-        Self { length: (8, 14), repeat_share: 0.6, head: 3, filler_weight: 0.05 }
+        Self {
+            length: (8, 14),
+            repeat_share: 0.6,
+            head: 3,
+            filler_weight: 0.05,
+            alphabet: Alphabet::Any,
+            separated: true,
+        }
     }
 }
 
@@ -50,6 +76,7 @@ impl CopyMix {
 
     /// A document of exactly `total` bytes and the loss weight of each.
     pub(crate) fn document(&self, rng: &mut impl Rng, total: usize) -> (Vec<u8>, Vec<f32>) {
+        let alphabet = self.alphabet.characters(rng);
         let mut text = Vec::with_capacity(total + self.length.1 + 1);
         let mut weights = Vec::with_capacity(text.capacity());
         // Start and length of each fresh string; copying only these keeps strings from being favoured by their copies.
@@ -62,11 +89,13 @@ impl CopyMix {
             } else {
                 let len = rng.random_range(self.length.0..=self.length.1);
                 fresh.push((text.len(), len));
-                text.extend((0..len).map(|_| ALPHABET[rng.random_range(0..ALPHABET.len())]));
+                text.extend((0..len).map(|_| alphabet[rng.random_range(0..alphabet.len())]));
                 weights.resize(text.len(), self.filler_weight);
             }
-            text.push(b' ');
-            weights.push(self.filler_weight);
+            if self.separated {
+                text.push(b' ');
+                weights.push(self.filler_weight);
+            }
         }
         text.truncate(total);
         weights.truncate(total);

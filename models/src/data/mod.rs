@@ -2,11 +2,13 @@
 //! can be made in any order.
 
 pub mod copy;
+pub mod mix;
 pub mod passkey;
 pub mod rng;
 pub mod text;
 
-pub use copy::{CopyMix, CopyTask};
+pub use copy::{Alphabet, CopyMix, CopyTask};
+pub use mix::MixTask;
 pub use passkey::{Haystack, PasskeyCase, PasskeyMix, PasskeyTask};
 pub use text::{Split, Text, TextTask};
 

@@ -4,9 +4,13 @@
 //! Tasks own blocks of time steps; the arithmetic of an element does not depend on the block it falls in.  Backward
 //! recomputes the pre-activation with a halo of k-1 steps; dw and db are summed per task, then over tasks in order.
 
+// Index loops over several arrays at once read like the formulas.
+#![allow(clippy::needless_range_loop)]
+
 use super::vmath::{lane, simd_fn};
 use crate::par::{self, SharedMut};
 use crate::{Mat, MatMut};
+use pulp::Simd;
 
 /// Most steps of a backward task (longer tasks when the sequence is long, so that partial dw stay few).
 const BLOCK: usize = 64;
@@ -22,32 +26,45 @@ pub struct CausalConv1d {
     pub silu: bool,
 }
 
-simd_fn! {
-    /// out = act(bias + sum_j taps[j] * rows[j]); taps (kernel, channels).
-    fn row_forward<'a, S>(rows: &'a [&'a [f32]], taps: &'a [f32], bias: &'a [f32], silu: bool, out: &'a mut [f32]) {
-        let c = bias.len();
-        let out = &mut out[..c];
-        if let [x0, x1, x2, x3] = *rows {
-            let (x0, x1, x2, x3) = (&x0[..c], &x1[..c], &x2[..c], &x3[..c]);
-            let (w0, w1, w2, w3) = (&taps[..c], &taps[c..2 * c], &taps[2 * c..3 * c], &taps[3 * c..4 * c]);
-            for i in 0..c {
-                let v = lane::fma::<S>(w0[i], x0[i], bias[i]);
-                let v = lane::fma::<S>(w1[i], x1[i], v);
-                let v = lane::fma::<S>(w2[i], x2[i], v);
-                out[i] = lane::fma::<S>(w3[i], x3[i], v);
-            }
-        } else {
-            out.copy_from_slice(bias);
-            for (x, w) in rows.iter().zip(taps.chunks_exact(c)) {
-                for ((o, x), w) in out.iter_mut().zip(*x).zip(w) {
-                    *o = lane::fma::<S>(*w, *x, *o);
-                }
-            }
+/// Columns that a loop holds in registers: through local arrays, because with this many slices the compiler cannot
+/// rule out that they overlap.
+const LANES: usize = 32;
+
+/// Columns c0..c0+W of act(bias + sum_j taps_j * rows_j).
+#[inline(always)]
+fn forward_part<S: Simd, const W: usize>(
+    c0: usize,
+    rows: &[&[f32]],
+    taps: &[f32],
+    bias: &[f32],
+    silu: bool,
+    out: &mut [f32],
+) {
+    let part = |x: &[f32], at: usize| -> [f32; W] { x[at..at + W].try_into().expect("BUG: slice of W") };
+    let mut v = part(bias, c0);
+    for (j, x) in rows.iter().enumerate() {
+        let (x, w) = (part(x, c0), part(taps, j * bias.len() + c0));
+        for i in 0..W {
+            v[i] = lane::fma::<S>(w[i], x[i], v[i]);
         }
-        if silu {
-            for o in out {
-                *o = lane::silu::<S>(*o);
-            }
+    }
+    if silu {
+        for v in &mut v {
+            *v = lane::silu::<S>(*v);
+        }
+    }
+    out[c0..c0 + W].copy_from_slice(&v);
+}
+
+simd_fn! {
+    /// out = act(bias + sum_j taps_j * rows_j); taps (kernel, channels).
+    fn row_forward<'a, S>(rows: &'a [&'a [f32]], taps: &'a [f32], bias: &'a [f32], silu: bool, out: &'a mut [f32]) {
+        let full = bias.len() / LANES * LANES;
+        for c0 in (0..full).step_by(LANES) {
+            forward_part::<S, LANES>(c0, rows, taps, bias, silu, out);
+        }
+        for c0 in full..bias.len() {
+            forward_part::<S, 1>(c0, rows, taps, bias, silu, out);
         }
     }
 }
@@ -70,33 +87,34 @@ simd_fn! {
     }
 }
 
+/// Columns c0..c0+W of db += g, dw_j += g * rows_j.
+#[inline(always)]
+fn weight_part<S: Simd, const W: usize>(c0: usize, g: &[f32], rows: &[&[f32]], dw: &mut [f32], db: &mut [f32]) {
+    let part = |x: &[f32], at: usize| -> [f32; W] { x[at..at + W].try_into().expect("BUG: slice of W") };
+    let (channels, g, mut sum) = (g.len(), part(g, c0), part(db, c0));
+    for i in 0..W {
+        sum[i] += g[i];
+    }
+    db[c0..c0 + W].copy_from_slice(&sum);
+    for (j, x) in rows.iter().enumerate() {
+        let at = j * channels + c0;
+        let (x, mut w) = (part(x, c0), part(dw, at));
+        for i in 0..W {
+            w[i] = lane::fma::<S>(g[i], x[i], w[i]);
+        }
+        dw[at..at + W].copy_from_slice(&w);
+    }
+}
+
 simd_fn! {
     /// db += g and dw_j += g * rows_j; dw (kernel, channels).
     fn add_weight_gradients<'a, S>(g: &'a [f32], rows: &'a [&'a [f32]], dw: &'a mut [f32], db: &'a mut [f32]) {
-        let c = g.len();
-        let db = &mut db[..c];
-        if let [x0, x1, x2, x3] = *rows {
-            let (x0, x1, x2, x3) = (&x0[..c], &x1[..c], &x2[..c], &x3[..c]);
-            let (w0, rest) = dw.split_at_mut(c);
-            let (w1, rest) = rest.split_at_mut(c);
-            let (w2, w3) = rest.split_at_mut(c);
-            let w3 = &mut w3[..c];
-            for i in 0..c {
-                db[i] += g[i];
-                w0[i] = lane::fma::<S>(g[i], x0[i], w0[i]);
-                w1[i] = lane::fma::<S>(g[i], x1[i], w1[i]);
-                w2[i] = lane::fma::<S>(g[i], x2[i], w2[i]);
-                w3[i] = lane::fma::<S>(g[i], x3[i], w3[i]);
-            }
-        } else {
-            for i in 0..c {
-                db[i] += g[i];
-            }
-            for (x, w) in rows.iter().zip(dw.chunks_exact_mut(c)) {
-                for ((w, x), g) in w.iter_mut().zip(*x).zip(g) {
-                    *w = lane::fma::<S>(*g, *x, *w);
-                }
-            }
+        let full = g.len() / LANES * LANES;
+        for c0 in (0..full).step_by(LANES) {
+            weight_part::<S, LANES>(c0, g, rows, dw, db);
+        }
+        for c0 in full..g.len() {
+            weight_part::<S, 1>(c0, g, rows, dw, db);
         }
     }
 }

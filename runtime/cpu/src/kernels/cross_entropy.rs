@@ -9,7 +9,7 @@ pub const IGNORE: i32 = -100;
 
 simd_fn! {
     fn logsumexp<'a, S>(x: &'a [f32]) -> f32 {
-        let max = fold::max::<S>(x);
+        let max = fold::max(x);
         // All -inf, or a +inf or NaN: the maximum is the answer, and max - max would be NaN.
         if !max.is_finite() {
             return max;

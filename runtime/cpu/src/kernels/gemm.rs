@@ -1,11 +1,12 @@
 //! Dense matrix products.
 //!
-//! `matmul` cuts C in tiles and k in blocks, packs B once in panels of 64 columns (and A, if transposed, per tile), and
-//! runs `small`, a register-tiled micro-kernel on strided operands that other kernels use as well.
+//! `matmul` cuts C in tiles and k in blocks, packs B once in panels of 64 columns, and runs `small`, a register-tiled
+//! micro-kernel on strided operands that other kernels use as well.  Tiles with a transposed A (weight gradients) go to
+//! the `gemm` crate, single-threaded: measured side by side on one core it is faster there, on the rest about equal.
 //! A long contraction with a small result (weight gradients: k = tokens) is cut in parts whose results are summed in
-//! order.  Few rows (decoding) stream B once, as matrix-vector products.  The `gemm` crate was measured to be equal or
-//! slower on all our shapes (a fifth of the speed with transposed B), so it is not used.
-//! Invariants: tile and part counts never depend on threads; C is overwritten unless `accumulate`.
+//! order.  Few rows (decoding) stream B once, as matrix-vector products.
+//! Invariants: tile and part counts never depend on threads (bits do depend on the instruction set); C is overwritten
+//! unless `accumulate`.
 
 // Index loops over several arrays at once read like the formulas.
 #![allow(clippy::needless_range_loop)]
@@ -95,7 +96,7 @@ impl SharedPtr {
 
 /// Columns of a packed panel of B.
 const PANEL: usize = 64;
-/// Rows of A packed together; the micro-kernel's height.
+/// The micro-kernel's height.
 const HEIGHT: usize = 6;
 /// Up to this many rows, a B whose rows are contiguous is used in place: packing it would not pay.
 const UNPACKED_ROWS: usize = 160;
@@ -159,7 +160,7 @@ impl Product {
         let plan = Plan::new(m, n, k);
         let step = plan.depth * plan.blocks;
         let (rows, cols, parts) = (m.div_ceil(plan.rows), n.div_ceil(plan.cols), k.div_ceil(step));
-        let pack = self.bcs != 1 || m > UNPACKED_ROWS;
+        let pack = !self.transposed_a() && (self.bcs != 1 || m > UNPACKED_ROWS);
         let work = 2 * m * n * k;
         par::with_scratch(if pack { k * n.next_multiple_of(PANEL) } else { 0 }, |packed| {
             if pack {
@@ -208,58 +209,44 @@ impl Product {
         crs: usize,
         add: bool,
     ) {
-        // Transposed A is copied in strips of HEIGHT rows: its columns are far apart in memory.
-        let copy_a = self.acs != 1 && self.ars == 1;
-        let strips = m.div_ceil(HEIGHT);
-        par::with_scratch(if copy_a { strips * HEIGHT * depth } else { 0 }, |a_copy| {
-            for p0 in (p..p + k).step_by(depth) {
-                let kb = depth.min(p + k - p0);
-                let add = add || p0 > p;
-                // SAFETY: ranges inside the operands, and in the copies as laid out by the packing.
-                unsafe {
-                    let block = self.part(i, m, j, n, p0, kb);
-                    if copy_a {
-                        block.copy_a(a_copy);
-                    }
-                    for j0 in (0..n).step_by(PANEL) {
-                        let width = PANEL.min(n - j0);
-                        let b = match packed {
-                            // Panels of a block of k follow each other; all blocks before are full.
-                            Some(all) => {
-                                let wide = self.n.next_multiple_of(PANEL);
-                                (all[p0 * wide + (j + j0) * kb..].as_ptr(), PANEL)
-                            }
-                            None => (block.b.add(j0), block.brs),
-                        };
-                        if copy_a {
-                            for s in 0..strips {
-                                let rows = HEIGHT.min(m - s * HEIGHT);
-                                let a = (a_copy[s * HEIGHT * kb..].as_ptr(), 1, HEIGHT);
-                                small(rows, width, kb, a, b, (c.add(s * HEIGHT * crs + j0), crs), add);
-                            }
-                        } else {
-                            small(m, width, kb, (block.a, block.ars, block.acs), b, (c.add(j0), crs), add);
+        if self.transposed_a() {
+            // SAFETY: the tile's ranges; C is row-major with unit column stride.
+            return unsafe { self.part(i, m, j, n, p, k).library(c, crs, add) };
+        }
+        for p0 in (p..p + k).step_by(depth) {
+            let kb = depth.min(p + k - p0);
+            let add = add || p0 > p;
+            // SAFETY: ranges inside the operands, and in the packed copy as laid out by `pack_b`.
+            unsafe {
+                let block = self.part(i, m, j, n, p0, kb);
+                for j0 in (0..n).step_by(PANEL) {
+                    let width = PANEL.min(n - j0);
+                    let b = match packed {
+                        // Panels of a block of k follow each other; all blocks before are full.
+                        Some(all) => {
+                            let wide = self.n.next_multiple_of(PANEL);
+                            (all[p0 * wide + (j + j0) * kb..].as_ptr(), PANEL)
                         }
-                    }
+                        None => (block.b.add(j0), block.brs),
+                    };
+                    small(m, width, kb, (block.a, block.ars, block.acs), b, (c.add(j0), crs), add);
                 }
             }
-        });
+        }
     }
 
-    /// A (m x k, transposed in memory) as strips of HEIGHT rows, each (k, HEIGHT).
-    unsafe fn copy_a(&self, to: &mut [f32]) {
-        for p in 0..self.k {
-            // SAFETY: row p of the transposed matrix has m contiguous entries.
-            let row = unsafe { std::slice::from_raw_parts(self.a.add(p * self.acs), self.m) };
-            let (full, rest) = row.as_chunks::<HEIGHT>();
-            let strips = to.chunks_exact_mut(self.k * HEIGHT);
-            for (strip, part) in strips.zip(full) {
-                strip[p * HEIGHT..][..HEIGHT].copy_from_slice(part);
-            }
-            if !rest.is_empty() {
-                to[(full.len() * self.k + p) * HEIGHT..][..rest.len()].copy_from_slice(rest);
-            }
-        }
+    /// A's columns, not its rows, are contiguous.
+    fn transposed_a(&self) -> bool {
+        self.acs != 1 && self.ars == 1
+    }
+
+    /// The whole product by the gemm crate on this thread; it packs both operands.
+    unsafe fn library(&self, c: *mut f32, crs: usize, add: bool) {
+        let &Product { m, n, k, a, ars, acs, b, brs, bcs } = self;
+        let [crs, ars, acs, brs, bcs] = [crs, ars, acs, brs, bcs].map(|s| s as isize);
+        let alone = gemm::Parallelism::None;
+        // SAFETY: the caller's matrices.
+        unsafe { gemm::gemm(m, n, k, c, 1, crs, add, a, acs, ars, b, bcs, brs, 1.0, 1.0, false, false, false, alone) }
     }
 
     /// B in blocks of `depth` steps, each in panels (depth, PANEL); columns beyond n are never read.
@@ -523,5 +510,47 @@ impl Small {
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `small` on every instruction set this machine has, the portable one included.
+    #[test]
+    fn gemm_small_on_every_instruction_set() {
+        for (m, n, k) in [(1, 1, 1), (7, 19, 5), (13, 77, 31)] {
+            let a: Vec<f32> = (0..m * k).map(|i| (i as f32 * 0.7).sin()).collect();
+            let b: Vec<f32> = (0..k * n).map(|i| (i as f32 * 0.3).cos()).collect();
+            let run = |which: usize| {
+                let mut c = vec![1.0f32; m * n];
+                let op =
+                    Small { m, n, k, a: (a.as_ptr(), k, 1), b: (b.as_ptr(), n), c: (c.as_mut_ptr(), n), add: true };
+                match which {
+                    0 => Simd::vectorize(pulp::Scalar::new(), op),
+                    #[cfg(target_arch = "x86_64")]
+                    1 => match pulp::x86::V3::try_new() {
+                        Some(simd) => Simd::vectorize(simd, op),
+                        None => println!("no AVX2 here: its path is not tested"),
+                    },
+                    _ => Arch::new().dispatch(op),
+                }
+                c
+            };
+            for which in 0..3 {
+                for (i, got) in run(which).into_iter().enumerate() {
+                    let dot: f64 = (0..k).map(|p| a[i / n * k + p] as f64 * b[p * n + i % n] as f64).sum();
+                    assert!((got as f64 - 1.0 - dot).abs() < 1e-5, "{which}: {got} for {}", dot + 1.0);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn gemm_plan_cuts_long_contractions() {
+        assert_eq!(Plan::new(4096, 292, 64).blocks, 1);
+        let plan = Plan::new(64, 292, 4096);
+        assert!(4096 / (plan.depth * plan.blocks) >= 4, "{plan:?}");
     }
 }

@@ -34,8 +34,8 @@ fn greater(a: f32, b: f32) -> f32 {
 simd_fn! {
     fn fold_row<'a, S>(kind: Kind, x: &'a [f32]) -> f32 {
         match kind {
-            Kind::Sum => fold::sum::<S>(x),
-            Kind::Max => fold::max::<S>(x),
+            Kind::Sum => fold::sum(x),
+            Kind::Max => fold::max(x),
         }
     }
 }

@@ -23,6 +23,7 @@ use super::transpose::transpose_small;
 use super::vmath::{fold, lane, simd_fn};
 use crate::par::{self, SharedMut};
 use crate::{Mat, MatMut};
+use pulp::Simd;
 
 /// Floats of one window's states, and as many of their gradients.
 const WINDOW: usize = 1 << 23;
@@ -55,45 +56,74 @@ struct Sums {
     columns: [f32; 64],
 }
 
+/// Row `t` of the triangle at columns s0..s0+W; results in local arrays, so that the loop is free of aliases.
+#[inline(always)]
+#[allow(clippy::too_many_arguments)]
+fn triangle_part<S: Simd, const W: usize>(
+    t: usize,
+    s0: usize,
+    (cb, dm): (&[f32], &[f32]),
+    f: &Decay,
+    m: &mut [f32],
+    dcb: &mut [f32],
+    sums: &mut Sums,
+) -> f64 {
+    let part = |x: &[f32]| -> [f32; W] { std::array::from_fn(|i| x[s0..s0 + W][i]) };
+    let (h, l, cb, dm) = (f.hi[t], f.lo[t], part(cb), part(dm));
+    let (hi, lo, dt) = (part(f.hi), part(f.lo), part(f.dt));
+    let (mut m_new, mut dcb_new, mut columns) = ([0.0; W], part(dcb), part(&sums.columns));
+    let mut e = [0.0f32; W];
+    for i in 0..W {
+        let decay = lane::exp::<S>((h - hi[i]) + (l - lo[i]));
+        // Beyond the diagonal the exponent is positive; cb and dm are defined to the strip's end.
+        let decay = if (s0 + i) as u32 <= t as u32 { decay } else { 0.0 };
+        let scaled = decay * dt[i];
+        let f = dm[i] * cb[i];
+        m_new[i] = cb[i] * scaled;
+        dcb_new[i] = lane::fma::<S>(dm[i], scaled, dcb_new[i]);
+        columns[i] = lane::fma::<S>(f, decay, columns[i]);
+        e[i] = if ((s0 + i) as u32) < t as u32 { f * scaled } else { 0.0 };
+    }
+    m[s0..s0 + W].copy_from_slice(&m_new);
+    dcb[s0..s0 + W].copy_from_slice(&dcb_new);
+    sums.columns[s0..s0 + W].copy_from_slice(&columns);
+    let flow = &mut sums.flow[s0..s0 + W];
+    for i in 0..W {
+        flow[i] -= e[i] as f64;
+    }
+    // In halves, an order of additions that vectorises.
+    let mut wide: [f64; W] = e.map(|e| e as f64);
+    let mut width = W / 2;
+    while width > 0 {
+        for i in 0..width {
+            wide[i] += wide[i + width];
+        }
+        width /= 2;
+    }
+    wide[0]
+}
+
 simd_fn! {
     /// Lower triangle of one head: from cb and dm makes m (with zeros to the strip's end) and the sums, adds to dcb.
     /// The flow is summed in float64 from the same rounded products, because over time its parts must cancel exactly.
     fn triangle<'a, S>(
-        q: usize, cb: &'a [f32], dm: &'a [f32], hi: &'a [f32], lo: &'a [f32], dt: &'a [f32],
-        m: &'a mut [f32], dcb: &'a mut [f32],
+        q: usize, cb: &'a [f32], dm: &'a [f32], f: &'a Decay<'a>, m: &'a mut [f32], dcb: &'a mut [f32],
     ) -> Sums {
         let mut out = Sums { flow: [0.0; 64], columns: [0.0; 64] };
-        let mut row = [0.0f32; 64];
         for t in 0..q {
-            // Whole vectors: beyond the diagonal the decay is 0, and cb and dm are defined to the strip's end.
             let n = strip_end(t, q);
-            let (h, l) = (hi[t], lo[t]);
-            let (cb, dm, hi, lo, dt) = (&cb[t * q..][..n], &dm[t * q..][..n], &hi[..n], &lo[..n], &dt[..n]);
-            let (m, dcb) = (&mut m[t * q..][..n], &mut dcb[t * q..][..n]);
-            let (columns, e) = (&mut out.columns[..n], &mut row[..n]);
-            for s in 0..n {
-                let decay = lane::exp::<S>((h - hi[s]) + (l - lo[s]));
-                let decay = if s as u32 <= t as u32 { decay } else { 0.0 };
-                let scaled = decay * dt[s];
-                let f = dm[s] * cb[s];
-                m[s] = cb[s] * scaled;
-                dcb[s] = lane::fma::<S>(dm[s], scaled, dcb[s]);
-                columns[s] = lane::fma::<S>(f, decay, columns[s]);
-                e[s] = if (s as u32) < t as u32 { f * scaled } else { 0.0 };
+            let row = t * q..t * q + n;
+            let given = (&cb[row.clone()], &dm[row.clone()]);
+            let (m, dcb) = (&mut m[row.clone()], &mut dcb[row]);
+            let (mut sum, mut s) = (0.0, 0);
+            while s + STRIP <= n {
+                sum += triangle_part::<S, STRIP>(t, s, given, f, m, dcb, &mut out);
+                s += STRIP;
             }
-            let mut sums = [0.0f64; 16];
-            let (es, rest) = e.as_chunks::<16>();
-            for (e, flow) in es.iter().zip(out.flow.as_chunks_mut::<16>().0) {
-                for i in 0..16 {
-                    flow[i] -= e[i] as f64;
-                    sums[i] += e[i] as f64;
-                }
+            for s in s..n {
+                sum += triangle_part::<S, 1>(t, s, given, f, m, dcb, &mut out);
             }
-            for (i, &e) in rest.iter().enumerate() {
-                out.flow[n - rest.len() + i] -= e as f64;
-                sums[i] += e as f64;
-            }
-            out.flow[t] += sums.iter().sum::<f64>();
+            out.flow[t] += sum;
         }
         out
     }
@@ -268,7 +298,7 @@ impl SelectiveScan {
 
                 transpose_small(x, x_t, q);
                 lower_product(q, &dy, x_t, dm);
-                let sums = triangle(q, cb, dm, f.hi, f.lo, f.dt, m_ts, dcb);
+                let sums = triangle(q, cb, dm, &f, m_ts, dcb);
 
                 transpose_small(Mat::new(gh, p, r), across, p);
                 // SAFETY: b (q, r) by gᵀ (r, p).

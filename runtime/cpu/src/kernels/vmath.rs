@@ -247,7 +247,7 @@ pub(crate) mod fold {
     }
 
     #[inline(always)]
-    pub fn sum<S: Simd>(x: &[f32]) -> f32 {
+    pub fn sum(x: &[f32]) -> f32 {
         sum_of(x, |x| x)
     }
 
@@ -259,7 +259,7 @@ pub(crate) mod fold {
 
     /// Largest element, -inf if empty, NaN if any is.
     #[inline(always)]
-    pub fn max<S: Simd>(x: &[f32]) -> f32 {
+    pub fn max(x: &[f32]) -> f32 {
         let (mut acc, mut nan) = ([f32::NEG_INFINITY; W], [0u32; W]);
         let (blocks, rest) = x.as_chunks::<W>();
         for x in blocks {

@@ -4,6 +4,8 @@ use crate::common::Source;
 use rambac_cpu::kernels::vmath as v;
 
 type Slices = fn(&[f32], &mut [f32]);
+/// Name, kernel, reference, allowed units in the last place.
+type Case = (&'static str, Slices, fn(f64) -> f64, f64);
 
 fn ulps(got: f32, want: f64) -> f64 {
     let w = want as f32;
@@ -22,7 +24,7 @@ fn ulps(got: f32, want: f64) -> f64 {
 fn vmath_accuracy() {
     let mut src = Source::new(3);
     let wide: Vec<f32> = (0..1 << 16).map(|i| f32::from_bits((i as u32) << 16 | 0x1234)).collect();
-    let cases: [(&str, Slices, fn(f64) -> f64, f64); 12] = [
+    let cases: [Case; 12] = [
         ("exp", v::exp, f64::exp, 2.0),
         ("log", v::log, f64::ln, 2.0),
         ("sqrt", v::sqrt, f64::sqrt, 0.51),

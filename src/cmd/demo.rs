@@ -1,0 +1,84 @@
+//! `rambac demo`: a small RAMba learns to find a passkey on this machine, does it far beyond its training length, and
+//! is saved.
+
+use super::{eval, train};
+use crate::cli::Demo;
+use crate::error::Result;
+use rambac_models::Config;
+use rambac_models::recipe::Recipe;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// The model of the demo: D 64, 2+2 layers, chunks of 16, eight of them per token.
+fn config() -> Config {
+    Config {
+        encoder_layers: 0,
+        chunk_size: 16,
+        chunk_topk: 8,
+        num_attention_heads: 2,
+        num_kv_heads: 1,
+        num_key_value_heads: 2,
+        retrieval_dim: 32,
+        mamba_chunk_size: 32,
+        ..Config::default()
+    }
+}
+
+/// Runs the verb.
+pub fn run(a: &Demo, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
+    let recipe = Recipe { seed: a.seed, ..Recipe::passkey() };
+    println!(
+        "A RAMba (Mamba-2 with hierarchical sparse attention) with random weights learns to find a passkey:\n\n    \
+         …words words |The passkey is: 4071562| words … |What is the passkey? The passkey is: 4071562\n\n\
+         The needle is anywhere in the text.  First the model learns to copy, on rows of 64 bytes; then passkeys join and\n\
+         rows grow to 1,024 bytes.  It is then asked in texts up to 64 times longer.\n"
+    );
+    let state = train::RunState {
+        recipe,
+        position: train::Position { step: 0, planned: 0, tokens: 0, smooth: None, seconds: 0.0 },
+        recompute: false,
+        data: None,
+        tokenizer: None,
+    };
+    let out = a.out.clone().unwrap_or_else(|| fresh("runs/demo"));
+    let mut run = train::Run::start(config(), None, state, &out, pool.clone())?;
+    run.time_limit = Some(Duration::from_secs(a.minutes * 60));
+    train::catch_interrupt();
+    let t = Instant::now();
+    let done = run.train()?;
+    let p = &run.state.position;
+    println!(
+        "{} {} tokens in {:.0} s ({:.1}k tokens/s)\n",
+        if done { "trained on" } else { "stopped after" },
+        train::grouped(p.tokens),
+        t.elapsed().as_secs_f64(),
+        p.tokens as f64 / p.seconds / 1e3
+    );
+    if train::interrupted() {
+        println!("go on with: rambac train --resume {}", out.display());
+        return Ok(ExitCode::from(130));
+    }
+    println!("{}", eval::HEADER);
+    for (len, cases) in [(256, 50), (1024, 100), (4096, 50), (16384, 20), (65536, 5)] {
+        let s = eval::passkey(&run.config, run.store(), &pool, len, cases, a.seed ^ 0x5eed, 4096, true)?;
+        let note = if len == 1024 { "  <- training length" } else { "" };
+        println!("{}{note}", eval::row(&s));
+    }
+    let d = out.display();
+    println!(
+        "\nsaved: {d}/latest\n\ngo on from here:\n  rambac eval passkey {d} --len 4096,262144,1M --cases 5\n  \
+         rambac generate {d} --prompt ' |The passkey is: 1234567| and so on. |What is the passkey? The passkey is: ' --tokens 7\n  \
+         rambac explain {d} --train --len 1024\n  rambac inspect {d}\n  rambac train small --data FILE --len 1024 --steps 500 --out runs/mine"
+    );
+    Ok(ExitCode::SUCCESS)
+}
+
+/// `base`, or `base-2`, `base-3`, … where there is a run already.
+fn fresh(base: &str) -> std::path::PathBuf {
+    let name = |i: u32| if i == 1 { base.to_string() } else { format!("{base}-{i}") };
+    (1..)
+        .map(|i| std::path::PathBuf::from(name(i)))
+        .find(|p| !p.exists())
+        .expect("BUG: there are infinitely many names")
+}

@@ -1,0 +1,470 @@
+//! `rambac train`: a recipe's steps, with checkpoints, metrics, a progress bar and a clean stop.
+//!
+//! A step depends on the store, the recipe and its planned number alone, so a run that was stopped goes on bit for bit.
+
+use crate::cli::{Data, Train};
+use crate::error::{Result, warn, wrap};
+use crate::model;
+use indicatif::{ProgressBar, ProgressStyle};
+use miette::{IntoDiagnostic, miette};
+use rambac_ir::Bindings;
+use rambac_models::data::rng::stream;
+use rambac_models::data::{MixTask, Split, Task, Text, TextTask};
+use rambac_models::recipe::{Recipe, Rows};
+use rambac_models::stack::{self, Carry};
+use rambac_models::{Config, InitRule, Tokenizer};
+use rambac_passes::Options;
+use rambac_passes::train_step::{AdamW, STEP};
+use rambac_runtime::checkpoint::{Checkpoint, CheckpointDir, Snapshot, TensorRef};
+use rambac_runtime::tensor::Data as Values;
+use rambac_runtime::{MicroBatch, Store, Tensor, Trainer};
+use serde::{Deserialize, Serialize};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+/// Where a run stands; with the store all that a run is.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Position {
+    /// Steps done.
+    pub step: u64,
+    /// The next step of the plan; ahead of `step` where a stage ended early.
+    pub planned: u64,
+    /// Tokens seen.
+    pub tokens: u64,
+    /// The loss, smoothed within the stage.
+    pub smooth: Option<f32>,
+    /// Seconds spent in steps.
+    pub seconds: f64,
+}
+
+/// trainer.json.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct RunState {
+    pub recipe: Recipe,
+    pub position: Position,
+    pub recompute: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub data: Option<PathBuf>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tokenizer: Option<PathBuf>,
+}
+
+/// Set by Ctrl-C.
+static STOP: AtomicBool = AtomicBool::new(false);
+
+/// Lets Ctrl-C end the run after the current step; a second one ends the process.
+pub fn catch_interrupt() {
+    let handler = || {
+        if STOP.swap(true, Ordering::SeqCst) {
+            std::process::exit(130);
+        }
+    };
+    if let Err(e) = ctrlc::set_handler(handler) {
+        warn(format!("Ctrl-C will not save a checkpoint: {e}"));
+    }
+}
+
+/// Whether Ctrl-C was pressed.
+pub fn interrupted() -> bool {
+    STOP.load(Ordering::SeqCst)
+}
+
+/// Runs the verb.
+pub fn run(a: &Train, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
+    let mut run = match &a.resume {
+        Some(dir) => Run::resume(dir, a.out.as_deref(), pool)?,
+        None => {
+            let name = a.model.as_deref().ok_or_else(|| miette!("give a MODEL to train, or --resume DIR"))?;
+            let out = a.out.clone().ok_or_else(|| miette!(help = "add --out DIR", "where should checkpoints go?"))?;
+            let (config, weights) = model::config(name)?;
+            let state = RunState {
+                recipe: recipe(a)?,
+                position: Position { step: 0, planned: 0, tokens: 0, smooth: None, seconds: 0.0 },
+                recompute: a.recompute,
+                data: a.data.clone(),
+                tokenizer: a.tokenizer.clone(),
+            };
+            Run::start(config, weights.as_deref(), state, &out, pool)?
+        }
+    };
+    run.save_every = a.save_every;
+    run.json = a.json;
+    catch_interrupt();
+    let done = run.train()?;
+    if done {
+        println!("done: {}", run.folder().join("latest").display());
+        Ok(ExitCode::SUCCESS)
+    } else {
+        println!("stopped and saved; go on with: rambac train --resume {}", run.folder().display());
+        Ok(ExitCode::from(130))
+    }
+}
+
+/// The recipe that the flags describe.
+fn recipe(a: &Train) -> Result<Recipe> {
+    if a.len == 0 || a.batch == 0 || a.steps == 0 || a.accumulate == 0 {
+        return Err(miette!("--len, --batch, --steps and --accumulate must be at least 1"));
+    }
+    let rows = match (&a.data, a.task) {
+        (Some(_), _) => Rows::Text,
+        (None, Data::Passkey) => Rows::Passkey,
+        (None, Data::Copy) => Rows::Copy,
+    };
+    let mut r = if a.curriculum {
+        if a.data.is_some() {
+            return Err(miette!("--curriculum is the passkey recipe; it has no use for --data"));
+        }
+        Recipe::passkey()
+    } else {
+        Recipe { fan_in: a.fan_in, ..Recipe::plain(rows, a.len, a.batch, a.steps) }
+    };
+    r.seed = a.seed;
+    r.accumulate = a.accumulate;
+    r.carry_share = a.state_passing;
+    let o = &mut r.optim;
+    if !a.curriculum {
+        (o.warmup, o.floor) = (a.warmup.min(a.steps), a.lr_floor);
+    }
+    if let Some(lr) = a.lr {
+        o.lr = lr;
+    }
+    (o.weight_decay, o.clip) = (a.weight_decay, a.clip);
+    Ok(r)
+}
+
+/// A training run.
+pub struct Run {
+    pub config: Config,
+    pub state: RunState,
+    trainer: Trainer,
+    tasks: Vec<MixTask>,
+    validation: Option<TextTask>,
+    folder: CheckpointDir,
+    metrics: std::fs::File,
+    /// The tokenizer's file, copied into every checkpoint.
+    tokenizer: Option<Vec<u8>>,
+    /// Steps between checkpoints; 0: only at the end.
+    pub save_every: u64,
+    pub json: bool,
+    /// Total time after which the run stops by itself.
+    pub time_limit: Option<Duration>,
+}
+
+impl Run {
+    /// A new run in `out`.
+    pub fn start(
+        config: Config,
+        weights: Option<&Path>,
+        state: RunState,
+        out: &Path,
+        pool: Arc<rayon::ThreadPool>,
+    ) -> Result<Self> {
+        let folder = CheckpointDir::open(out, Some(3)).map_err(wrap)?;
+        if !folder.steps().map_err(wrap)?.is_empty() {
+            return Err(miette!(
+                help = "give another --out, or go on with it: rambac train --resume {}",
+                "{} already holds a run",
+                out.display()
+            ));
+        }
+        let rule = if state.recipe.fan_in { InitRule::FanIn } else { InitRule::Normal };
+        let store = model::parameters(&config, weights, rule, state.recipe.seed)?;
+        Self::build(config, state, store, folder, pool)
+    }
+
+    /// Goes on with the newest checkpoint of `dir`, writing to `out` or to `dir` itself.
+    pub fn resume(dir: &Path, out: Option<&Path>, pool: Arc<rayon::ThreadPool>) -> Result<Self> {
+        let c = Checkpoint::open(dir).map_err(wrap)?;
+        let state: RunState = serde_json::from_str(&c.trainer)
+            .map_err(|e| miette!("{}: trainer.json is not a training state: {e}", c.path.display()))?;
+        let config = Config::from_json(&c.config, &c.path.join("config.json").to_string_lossy()).map_err(wrap)?.config;
+        let mut store = model::parameters(&config, Some(&c.path), InitRule::Normal, 0)?;
+        for name in c.state.names() {
+            let (shape, v) = c.state.get_f32(name).map_err(wrap)?;
+            store.insert(name, Tensor::f32(&shape, v));
+        }
+        let folder = CheckpointDir::open(out.unwrap_or(dir), Some(3)).map_err(wrap)?;
+        Self::build(config, state, store, folder, pool)
+    }
+
+    fn build(
+        config: Config,
+        state: RunState,
+        store: Store,
+        folder: CheckpointDir,
+        pool: Arc<rayon::ThreadPool>,
+    ) -> Result<Self> {
+        let r = &state.recipe;
+        let tokenizer = match &state.tokenizer {
+            Some(p) => Tokenizer::from_file(p).map_err(wrap)?,
+            None => Tokenizer::bytes(),
+        };
+        tokenizer.check_vocab(config.vocab_size).map_err(wrap)?;
+        let text = match &state.data {
+            Some(p) => Some(Text::open(p, &tokenizer).map_err(wrap)?),
+            None => None,
+        };
+        let train = text.as_ref().map(|t| t.task(r.seed, Split::Train));
+        let validation = text.as_ref().map(|t| t.task(r.seed, Split::Validation));
+        let tasks = r.tasks(train.as_ref()).map_err(wrap)?;
+        for (t, s) in tasks.iter().zip(&r.stages) {
+            // Finds a row that is too short or a chunk that does not divide before anything is compiled.
+            t.row(0, 0, s.len).map_err(wrap)?;
+            if config.num_upper_groups > 0 && !s.len.is_multiple_of(config.chunk_size) {
+                return Err(miette!(
+                    help = "choose a multiple of {}",
+                    "--len {}: not divisible by the model's chunk_size {}",
+                    s.len,
+                    config.chunk_size
+                ));
+            }
+            if t.vocab_size() > config.vocab_size {
+                return Err(miette!(
+                    "the task {} has ids up to {}, the model's vocab_size is {}",
+                    t.name(),
+                    t.vocab_size() - 1,
+                    config.vocab_size
+                ));
+            }
+        }
+        let carry = if r.carry_share > 0.0 { Carry::States } else { Carry::Zero };
+        let loss = stack::loss(&config, carry, false).map_err(wrap)?;
+        let o = &r.optim;
+        let adamw = AdamW {
+            lr: o.lr,
+            beta1: o.beta1,
+            beta2: o.beta2,
+            eps: 1e-8,
+            weight_decay: o.weight_decay,
+            clip: o.clip,
+            warmup: o.warmup,
+            hold: o.hold,
+            steps: r.steps(),
+            floor: o.floor,
+        };
+        let specs = config.parameters();
+        let decays = |name: &str| specs.iter().any(|s| s.name == name && s.decay);
+        let options = Options { recompute: state.recompute };
+        let trainer = Trainer::new(&loss, &adamw, decays, r.accumulate, &options, store, pool).map_err(wrap)?;
+        let metrics = metrics_file(folder.path(), state.position.step)?;
+        let bytes = match &state.tokenizer {
+            Some(p) => Some(std::fs::read(p).map_err(|e| miette!("{}: {e}", p.display()))?),
+            None => None,
+        };
+        Ok(Self {
+            config,
+            state,
+            trainer,
+            tasks,
+            validation,
+            folder,
+            metrics,
+            tokenizer: bytes,
+            save_every: 0,
+            json: false,
+            time_limit: None,
+        })
+    }
+
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+    /// The weights as they are now.
+    pub fn store(&self) -> &Store {
+        &self.trainer.store
+    }
+
+    /// Prints what the largest stage needs before anything runs.
+    pub fn announce(&mut self) -> Result<()> {
+        let largest = self.state.recipe.stages.iter().max_by_key(|s| s.len * s.rows);
+        let Some(s) = largest else { return Ok(()) };
+        let dims = Bindings::new([("N", s.rows), ("L", s.len)]);
+        let plan = self.trainer.main_executor().plan(&dims).map_err(wrap)?;
+        eprintln!(
+            "{} parameters; {} stage(s), {} tokens; peak memory {} MiB ({} MiB activations at {}x{}, {} MiB weights and optimiser)",
+            grouped(self.config.n_parameters()),
+            self.state.recipe.stages.len(),
+            grouped(self.state.recipe.tokens()),
+            plan.peak() >> 20,
+            plan.arena >> 20,
+            s.rows,
+            s.len,
+            plan.persistent >> 20,
+        );
+        Ok(())
+    }
+
+    fn batch(&self, stage: usize, planned: u64) -> Result<Vec<MicroBatch>> {
+        let r = &self.state.recipe;
+        let s = &r.stages[stage];
+        let mut out = vec![];
+        for part in 0..r.accumulate as u64 {
+            let id = planned * r.accumulate as u64 + part;
+            let b = self.tasks[stage].batch(id, s.rows, s.len).map_err(wrap)?;
+            let shape = [s.rows, s.len];
+            let mut inputs = vec![
+                ("input_ids", Tensor::i32(&shape, b.input_ids)),
+                ("labels", Tensor::i32(&shape, b.labels)),
+                ("loss_weights", Tensor::f32(&shape, b.loss_weights)),
+            ];
+            if r.carry_share > 0.0 {
+                let keep = |row: u64| rand::Rng::random_bool(&mut stream(r.seed, "carry", &[id, row]), r.carry_share);
+                let carry = (0..s.rows as u64).map(|row| keep(row) as u8 as f32).collect();
+                inputs.push(("carry", Tensor::f32(&[s.rows], carry)));
+            }
+            out.push(MicroBatch { dims: Bindings::new([("N", s.rows), ("L", s.len)]), inputs });
+        }
+        Ok(out)
+    }
+
+    /// Runs to the end of the recipe; `false` if it was stopped before.
+    pub fn train(&mut self) -> Result<bool> {
+        self.announce()?;
+        let total = self.state.recipe.tokens();
+        let bar = if self.json { ProgressBar::hidden() } else { ProgressBar::new(total) };
+        let style = "{elapsed_precise} [{bar:28}] {human_pos}/{human_len} tokens  {msg}  {eta} left";
+        bar.set_style(ProgressStyle::with_template(style).into_diagnostic()?.progress_chars("=> "));
+        let began = Instant::now();
+        let mut recent = (Instant::now(), 0u64, 0.0f64);
+        let mut saved = self.state.position.step;
+        while let Some((stage, next)) = self.state.recipe.stage_at(self.state.position.planned) {
+            let out_of_time = self.time_limit.is_some_and(|t| began.elapsed() >= t);
+            if interrupted() || out_of_time {
+                self.save()?;
+                bar.abandon();
+                return Ok(false);
+            }
+            let t = Instant::now();
+            let batch = self.batch(stage, self.state.position.planned)?;
+            let report = self.trainer.step(self.state.position.step, &batch).map_err(wrap)?;
+            let seconds = t.elapsed().as_secs_f64();
+            let s = &self.state.recipe.stages[stage];
+            let tokens = (s.len * s.rows * self.state.recipe.accumulate) as u64;
+            let (len, rows, until) = (s.len, s.rows, s.until_loss);
+            let p = &mut self.state.position;
+            p.step += 1;
+            p.planned += 1;
+            p.tokens += tokens;
+            p.seconds += seconds;
+            let smooth = p.smooth.map_or(report.loss, |m| m + 0.05 * (report.loss - m));
+            p.smooth = Some(smooth);
+            let line = serde_json::json!({
+                "step": p.step, "tokens": p.tokens, "stage": stage, "len": len, "rows": rows, "loss": report.loss,
+                "grad_norm": report.grad_norm, "lr": report.lr, "tokens_per_s": tokens as f64 / seconds, "seconds": p.seconds,
+            });
+            writeln!(self.metrics, "{line}").map_err(|e| miette!("metrics.jsonl: {e}; is the disk full?"))?;
+            if self.json {
+                println!("{line}");
+            }
+            let early = until.is_some_and(|u| smooth < u && p.planned + 100 < next);
+            if early || p.planned == next {
+                p.planned = next;
+                p.smooth = None;
+                // The schedule follows the plan, not the count of steps.
+                self.trainer.store.insert(STEP, Tensor::f32(&[], vec![next as f32]));
+                bar.println(format!(
+                    "stage {}: {rows} x {len}, {} tokens so far, loss {smooth:.3}",
+                    stage + 1,
+                    grouped(p.tokens)
+                ));
+            }
+            recent = (recent.0, recent.1 + tokens, recent.2 + seconds);
+            if recent.2 > 0.5 {
+                bar.set_message(format!("loss {smooth:.3}  {:.1}k tok/s", recent.1 as f64 / recent.2 / 1e3));
+                recent = (Instant::now(), 0, 0.0);
+            }
+            bar.set_position(self.state.recipe.tokens_before(self.state.position.planned));
+            let step = self.state.position.step;
+            if self.save_every > 0 && step.is_multiple_of(self.save_every) {
+                self.save()?;
+                saved = step;
+            }
+        }
+        bar.finish();
+        if saved != self.state.position.step || self.state.position.step == 0 {
+            self.save()?;
+        }
+        if let Some(v) = self.validation_loss()? {
+            eprintln!("validation loss {v:.4}");
+        }
+        Ok(true)
+    }
+
+    /// Mean loss over batches of the held-out part of a text.
+    fn validation_loss(&mut self) -> Result<Option<f32>> {
+        let Some(task) = &self.validation else { return Ok(None) };
+        let Some(s) = self.state.recipe.stages.last() else { return Ok(None) };
+        let g = stack::loss(&self.config, Carry::Zero, false).map_err(wrap)?;
+        let program = rambac_codegen::lower(&rambac_passes::optimise(&g, &Options::default()));
+        let mut e = rambac_runtime::Executor::new(program, model::pool(0)?);
+        let (mut sum, parts) = (0.0, 8);
+        for i in 0..parts {
+            // A held-out part shorter than a row is no reason to fail a finished run.
+            let Ok(b) = task.batch(i, s.rows, s.len) else { return Ok(None) };
+            let shape = [s.rows, s.len];
+            let (ids, labels) = (Tensor::i32(&shape, b.input_ids), Tensor::i32(&shape, b.labels));
+            let weights = Tensor::f32(&shape, b.loss_weights);
+            let inputs = [("input_ids", ids.view()), ("labels", labels.view()), ("loss_weights", weights.view())];
+            let out =
+                e.run(&Bindings::new([("N", s.rows), ("L", s.len)]), &inputs, &mut self.trainer.store).map_err(wrap)?;
+            sum += out
+                .iter()
+                .find(|(n, _)| n == "loss")
+                .and_then(|(_, t)| t.as_f32()?.first().copied())
+                .unwrap_or(f32::NAN);
+        }
+        Ok(Some(sum / parts as f32))
+    }
+
+    /// Writes a checkpoint.
+    pub fn save(&mut self) -> Result<PathBuf> {
+        let is_weight = |n: &str| !n.starts_with("optim.") && !n.starts_with("carry.") && !n.starts_with("accum.");
+        let tensors = |weights: bool| -> Vec<TensorRef<'_>> {
+            let of = self.trainer.store.0.iter().filter(|(n, _)| is_weight(n) == weights);
+            of.filter_map(|(n, t)| match &t.data {
+                Values::F32(v) => Some(TensorRef::f32(n.as_str(), &t.shape, v)),
+                _ => None,
+            })
+            .collect()
+        };
+        let trainer = serde_json::to_string_pretty(&self.state).into_diagnostic()?;
+        let files: Vec<(&str, &[u8])> = self.tokenizer.iter().map(|t| ("tokenizer.json", t.as_slice())).collect();
+        let snapshot = Snapshot {
+            config: &self.config.to_json(),
+            weights: &tensors(true),
+            state: &tensors(false),
+            trainer: &trainer,
+            files: &files,
+        };
+        self.metrics.flush().into_diagnostic()?;
+        self.folder.save(self.state.position.step, &snapshot).map_err(wrap)
+    }
+}
+
+/// DIR/metrics.jsonl with the lines up to `step`: what came after the checkpoint will be done again.
+fn metrics_file(dir: &Path, step: u64) -> Result<std::fs::File> {
+    let path = dir.join("metrics.jsonl");
+    let fail = |e: std::io::Error| miette!("{}: {e}", path.display());
+    let old = match std::fs::read_to_string(&path) {
+        Ok(t) => t,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => String::new(),
+        Err(e) => return Err(fail(e)),
+    };
+    let keeps = |l: &&str| {
+        serde_json::from_str::<serde_json::Value>(l).ok().and_then(|v| v["step"].as_u64()).is_some_and(|s| s <= step)
+    };
+    let kept: String = old.lines().filter(keeps).map(|l| format!("{l}\n")).collect();
+    if kept.len() != old.len() {
+        std::fs::write(&path, kept).map_err(fail)?;
+    }
+    std::fs::File::options().create(true).append(true).open(&path).map_err(fail)
+}
+
+/// `1234567` as `1,234,567`.
+pub fn grouped(n: u64) -> String {
+    indicatif::HumanCount(n).to_string()
+}

@@ -1,0 +1,106 @@
+//! What this machine is and how fast: what `bench` compares with and `doctor` prints.
+
+use rambac_cpu::kernels::gemm::matmul;
+use rambac_cpu::{Mat, MatMut};
+use rayon::prelude::*;
+use std::time::{Duration, Instant};
+
+/// Rates reached by plain work on all threads of a pool.
+#[derive(Clone, Copy, Debug)]
+pub struct Rates {
+    /// FLOP/s of a 1024×1024×1024 product in f32.
+    pub gemm: f64,
+    /// Bytes read and written per second by copying 128 MiB.
+    pub copy: f64,
+}
+
+/// Measures both, in about half a second: the best run counts, as others may be using the machine.
+pub fn rates(pool: &rayon::ThreadPool) -> Rates {
+    pool.install(|| Rates { gemm: gemm_rate(), copy: copy_rate() })
+}
+
+/// Shortest of the runs of `f` that fit in a quarter of a second, three at least, after one to warm up.
+fn shortest(mut f: impl FnMut()) -> f64 {
+    f();
+    let begin = Instant::now();
+    let mut best = f64::INFINITY;
+    for run in 0.. {
+        if run >= 3 && begin.elapsed() > Duration::from_millis(250) {
+            break;
+        }
+        let t = Instant::now();
+        f();
+        best = best.min(t.elapsed().as_secs_f64());
+    }
+    best.max(1e-9)
+}
+
+fn gemm_rate() -> f64 {
+    let n = 1024;
+    let fill = |k: usize| (0..n * n).map(|i| (i * k % 17) as f32 / 17.0 - 0.5).collect::<Vec<f32>>();
+    let (a, b, mut c) = (fill(3), fill(5), vec![0.0f32; n * n]);
+    let t = shortest(|| {
+        matmul(Mat::new(&a, n, n), false, Mat::new(&b, n, n), false, MatMut::new(&mut c, n, n), false);
+    });
+    2.0 * (n as f64).powi(3) / t
+}
+
+fn copy_rate() -> f64 {
+    const LEN: usize = 32 << 20;
+    const PART: usize = 1 << 16;
+    let from = vec![1.0f32; LEN];
+    let mut to = vec![0.0f32; LEN];
+    let t = shortest(|| {
+        to.par_chunks_mut(PART).zip(from.par_chunks(PART)).for_each(|(to, from)| to.copy_from_slice(from));
+    });
+    std::hint::black_box(&to);
+    2.0 * (LEN * size_of::<f32>()) as f64 / t
+}
+
+/// Largest resident memory of this process so far, in bytes; 0 if the system does not tell.
+pub fn peak_rss() -> usize {
+    // SAFETY: all zeros is a valid rusage, and the call writes into it only.
+    let (done, usage) = unsafe {
+        let mut usage: libc::rusage = std::mem::zeroed();
+        (libc::getrusage(libc::RUSAGE_SELF, &mut usage), usage)
+    };
+    let unit = if cfg!(target_os = "macos") { 1 } else { 1024 };
+    if done == 0 { usage.ru_maxrss as usize * unit } else { 0 }
+}
+
+/// Bytes of memory in all and free for use, where the system tells.
+pub fn memory() -> Option<(usize, usize)> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let field = |name: &str| -> Option<usize> {
+        let line = text.lines().find_map(|l| l.strip_prefix(name)?.strip_prefix(':'))?;
+        Some(line.split_whitespace().next()?.parse::<usize>().ok()? * 1024)
+    };
+    Some((field("MemTotal")?, field("MemAvailable")?))
+}
+
+/// The processor's name, where the system tells.
+pub fn cpu_name() -> Option<String> {
+    let text = std::fs::read_to_string("/proc/cpuinfo").ok()?;
+    let line = text.lines().find(|l| l.starts_with("model name"))?;
+    Some(line.split_once(':')?.1.trim().to_string())
+}
+
+/// Vector instructions that kernels can use here: (name, whether this machine has them).
+pub fn simd() -> Vec<(&'static str, bool)> {
+    #[cfg(target_arch = "x86_64")]
+    {
+        vec![
+            ("AVX2 + FMA", is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")),
+            ("AVX-512", is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vl")),
+            ("AVX-512 BF16", is_x86_feature_detected!("avx512bf16")),
+        ]
+    }
+    #[cfg(target_arch = "aarch64")]
+    {
+        vec![("NEON", true)]
+    }
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    {
+        vec![]
+    }
+}
