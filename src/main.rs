@@ -6,6 +6,7 @@ mod error;
 mod machine;
 mod model;
 mod show;
+mod work;
 
 use clap::Parser;
 

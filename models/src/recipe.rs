@@ -68,6 +68,8 @@ pub struct Recipe {
     pub optim: Optim,
     /// Loss weight of tokens that are not answers, in passkey and copy rows.
     pub filler_weight: f32,
+    /// Share of passkeys made of two to four distinct digits.
+    pub few_digits_share: f64,
     /// Share of rows that start from the scan states of the step before (state passing, arXiv 2507.02782).
     pub carry_share: f64,
     /// Micro-batches per step.
@@ -85,6 +87,7 @@ impl Recipe {
             stages: vec![stage],
             optim: Optim::default(),
             filler_weight: 0.05,
+            few_digits_share: 0.0,
             carry_share: 0.0,
             accumulate: 1,
             fan_in: false,
@@ -108,12 +111,12 @@ impl Recipe {
             stage(64, 16, 1_300_000, &[(1.0, CopyPrintable)], Some(1.1)),
             stage(128, 8, 300_000, &[(0.3, CopyPrintable), (0.3, Copy), (0.4, Passkey)], None),
             stage(256, 8, 500_000, &[(0.2, CopyPrintable), (0.2, Copy), (0.6, Passkey)], None),
-            stage(512, 4, 800_000, &[(0.1, CopyPrintable), (0.3, Copy), (0.6, Passkey)], None),
-            stage(1024, 2, 1_600_000, &[(0.4, Copy), (0.6, Passkey)], None),
+            stage(512, 4, 2_000_000, &[(0.1, CopyPrintable), (0.3, Copy), (0.6, Passkey)], None),
+            stage(1024, 4, 6_000_000, &[(0.3, Copy), (0.7, Passkey)], None),
         ];
         let total: u64 = stages.iter().map(|s| s.steps).sum();
-        let optim = Optim { lr: 6e-3, floor: 0.05, warmup: 50, hold: total * 2 / 5, ..Optim::default() };
-        Self { stages, optim, fan_in: true, ..Self::plain(Passkey, 1024, 2, 1) }
+        let optim = Optim { lr: 6e-3, floor: 0.05, warmup: 50, hold: total * 11 / 20, ..Optim::default() };
+        Self { stages, optim, fan_in: true, few_digits_share: 0.3, ..Self::plain(Passkey, 1024, 2, 1) }
     }
 
     /// Steps of all stages.

@@ -8,6 +8,7 @@ use crate::error::{Result, warn, wrap};
 use crate::machine::{self, Rates};
 use crate::model;
 use crate::show::{self, Table};
+use crate::work::{self, Sums};
 use miette::miette;
 use rambac_codegen::{MemoryPlan, Program, lower};
 use rambac_ir::ops::*;
@@ -284,7 +285,8 @@ impl Bencher<'_> {
             .filter(|(_, s)| s.ty.dtype.is_float())
             .map(|(id, s)| (s.name.clone(), id.result(0)))
             .collect();
-        let mut b = Builder::extend(Graph { outputs: vec![], ..g.clone() });
+        // The forward's results stay outputs: fusion needs the forward beside its gradient.
+        let mut b = Builder::extend(g.clone());
         let ty = b.ty(y).clone();
         let dy = b.input("dy", ty);
         let loss = b.mul(y, dy);
@@ -420,42 +422,17 @@ impl Bencher<'_> {
     }
 }
 
-/// One line of a profile.
-#[derive(Default)]
-struct Line {
-    steps: usize,
-    seconds: f64,
-    cost: Cost,
-}
-
-/// Which part of a training step a scope belongs to.
-fn phase(scope: Option<&str>) -> &'static str {
-    let is = |part: &str| scope.is_some_and(|s| s == part || s.starts_with(&format!("{part}.")));
-    match () {
-        () if is("grad") => "backward",
-        () if is("optim") => "update",
-        () => "forward",
-    }
-}
-
 /// Prints the time per kind of op, longest first.
 fn profile(r: &Timed, as_json: bool) {
-    let mut lines: Vec<((&str, &str), Line)> = vec![];
+    let mut sums = Sums::new();
     let runs = r.seconds.len() as f64;
     for ((step, t), cost) in r.program.steps.iter().zip(&r.steps).zip(&r.costs) {
-        let op = if matches!(step.op, Op::Reshape(_)) { "copy" } else { step.op.mnemonic() };
-        let key = (op, phase(r.program.graph.node(step.node).scope.as_deref()));
-        let at = lines.iter().position(|l| l.0 == key).unwrap_or_else(|| {
-            lines.push((key, Line::default()));
-            lines.len() - 1
-        });
-        let line = &mut lines[at].1;
-        line.steps += 1;
-        line.seconds += t.as_secs_f64() / runs;
-        line.cost = line.cost + *cost;
+        let phase = work::phase(r.program.graph.node(step.node).scope.as_deref());
+        sums.add((work::kind(step), phase), t.as_secs_f64() / runs, *cost);
     }
+    let total = sums.seconds();
+    let mut lines = sums.lines;
     lines.sort_by(|a, b| b.1.seconds.total_cmp(&a.1.seconds));
-    let total: f64 = lines.iter().map(|l| l.1.seconds).sum();
     if as_json {
         for ((op, phase), l) in &lines {
             println!(

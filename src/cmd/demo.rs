@@ -60,7 +60,7 @@ pub fn run(a: &Demo, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
         return Ok(ExitCode::from(130));
     }
     println!("{}", eval::HEADER);
-    for (len, cases) in [(256, 50), (1024, 100), (4096, 50), (16384, 20), (65536, 5)] {
+    for (len, cases) in [(256, 100), (1024, 200), (4096, 100), (16384, 40), (65536, 10)] {
         let s = eval::passkey(&run.config, run.store(), &pool, len, cases, a.seed ^ 0x5eed, 4096, true)?;
         let note = if len == 1024 { "  <- training length" } else { "" };
         println!("{}{note}", eval::row(&s));

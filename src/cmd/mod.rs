@@ -4,6 +4,7 @@ mod bench;
 mod check;
 mod demo;
 mod eval;
+mod explain;
 mod train;
 
 use crate::cli::{Cli, Verb};
@@ -18,7 +19,8 @@ pub fn run(cli: Cli) -> Result<ExitCode> {
         Verb::Train(a) => train::run(&a, pool),
         Verb::Eval(a) => eval::run(&a, pool),
         Verb::Bench(a) => bench::run(&a, pool),
-        Verb::Generate(_) | Verb::Explain(_) | Verb::Inspect(_) | Verb::Doctor(_) => todo!(),
+        Verb::Explain(a) => explain::run(&a),
+        Verb::Generate(_) | Verb::Inspect(_) | Verb::Doctor(_) => todo!(),
         Verb::Check(a) => check::run(&a, pool),
     }
 }

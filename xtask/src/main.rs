@@ -1,2 +1,188 @@
-//! Repository tasks.
-fn main() {}
+//! `cargo xtask test`: everything that must hold before a change is merged, in the order of what fails fastest.
+//!
+//! Stages run one after another and stop at the first that fails.  The last line, `N passed, N failed, N skipped`,
+//! adds the tests of every test binary and one for each other stage.  Deliberately absent: dependencies, so that this
+//! builds in a second, and any knowledge of single tests.
+
+use std::io::{BufRead, BufReader};
+use std::process::{Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
+
+/// A step of the run: cargo's arguments, and what is set in its environment.
+struct Stage {
+    name: &'static str,
+    about: &'static str,
+    args: &'static [&'static str],
+    env: &'static [(&'static str, &'static str)],
+}
+
+/// All stages, in order.  `check` runs the command itself, built as the tests were.
+const STAGES: &[Stage] = &[
+    Stage { name: "fmt", about: "formatting", args: &["fmt", "--all", "--check"], env: &[] },
+    Stage {
+        name: "clippy",
+        about: "lints of all targets",
+        args: &["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"],
+        env: &[],
+    },
+    Stage {
+        name: "test",
+        about: "all tests",
+        args: &["test", "--workspace", "--no-fail-fast"],
+        // A snapshot that differs is a failure, not a new file beside the old one.
+        env: &[("INSTA_UPDATE", "no"), ("INSTA_FORCE_PASS", "0")],
+    },
+    Stage {
+        name: "doc",
+        about: "documentation",
+        args: &["doc", "--workspace", "--no-deps"],
+        env: &[("RUSTDOCFLAGS", "-D warnings")],
+    },
+    Stage {
+        name: "check-reference",
+        about: "fixtures by the ops' definitions",
+        args: &["run", "--quiet", "--bin", "rambac", "--", "check", "tests/fixtures", "--device", "reference"],
+        env: &[],
+    },
+    Stage {
+        name: "check-cpu",
+        about: "fixtures on the CPU",
+        args: &["run", "--quiet", "--bin", "rambac", "--", "check", "tests/fixtures", "--device", "cpu"],
+        env: &[],
+    },
+];
+
+/// Results of tests.
+#[derive(Clone, Copy, Default)]
+struct Counts {
+    passed: u64,
+    failed: u64,
+    skipped: u64,
+}
+
+/// The counts of a line `test result: ok. 3 passed; 0 failed; 1 ignored; …`.
+fn libtest(line: &str) -> Option<Counts> {
+    let rest = line.strip_prefix("test result: ")?;
+    let count = |what: &str| {
+        let words: Vec<&str> = rest.split(|c: char| c == ';' || c.is_whitespace()).filter(|w| !w.is_empty()).collect();
+        words.windows(2).find(|w| w[1] == what).and_then(|w| w[0].parse().ok())
+    };
+    Some(Counts { passed: count("passed")?, failed: count("failed")?, skipped: count("ignored")? })
+}
+
+/// Runs a stage and passes on what it prints; whether it succeeded, and its counts.
+fn run(stage: &Stage) -> std::io::Result<(bool, Counts)> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut child =
+        Command::new(cargo).args(stage.args).envs(stage.env.iter().copied()).stdout(Stdio::piped()).spawn()?;
+    let mut counts = Counts::default();
+    let mut seen = false;
+    if let Some(out) = child.stdout.take() {
+        for line in BufReader::new(out).split(b'\n') {
+            let line = line?;
+            let line = String::from_utf8_lossy(&line);
+            println!("{line}");
+            if let Some(c) = libtest(&line) {
+                seen = true;
+                counts.passed += c.passed;
+                counts.failed += c.failed;
+                counts.skipped += c.skipped;
+            }
+        }
+    }
+    let ok = child.wait()?.success();
+    // A stage without tests, or one that never came to run them, counts itself.
+    if !seen || (!ok && counts.failed == 0) {
+        *(if ok { &mut counts.passed } else { &mut counts.failed }) += 1;
+    }
+    Ok((ok, counts))
+}
+
+fn seconds(d: Duration) -> String {
+    format!("{:>7.1} s", d.as_secs_f64())
+}
+
+fn test(only: Option<&str>) -> ExitCode {
+    let chosen: Vec<&Stage> = STAGES.iter().filter(|s| only.is_none_or(|o| s.name == o)).collect();
+    if chosen.is_empty() {
+        eprintln!("there is no stage \"{}\"; give one of {}", only.unwrap_or_default(), names());
+        return ExitCode::from(2);
+    }
+    let began = Instant::now();
+    let mut total = Counts::default();
+    let mut summary = String::new();
+    let mut failed = None;
+    for stage in chosen {
+        println!("\n== {}: {}", stage.name, stage.about);
+        let t = Instant::now();
+        let (ok, c) = run(stage).unwrap_or_else(|e| {
+            eprintln!("cannot run cargo: {e}");
+            (false, Counts { failed: 1, ..Counts::default() })
+        });
+        total.passed += c.passed;
+        total.failed += c.failed;
+        total.skipped += c.skipped;
+        summary += &format!(
+            "{} {:<16} {}   {} passed, {} failed, {} skipped\n",
+            if ok { "ok  " } else { "FAIL" },
+            stage.name,
+            seconds(t.elapsed()),
+            c.passed,
+            c.failed,
+            c.skipped
+        );
+        if !ok {
+            failed = Some(stage.name);
+            break;
+        }
+    }
+    println!("\n{summary}     {:<16} {}", "in all", seconds(began.elapsed()));
+    if let Some(name) = failed {
+        println!("stopped at {name}; again: cargo xtask test --only {name}");
+    }
+    println!("{} passed, {} failed, {} skipped", total.passed, total.failed, total.skipped);
+    if failed.is_some() { ExitCode::FAILURE } else { ExitCode::SUCCESS }
+}
+
+fn names() -> String {
+    STAGES.iter().map(|s| s.name).collect::<Vec<_>>().join(", ")
+}
+
+fn usage() -> String {
+    format!("usage: cargo xtask test [--only STAGE]\nstages: {}", names())
+}
+
+fn main() -> ExitCode {
+    // Paths of stages are relative to the workspace, wherever this was called from.
+    let root = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
+    if let Err(e) = std::env::set_current_dir(root) {
+        eprintln!("{root}: {e}");
+        return ExitCode::FAILURE;
+    }
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        ["test"] => test(None),
+        ["test", "--only", stage] => test(Some(stage)),
+        ["help" | "--help" | "-h"] => {
+            println!("{}", usage());
+            ExitCode::SUCCESS
+        }
+        _ => {
+            eprintln!("{}", usage());
+            ExitCode::from(2)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_libtest() {
+        let line = "test result: FAILED. 12 passed; 3 failed; 1 ignored; 0 measured; 4 filtered out; finished in 0.00s";
+        let c = libtest(line).unwrap();
+        assert_eq!((c.passed, c.failed, c.skipped), (12, 3, 1));
+        assert!(libtest("test a ... ok").is_none());
+    }
+}

@@ -137,6 +137,13 @@ fn digits(rng: &mut impl Rng) -> [u8; DIGITS] {
     std::array::from_fn(|_| b'0' + rng.random_range(0..10u8))
 }
 
+/// A key of two to four distinct digits: what comes after a digit then depends on more than that digit.
+fn few_digits(rng: &mut impl Rng) -> [u8; DIGITS] {
+    let n = rng.random_range(2..=4);
+    let pool = rand::seq::index::sample(rng, 10, n).into_vec();
+    std::array::from_fn(|_| b'0' + pool[rng.random_range(0..n)] as u8)
+}
+
 /// The needle's text; with a label if a document has several.
 fn needle_text(label: Option<&str>, digits: &[u8; DIGITS]) -> Vec<u8> {
     let of = label.map(|l| format!(" of {l}")).unwrap_or_default();
@@ -271,6 +278,8 @@ pub struct PasskeyMix {
     pub questions: usize,
     /// Needle depth as a share of the haystack, least and most.
     pub depth: (f64, f64),
+    /// Share of keys made of two to four distinct digits, which are harder to copy.
+    pub few_digits_share: f64,
     /// Loss weight of everything that is not an answer.
     pub filler_weight: f32,
 }
@@ -283,6 +292,7 @@ impl Default for PasskeyMix {
             needles: 1,
             questions: 1,
             depth: (0.0, 1.0),
+            few_digits_share: 0.0,
             filler_weight: 0.05,
         }
     }
@@ -301,6 +311,7 @@ impl PasskeyTask {
         let out_of_range =
             |setting, value: String, expected| ModelError::Setting { task: "passkey", setting, value, expected };
         check_share("passkey", "copy_share", mix.copy_share)?;
+        check_share("passkey", "few_digits_share", mix.few_digits_share)?;
         check_share("passkey", "filler_weight", f64::from(mix.filler_weight))?;
         mix.copy.check()?;
         if !(1..=LABELS.len()).contains(&mix.needles) {
@@ -326,7 +337,8 @@ impl PasskeyTask {
                 1 => vec![None],
                 n => rand::seq::index::sample(rng, LABELS.len(), n).into_iter().map(|i| Some(LABELS[i])).collect(),
             };
-            let keys: Vec<[u8; DIGITS]> = labels.iter().map(|_| digits(rng)).collect();
+            let key = |_| if rng.random_bool(self.mix.few_digits_share) { few_digits(rng) } else { digits(rng) };
+            let keys: Vec<[u8; DIGITS]> = labels.iter().map(key).collect();
             let mut texts: Vec<Insert> = (labels.iter().zip(&keys))
                 .map(|(label, key)| Insert { depth: 0, text: needle_text(*label, key), answer: None })
                 .collect();

@@ -96,15 +96,13 @@ impl SharedPtr {
 
 /// Columns of a packed panel of B.
 const PANEL: usize = 64;
-/// The micro-kernel's height.
-const HEIGHT: usize = 6;
 /// Up to this many rows, a B whose rows are contiguous is used in place: packing it would not pay.
 const UNPACKED_ROWS: usize = 160;
 
 /// How a product is cut: a function of its shape alone.
 #[derive(Debug, PartialEq)]
 struct Plan {
-    /// Rows of a tile, a multiple of HEIGHT.
+    /// Rows of a tile, a multiple of the micro-kernel's 6.
     rows: usize,
     /// Columns of a tile, a multiple of PANEL.
     cols: usize,

@@ -1,0 +1,515 @@
+//! `rambac explain`: what compiling does to a model, what did not fuse and why, and what a run will cost.
+//!
+//! Nothing runs and no weights are read: everything here follows from the graph and the sizes.
+
+use crate::cli::Explain;
+use crate::error::{self, Result, wrap};
+use crate::model::{self, Named};
+use crate::show::{self, Table};
+use crate::work::{self, Sums};
+use miette::miette;
+use rambac_codegen::program::Strided;
+use rambac_codegen::{BufferKind, MemoryPlan, Program, View, lower, plan};
+use rambac_ir::ops::{Op, SourceKind};
+use rambac_ir::{Bindings, Cost, Diagnostic, Graph, NodeId, Sym};
+use rambac_models::stack::{self, Carry};
+use rambac_models::{Config, LayerKind};
+use rambac_passes::train_step::{AdamW, train_step};
+use rambac_passes::{Options, fuse_attention, fuse_selection, pipeline};
+use rambac_runtime::executor::slow_steps;
+use serde_json::{Value as Json, json};
+use std::collections::{BTreeMap, HashSet};
+use std::process::ExitCode;
+
+/// Lines are this wide at most.
+const WIDTH: usize = 98;
+/// Buffers that are listed.
+const LARGEST: usize = 10;
+
+/// Runs the verb.
+pub fn run(a: &Explain) -> Result<ExitCode> {
+    let named = model::resolve(&a.model)?;
+    let (graph, config) = match &named {
+        Named::Model { config, .. } => (model_graph(config, a.train)?, Some(config)),
+        Named::Ir { graph, .. } => (ir_graph(graph, a.train)?, None),
+    };
+    let dims = dims(a, &graph)?;
+    let r = Report::new(&graph, &dims, &Options { recompute: a.recompute })?;
+    if a.ir {
+        print!("{}", rambac_ir::text::print(&r.program.graph));
+    } else if a.program {
+        r.print_program();
+    } else if a.json {
+        r.json(a, config).iter().for_each(|line| println!("{line}"));
+    } else {
+        r.print(a, config);
+        if let Named::Ir { path, text, .. } = &named
+            && !r.lints.is_empty()
+        {
+            println!();
+            error::report(error::findings(path, text, r.lints));
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn model_graph(c: &Config, train: bool) -> Result<Graph> {
+    let loss = stack::loss(c, Carry::Zero, false).map_err(wrap)?;
+    if !train {
+        return Ok(loss);
+    }
+    let decays: HashSet<String> = c.parameters().into_iter().filter(|p| p.decay).map(|p| p.name).collect();
+    train_step(&loss, &AdamW::default(), |name| decays.contains(name)).map_err(wrap)
+}
+
+fn ir_graph(g: &Graph, train: bool) -> Result<Graph> {
+    if !train {
+        return Ok(g.clone());
+    }
+    if g.output("loss").is_none() {
+        let have: Vec<&str> = g.outputs.iter().map(|o| &*o.name).collect();
+        return Err(miette!(
+            help = "give the graph an output \"loss\", a scalar, or leave --train out",
+            "{}: a training step needs an output \"loss\", but the outputs are {}",
+            g.name,
+            have.join(", ")
+        ));
+    }
+    // The file's params may be anything; matrices decay, as in models.
+    let matrices: HashSet<String> = g.sources().filter(|(_, s)| s.ty.rank() > 1).map(|(_, s)| s.name.clone()).collect();
+    let step = train_step(g, &AdamW::default(), |name| matrices.contains(name)).map_err(wrap)?;
+    rambac_ir::verify::verify(&step).map_err(|e| {
+        let all: Vec<String> = e.iter().map(ToString::to_string).collect();
+        miette!("{}: its training step is not well-formed: {}", g.name, all.join("; "))
+    })?;
+    Ok(step)
+}
+
+/// Values of the graph's symbols: `--dims`, else `--batch` and `--len` for N and L.
+fn dims(a: &Explain, g: &Graph) -> Result<Bindings> {
+    let mut dims = Bindings::default();
+    for (name, value) in [("N", a.batch), ("L", a.len)] {
+        if g.syms.contains(&Sym::new(name)) {
+            dims.set(Sym::new(name), value);
+        }
+    }
+    let known: Vec<&str> = g.syms.iter().map(Sym::as_str).collect();
+    for (name, value) in &a.dims {
+        let sym = Sym::new(name);
+        if !g.syms.contains(&sym) {
+            return Err(miette!("--dims {name}={value}: the symbols of {} are {}", g.name, known.join(", ")));
+        }
+        dims.set(sym, *value);
+    }
+    let missing: Vec<&str> = g.syms.iter().filter(|s| dims.get(s).is_none()).map(Sym::as_str).collect();
+    if !missing.is_empty() {
+        let example: Vec<String> = missing.iter().map(|s| format!("{s}=64")).collect();
+        return Err(miette!(
+            help = format!("add --dims {}", example.join(",")),
+            "{}: the symbol {} has no value",
+            g.name,
+            missing.join(", ")
+        ));
+    }
+    Ok(dims)
+}
+
+/// What one pass did.
+struct PassReport {
+    name: &'static str,
+    before: usize,
+    after: usize,
+    /// Change in the number of each op.
+    changes: Vec<(String, isize)>,
+}
+
+/// An op that stays unfused.
+struct Unfused {
+    what: String,
+    reason: String,
+    bytes: usize,
+    ty: String,
+}
+
+struct Report {
+    dims: Bindings,
+    passes: Vec<PassReport>,
+    unfused: Vec<Unfused>,
+    /// Elementwise ops before `fuse_map`.
+    elementwise: usize,
+    program: Program,
+    costs: Vec<Cost>,
+    plan: MemoryPlan,
+    lints: Vec<Diagnostic>,
+}
+
+fn op_counts(g: &Graph) -> BTreeMap<&'static str, isize> {
+    let mut counts = BTreeMap::new();
+    g.nodes.iter().for_each(|n| *counts.entry(n.op.mnemonic()).or_insert(0) += 1);
+    counts
+}
+
+/// `%7 = score @layers.3`
+fn place(g: &Graph, id: NodeId) -> String {
+    let n = g.node(id);
+    let scope = n.scope.as_deref().map(|s| format!(" @{s}")).unwrap_or_default();
+    format!("{} = {}{scope}", g.label(id.result(0)), n.op.mnemonic())
+}
+
+impl Report {
+    fn new(graph: &Graph, dims: &Bindings, options: &Options) -> Result<Self> {
+        let mut passes: Vec<PassReport> = vec![];
+        let mut unfused = vec![];
+        let mut counts = op_counts(graph);
+        let (mut nodes, mut elementwise) = (graph.nodes.len(), 0);
+        let mut problem = Ok(());
+        let optimised = pipeline::optimise_with(graph, options, |name, g| {
+            let now = op_counts(g);
+            let kinds: std::collections::BTreeSet<&str> = counts.keys().chain(now.keys()).copied().collect();
+            let of = |c: &BTreeMap<&str, isize>, k: &str| c.get(k).copied().unwrap_or(0);
+            let changes = kinds.iter().map(|k| (k.to_string(), of(&now, k) - of(&counts, k)));
+            let changes = changes.filter(|(_, d)| *d != 0).collect();
+            if name == "fuse_map" {
+                // What it absorbed was elementwise, or a constant or broadcast on the way.
+                elementwise = nodes - g.nodes.len() + of(&now, "map") as usize;
+            }
+            passes.push(PassReport { name, before: nodes, after: g.nodes.len(), changes });
+            (counts, nodes) = (now, g.nodes.len());
+            let stay = match name {
+                "fuse_selection" => fuse_selection::unfused(g),
+                "fuse_attention" => fuse_attention::unfused(g),
+                _ => vec![],
+            };
+            for (id, reason) in stay {
+                match g.ty(id.result(0)).bind(dims) {
+                    Ok(ty) => unfused.push(Unfused {
+                        what: place(g, id),
+                        reason,
+                        bytes: ty.bytes(),
+                        ty: ty.to_string(),
+                    }),
+                    Err(e) => problem = Err(e),
+                }
+            }
+        });
+        problem.map_err(wrap)?;
+        let program = lower(&optimised);
+        let plan = plan(&program, dims).map_err(wrap)?;
+        let costs = program.costs(dims).map_err(wrap)?;
+        let lints = rambac_ir::verify::lint(graph);
+        Ok(Self { dims: dims.clone(), passes, unfused, elementwise, program, costs, plan, lints })
+    }
+
+    fn graph(&self) -> &Graph {
+        &self.program.graph
+    }
+
+    fn scope(&self, node: NodeId) -> Option<&str> {
+        self.graph().node(node).scope.as_deref()
+    }
+
+    /// Sums per kind of op and phase, most FLOPs first, and per layer and phase in order.
+    #[allow(clippy::type_complexity)]
+    fn sums(&self) -> (Sums<(&str, &str)>, Sums<(&str, &str)>) {
+        let (mut ops, mut layers) = (Sums::new(), Sums::new());
+        for (step, cost) in self.program.steps.iter().zip(&self.costs) {
+            let scope = self.scope(step.node);
+            let phase = work::phase(scope);
+            ops.add((work::kind(step), phase), 0.0, *cost);
+            layers.add((work::layer(scope), phase), 0.0, *cost);
+        }
+        ops.lines.sort_by(|a, b| {
+            (b.1.cost.flops, b.1.cost.bytes).partial_cmp(&(a.1.cost.flops, a.1.cost.bytes)).unwrap_or(a.0.cmp(&b.0))
+        });
+        (ops, layers)
+    }
+
+    /// Fused ops: name, places of the forward, number of backward ones.
+    fn fused(&self) -> Vec<(&'static str, Vec<&str>, usize)> {
+        let g = self.graph();
+        let of = |forward: &'static str, backward: &str| {
+            let at = |name: &str| g.iter().filter(|(_, n)| n.op.mnemonic() == name).map(|(id, _)| id).collect::<Vec<_>>();
+            let places = at(forward).into_iter().map(|id| work::layer(self.scope(id))).collect::<Vec<_>>();
+            (forward, places, at(backward).len())
+        };
+        let all = [of("selection", "selection_grad"), of("chunk_attention", "chunk_attention_grad")];
+        all.into_iter().filter(|f| !f.1.is_empty()).collect()
+    }
+
+    /// Maps, and the instructions of the longest.
+    fn maps(&self) -> (usize, usize) {
+        let lengths = self.graph().nodes.iter().filter_map(|n| if let Op::FusedMap(m) = &n.op { Some(m.body.len()) } else { None });
+        lengths.fold((0, 0), |(n, longest), len| (n + 1, longest.max(len)))
+    }
+
+    /// Steps without a kernel, per op: (op, how many, why).
+    fn slow(&self) -> Vec<(&'static str, usize, &'static str)> {
+        let mut all: Vec<(&str, usize, &str)> = vec![];
+        for (i, why) in slow_steps(&self.program) {
+            let op = self.program.steps[i].op.mnemonic();
+            match all.iter_mut().find(|s| s.0 == op) {
+                Some(s) => s.1 += 1,
+                None => all.push((op, 1, why)),
+            }
+        }
+        all
+    }
+
+    /// The step at which most bytes are alive.
+    fn fullest(&self) -> Option<usize> {
+        let alive = |step: usize| -> usize {
+            let lives = |b: &usize| {
+                self.program.buffers[*b].kind == BufferKind::Arena
+                    && self.plan.lifetimes[*b].is_some_and(|(f, l)| f <= step && step <= l)
+            };
+            (0..self.plan.sizes.len()).filter(lives).map(|b| self.plan.sizes[b]).sum()
+        };
+        (0..self.program.steps.len()).max_by_key(|&s| (alive(s), std::cmp::Reverse(s)))
+    }
+
+    /// The largest buffers of the arena: (index, maker's place, first step, last step).
+    fn largest(&self) -> Vec<(usize, String, usize, usize)> {
+        let arena = |b: &usize| self.program.buffers[*b].kind == BufferKind::Arena;
+        let mut all: Vec<usize> = (0..self.plan.sizes.len()).filter(arena).collect();
+        all.sort_by_key(|&b| (std::cmp::Reverse(self.plan.sizes[b]), b));
+        let largest = all.into_iter().filter_map(|b| {
+            let (first, last) = self.plan.lifetimes[b]?;
+            let maker = self.program.steps.get(first).map(|s| s.node)?;
+            Some((b, place(self.graph(), maker), first, last))
+        });
+        largest.take(LARGEST).collect()
+    }
+
+    /// Bytes of params and of states.
+    fn persistent(&self) -> (usize, usize) {
+        let of = |kind| {
+            let all = self.program.sources.iter().filter(|s| s.kind == kind);
+            all.map(|s| self.plan.sizes[s.buffer.index()]).sum()
+        };
+        (of(SourceKind::Param), of(SourceKind::State))
+    }
+
+    fn print(&self, a: &Explain, config: Option<&Config>) {
+        let what = if a.train { "a training step" } else { "one run" };
+        println!("{}: {what} at {}", a.model, self.dims);
+        if let Some(c) = config {
+            println!("  {}", show::wrapped(&describe(c), WIDTH - 2, "  "));
+        }
+
+        println!("\nPasses");
+        let width = self.passes.iter().map(|p| p.name.len()).max().unwrap_or(0);
+        for p in &self.passes {
+            let changes: Vec<String> = p.changes.iter().map(|(op, d)| format!("{d:+} {op}")).collect();
+            let changes = if changes.is_empty() { "nothing to do".into() } else { changes.join(", ") };
+            let nodes = if p.before == p.after { p.after.to_string() } else { format!("{} → {}", p.before, p.after) };
+            let head = format!("  {:<width$}  {nodes:<11}  ", p.name);
+            let indent = " ".repeat(head.chars().count());
+            println!("{head}{}", show::wrapped(&changes, WIDTH - indent.len(), &indent));
+        }
+
+        println!("\nFused");
+        for (op, places, backward) in self.fused() {
+            let backward = if backward > 0 { format!(" and {backward} backward") } else { String::new() };
+            println!("  {} {op}{backward}: {}", places.len(), show::wrapped(&places.join(", "), WIDTH - 30, "    "));
+        }
+        let (maps, longest) = self.maps();
+        if maps > 0 {
+            let (ops, maps) = (show::plural(self.elementwise, "small op"), show::plural(maps, "map"));
+            println!("  {ops} in {maps}, the longest of {}", show::plural(longest, "instruction"));
+        } else if self.fused().is_empty() {
+            println!("  nothing");
+        }
+        self.print_unfused();
+
+        let (ops, layers) = self.sums();
+        let all = ops.cost();
+        println!("\nWork per kind of op");
+        let mut t = Table::new(2, &["op", "phase", "steps", "FLOPs", "share", "bytes", "share", "FLOP/B"]);
+        let cells = |c: Cost| {
+            let intensity = if c.bytes > 0.0 { show::digits(c.flops / c.bytes) } else { "-".into() };
+            [
+                show::si(c.flops, ""),
+                show::share(c.flops, all.flops),
+                show::si(c.bytes, "B"),
+                show::share(c.bytes, all.bytes),
+                intensity,
+            ]
+        };
+        for ((op, phase), s) in &ops.lines {
+            t.row([op.to_string(), phase.to_string(), s.steps.to_string()].into_iter().chain(cells(s.cost)));
+        }
+        let total = ["all".to_string(), String::new(), self.program.steps.len().to_string()];
+        t.row(total.into_iter().chain(cells(all)));
+        t.print();
+
+        println!("\nWork per layer");
+        let mut t = Table::new(2, &["layer", "phase", "steps", "FLOPs", "share", "bytes", "share", "FLOP/B"]);
+        for ((layer, phase), s) in &layers.lines {
+            let name = layer_name(layer, config);
+            t.row([name, phase.to_string(), s.steps.to_string()].into_iter().chain(cells(s.cost)));
+        }
+        t.print();
+        self.print_memory();
+        if config.is_some() {
+            self.lints.iter().for_each(|l| println!("\n{}", show::wrapped(&l.to_string(), WIDTH, "  ")));
+        }
+    }
+
+    fn print_unfused(&self) {
+        let slow = self.slow();
+        if self.unfused.is_empty() && slow.is_empty() {
+            println!("  nothing was left that could have been");
+            return;
+        }
+        println!("\nNot fused");
+        for u in &self.unfused {
+            let text = format!("{}: {}; so {} = {} lie in memory", u.what, u.reason, u.ty, show::bytes(u.bytes));
+            println!("  {}", show::wrapped(&text, WIDTH - 2, "    "));
+        }
+        for (op, n, why) in &slow {
+            println!("  {}", show::wrapped(&format!("{} {op}: {why}", show::plural(*n, "step")), WIDTH - 2, "    "));
+        }
+    }
+
+    fn print_memory(&self) {
+        let p = &self.plan;
+        let (params, states) = self.persistent();
+        println!("\nMemory: {} at its peak", show::bytes(p.peak()));
+        let mut t = Table::new(1, &["", "bytes"]);
+        t.row(["activations (the arena)".into(), show::bytes(p.arena)]);
+        t.row(["  least possible in this order of steps".into(), show::bytes(p.floor)]);
+        t.row(["params".into(), show::bytes(params)]);
+        t.row(["states".into(), show::bytes(states)]);
+        t.row(["inputs".into(), show::bytes(p.inputs)]);
+        t.print();
+        if let Some(s) = self.fullest() {
+            let step = &self.program.steps[s];
+            println!("  fullest at step {s} of {}: {}", self.program.steps.len(), place(self.graph(), step.node));
+        }
+        println!("\nLargest buffers");
+        let mut t = Table::new(2, &["made by", "type", "bytes", "steps"]);
+        for (b, made, first, last) in self.largest() {
+            let ty = self.program.buffers[b].ty.to_string();
+            let size = show::bytes(p.sizes[b]);
+            t.row([show::fit(&made, 44), show::fit(&ty, 28), size, format!("{first}–{last}")]);
+        }
+        t.print();
+    }
+
+    fn print_program(&self) {
+        let p = &self.program;
+        println!("program {}: {} steps, {} buffers", p.name, p.steps.len(), p.buffers.len());
+        for s in &p.sources {
+            println!("  b{:<4} {:?} {:?} : {}", s.buffer.index(), s.kind, s.name, s.ty);
+        }
+        for (i, s) in p.steps.iter().enumerate() {
+            let list = |vs: &[View]| vs.iter().map(view).collect::<Vec<_>>().join(", ");
+            let scope = self.scope(s.node).map(|s| format!("  @{s}")).unwrap_or_default();
+            println!("{i:>5}  {} {} -> {}{scope}", work::kind(s), list(&s.inputs), list(&s.outputs));
+        }
+        for o in &p.outputs {
+            let how = if o.update { "updates" } else { "is" };
+            println!("  output {:?} {how} {}", o.name, view(&o.view));
+        }
+    }
+
+    fn json(&self, a: &Explain, config: Option<&Config>) -> Vec<Json> {
+        let (ops, layers) = self.sums();
+        let all = ops.cost();
+        let dims: serde_json::Map<String, Json> = self.dims.iter().map(|(s, v)| (s.to_string(), json!(v))).collect();
+        let mut out = vec![json!({
+            "section": "model", "model": a.model, "train": a.train, "recompute": a.recompute, "dims": dims,
+            "parameters": config.map(Config::n_parameters), "nodes": self.graph().nodes.len(),
+            "steps": self.program.steps.len(), "flops": all.flops, "bytes": all.bytes, "peak_bytes": self.plan.peak(),
+        })];
+        for p in &self.passes {
+            let changes: serde_json::Map<String, Json> = p.changes.iter().map(|(k, d)| (k.clone(), json!(d))).collect();
+            out.push(json!({
+                "section": "pass", "pass": p.name, "before": p.before, "after": p.after, "changes": changes,
+            }));
+        }
+        for (op, places, backward) in self.fused() {
+            out.push(json!({ "section": "fused", "op": op, "places": places, "backward": backward }));
+        }
+        let (maps, longest) = self.maps();
+        out.push(json!({
+            "section": "fused", "op": "map", "count": maps, "of": self.elementwise, "longest": longest,
+        }));
+        for u in &self.unfused {
+            out.push(json!({
+                "section": "unfused", "node": u.what, "reason": u.reason, "type": u.ty, "bytes": u.bytes,
+            }));
+        }
+        for (op, n, why) in self.slow() {
+            out.push(json!({ "section": "slow", "op": op, "steps": n, "reason": why }));
+        }
+        for (section, sums) in [("op", ops), ("layer", layers)] {
+            for ((key, phase), s) in &sums.lines {
+                out.push(json!({
+                    "section": section, section: key, "phase": phase, "steps": s.steps, "flops": s.cost.flops,
+                    "bytes": s.cost.bytes,
+                }));
+            }
+        }
+        let (params, states) = self.persistent();
+        out.push(json!({
+            "section": "memory", "peak_bytes": self.plan.peak(), "arena_bytes": self.plan.arena,
+            "floor_bytes": self.plan.floor, "param_bytes": params, "state_bytes": states,
+            "input_bytes": self.plan.inputs, "fullest_step": self.fullest(),
+        }));
+        for (b, made, first, last) in self.largest() {
+            out.push(json!({
+                "section": "buffer", "made_by": made, "type": self.program.buffers[b].ty.to_string(),
+                "bytes": self.plan.sizes[b], "first_step": first, "last_step": last,
+            }));
+        }
+        out.extend(self.lints.iter().map(|l| json!({ "section": "lint", "message": l.message, "help": l.help })));
+        out
+    }
+}
+
+/// `b3 : f32[N, L, 128]`, with its offset and rows where they are not the whole buffer.
+fn view(v: &View) -> String {
+    let offset = if v.offset.as_int() == Some(0) { String::new() } else { format!("+{}", v.offset) };
+    let rows = match &v.strided {
+        Some(Strided { cols, stride }) => format!(" (rows of {cols} every {stride})"),
+        None => String::new(),
+    };
+    format!("b{}{offset} : {}{rows}", v.buffer.index(), v.ty)
+}
+
+/// `layers.3 retrieval`
+fn layer_name(layer: &str, config: Option<&Config>) -> String {
+    let index = layer.strip_prefix("layers.").and_then(|i| i.parse::<usize>().ok());
+    let kind = config.zip(index).and_then(|(c, i)| c.layers().get(i).copied());
+    match kind {
+        Some(LayerKind::Mamba) => format!("{layer} mamba"),
+        Some(LayerKind::Chunking) => format!("{layer} chunking"),
+        Some(LayerKind::Retrieval) => format!("{layer} retrieval"),
+        Some(LayerKind::Attention) => format!("{layer} attention"),
+        None => layer.to_string(),
+    }
+}
+
+/// A model in one line.
+pub fn describe(c: &Config) -> String {
+    let count = |kind| c.layers().into_iter().filter(|k| *k == kind).count();
+    let mamba = show::plural(count(LayerKind::Mamba), "Mamba-2 block");
+    let head = if c.tie_word_embeddings { "tied head" } else { "own head" };
+    let parameters = show::count(c.n_parameters());
+    let (d, m, r, v) = (c.hidden_size, c.n_ssm_heads(), c.state_size, c.vocab_size);
+    let common = format!("D {d}, {mamba} ({m} heads of {}, state {r})", c.head_dim);
+    if c.is_plain() {
+        return format!("plain Mamba-2: {parameters} parameters, {common}, vocabulary {v}, {head}");
+    }
+    format!(
+        "RAMba: {parameters} parameters, {common}, {} in {}, chunks of {} of which {} are selected, {} query and {} kv \
+         heads, vocabulary {v}, {head}",
+        show::plural(count(LayerKind::Attention), "attention layer"),
+        show::plural(c.num_upper_groups, "group"),
+        c.chunk_size,
+        c.chunk_topk,
+        c.num_attention_heads,
+        c.num_kv_heads,
+    )
+}
