@@ -280,11 +280,8 @@ impl Bencher<'_> {
 
     /// Forward and backward of the one op `fused` of a graph whose result is `y`.
     fn op(&self, (g, y): (Graph, Value), fused: &str) -> Result<Vec<Timed>> {
-        let wrt: Vec<(String, Value)> = g
-            .sources()
-            .filter(|(_, s)| s.ty.dtype.is_float())
-            .map(|(id, s)| (s.name.clone(), id.result(0)))
-            .collect();
+        let wrt: Vec<(String, Value)> =
+            g.sources().filter(|(_, s)| s.ty.dtype.is_float()).map(|(id, s)| (s.name.clone(), id.result(0))).collect();
         // The forward's results stay outputs: fusion needs the forward beside its gradient.
         let mut b = Builder::extend(g.clone());
         let ty = b.ty(y).clone();

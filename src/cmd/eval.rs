@@ -43,7 +43,11 @@ pub fn run(a: &Eval, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
     let EvalTask::Passkey = a.task;
     let (config, weights) = model::config(&a.checkpoint)?;
     let weights = weights.ok_or_else(|| {
-        miette!(help = "train one: rambac train {} --out DIR", "{} has no weights to evaluate", a.checkpoint)
+        miette!(
+            help = format!("train one: rambac train {} --out DIR", a.checkpoint),
+            "{} has no weights to evaluate",
+            a.checkpoint
+        )
     })?;
     let store = model::parameters(&config, Some(&weights), Default::default(), 0)?;
     let mut scores = vec![];

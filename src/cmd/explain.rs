@@ -182,12 +182,9 @@ impl Report {
             };
             for (id, reason) in stay {
                 match g.ty(id.result(0)).bind(dims) {
-                    Ok(ty) => unfused.push(Unfused {
-                        what: place(g, id),
-                        reason,
-                        bytes: ty.bytes(),
-                        ty: ty.to_string(),
-                    }),
+                    Ok(ty) => {
+                        unfused.push(Unfused { what: place(g, id), reason, bytes: ty.bytes(), ty: ty.to_string() })
+                    }
                     Err(e) => problem = Err(e),
                 }
             }
@@ -228,7 +225,8 @@ impl Report {
     fn fused(&self) -> Vec<(&'static str, Vec<&str>, usize)> {
         let g = self.graph();
         let of = |forward: &'static str, backward: &str| {
-            let at = |name: &str| g.iter().filter(|(_, n)| n.op.mnemonic() == name).map(|(id, _)| id).collect::<Vec<_>>();
+            let at =
+                |name: &str| g.iter().filter(|(_, n)| n.op.mnemonic() == name).map(|(id, _)| id).collect::<Vec<_>>();
             let places = at(forward).into_iter().map(|id| work::layer(self.scope(id))).collect::<Vec<_>>();
             (forward, places, at(backward).len())
         };
@@ -238,7 +236,11 @@ impl Report {
 
     /// Maps, and the instructions of the longest.
     fn maps(&self) -> (usize, usize) {
-        let lengths = self.graph().nodes.iter().filter_map(|n| if let Op::FusedMap(m) = &n.op { Some(m.body.len()) } else { None });
+        let lengths = self
+            .graph()
+            .nodes
+            .iter()
+            .filter_map(|n| if let Op::FusedMap(m) = &n.op { Some(m.body.len()) } else { None });
         lengths.fold((0, 0), |(n, longest), len| (n + 1, longest.max(len)))
     }
 

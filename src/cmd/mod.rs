@@ -3,8 +3,11 @@
 mod bench;
 mod check;
 mod demo;
+mod doctor;
 mod eval;
 mod explain;
+mod generate;
+mod inspect;
 mod train;
 
 use crate::cli::{Cli, Verb};
@@ -20,7 +23,9 @@ pub fn run(cli: Cli) -> Result<ExitCode> {
         Verb::Eval(a) => eval::run(&a, pool),
         Verb::Bench(a) => bench::run(&a, pool),
         Verb::Explain(a) => explain::run(&a),
-        Verb::Generate(_) | Verb::Inspect(_) | Verb::Doctor(_) => todo!(),
+        Verb::Inspect(a) => inspect::run(&a),
+        Verb::Doctor(a) => doctor::run(&a, pool),
+        Verb::Generate(a) => generate::run(&a, pool),
         Verb::Check(a) => check::run(&a, pool),
     }
 }

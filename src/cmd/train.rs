@@ -166,7 +166,7 @@ impl Run {
         let folder = CheckpointDir::open(out, Some(3)).map_err(wrap)?;
         if !folder.steps().map_err(wrap)?.is_empty() {
             return Err(miette!(
-                help = "give another --out, or go on with it: rambac train --resume {}",
+                help = format!("give another --out, or go on with it: rambac train --resume {}", out.display()),
                 "{} already holds a run",
                 out.display()
             ));
@@ -216,7 +216,7 @@ impl Run {
             t.row(0, 0, s.len).map_err(wrap)?;
             if config.num_upper_groups > 0 && !s.len.is_multiple_of(config.chunk_size) {
                 return Err(miette!(
-                    help = "choose a multiple of {}",
+                    help = format!("choose a multiple of {}", config.chunk_size),
                     "--len {}: not divisible by the model's chunk_size {}",
                     s.len,
                     config.chunk_size

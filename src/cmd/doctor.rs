@@ -1,0 +1,161 @@
+//! `rambac doctor`: what this machine has, how fast it is, and whether anything needed is broken.
+
+use crate::cli::Doctor;
+use crate::error::Result;
+use crate::machine;
+use crate::show;
+use rambac_cpu::kernels::gemm::matmul;
+use rambac_cpu::{Mat, MatMut};
+use serde_json::json;
+use std::io::{IsTerminal, Write};
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+/// How a finding counts.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum State {
+    Good,
+    /// Worth knowing; nothing is broken.
+    Note,
+    Broken,
+}
+
+struct Finding {
+    state: State,
+    topic: &'static str,
+    text: String,
+}
+
+/// Runs the verb.
+pub fn run(a: &Doctor, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
+    let all = [cpu(&pool), simd(), memory(), kernels(&pool), rates(&pool), temporary(), terminal(), gpu()];
+    for f in &all {
+        let state = match f.state {
+            State::Good => "ok",
+            State::Note => "note",
+            State::Broken => "broken",
+        };
+        if a.json {
+            println!("{}", json!({ "topic": f.topic, "state": state, "text": f.text }));
+        } else {
+            let indent = " ".repeat(22);
+            println!("  {state:<7} {:<11} {}", f.topic, show::wrapped(&f.text, 76, &indent));
+        }
+    }
+    let broken = all.iter().filter(|f| f.state == State::Broken).count();
+    if !a.json {
+        println!("{}", if broken == 0 { "All is well.".into() } else { show::plural(broken, "thing") + " broken." });
+    }
+    Ok(if broken == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn cpu(pool: &rayon::ThreadPool) -> Finding {
+    let name = machine::cpu_name().unwrap_or_else(|| std::env::consts::ARCH.into());
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = show::plural(pool.current_num_threads(), "thread");
+    Finding {
+        state: State::Good,
+        topic: "processor",
+        text: format!("{name}, {} for this process, {threads} in use", show::plural(cores, "core")),
+    }
+}
+
+fn simd() -> Finding {
+    let all = machine::simd();
+    let list = |wanted: bool| all.iter().filter(|s| s.1 == wanted).map(|s| s.0).collect::<Vec<_>>().join(", ");
+    let (have, lack) = (list(true), list(false));
+    let lack = if lack.is_empty() { String::new() } else { format!("; not {lack}") };
+    if have.is_empty() {
+        let text = format!("none that the kernels know{lack}: portable code runs, several times slower");
+        return Finding { state: State::Note, topic: "vectors", text };
+    }
+    Finding { state: State::Good, topic: "vectors", text: format!("{have}{lack}") }
+}
+
+fn memory() -> Finding {
+    match machine::memory() {
+        Some((total, free)) => {
+            let state = if free < 1 << 30 { State::Note } else { State::Good };
+            let text = format!("{}, {} free", show::bytes(total), show::bytes(free));
+            Finding { state, topic: "memory", text }
+        }
+        None => Finding { state: State::Note, topic: "memory", text: "this system does not tell".into() },
+    }
+}
+
+/// A small product, compared with its definition: catches vector code that this processor runs wrongly.
+fn kernels(pool: &rayon::ThreadPool) -> Finding {
+    let (m, n, k) = (33, 47, 65);
+    let fill = |len: usize, by: usize| (0..len).map(|i| (i * by % 13) as f32 - 6.0).collect::<Vec<f32>>();
+    let (a, b, mut c) = (fill(m * k, 5), fill(k * n, 7), vec![0.0f32; m * n]);
+    pool.install(|| matmul(Mat::new(&a, m, k), false, Mat::new(&b, k, n), false, MatMut::new(&mut c, m, n), false));
+    // Small whole numbers: sums are exact in any order.
+    let right = (0..m * n).all(|i| c[i] == (0..k).map(|j| a[i / n * k + j] * b[j * n + i % n]).sum::<f32>());
+    if right {
+        Finding { state: State::Good, topic: "kernels", text: "a matrix product gives what it should".into() }
+    } else {
+        let text = "a matrix product gives wrong numbers; please report this with the lines above";
+        Finding { state: State::Broken, topic: "kernels", text: text.into() }
+    }
+}
+
+fn rates(pool: &rayon::ThreadPool) -> Finding {
+    let r = machine::rates(pool);
+    let text =
+        format!("{} in large products (f32), {} in large copies", show::si(r.gemm, "FLOP/s"), show::si(r.copy, "B/s"));
+    Finding { state: State::Good, topic: "speed", text }
+}
+
+/// Whether a file can be made in `dir`.
+fn writable(dir: &Path) -> std::io::Result<()> {
+    let path = dir.join(format!(".rambac-doctor-{}", std::process::id()));
+    let mut file = std::fs::File::options().write(true).create_new(true).open(&path)?;
+    let written = file.write_all(b"rambac doctor");
+    std::fs::remove_file(&path)?;
+    written
+}
+
+fn temporary() -> Finding {
+    let dir = std::env::temp_dir();
+    match writable(&dir) {
+        Ok(()) => Finding { state: State::Good, topic: "files", text: format!("{} can be written", dir.display()) },
+        Err(e) => Finding {
+            state: State::Broken,
+            topic: "files",
+            text: format!("{} can't be written ({e}); set TMPDIR to a folder that can", dir.display()),
+        },
+    }
+}
+
+fn terminal() -> Finding {
+    let text = match (std::io::stdout().is_terminal(), std::io::stderr().is_terminal()) {
+        (_, true) => "progress bars are shown",
+        (true, false) => "errors go elsewhere: progress bars are not shown",
+        (false, false) => "none: progress bars are not shown",
+    };
+    Finding { state: State::Good, topic: "terminal", text: text.into() }
+}
+
+fn gpu() -> Finding {
+    let driver = if has_library(c"libcuda.so.1") {
+        "an NVIDIA driver (libcuda.so.1) is here, but goes unused"
+    } else {
+        "there is no NVIDIA driver (libcuda.so.1) here either"
+    };
+    Finding { state: State::Note, topic: "GPU", text: format!("this version runs on the CPU only; {driver}") }
+}
+
+#[cfg(unix)]
+fn has_library(name: &std::ffi::CStr) -> bool {
+    // SAFETY: a valid C string; the library is closed again at once.
+    unsafe {
+        let handle = libc::dlopen(name.as_ptr(), libc::RTLD_LAZY | libc::RTLD_LOCAL);
+        !handle.is_null() && libc::dlclose(handle) == 0
+    }
+}
+
+#[cfg(not(unix))]
+fn has_library(_: &std::ffi::CStr) -> bool {
+    false
+}

@@ -1,0 +1,235 @@
+//! The CPU against the reference, one op at a time: every value of a program is read back, and each must be what its
+//! op's definition gives for the operands that the CPU itself computed.
+//!
+//! Errors thus do not add up and a choice that rounding flips does not spoil what follows, so the tolerance can be
+//! tight: a small multiple, growing with the square root of the reduction length, of what rounding the operands to f32
+//! once more would change.  A program that keeps no intermediate values must then give the very same bits: that proves
+//! buffers, views and in-place results.
+
+use crate::support::{as_f32, config, run_cpu, same_bits, values, with_all_outputs, with_gradients};
+use proptest::prelude::*;
+use rambac_ir::ops::*;
+use rambac_ir::testing::{Grown, Rng, grown, grown_differentiable};
+use rambac_ir::ty::ConcreteTy;
+use rambac_ir::{Builder, Graph, HostArray, Value, text};
+use rambac_passes::train_step::{AdamW, train_step};
+use rambac_passes::{Options, optimise};
+use rambac_runtime::Tensor;
+use std::collections::HashMap;
+
+const EPS: f64 = f32::EPSILON as f64;
+
+fn norm(a: impl Iterator<Item = f64>) -> f64 {
+    a.map(|x| x * x).sum::<f64>().sqrt()
+}
+
+fn distance(a: &HostArray, b: &HostArray) -> f64 {
+    norm((0..a.len()).map(|i| if a.get(i) == b.get(i) { 0.0 } else { a.get(i) - b.get(i) }))
+}
+
+/// Terms that one element of the result sums: from the op's own count of work, and the longest axis of an operand.
+fn reduction_length(op: &Op, x: &[&HostArray], y: &[ConcreteTy]) -> f64 {
+    let x: Vec<ConcreteTy> = x.iter().map(|a| a.ty()).collect();
+    let elements = y.iter().map(ConcreteTy::elements).filter(|n| *n > 0).min().unwrap_or(1);
+    let longest = x.iter().flat_map(|t| &t.shape).max().copied().unwrap_or(1);
+    op.def().cost(&x, y).flops / elements as f64 + longest as f64
+}
+
+/// How far each result may be from `want`.
+fn tolerances(op: &Op, x: &[&HostArray], y: &[ConcreteTy], want: &[HostArray]) -> Vec<f64> {
+    let mut moved = vec![0.0f64; y.len()];
+    let mut rng = Rng(11);
+    for _ in 0..4 {
+        let nudged: Vec<HostArray> = x
+            .iter()
+            .map(|a| {
+                let mut a = (*a).clone();
+                if let rambac_ir::host::Data::Float(v) = &mut a.data {
+                    v.iter_mut().for_each(|x| *x *= 1.0 + rng.uniform(-EPS, EPS));
+                }
+                a
+            })
+            .collect();
+        let out = op.def().eval(&nudged.iter().collect::<Vec<_>>(), y);
+        for ((m, a), b) in moved.iter_mut().zip(&out).zip(want) {
+            *m = m.max(distance(a, b));
+        }
+    }
+    let factor = 8.0 + 4.0 * reduction_length(op, x, y).sqrt();
+    // Inside a map, or against a constant, values near 1 may cancel.
+    let unit = if matches!(op, Op::FusedMap(_)) { 1.0 } else { 1e-6 };
+    let size = |a: &HostArray| norm((0..a.len()).map(|i| a.get(i)).filter(|v| v.is_finite()));
+    let floor = |a: &HostArray| size(a).max(unit * (a.len() as f64).sqrt());
+    moved.iter().zip(want).map(|(m, a)| factor * (m + EPS * floor(a))).collect()
+}
+
+fn check_op(op: &Op, x: &[&HostArray], got: &[HostArray]) -> Result<(), TestCaseError> {
+    let tys: Vec<ConcreteTy> = got.iter().map(HostArray::ty).collect();
+    if let Op::Selection(s) = op {
+        return check_selection(s, x, got);
+    }
+    let want = op.def().eval(x, &tys);
+    let limits = tolerances(op, x, &tys, &want);
+    for (r, (a, b)) in got.iter().zip(&want).enumerate() {
+        let d = distance(a, b);
+        let ok = if a.dtype.is_float() { d <= limits[r] } else { a == b };
+        prop_assert!(ok, "result {r}: off by {d:e}, limit {:e}\n got {:?}\nwant {:?}", limits[r], head(a), head(b));
+    }
+    Ok(())
+}
+
+fn head(a: &HostArray) -> Vec<f64> {
+    a.to_f64().into_iter().take(12).collect()
+}
+
+/// Near-equal scores may be taken in either order, so the choice is checked for being one of the best.
+fn check_selection(s: &Selection, x: &[&HostArray], got: &[HostArray]) -> Result<(), TestCaseError> {
+    let (q, lm) = (x[0], x[1]);
+    let (l, h, r, c) = (q.shape[1], q.shape[2], q.shape[3], lm.shape[1]);
+    let [idx, count, weights, picked] = got else { return Err(TestCaseError::fail("selection has four results")) };
+    for row in 0..count.len() {
+        let (b, t, head) = (row / (l * h), row / h % l, row % h);
+        let mut slack = EPS;
+        let scores: Vec<f64> = (0..c)
+            .filter(|&k| x[2].i()[b] as i64 + t as i64 >= ((k + 1) * s.chunk) as i64)
+            .map(|k| {
+                let terms = (0..r).map(|j| q.f()[row * r + j] * lm.f()[((b * c + k) * h + head) * r + j] * s.scale);
+                slack += EPS * (r as f64 + 4.0) * terms.clone().map(f64::abs).sum::<f64>();
+                terms.sum()
+            })
+            .collect();
+        let n = count.i()[row] as usize;
+        prop_assert_eq!(n, scores.len().min(s.k), "row {} fills the wrong number of slots", row);
+        let slots = &idx.i()[row * s.k..][..s.k];
+        prop_assert!(slots[n..].iter().all(|i| *i == 0), "an unfilled slot holds an index");
+        let chosen: Vec<f64> =
+            slots[..n].iter().map(|&i| scores.get(i as usize).copied().unwrap_or(f64::NAN)).collect();
+        let worst = chosen.iter().copied().fold(f64::INFINITY, f64::min);
+        for (i, v) in scores.iter().enumerate().filter(|(i, _)| !slots[..n].contains(&(*i as i32))) {
+            prop_assert!(*v <= worst + slack, "chunk {i} scores {v}, better than the chosen {worst}");
+        }
+        for i in 1..n {
+            let ordered = match s.order {
+                Order::Recent => slots[i] < slots[i - 1],
+                Order::Score => chosen[i] <= chosen[i - 1] + slack && slots[i] != slots[i - 1],
+            };
+            prop_assert!(ordered, "slots {i} of row {row} are out of order: {slots:?}, scores {chosen:?}");
+        }
+        let w = s.rule.weights(&chosen);
+        for i in 0..s.k {
+            let (want_s, want_w) = if i < n { (chosen[i], w[i]) } else { (0.0, 0.0) };
+            let (s, w) = (picked.get(row * s.k + i), weights.get(row * s.k + i));
+            prop_assert!((s - want_s).abs() <= slack, "score {s} of slot {i}, wanted {want_s}");
+            prop_assert!((w - want_w).abs() <= 8.0 * EPS + 4.0 * slack, "weight {w} of slot {i}, wanted {want_w}");
+        }
+    }
+    Ok(())
+}
+
+/// Every node of `g` on the CPU, then `g` without its intermediate values as outputs.
+fn check_graph(g: &Graph, like: &Grown) -> Result<(), TestCaseError> {
+    let all = with_all_outputs(g);
+    let fail = |e: rambac_runtime::ExecError| TestCaseError::fail(format!("{e}\n{}", text::print(g)));
+    let (out, store) = run_cpu(&all, like).map_err(fail)?;
+    // An update is not among the outputs; its value is.
+    let by_name: HashMap<&str, &Tensor> = out.iter().map(|(n, t)| (n.as_str(), t)).collect();
+    let value = |v: &Value| by_name[format!("v{}_{}", v.node.0, v.result).as_str()];
+    let host: HashMap<Value, HostArray> = values(g).into_iter().map(|v| (v, value(&v).to_host())).collect();
+    for (id, n) in g.iter() {
+        let got: Vec<HostArray> = (0..n.tys.len()).map(|r| host[&id.result(r)].clone()).collect();
+        if let Op::Source(s) = &n.op {
+            prop_assert_eq!(&got[0], &like.sources[&s.name], "source {} changed", s.name);
+            continue;
+        }
+        let x: Vec<&HostArray> = n.inputs.iter().map(|v| &host[v]).collect();
+        check_op(&n.op, &x, &got).map_err(|e| {
+            TestCaseError::fail(format!("{} = {:?}: {e}\n{}", g.label(id.result(0)), n.op, text::print(g)))
+        })?;
+    }
+
+    let (plain, plain_store) = run_cpu(g, like).map_err(fail)?;
+    for (name, t) in &plain {
+        let o = g.output(name).unwrap();
+        prop_assert!(same_bits(t, value(&o)), "output {name} depends on what else is an output\n{}", text::print(g));
+    }
+    for o in g.outputs.iter().filter(|o| g.is_update(o)) {
+        for s in [&store, &plain_store] {
+            let t = s.get(&o.name).unwrap();
+            prop_assert!(same_bits(t, value(&o.value)), "{} was not updated as told\n{}", o.name, text::print(g));
+        }
+    }
+    for (_, s) in g.sources().filter(|(_, s)| s.kind != SourceKind::Input && g.output(&s.name).is_none()) {
+        let before = Tensor::from_host(&like.sources[&s.name]);
+        prop_assert!(same_bits(plain_store.get(&s.name).unwrap(), &before), "{} was overwritten", s.name);
+    }
+    Ok(())
+}
+
+fn every_form(g: &Graph, like: &Grown) -> Result<(), TestCaseError> {
+    check_graph(g, like)?;
+    check_graph(&optimise(g, &Options::default()), like)?;
+    check_graph(&optimise(g, &Options { recompute: true }), like)
+}
+
+/// Turns some outputs into updates: of sources of their type, of each other's sources, of sources that are outputs too.
+fn with_updates(g: &Grown, seed: u64) -> Graph {
+    let mut rng = Rng(seed);
+    let mut b = Builder::extend(g.graph.clone());
+    let sources: Vec<(Value, Source)> = g.graph.sources().map(|(id, s)| (id.result(0), s.clone())).collect();
+    for (v, s) in sources.iter().filter(|(_, s)| s.kind != SourceKind::Input) {
+        let same: Vec<Value> = values(&g.graph).into_iter().filter(|w| *g.graph.ty(*w) == s.ty).collect();
+        if !rng.one_in(4) {
+            let to = if rng.one_in(2) && same.len() > 1 { rng.pick(&same) } else { b.copied(*v) };
+            b.output(&s.name, to);
+        }
+        if rng.one_in(4) {
+            b.output(&format!("old.{}", s.name), *v);
+        }
+    }
+    b.finish().unwrap()
+}
+
+trait Copied {
+    fn copied(&mut self, v: Value) -> Value;
+}
+
+impl Copied for Builder {
+    /// Another value of the type of `v`, computed from it.
+    fn copied(&mut self, v: Value) -> Value {
+        if self.ty(v).dtype.is_float() { self.neg(v) } else { v }
+    }
+}
+
+proptest! {
+    #![proptest_config(config(120))]
+
+    #[test]
+    fn every_op(g in grown(16)) {
+        let g = as_f32(&g);
+        every_form(&g.graph, &g)?;
+    }
+
+    #[test]
+    fn every_gradient(g in grown_differentiable(12)) {
+        let g = as_f32(&g);
+        every_form(&with_gradients(&g.graph), &g)?;
+    }
+
+    #[test]
+    fn updates_replace_values_after_the_run(g in grown(12), seed in any::<u64>()) {
+        let g = as_f32(&g);
+        every_form(&with_updates(&g, seed), &g)?;
+    }
+
+    #[test]
+    fn training_steps(g in grown_differentiable(8)) {
+        let mut g = as_f32(&g);
+        let opt = AdamW { lr: 0.01, warmup: 0, ..AdamW::default() };
+        let step = train_step(&g.graph, &opt, |name| name.ends_with('1')).unwrap();
+        for (_, s) in step.sources() {
+            let ty = s.ty.bind(&g.dims).unwrap();
+            g.sources.entry(s.name.clone()).or_insert_with(|| HostArray::filled(&ty, 0.0));
+        }
+        every_form(&step, &g)?;
+    }
+}
