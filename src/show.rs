@@ -78,7 +78,7 @@ pub fn fit(text: &str, width: usize) -> String {
     text.chars().take(head).chain(['…']).chain(tail.chars()).collect()
 }
 
-/// Lines of `text` of at most `width` characters, cut at spaces; every line after the first starts with `indent`.
+/// Lines of `text` of at most `width` characters, cut at spaces; every line after the first stands behind `indent`.
 pub fn wrapped(text: &str, width: usize, indent: &str) -> String {
     let mut out = String::new();
     let mut used = 0;
@@ -87,7 +87,7 @@ pub fn wrapped(text: &str, width: usize, indent: &str) -> String {
         if used > 0 && used + 1 + n > width {
             out.push('\n');
             out.push_str(indent);
-            used = indent.chars().count();
+            used = 0;
         } else if used > 0 {
             out.push(' ');
             used += 1;
@@ -149,7 +149,7 @@ mod tests {
     #[test]
     fn text_fits() {
         assert_eq!([fit("abc", 3), fit("abcdefg", 5), fit("abc", 0)], ["abc", "ab…fg", "…"]);
-        assert_eq!(wrapped("one two three", 7, "  "), "one two\n  three");
+        assert_eq!(wrapped("one two three four", 10, "  "), "one two\n  three four");
         let mut t = Table::new(1, &["op", "time"]);
         t.row(["matmul".to_string(), "1".into()]);
         assert_eq!(t.text(), "  op      time\n  matmul     1\n");

@@ -1,6 +1,6 @@
 //! The Mamba-2 block as IR (spec: `x + mixer(RMSNorm(x))`), with its conv and scan states as values.
 
-use crate::config::Config;
+use crate::config::{Config, ModelType};
 use rambac_ir::ops::{CausalConv1d, SelectiveScan};
 use rambac_ir::{Builder, Dim, Ty, Value};
 
@@ -72,7 +72,16 @@ pub fn block(b: &mut Builder, c: &Config, p: &str, x: Value, state: MambaState) 
     let gate = b.silu(z);
     let y = b.mul(y, gate);
     let w = param(b, "mixer.norm.weight", &[e]);
-    let y = b.rms_norm(y, w, c.layer_norm_epsilon);
+    let y = if c.model_type == ModelType::Mamba2 && c.n_groups > 1 {
+        // transformers' Mamba-2 normalises each group by itself; RAMba normalises over E.
+        let ones = b.constant(1.0, Ty::f32([e / c.n_groups]));
+        let y = b.reshape(y, dims(&[c.n_groups, e / c.n_groups]));
+        let y = b.rms_norm(y, ones, c.layer_norm_epsilon);
+        let y = b.reshape(y, dims(&[e]));
+        b.mul(y, w)
+    } else {
+        b.rms_norm(y, w, c.layer_norm_epsilon)
+    };
     let w = param(b, "mixer.out_proj.weight", &[c.hidden_size, e]);
     let y = b.linear(y, w);
     (b.add(x, y), MambaState { conv: conv[1], scan: scan[1] })

@@ -42,12 +42,19 @@ impl<'g> Rewrite<'g> {
     }
 }
 
-/// Rebuilds `g`: `f` may replace a node by values it builds from the new operands; `None` copies it.
+/// Rebuilds `g`: `f` may replace a node by values it builds from the new operands; `None` copies it.  What replaces a
+/// node belongs to its scope.
 pub fn rewrite(g: &Graph, mut f: impl FnMut(&mut Builder, NodeId, &Node, &[Value]) -> Option<Vec<Value>>) -> Graph {
     let mut r = Rewrite::new(g);
     for (id, node) in g.iter() {
         let inputs: Vec<Value> = node.inputs.iter().map(|&v| r.get(v)).collect();
+        if let Some(scope) = &node.scope {
+            r.b.enter(scope);
+        }
         let out = f(&mut r.b, id, node, &inputs).unwrap_or_else(|| r.b.copy(node, &inputs));
+        if node.scope.is_some() {
+            r.b.leave();
+        }
         r.set(id, out);
     }
     r.finish()

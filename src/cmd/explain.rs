@@ -301,18 +301,20 @@ impl Report {
         println!("\nPasses");
         let width = self.passes.iter().map(|p| p.name.len()).max().unwrap_or(0);
         for p in &self.passes {
-            let changes: Vec<String> = p.changes.iter().map(|(op, d)| format!("{d:+} {op}")).collect();
+            // The spaces within an item do not break.
+            let changes: Vec<String> = p.changes.iter().map(|(op, d)| format!("{d:+}\u{a0}{op}")).collect();
             let changes = if changes.is_empty() { "nothing to do".into() } else { changes.join(", ") };
             let nodes = if p.before == p.after { p.after.to_string() } else { format!("{} → {}", p.before, p.after) };
             let head = format!("  {:<width$}  {nodes:<11}  ", p.name);
             let indent = " ".repeat(head.chars().count());
-            println!("{head}{}", show::wrapped(&changes, WIDTH - indent.len(), &indent));
+            println!("{head}{}", show::wrapped(&changes, WIDTH - indent.len(), &indent).replace('\u{a0}', " "));
         }
 
         println!("\nFused");
         for (op, places, backward) in self.fused() {
             let backward = if backward > 0 { format!(" and {backward} backward") } else { String::new() };
-            println!("  {} {op}{backward}: {}", places.len(), show::wrapped(&places.join(", "), WIDTH - 30, "    "));
+            let text = format!("{} {op}{backward}: {}", places.len(), places.join(", "));
+            println!("  {}", show::wrapped(&text, WIDTH - 4, "    "));
         }
         let (maps, longest) = self.maps();
         if maps > 0 {
@@ -345,10 +347,30 @@ impl Report {
         t.print();
 
         println!("\nWork per layer");
-        let mut t = Table::new(2, &["layer", "phase", "steps", "FLOPs", "share", "bytes", "share", "FLOP/B"]);
-        for ((layer, phase), s) in &layers.lines {
-            let name = layer_name(layer, config);
-            t.row([name, phase.to_string(), s.steps.to_string()].into_iter().chain(cells(s.cost)));
+        let mut t = Table::new(1, &["layer", "steps", "FLOPs", "backward", "share", "bytes", "backward", "share"]);
+        let mut names: Vec<&str> = vec![];
+        layers.lines.iter().map(|l| l.0.0).for_each(|l| {
+            if !names.contains(&l) {
+                names.push(l);
+            }
+        });
+        for name in names {
+            let of = |back: bool| {
+                let lines = layers.lines.iter().filter(move |l| l.0.0 == name && (l.0.1 == "backward") == back);
+                lines.fold((0, Cost::default()), |(n, c), l| (n + l.1.steps, c + l.1.cost))
+            };
+            let ((n, f), (m, b)) = (of(false), of(true));
+            let both = f + b;
+            t.row([
+                layer_name(name, config),
+                (n + m).to_string(),
+                show::si(f.flops, ""),
+                show::si(b.flops, ""),
+                show::share(both.flops, all.flops),
+                show::si(f.bytes, "B"),
+                show::si(b.bytes, "B"),
+                show::share(both.bytes, all.bytes),
+            ]);
         }
         t.print();
         self.print_memory();
@@ -360,16 +382,16 @@ impl Report {
     fn print_unfused(&self) {
         let slow = self.slow();
         if self.unfused.is_empty() && slow.is_empty() {
-            println!("  nothing was left that could have been");
+            println!("  nothing that can be fused was left");
             return;
         }
         println!("\nNot fused");
         for u in &self.unfused {
             let text = format!("{}: {}; so {} = {} lie in memory", u.what, u.reason, u.ty, show::bytes(u.bytes));
-            println!("  {}", show::wrapped(&text, WIDTH - 2, "    "));
+            println!("  {}", show::wrapped(&text, WIDTH - 4, "    "));
         }
         for (op, n, why) in &slow {
-            println!("  {}", show::wrapped(&format!("{} {op}: {why}", show::plural(*n, "step")), WIDTH - 2, "    "));
+            println!("  {}", show::wrapped(&format!("{} {op}: {why}", show::plural(*n, "step")), WIDTH - 4, "    "));
         }
     }
 

@@ -5,8 +5,6 @@
 
 mod cpu;
 mod edges;
-mod models;
 mod passes;
 mod plan;
 mod support;
-mod train;
