@@ -76,7 +76,7 @@ impl Lowering<'_> {
         View { buffer, offset: Dim::int(0), ty: ty.clone(), strided: None }
     }
 
-    /// Finds operands of concats that their makers can write in place.
+    /// Finds operands of concats that their makers can write in place, also from behind reshapes.
     fn place_concats(&mut self) {
         for (id, n) in self.g.iter() {
             let Op::Concat(c) = &n.op else { continue };
@@ -84,33 +84,25 @@ impl Lowering<'_> {
             let mut at = 0usize;
             for &v in &n.inputs {
                 let size = self.g.ty(v).shape[c.axis].as_int().unwrap_or(0);
-                let maker = self.g.node(v.node);
-                let once = n.inputs.iter().filter(|&&w| w == v).count() == 1;
-                let alone = self.users[v.node.index()]
-                    .iter()
-                    .flat_map(|u| self.g.node(*u).inputs.iter())
-                    .filter(|&&w| w == v)
-                    .count()
-                    == 1;
-                let able = kernel_traits(&maker.op).strided_outputs.contains(&(v.result as usize))
-                    && !matches!(maker.op, Op::Reshape(_) | Op::Slice(_) | Op::Source(_));
-                if once && alone && able && self.rows_fit(&maker.op, self.g.ty(v), c.axis) {
-                    self.placed.insert(v, (id, times(&Dim::int(at), &inner)));
+                let cols = product(&self.g.ty(v).shape[c.axis..]);
+                let mut made = v;
+                while self.used_once(made) && matches!(self.g.node(made.node).op, Op::Reshape(_)) {
+                    made = self.g.node(made.node).inputs[0];
+                }
+                let maker = &self.g.node(made.node).op;
+                let able = kernel_traits(maker).strided_outputs.contains(&(made.result as usize))
+                    && !matches!(maker, Op::Reshape(_) | Op::Slice(_) | Op::Source(_));
+                if able && self.used_once(made) && rows_fit(maker, self.g.ty(made), &cols) {
+                    self.placed.insert(made, (id, times(&Dim::int(at), &inner)));
                 }
                 at += size;
             }
         }
     }
 
-    /// Whether a kernel's natural row (the last axis, or what it flattens) is the row of a concat along `axis`.
-    fn rows_fit(&self, op: &Op, ty: &Ty, axis: usize) -> bool {
-        match op {
-            // Their matrices are tokens × (all the rest): rows must start at the axis after the tokens.
-            Op::SelectiveScanGrad(_) => axis == 2,
-            Op::Attention(_) | Op::AttentionGrad(_) | Op::ChunkAttention(_) | Op::ChunkAttentionGrad(_) => axis == 2,
-            Op::Rotary(_) | Op::SelectionGrad(_) => axis + 2 == ty.rank(),
-            _ => axis + 1 == ty.rank(),
-        }
+    fn used_once(&self, v: Value) -> bool {
+        let uses = self.users[v.node.index()].iter().flat_map(|u| &self.g.node(*u).inputs).filter(|&&w| w == v).count();
+        uses == 1 && self.g.outputs.iter().all(|o| o.value != v)
     }
 
     fn result(&mut self, v: Value) -> View {
@@ -126,7 +118,9 @@ impl Lowering<'_> {
                 b
             }
         };
-        let cols = product(&ty.shape[c.axis..]);
+        // Behind a reshape the value has other axes, but as many rows as the concat.
+        let rows = product(&whole.shape[..c.axis]);
+        let cols = ty.elements().and_then(|e| e.checked_quotient(&rows)).expect("BUG: tested by `rows_fit`");
         let stride = product(&whole.shape[c.axis..]);
         View { buffer, offset, ty, strided: Some(Strided { cols, stride }) }
     }
@@ -226,8 +220,8 @@ impl Lowering<'_> {
         let mut at = 0usize;
         for &v in &n.inputs {
             let ty = self.g.ty(v).clone();
-            if !self.placed.contains_key(&v) {
-                let x = self.views[&v].clone();
+            let x = self.views[&v].clone();
+            if x.buffer != buffer {
                 let cols = product(&ty.shape[axis..]);
                 let x = if x.strided.as_ref().is_none_or(|s| s.cols == cols) { x } else { self.copied(id, &x) };
                 let strided = Some(Strided { cols, stride: stride.clone() });
@@ -262,16 +256,34 @@ impl Lowering<'_> {
         }
     }
 
+    /// Copies what is still to be read of a source that an update will overwrite: outputs read after the run, and
+    /// updates are written one after another.
+    fn save_overwritten(&mut self, outputs: &mut [OutputSlot]) {
+        let source = |l: &Self, name: &str| l.sources.iter().find(|s| s.name == name).map(|s| (s.kind, s.buffer));
+        let overwritten: Vec<BufferId> = outputs
+            .iter()
+            .filter_map(|o| source(self, &o.name).filter(|(kind, _)| *kind != SourceKind::Input).map(|(_, b)| b))
+            .collect();
+        for o in outputs {
+            let own = source(self, &o.name).map(|(_, b)| b);
+            if overwritten.contains(&o.view.buffer) && own != Some(o.view.buffer) {
+                o.view = self.copied(NodeId(0), &o.view);
+            }
+        }
+    }
+
     /// Writes updates into their source's buffer: by the step that makes them where nothing reads the old value after
     /// it, else by a copy at the end.
     fn updates(&mut self, outputs: &mut [OutputSlot]) {
-        for o in outputs {
+        self.save_overwritten(outputs);
+        for i in 0..outputs.len() {
+            let o = &outputs[i];
             let Some(slot) = self.sources.iter().find(|s| s.name == o.name && s.kind != SourceKind::Input) else {
                 continue;
             };
-            o.update = true;
             let target = slot.buffer;
             let made = o.view.buffer;
+            outputs[i].update = true;
             if made == target {
                 continue;
             }
@@ -283,20 +295,16 @@ impl Lowering<'_> {
                 whole && last_read.is_none_or(|r| r < m || (r == m && overwrites(&self.steps[m], target)))
             });
             if direct {
-                for s in &mut self.steps {
-                    s.inputs
-                        .iter_mut()
-                        .chain(&mut s.outputs)
-                        .filter(|v| v.buffer == made)
-                        .for_each(|v| v.buffer = target);
-                }
-                o.view.buffer = target;
+                let views = self.steps.iter_mut().flat_map(|s| s.inputs.iter_mut().chain(&mut s.outputs));
+                // Other outputs may be the same value.
+                let views = views.chain(outputs.iter_mut().map(|o| &mut o.view));
+                views.filter(|v| v.buffer == made).for_each(|v| v.buffer = target);
             } else {
-                let y = View { buffer: target, offset: Dim::int(0), ty: o.view.ty.clone(), strided: None };
-                let op = Reshape { shape: o.view.ty.shape.clone() }.into();
-                let step = Step { op, node: NodeId(0), inputs: vec![o.view.clone()], outputs: vec![y.clone()] };
-                self.steps.push(step);
-                o.view = y;
+                let x = outputs[i].view.clone();
+                let y = View { buffer: target, offset: Dim::int(0), ty: x.ty.clone(), strided: None };
+                let op = Reshape { shape: x.ty.shape.clone() }.into();
+                self.steps.push(Step { op, node: NodeId(0), inputs: vec![x], outputs: vec![y.clone()] });
+                outputs[i].view = y;
             }
         }
     }
@@ -380,6 +388,20 @@ fn strided_fits(op: &Op, i: usize, v: &View) -> bool {
         Op::FusedMap(m) => v.ty.shape == m.shape,
         Op::Reshape(_) => true,
         _ => tail(v.ty.rank() - 1),
+    }
+}
+
+/// Whether a kernel can write rows of `cols` elements that do not touch.
+fn rows_fit(op: &Op, ty: &Ty, cols: &Dim) -> bool {
+    let tail = |from: usize| from <= ty.rank() && product(&ty.shape[from..]) == *cols;
+    match op {
+        // Their matrices are tokens × (all the rest).
+        Op::SelectiveScanGrad(_) | Op::Attention(_) | Op::AttentionGrad(_) => tail(2),
+        Op::ChunkAttention(_) | Op::ChunkAttentionGrad(_) => tail(2),
+        Op::Rotary(_) | Op::SelectionGrad(_) => ty.rank() >= 2 && tail(ty.rank() - 2),
+        // Elementwise: any row will do, as long as it is one.
+        Op::FusedMap(_) | Op::Unary(_) | Op::Binary(_) | Op::Where(_) => (0..ty.rank()).any(tail),
+        _ => tail(ty.rank().saturating_sub(1)),
     }
 }
 

@@ -39,7 +39,7 @@ impl MemoryPlan {
 /// Plans `p` at `dims`.
 ///
 /// # Errors
-/// A dim without a value.
+/// A dim without a value; more bytes in all than can be addressed.
 pub fn plan(p: &Program, dims: &Bindings) -> Result<MemoryPlan, DimError> {
     p.check_dims(dims)?;
     let sizes = p
@@ -47,6 +47,11 @@ pub fn plan(p: &Program, dims: &Bindings) -> Result<MemoryPlan, DimError> {
         .iter()
         .map(|b| Ok(b.ty.bind(dims)?.bytes().next_multiple_of(ALIGN)))
         .collect::<Result<Vec<usize>, DimError>>()?;
+    // Every sum below is a part of this one.
+    let all = sizes.iter().try_fold(0usize, |a, &s| a.checked_add(s)).filter(|&a| a <= isize::MAX as usize);
+    if all.is_none() {
+        return Err(DimError::Overflow { dim: format!("all buffers of {}", p.name), bindings: dims.to_string() });
+    }
     let mut lifetimes: Vec<Option<(usize, usize)>> = vec![None; p.buffers.len()];
     let mut touch = |v: &View, at: usize| {
         let l = lifetimes[v.buffer.index()].get_or_insert((at, at));

@@ -5,6 +5,8 @@
 
 mod cpu;
 mod edges;
+mod models;
 mod passes;
 mod plan;
 mod support;
+mod train;
