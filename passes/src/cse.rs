@@ -14,9 +14,12 @@ pub fn is_backward(n: &Node) -> bool {
     n.scope.as_deref().is_some_and(|s| s == GRAD || s.strip_prefix(GRAD).is_some_and(|r| r.starts_with('.')))
 }
 
+/// An op with its operands and what it became.
+type Seen = (Op, Vec<Value>, Vec<Value>);
+
 /// See the module's comment.
 pub fn cse(g: &Graph) -> Graph {
-    let mut seen: HashMap<String, Vec<(Op, Vec<Value>, Vec<Value>)>> = HashMap::new();
+    let mut seen: HashMap<String, Vec<Seen>> = HashMap::new();
     rewrite(g, |b, _, n, inputs| {
         if matches!(n.op, Op::Source(_)) {
             return None;

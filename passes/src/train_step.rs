@@ -66,7 +66,10 @@ fn params(g: &Graph) -> Vec<(String, Value)> {
     g.sources().filter(|(_, s)| s.kind == SourceKind::Param).map(|(id, s)| (s.name.clone(), id.result(0))).collect()
 }
 
-fn with_gradients(loss: &Graph) -> Result<(Graph, Vec<(String, Value, Value)>), AutodiffError> {
+/// Name, value and gradient of a parameter.
+type Grad = (String, Value, Value);
+
+fn with_gradients(loss: &Graph) -> Result<(Graph, Vec<Grad>), AutodiffError> {
     let l = loss.output("loss").expect("BUG: a loss graph has the output `loss`");
     let params = params(loss);
     let wrt: Vec<Value> = params.iter().map(|p| p.1).collect();
@@ -138,7 +141,7 @@ fn built(b: Builder) -> Result<Graph, AutodiffError> {
     b.finish().map_err(|e| AutodiffError::IllTyped { op: "the training step", error: e.to_string() })
 }
 
-fn update(b: &mut Builder, opt: &AdamW, grads: &[(String, Value, Value)], decays: impl Fn(&str) -> bool) {
+fn update(b: &mut Builder, opt: &AdamW, grads: &[Grad], decays: impl Fn(&str) -> bool) {
     b.enter("optim");
     let scalar = Ty::scalar(DType::F32);
     let c = |b: &mut Builder, v: f64| b.constant(v, Ty::scalar(DType::F32));

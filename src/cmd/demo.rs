@@ -29,10 +29,10 @@ fn config() -> Config {
 pub fn run(a: &Demo, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
     let recipe = Recipe { seed: a.seed, ..Recipe::passkey() };
     println!(
-        "A RAMba (Mamba-2 with hierarchical sparse attention) with random weights learns to find a passkey:\n\n    \
+        "A RAMba (Mamba-2 with hierarchical sparse attention), random weights, learns to find a passkey:\n\n    \
          …words words |The passkey is: 4071562| words … |What is the passkey? The passkey is: 4071562\n\n\
-         The needle is anywhere in the text.  First the model learns to copy, on rows of 64 bytes; then passkeys join and\n\
-         rows grow to 1,024 bytes.  It is then asked in texts up to 64 times longer.\n"
+         The needle may be anywhere in the text.  First the model learns to copy, on rows of 64 bytes;\n\
+         then passkeys join and rows grow to 1,024 bytes.  Then it is asked in texts up to 64 times longer.\n"
     );
     let state = train::RunState {
         recipe,

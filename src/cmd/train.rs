@@ -285,10 +285,10 @@ impl Run {
         let dims = Bindings::new([("N", s.rows), ("L", s.len)]);
         let plan = self.trainer.main_executor().plan(&dims).map_err(wrap)?;
         eprintln!(
-            "{} parameters; {} stage(s), {} tokens; peak memory {} MiB ({} MiB activations at {}x{}, {} MiB weights and optimiser)",
+            "{} parameters, {} tokens in {} stage(s)\npeak memory {} MiB: {} activations at {} x {}, {} weights and optimiser",
             grouped(self.config.n_parameters()),
-            self.state.recipe.stages.len(),
             grouped(self.state.recipe.tokens()),
+            self.state.recipe.stages.len(),
             plan.peak() >> 20,
             plan.arena >> 20,
             s.rows,

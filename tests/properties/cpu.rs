@@ -64,7 +64,8 @@ fn tolerances(op: &Op, x: &[&HostArray], y: &[ConcreteTy], want: &[HostArray]) -
 
 /// The magnitude of terms that may cancel inside the op, so that its result can be small and still carry their rounding.
 fn magnitude(op: &Op, x: &[&HostArray]) -> f64 {
-    let largest = |a: &HostArray| a.to_f64().into_iter().filter(|v| v.is_finite()).fold(0.0, |m: f64, v| m.max(v.abs()));
+    let largest =
+        |a: &HostArray| a.to_f64().into_iter().filter(|v| v.is_finite()).fold(0.0, |m: f64, v| m.max(v.abs()));
     match op {
         Op::FusedMap(_) => 1.0,
         // Two terms of size |w·dy| / rms(x).
