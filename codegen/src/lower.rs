@@ -180,10 +180,10 @@ impl Lowering<'_> {
                 }
             }
             // A result placed with other rows is made apart and copied there.
-            for r in 0..outputs.len() {
-                if outputs[r].strided.as_ref().is_some_and(|s| Some(&s.cols) != cols.as_ref()) {
+            for (r, y) in outputs.iter_mut().enumerate() {
+                if y.strided.as_ref().is_some_and(|s| Some(&s.cols) != cols.as_ref()) {
                     self.placed.remove(&id.result(r));
-                    outputs[r] = self.fresh(&n.tys[r]);
+                    *y = self.fresh(&n.tys[r]);
                 }
             }
         }

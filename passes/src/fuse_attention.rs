@@ -92,12 +92,16 @@ pub fn fuse_attention(g: &Graph) -> Graph {
         let mut x: Vec<Value> = attend.inputs.iter().map(|&v| r.get(v)).collect();
         x.push(r.get(node.inputs[1]));
         if k.aggregate == id {
-            let out = push_in_scope(&mut r, id, ChunkAttention { chunk, scale, off_by_one }.into(), &x);
+            let out =
+                push_in_scope(&mut r, id, node.names.clone(), ChunkAttention { chunk, scale, off_by_one }.into(), &x);
             r.set(id, out);
         } else {
             x.push(r.get(node.inputs[2]));
-            let out = push_in_scope(&mut r, id, ChunkAttentionGrad { chunk, scale, off_by_one }.into(), &x);
             let (_, attend_grad) = k.grad.expect("BUG: tested above");
+            let mut names = g.node(attend_grad).names.clone();
+            names.push(node.names[1].clone());
+            let op = ChunkAttentionGrad { chunk, scale, off_by_one };
+            let out = push_in_scope(&mut r, id, names, op.into(), &x);
             // `do` disappears; its place is never read.
             r.set(id, vec![out[0], out[3]]);
             r.set(attend_grad, out[..3].to_vec());

@@ -13,7 +13,10 @@ use crate::rewrite::Rewrite;
 use rambac_ir::ops::{Op, Select, Selection, SelectionGrad, Weigh};
 use rambac_ir::{Graph, NodeId, Value};
 
-/// One fusable group, or why a score stays.
+/// Names of a node's results.
+pub(crate) type Names = Vec<Option<std::sync::Arc<str>>>;
+
+/// One fusable group.
 struct Group {
     score: NodeId,
     select: NodeId,
@@ -100,7 +103,9 @@ pub fn fuse_selection(g: &Graph) -> Graph {
             };
             let x: Vec<Value> = node.inputs.iter().map(|&v| r.get(v)).collect();
             let op = Selection { chunk: s.chunk, scale: s.scale, k: *slots, order: *order, rule: *rule };
-            let out = push_in_scope(&mut r, id, op.into(), &x);
+            let mut names = [&g.node(k.select).names[..], &g.node(k.weigh).names[..]].concat();
+            names.push(None);
+            let out = push_in_scope(&mut r, id, names, op.into(), &x);
             r.set(k.select, vec![out[0], out[1]]);
             r.set(k.weigh, vec![out[2]]);
             selections.push((id, out));
@@ -115,7 +120,8 @@ pub fn fuse_selection(g: &Graph) -> Graph {
             let (idx, count, weights, picked) = (y[0], y[1], y[2], y[3]);
             let (q, lm, dw) = (r.get(node.inputs[0]), r.get(node.inputs[1]), r.get(g.node(wg).inputs[3]));
             let op = SelectionGrad { scale: s.scale, rule: w.rule };
-            let out = push_in_scope(&mut r, id, op.into(), &[q, lm, idx, count, picked, weights, dw]);
+            let out =
+                push_in_scope(&mut r, id, node.names.clone(), op.into(), &[q, lm, idx, count, picked, weights, dw]);
             r.set(id, out);
             continue;
         }
@@ -125,17 +131,11 @@ pub fn fuse_selection(g: &Graph) -> Graph {
 }
 
 /// Adds `op` under the scope and location of the old node `like`.
-pub(crate) fn push_in_scope(r: &mut Rewrite, like: NodeId, op: Op, x: &[Value]) -> Vec<Value> {
+///
+/// `names` are the results' names, as many as there are results.
+pub(crate) fn push_in_scope(r: &mut Rewrite, like: NodeId, names: Names, op: Op, x: &[Value]) -> Vec<Value> {
     let old = r.old.node(like);
-    let tys: Vec<_> = x.iter().map(|&v| r.b.ty(v).clone()).collect();
-    let n = op.def().infer(&tys.iter().collect::<Vec<_>>()).map_or(1, |t| t.len());
-    let node = rambac_ir::Node {
-        op,
-        inputs: vec![],
-        tys: vec![],
-        names: vec![None; n],
-        scope: old.scope.clone(),
-        loc: old.loc.clone(),
-    };
+    let node =
+        rambac_ir::Node { op, inputs: vec![], tys: vec![], names, scope: old.scope.clone(), loc: old.loc.clone() };
     r.b.copy(&node, x)
 }

@@ -149,11 +149,13 @@ fn op_counts(g: &Graph) -> BTreeMap<&'static str, isize> {
     counts
 }
 
-/// `%7 = score @layers.3`
-fn place(g: &Graph, id: NodeId) -> String {
+/// `%7 = score @layers.3`, for one of the node's results.
+fn place(g: &Graph, id: NodeId, result: usize) -> String {
     let n = g.node(id);
     let scope = n.scope.as_deref().map(|s| format!(" @{s}")).unwrap_or_default();
-    format!("{} = {}{scope}", g.label(id.result(0)), n.op.mnemonic())
+    // A step made for a node, such as a copy, may have other results than the node.
+    let result = if result < n.tys.len() { result } else { 0 };
+    format!("{} = {}{scope}", g.label(id.result(result)), n.op.mnemonic())
 }
 
 impl Report {
@@ -183,7 +185,7 @@ impl Report {
             for (id, reason) in stay {
                 match g.ty(id.result(0)).bind(dims) {
                     Ok(ty) => {
-                        unfused.push(Unfused { what: place(g, id), reason, bytes: ty.bytes(), ty: ty.to_string() })
+                        unfused.push(Unfused { what: place(g, id, 0), reason, bytes: ty.bytes(), ty: ty.to_string() })
                     }
                     Err(e) => problem = Err(e),
                 }
@@ -244,14 +246,19 @@ impl Report {
         lengths.fold((0, 0), |(n, longest), len| (n + 1, longest.max(len)))
     }
 
-    /// Steps without a kernel, per op: (op, how many, why).
-    fn slow(&self) -> Vec<(&'static str, usize, &'static str)> {
-        let mut all: Vec<(&str, usize, &str)> = vec![];
+    /// Steps without a kernel: why, and the ops with their number.
+    fn slow(&self) -> Vec<(&'static str, Vec<(&'static str, usize)>)> {
+        let mut all: Vec<(&str, Vec<(&str, usize)>)> = vec![];
         for (i, why) in slow_steps(&self.program) {
             let op = self.program.steps[i].op.mnemonic();
-            match all.iter_mut().find(|s| s.0 == op) {
-                Some(s) => s.1 += 1,
-                None => all.push((op, 1, why)),
+            let at = all.iter().position(|s| s.0 == why).unwrap_or_else(|| {
+                all.push((why, vec![]));
+                all.len() - 1
+            });
+            let ops = &mut all[at].1;
+            match ops.iter_mut().find(|o| o.0 == op) {
+                Some(o) => o.1 += 1,
+                None => ops.push((op, 1)),
             }
         }
         all
@@ -276,8 +283,9 @@ impl Report {
         all.sort_by_key(|&b| (std::cmp::Reverse(self.plan.sizes[b]), b));
         let largest = all.into_iter().filter_map(|b| {
             let (first, last) = self.plan.lifetimes[b]?;
-            let maker = self.program.steps.get(first).map(|s| s.node)?;
-            Some((b, place(self.graph(), maker), first, last))
+            let step = self.program.steps.get(first)?;
+            let result = step.outputs.iter().position(|v| v.buffer.index() == b).unwrap_or(0);
+            Some((b, place(self.graph(), step.node, result), first, last))
         });
         largest.take(LARGEST).collect()
     }
@@ -390,8 +398,9 @@ impl Report {
             let text = format!("{}: {}; so {} = {} lie in memory", u.what, u.reason, u.ty, show::bytes(u.bytes));
             println!("  {}", show::wrapped(&text, WIDTH - 4, "    "));
         }
-        for (op, n, why) in &slow {
-            println!("  {}", show::wrapped(&format!("{} {op}: {why}", show::plural(*n, "step")), WIDTH - 4, "    "));
+        for (why, ops) in &slow {
+            let ops: Vec<String> = ops.iter().map(|(op, n)| format!("{n} {op}")).collect();
+            println!("  {}", show::wrapped(&format!("{}: {why}", ops.join(", ")), WIDTH - 4, "    "));
         }
     }
 
@@ -408,7 +417,7 @@ impl Report {
         t.print();
         if let Some(s) = self.fullest() {
             let step = &self.program.steps[s];
-            println!("  fullest at step {s} of {}: {}", self.program.steps.len(), place(self.graph(), step.node));
+            println!("  fullest at step {s} of {}: {}", self.program.steps.len(), place(self.graph(), step.node, 0));
         }
         println!("\nLargest buffers");
         let mut t = Table::new(2, &["made by", "type", "bytes", "steps"]);
@@ -464,8 +473,9 @@ impl Report {
                 "section": "unfused", "node": u.what, "reason": u.reason, "type": u.ty, "bytes": u.bytes,
             }));
         }
-        for (op, n, why) in self.slow() {
-            out.push(json!({ "section": "slow", "op": op, "steps": n, "reason": why }));
+        for (why, ops) in self.slow() {
+            let ops: serde_json::Map<String, Json> = ops.iter().map(|(op, n)| (op.to_string(), json!(n))).collect();
+            out.push(json!({ "section": "slow", "ops": ops, "reason": why }));
         }
         for (section, sums) in [("op", ops), ("layer", layers)] {
             for ((key, phase), s) in &sums.lines {

@@ -25,7 +25,7 @@ impl<'a> Arg<'a> {
     pub fn shape(&self) -> &[usize] {
         &self.ty.shape
     }
-    pub fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.ty.elements()
     }
     pub(crate) fn ptr(&self) -> *mut u8 {
