@@ -146,7 +146,8 @@ fn inspect_finds_sizes_and_broken_values() {
     let data = [1.0, f32::NAN, 3.0, f32::INFINITY];
     write_safetensors(Path::new(&path), &[TensorRef::f32("w", &[2, 2], &data)], &[]).unwrap();
     assert!(ok(&["inspect", &path]).contains("BROKEN w: 2 of 4 values"));
-    let row = &json_lines(&["inspect", &path, "--stats", "--json"])[0];
+    let lines = json_lines(&["inspect", &path, "--stats", "--json"]);
+    let row = lines.iter().find(|l| l["kind"] == "tensor").unwrap();
     assert_eq!(
         [&row["min"], &row["max"], &row["mean"], &row["std"]].map(|v| v.as_f64()),
         [1.0, 3.0, 2.0, 1.0].map(Some)

@@ -1,9 +1,9 @@
 //! Graph → Program: views instead of copies, steps, buffers with lifetimes, the memory plan.
 //!
 //! - [`program`]: what a Program is.
-//! - [`lower`]: makes one from an optimised graph.
+//! - [`mod@lower`]: makes one from an optimised graph.
 //! - [`traits`]: what each op's kernels accept, from the one list of ops.
-//! - [`plan`]: addresses and the peak at concrete dims.
+//! - [`mod@plan`]: addresses and the peak at concrete dims.
 
 pub mod lower;
 pub mod plan;

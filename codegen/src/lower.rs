@@ -90,7 +90,8 @@ impl Lowering<'_> {
                     made = self.g.node(made.node).inputs[0];
                 }
                 let maker = &self.g.node(made.node).op;
-                let able = kernel_traits(maker).strided_outputs.contains(&(made.result as usize))
+                let able = takes_strides(self.g, made.node)
+                    && kernel_traits(maker).strided_outputs.contains(&(made.result as usize))
                     && !matches!(maker, Op::Reshape(_) | Op::Slice(_) | Op::Source(_));
                 if able && self.used_once(made) && rows_fit(maker, self.g.ty(made), &cols) {
                     self.placed.insert(made, (id, times(&Dim::int(at), &inner)));
@@ -144,7 +145,10 @@ impl Lowering<'_> {
             }
             Op::Slice(s) => {
                 let x = self.contiguous_rows(id, n.inputs[0], s.axis);
-                let y = slice(&x, s, &n.tys[0]);
+                let y = slice(&x, s, &n.tys[0]).unwrap_or_else(|| {
+                    let whole = self.copied(id, &x);
+                    slice(&whole, s, &n.tys[0]).expect("BUG: a copy starts at 0")
+                });
                 self.views.insert(id.result(0), y);
             }
             Op::Concat(c) => self.concat(id, c.axis),
@@ -163,15 +167,16 @@ impl Lowering<'_> {
         let mut inputs = vec![];
         for (i, &v) in n.inputs.iter().enumerate() {
             let view = self.views[&v].clone();
-            let ok = view.strided.is_none() || (t.strided_inputs.contains(&i) && strided_fits(&op, i, &view));
+            let fits = || takes_strides(self.g, id) && t.strided_inputs.contains(&i) && strided_fits(&op, &view);
+            let ok = view.strided.is_none() || fits();
             inputs.push(if ok { view } else { self.copied(id, &view) });
         }
         if let Op::FusedMap(m) = &op {
             self.map_operands(id, m, &mut inputs);
         }
         let mut outputs: Vec<View> = (0..n.tys.len()).map(|r| self.result(id.result(r))).collect();
-        if matches!(op, Op::FusedMap(_)) {
-            // All strided views of a map must have rows of one length.
+        if matches!(op, Op::FusedMap(_) | Op::RmsNorm(_) | Op::RmsNormGrad(_)) {
+            // All strided views of these must have rows of one length.
             let cols = outputs.iter().find_map(|v| v.strided.as_ref().map(|s| s.cols.clone()));
             let cols = cols.or_else(|| inputs.iter().find_map(|v| v.strided.as_ref().map(|s| s.cols.clone())));
             for v in &mut inputs {
@@ -372,8 +377,18 @@ fn overwrites(s: &Step, target: BufferId) -> bool {
             .all(|v| v.strided.is_none() && s.outputs.iter().all(|o| o.ty == v.ty))
 }
 
+/// Whether the kernel for this form of the op takes strided views at all: batched products and integers, which run by
+/// their reference evaluation, do not.
+fn takes_strides(g: &Graph, id: NodeId) -> bool {
+    match &g.node(id).op {
+        Op::MatMul(_) => g.ty(g.node(id).inputs[1]).rank() == 2,
+        Op::Unary(_) | Op::Binary(_) | Op::Where(_) => as_map(g, id).is_some(),
+        _ => true,
+    }
+}
+
 /// Whether a kernel can read this strided operand: its natural matrix must have the view's rows.
-fn strided_fits(op: &Op, i: usize, v: &View) -> bool {
+fn strided_fits(op: &Op, v: &View) -> bool {
     let Some(s) = &v.strided else { return true };
     let tail = |from: usize| product(&v.ty.shape[from..]) == s.cols;
     match op {
@@ -383,8 +398,6 @@ fn strided_fits(op: &Op, i: usize, v: &View) -> bool {
         Op::Rotary(_) => v.ty.rank() >= 2 && tail(v.ty.rank() - 2),
         // A norm over heads reads rows that hold several of them.
         Op::RmsNorm(_) | Op::RmsNormGrad(_) => (1..v.ty.rank()).any(tail),
-        // Batched products take contiguous operands only.
-        Op::MatMul(_) => tail(v.ty.rank() - 1) && (v.ty.rank() == 2 || i == 0),
         Op::FusedMap(m) => v.ty.shape == m.shape,
         Op::Reshape(_) => true,
         _ => tail(v.ty.rank() - 1),
@@ -444,7 +457,8 @@ fn reshape(x: &View, ty: &Ty) -> Option<View> {
     (0..=ty.rank()).any(|k| product(&ty.shape[k..]) == s.cols).then_some(y)
 }
 
-fn slice(x: &View, s: &Slice, ty: &Ty) -> View {
+/// A part of `x`; `None` if its offset has no dim's form.
+fn slice(x: &View, s: &Slice, ty: &Ty) -> Option<View> {
     let inner = product(&x.ty.shape[s.axis + 1..]);
     let stride = match &x.strided {
         Some(st) => st.stride.clone(),
@@ -452,23 +466,22 @@ fn slice(x: &View, s: &Slice, ty: &Ty) -> View {
     };
     let skip = times(&Dim::int(s.start), &inner);
     let cols = product(&ty.shape[s.axis..]);
-    // Offsets add; both are integers times the same inner size, or one of them is 0.
-    let offset = add(&x.offset, &skip);
+    let offset = add(&x.offset, &skip)?;
     let one_row = ty.shape[..s.axis].iter().all(Dim::is_one) && x.strided.is_none();
     let strided = (!one_row).then_some(Strided { cols, stride });
-    View { buffer: x.buffer, offset, ty: ty.clone(), strided }
+    Some(View { buffer: x.buffer, offset, ty: ty.clone(), strided })
 }
 
 /// `a + b` where the sum has the form of a dim.
-fn add(a: &Dim, b: &Dim) -> Dim {
+fn add(a: &Dim, b: &Dim) -> Option<Dim> {
     match (a.as_int(), b.as_int()) {
-        (Some(0), _) => b.clone(),
-        (_, Some(0)) => a.clone(),
-        (Some(a), Some(b)) => Dim::int(a + b),
+        (Some(0), _) => Some(b.clone()),
+        (_, Some(0)) => Some(a.clone()),
+        (Some(a), Some(b)) => a.checked_add(b).map(Dim::int),
         _ => match (a.checked_quotient(b).and_then(|q| q.as_int()), b.checked_quotient(a).and_then(|q| q.as_int())) {
-            (Some(q), _) => times(&Dim::int(q + 1), b),
-            (_, Some(q)) => times(&Dim::int(q + 1), a),
-            _ => panic!("BUG: the offsets {a} and {b} have no sum of a dim's form"),
+            (Some(q), _) => Some(times(&Dim::int(q + 1), b)),
+            (_, Some(q)) => Some(times(&Dim::int(q + 1), a)),
+            _ => None,
         },
     }
 }

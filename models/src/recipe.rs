@@ -161,8 +161,12 @@ impl Recipe {
                 Rows::CopyPrintable => copy(Alphabet::Printable, false),
                 Rows::Copy => copy(Alphabet::Any, false),
                 Rows::Passkey => {
-                    let mix =
-                        PasskeyMix { copy_share: 0.0, filler_weight: self.filler_weight, ..PasskeyMix::default() };
+                    let mix = PasskeyMix {
+                        copy_share: 0.0,
+                        few_digits_share: self.few_digits_share,
+                        filler_weight: self.filler_weight,
+                        ..PasskeyMix::default()
+                    };
                     Ok(Arc::new(PasskeyTask::new(self.seed, mix)?))
                 }
                 Rows::Text => match text {

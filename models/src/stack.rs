@@ -179,7 +179,8 @@ fn traced(s: &mut Stack) {
 /// As [`forward`], and the `loss`: the mean of cross-entropy over labelled tokens, weighted by `loss_weights`.
 ///
 /// Inputs `input_ids, labels: i32[N, L]` (labels are shifted; -100 is ignored), `loss_weights: f32[N, L]`, and with
-/// [`Carry::States`] `carry: f32[N]`.  Also outputs `tokens`, the sum of weights that the mean divides by.
+/// [`Carry::States`] `carry: f32[N]`.  Also outputs `loss_sum` and `tokens`, the weighted sum and the sum of weights of
+/// which the loss is the quotient.
 ///
 /// # Errors
 /// As [`forward`].
@@ -209,6 +210,7 @@ pub fn loss(c: &Config, carry: Carry, trace: bool) -> Result<Graph, BuildErrors>
         let sum = b.sum_all(sum);
         let mean = b.div(sum, divisor);
         b.output("loss", mean);
+        b.output("loss_sum", sum);
         b.output("tokens", tokens);
     });
     s.b.finish()

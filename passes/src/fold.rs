@@ -1,7 +1,7 @@
 //! Constant folding: an elementwise op on splats is a splat; moving a splat gives a splat.
 
 use crate::rewrite::rewrite;
-use rambac_ir::ops::{Binary, Cast, Constant, Op, Unary};
+use rambac_ir::ops::{Binary, Cast, Constant, Op, OpDef, Unary};
 use rambac_ir::{DType, Graph, Value};
 
 fn splat(g: &Graph, v: Value) -> Option<f64> {
@@ -31,7 +31,8 @@ pub fn fold(g: &Graph) -> Graph {
             Op::Pad(_) if c(0)? == 0.0 => 0.0,
             _ => return None,
         };
-        // A folded NaN or infinity would hide where it came from.
-        value.is_finite().then(|| vec![b.push(Constant { value, ty: n.tys[0].clone() }, &[])])
+        let k = Constant { value, ty: n.tys[0].clone() };
+        // A folded NaN or infinity would hide where it came from; an integer out of range is no constant.
+        (value.is_finite() && k.infer(&[]).is_ok()).then(|| vec![b.push(k, &[])])
     })
 }

@@ -10,7 +10,7 @@
 
 use crate::fuse_selection::push_in_scope;
 use crate::rewrite::Rewrite;
-use rambac_ir::ops::{Attend, ChunkAttention, ChunkAttentionGrad, Op};
+use rambac_ir::ops::{Attend, AttendGrad, ChunkAttention, ChunkAttentionGrad, Op};
 use rambac_ir::{Graph, NodeId, Value};
 
 struct Group {
@@ -43,10 +43,11 @@ fn find(g: &Graph, users: &[Vec<NodeId>], attend: NodeId) -> Result<Group, Strin
         }
         let readers = users[ag.index()].iter().filter(|&&u| g.node(u).inputs.contains(&ag.result(0)));
         for &u in readers {
+            let Op::Attend(a) = &g.node(attend).op else { unreachable!("BUG: a group holds an attend") };
+            let same = |d: &AttendGrad| (a.chunk, a.scale, a.off_by_one) == (d.chunk, d.scale, d.off_by_one);
+            let operands = g.node(u).inputs.get(..5) == g.node(attend).inputs.get(..5);
             match &g.node(u).op {
-                Op::AttendGrad(_) if attend_grad.is_none() && g.node(u).inputs[..5] == g.node(attend).inputs[..5] => {
-                    attend_grad = Some(u)
-                }
+                Op::AttendGrad(d) if attend_grad.is_none() && operands && same(d) => attend_grad = Some(u),
                 op => return Err(format!("{} reads the gradient of the per-chunk outputs", op.mnemonic())),
             }
         }

@@ -23,8 +23,9 @@ const MAX_INSTS: usize = 48;
 
 /// The instruction a node becomes, if it computes elementwise in floating point.
 fn inst(g: &Graph, n: &Node) -> Option<MapFn> {
-    let float = |v: &Value| g.ty(*v).dtype != DType::I32;
-    if !n.inputs.iter().all(float) || n.tys[0].dtype == DType::I32 {
+    // Halves round at every op; a map keeps registers in f32.
+    let fits = |d: DType| matches!(d, DType::F32 | DType::Bool);
+    if !n.inputs.iter().all(|v| fits(g.ty(*v).dtype)) || !fits(n.tys[0].dtype) {
         return None;
     }
     match &n.op {
@@ -103,6 +104,14 @@ impl Regions<'_> {
         self.members.push(set);
     }
 
+    /// Makes every member a region of its own.
+    fn split(&mut self, r: usize) {
+        for id in std::mem::take(&mut self.members[r]) {
+            self.of[id.index()] = Some(self.members.len());
+            self.members.push(BTreeSet::from([id]));
+        }
+    }
+
     /// Members whose value is read outside the region.
     fn results(&self, set: &BTreeSet<NodeId>) -> Vec<NodeId> {
         let read = |id: &&NodeId| {
@@ -139,6 +148,10 @@ fn arg(g: &Graph, v: Value, set: &BTreeSet<NodeId>) -> Arg {
 
 fn build(r: &mut Rewrite, regions: &Regions, set: &BTreeSet<NodeId>) {
     let g = regions.g;
+    let results = regions.results(set);
+    if results.is_empty() {
+        return; // Dead: nothing outside reads it.
+    }
     let operands = regions.operands(set);
     let mut body: Vec<MapInst> = vec![];
     let mut consts: HashMap<u64, u32> = HashMap::new();
@@ -161,7 +174,6 @@ fn build(r: &mut Rewrite, regions: &Regions, set: &BTreeSet<NodeId>) {
         body.push(MapInst { f: inst(g, n).expect("BUG: members are elementwise"), args });
         reg.insert(id, base + body.len() as u32 - 1);
     }
-    let results = regions.results(set);
     let op = FusedMap {
         shape: g.node(results[0]).tys[0].shape.clone(),
         body,
@@ -186,6 +198,8 @@ fn build(r: &mut Rewrite, regions: &Regions, set: &BTreeSet<NodeId>) {
 
 /// See the module's comment.
 pub fn fuse_map(g: &Graph) -> Graph {
+    // A region that nothing reads has no result.
+    let g = &crate::dce::dce(g);
     let mut regions = Regions { g, users: g.users(), of: vec![None; g.nodes.len()], members: vec![] };
     for (id, n) in g.iter() {
         if inst(g, n).is_some() {
@@ -193,7 +207,26 @@ pub fn fuse_map(g: &Graph) -> Graph {
         }
     }
 
-    // Emit in topological order of the condensed graph; ties go to what came first.
+    let order = loop {
+        match order(&regions) {
+            Ok(order) => break order,
+            Err(stuck) => regions.split(stuck),
+        }
+    };
+    let mut r = Rewrite::new(g);
+    for id in order {
+        match regions.of[id.index()] {
+            Some(k) => build(&mut r, &regions, &regions.members[k]),
+            None => r.copy(id),
+        }
+    }
+    crate::dce::dce(&r.finish())
+}
+
+/// Regions, by their last node, and other nodes in topological order; ties go to what came first.  A region that waits
+/// for ever if there is one: regions are convex one by one, but two of them may still read each other.
+fn order(regions: &Regions) -> Result<Vec<NodeId>, usize> {
+    let g = regions.g;
     let unit = |id: NodeId| regions.of[id.index()].map_or(id, |r| *regions.members[r].last().expect("BUG: not empty"));
     let mut waits = vec![0usize; g.nodes.len()];
     let mut wakes: Vec<Vec<NodeId>> = vec![vec![]; g.nodes.len()];
@@ -209,12 +242,9 @@ pub fn fuse_map(g: &Graph) -> Graph {
     }
     let mut ready: BinaryHeap<Reverse<NodeId>> =
         g.iter().map(|(id, _)| id).filter(|&id| unit(id) == id && waits[id.index()] == 0).map(Reverse).collect();
-    let mut r = Rewrite::new(g);
+    let mut order = vec![];
     while let Some(Reverse(id)) = ready.pop() {
-        match regions.of[id.index()] {
-            Some(k) => build(&mut r, &regions, &regions.members[k]),
-            None => r.copy(id),
-        }
+        order.push(id);
         for &w in &wakes[id.index()] {
             waits[w.index()] -= 1;
             if waits[w.index()] == 0 {
@@ -222,7 +252,8 @@ pub fn fuse_map(g: &Graph) -> Graph {
             }
         }
     }
-    crate::dce::dce(&r.finish())
+    let waiting = |m: &BTreeSet<NodeId>| m.len() > 1 && m.last().is_some_and(|l| waits[l.index()] > 0);
+    regions.members.iter().position(waiting).map_or(Ok(order), Err)
 }
 
 /// The node an operand comes from, and, through a broadcast, the one behind it: both must be there first.

@@ -52,14 +52,18 @@ fn find(g: &Graph, users: &[Vec<NodeId>], score: NodeId) -> Result<Group, String
         return Err("the weights use indices of another selection".into());
     }
     if let Some(wg) = weigh_grad {
+        let rules = (&g.node(weigh).op, &g.node(wg).op);
+        if !matches!(rules, (Op::Weigh(w), Op::WeighGrad(d)) if w.rule == d.rule) {
+            return Err("the gradient of the weights has another rule".into());
+        }
         if !from_select(wg) || g.outputs.iter().any(|o| o.value.node == wg) {
             return Err("the gradient of the scores is used elsewhere".into());
         }
         for &u in &users[wg.index()] {
+            let same = |scale| matches!(&g.node(score).op, Op::Score(s) if s.scale == scale);
+            let operands = g.node(u).inputs.get(..2) == g.node(score).inputs.get(..2);
             match &g.node(u).op {
-                Op::ScoreGrad(_) if score_grad.is_none() && g.node(u).inputs[..2] == g.node(score).inputs[..2] => {
-                    score_grad = Some(u)
-                }
+                Op::ScoreGrad(d) if score_grad.is_none() && operands && same(d.scale) => score_grad = Some(u),
                 op => return Err(format!("{} reads the gradient of the scores", op.mnemonic())),
             }
         }

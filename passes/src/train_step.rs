@@ -52,6 +52,9 @@ impl Default for AdamW {
 /// Name of the step counter, an f32 scalar that counts finished steps.
 pub const STEP: &str = "optim.step";
 
+/// Name of the accumulated number of tokens.
+pub const TOKENS: &str = "accum.tokens";
+
 /// Names of a parameter's moments.
 pub fn moment_names(param: &str) -> [String; 2] {
     [format!("optim.m.{param}"), format!("optim.v.{param}")]
@@ -69,8 +72,8 @@ fn params(g: &Graph) -> Vec<(String, Value)> {
 /// Name, value and gradient of a parameter.
 type Grad = (String, Value, Value);
 
-fn with_gradients(loss: &Graph) -> Result<(Graph, Vec<Grad>), AutodiffError> {
-    let l = loss.output("loss").expect("BUG: a loss graph has the output `loss`");
+fn with_gradients(loss: &Graph, of: &str) -> Result<(Graph, Vec<Grad>), AutodiffError> {
+    let l = loss.output(of).unwrap_or_else(|| panic!("BUG: a loss graph has the output `{of}`"));
     let params = params(loss);
     let wrt: Vec<Value> = params.iter().map(|p| p.1).collect();
     let (g, grads) = gradients(loss.clone(), l, &wrt)?;
@@ -82,7 +85,7 @@ fn with_gradients(loss: &Graph) -> Result<(Graph, Vec<Grad>), AutodiffError> {
 /// # Errors
 /// As [`gradients`].
 pub fn gradient_graph(loss: &Graph) -> Result<Graph, AutodiffError> {
-    let (g, grads) = with_gradients(loss)?;
+    let (g, grads) = with_gradients(loss, "loss")?;
     let mut b = Builder::extend(g);
     grads.iter().for_each(|(name, _, d)| b.output(&format!("grad.{name}"), *d));
     built(b)
@@ -93,20 +96,25 @@ pub fn gradient_graph(loss: &Graph) -> Result<Graph, AutodiffError> {
 /// # Errors
 /// As [`gradients`].
 pub fn train_step(loss: &Graph, opt: &AdamW, decays: impl Fn(&str) -> bool) -> Result<Graph, AutodiffError> {
-    let (g, grads) = with_gradients(loss)?;
+    let (g, grads) = with_gradients(loss, "loss")?;
     let mut b = Builder::extend(g);
     update(&mut b, opt, &grads, decays);
     built(b)
 }
 
-/// A micro-batch: adds every gradient into its accumulator.
+/// A micro-batch: adds every gradient of `loss_sum` into its accumulator, and `tokens` into theirs, so that the step's
+/// mean is over all tokens, however they fall into micro-batches.
 ///
 /// # Errors
 /// As [`gradients`].
 pub fn accumulate(loss: &Graph) -> Result<Graph, AutodiffError> {
-    let (g, grads) = with_gradients(loss)?;
+    let (g, grads) = with_gradients(loss, "loss_sum")?;
     let mut b = Builder::extend(g);
     b.enter(GRAD);
+    let tokens = b.graph().output("tokens").expect("BUG: a loss graph has the output `tokens`");
+    let sum = b.state(TOKENS, Ty::scalar(DType::F32));
+    let sum = b.add(sum, tokens);
+    b.output(TOKENS, sum);
     for (name, p, d) in &grads {
         let ty = b.ty(*p).clone();
         let sum = b.state(&accumulator_name(name), ty);
@@ -117,18 +125,24 @@ pub fn accumulate(loss: &Graph) -> Result<Graph, AutodiffError> {
     built(b)
 }
 
-/// The update from accumulators that hold `parts` micro-batches; empties them.
+/// The update from the accumulators; empties them.
 ///
 /// # Errors
 /// As [`gradients`].
-pub fn apply(loss: &Graph, opt: &AdamW, parts: usize, decays: impl Fn(&str) -> bool) -> Result<Graph, AutodiffError> {
+pub fn apply(loss: &Graph, opt: &AdamW, decays: impl Fn(&str) -> bool) -> Result<Graph, AutodiffError> {
     let mut b = Builder::new("apply", &[]);
     let mut grads = vec![];
+    let scalar = Ty::scalar(DType::F32);
+    let tokens = b.state(TOKENS, scalar.clone());
+    let least = b.scalar_like(1e-6, tokens);
+    let tokens = b.max(tokens, least);
+    let zero = b.constant(0.0, scalar);
+    b.output(TOKENS, zero);
     for (name, v) in params(loss) {
         let ty = loss.ty(v).clone();
         let p = b.param(&name, ty.clone());
         let sum = b.state(&accumulator_name(&name), ty.clone());
-        let d = b.scale(sum, 1.0 / parts as f64);
+        let d = b.div(sum, tokens);
         let zero = b.constant(0.0, ty);
         b.output(&accumulator_name(&name), zero);
         grads.push((name, p, d));

@@ -10,7 +10,7 @@ use rambac_codegen::plan::ALIGN;
 use rambac_codegen::{BufferKind, MemoryPlan, Program, View, plan};
 use rambac_ir::ops::{Op, SourceKind};
 use rambac_ir::ty::ConcreteTy;
-use rambac_ir::{Bindings, DimError};
+use rambac_ir::{Bindings, DType, DimError};
 use std::alloc::Layout;
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -27,6 +27,8 @@ pub enum ExecError {
     Wrong { program: String, kind: &'static str, name: String, expected: String, found: String },
     #[error("{program}: step {step} ({op}): {error}")]
     Kernel { program: String, step: usize, op: &'static str, error: KernelError },
+    #[error("{program} holds {ty}; the CPU computes floats in f32: write f32 for it")]
+    Half { program: String, ty: String },
     #[error(
         "{program} needs {} MiB for activations at {dims}, which this machine did not give; use a shorter length, a \
          smaller batch or --recompute", need >> 20
@@ -194,6 +196,10 @@ impl Executor {
         let bound = self.bind(dims)?;
         let p = self.program.clone();
         let name = || p.name.clone();
+        // The kernels read and write four bytes per float.
+        if let Some(b) = p.buffers.iter().find(|b| b.ty.dtype.is_float() && b.ty.dtype != DType::F32) {
+            return Err(ExecError::Half { program: name(), ty: b.ty.to_string() });
+        }
 
         // Resolve every source before anything runs.
         let mut bases = Bases(vec![std::ptr::null_mut(); p.buffers.len()]);

@@ -21,9 +21,10 @@ pub enum TrainError {
     #[error(transparent)]
     Exec(#[from] ExecError),
     #[error(
-        "step {step}: the loss is {loss}; lower the learning rate (or check the data), the last checkpoint is whole"
+        "step {step}: the loss is {loss} and the gradient's norm {grad_norm}; lower the learning rate (or check the \
+         data), the last checkpoint is whole"
     )]
-    NotFinite { step: u64, loss: f32 },
+    NotFinite { step: u64, loss: f32, grad_norm: f32 },
     #[error("{given} micro-batches for {expected} accumulation parts")]
     Parts { expected: usize, given: usize },
 }
@@ -79,7 +80,7 @@ impl Trainer {
         let programs = if parts <= 1 {
             Programs::Whole(compile(train_step(loss, opt, decays)?))
         } else {
-            let (accumulate, apply) = (compile(accumulate(loss)?), compile(apply(loss, opt, parts, decays)?));
+            let (accumulate, apply) = (compile(accumulate(loss)?), compile(apply(loss, opt, decays)?));
             Programs::Parts { accumulate, apply, parts }
         };
         Ok(Self { programs, store: params })
@@ -101,7 +102,8 @@ impl Trainer {
         for e in executors {
             for s in e.program().sources.iter().filter(|s| s.kind == SourceKind::State) {
                 let ty = s.ty.bind(dims)?;
-                if self.store.get(&s.name).is_none_or(|t| t.ty() != ty) {
+                let other_batch = |t: &Tensor| s.name.starts_with("carry.") && t.ty() != ty;
+                if self.store.get(&s.name).is_none_or(other_batch) {
                     self.store.insert(s.name.clone(), Tensor::zeros(&ty));
                 }
             }
@@ -112,7 +114,7 @@ impl Trainer {
     /// One step over `batch`, which has as many micro-batches as the trainer has parts.
     ///
     /// # Errors
-    /// A refused input, or a loss that is not finite (the store is then spoilt; go back to the last checkpoint).
+    /// A refused input, or a loss or gradient that is not finite (the store is then spoilt; go back to the last checkpoint).
     pub fn step(&mut self, step: u64, batch: &[MicroBatch]) -> Result<StepReport, TrainError> {
         self.step_timed(step, batch, None)
     }
@@ -146,19 +148,21 @@ impl Trainer {
                 let out = e.run_timed(&batch[0].dims, &batch[0].views(), &mut self.store, times)?;
                 (scalar(&out, "loss"), out)
             }
-            Programs::Parts { accumulate, apply, parts } => {
-                let mut loss = 0.0;
+            Programs::Parts { accumulate, apply, .. } => {
+                let (mut sum, mut tokens) = (0.0, 0.0);
                 for m in batch {
                     let times = times.as_deref_mut();
                     let out = accumulate.run_timed(&m.dims, &m.views(), &mut self.store, times)?;
-                    loss += scalar(&out, "loss") / *parts as f32;
+                    sum += scalar(&out, "loss_sum");
+                    tokens += scalar(&out, "tokens");
                 }
-                (loss, apply.run(&Bindings::default(), &[], &mut self.store)?)
+                (sum / tokens.max(1e-6), apply.run(&Bindings::default(), &[], &mut self.store)?)
             }
         };
-        if !loss.is_finite() {
-            return Err(TrainError::NotFinite { step, loss });
+        let grad_norm = scalar(&last, "grad_norm");
+        if !loss.is_finite() || !grad_norm.is_finite() {
+            return Err(TrainError::NotFinite { step, loss, grad_norm });
         }
-        Ok(StepReport { loss, grad_norm: scalar(&last, "grad_norm"), lr: scalar(&last, "lr") })
+        Ok(StepReport { loss, grad_norm, lr: scalar(&last, "lr") })
     }
 }

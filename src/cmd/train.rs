@@ -6,7 +6,7 @@ use crate::cli::{Data, Train};
 use crate::error::{Result, warn, wrap};
 use crate::model;
 use indicatif::{ProgressBar, ProgressStyle};
-use miette::{IntoDiagnostic, miette};
+use miette::{IntoDiagnostic, Report, miette};
 use rambac_ir::Bindings;
 use rambac_models::data::rng::stream;
 use rambac_models::data::{MixTask, Split, Task, Text, TextTask};
@@ -14,9 +14,8 @@ use rambac_models::recipe::{Recipe, Rows};
 use rambac_models::stack::{self, Carry};
 use rambac_models::{Config, InitRule, Tokenizer};
 use rambac_passes::Options;
-use rambac_passes::train_step::{AdamW, STEP};
+use rambac_passes::train_step::{AdamW, STEP, moment_names};
 use rambac_runtime::checkpoint::{Checkpoint, CheckpointDir, Snapshot, TensorRef};
-use rambac_runtime::tensor::Data as Values;
 use rambac_runtime::{MicroBatch, Store, Tensor, Trainer};
 use serde::{Deserialize, Serialize};
 use std::io::Write;
@@ -48,10 +47,51 @@ pub struct RunState {
     pub position: Position,
     pub recompute: bool,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub data: Option<PathBuf>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub tokenizer: Option<PathBuf>,
+    pub data: Option<DataFile>,
 }
+
+/// A text to train on, with what tells that it has changed.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DataFile {
+    path: PathBuf,
+    bytes: u64,
+    /// FNV-1a of the contents.
+    hash: u64,
+}
+
+impl DataFile {
+    fn open(path: &Path) -> Result<Self> {
+        let fail = |e: std::io::Error| miette!("{}: cannot read this text: {e}", path.display());
+        let full = path.canonicalize().map_err(fail)?;
+        let mut file = std::fs::File::open(&full).map_err(fail)?;
+        let (mut bytes, mut hash) = (0, 0xcbf2_9ce4_8422_2325u64);
+        let mut buffer = vec![0; 1 << 20];
+        loop {
+            let n = std::io::Read::read(&mut file, &mut buffer).map_err(fail)?;
+            if n == 0 {
+                return Ok(Self { path: full, bytes, hash });
+            }
+            bytes += n as u64;
+            hash = buffer[..n].iter().fold(hash, |h, &b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
+        }
+    }
+
+    /// An error if the file is no longer what it was.
+    fn check(&self) -> Result<()> {
+        if Self::open(&self.path)? == *self {
+            return Ok(());
+        }
+        Err(miette!(
+            help =
+                "put the old text back, or start a new run from these weights: rambac train RUN --data FILE --out DIR",
+            "{}: the text has changed since the run began, so the run cannot go on as it was",
+            self.path.display()
+        ))
+    }
+}
+
+/// Planned steps that must be left for a stage to end early: fewer are not worth it.
+const MIN_LEFT: u64 = 100;
 
 /// Set by Ctrl-C.
 static STOP: AtomicBool = AtomicBool::new(false);
@@ -85,10 +125,13 @@ pub fn run(a: &Train, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
                 recipe: recipe(a)?,
                 position: Position { step: 0, planned: 0, tokens: 0, smooth: None, seconds: 0.0 },
                 recompute: a.recompute,
-                data: a.data.clone(),
-                tokenizer: a.tokenizer.clone(),
+                data: a.data.as_deref().map(DataFile::open).transpose()?,
             };
-            Run::start(config, weights.as_deref(), state, &out, pool)?
+            let tokenizer = match &a.tokenizer {
+                Some(p) => Some(std::fs::read(p).map_err(|e| miette!("{}: cannot read it: {e}", p.display()))?),
+                None => None,
+            };
+            Run::start(config, weights.as_deref(), state, tokenizer, &out, pool)?
         }
     };
     run.save_every = a.save_every;
@@ -136,11 +179,20 @@ fn recipe(a: &Train) -> Result<Recipe> {
     Ok(r)
 }
 
+fn already(out: &Path) -> Report {
+    miette!(
+        help = format!("give another --out, or go on with it: rambac train --resume {}", out.display()),
+        "{} already holds a run",
+        out.display()
+    )
+}
+
 /// A training run.
 pub struct Run {
     pub config: Config,
     pub state: RunState,
     trainer: Trainer,
+    pool: Arc<rayon::ThreadPool>,
     tasks: Vec<MixTask>,
     validation: Option<TextTask>,
     folder: CheckpointDir,
@@ -160,25 +212,25 @@ impl Run {
         config: Config,
         weights: Option<&Path>,
         state: RunState,
+        tokenizer: Option<Vec<u8>>,
         out: &Path,
         pool: Arc<rayon::ThreadPool>,
     ) -> Result<Self> {
         let folder = CheckpointDir::open(out, Some(3)).map_err(wrap)?;
         if !folder.steps().map_err(wrap)?.is_empty() {
-            return Err(miette!(
-                help = format!("give another --out, or go on with it: rambac train --resume {}", out.display()),
-                "{} already holds a run",
-                out.display()
-            ));
+            return Err(already(out));
         }
         let rule = if state.recipe.fan_in { InitRule::FanIn } else { InitRule::Normal };
         let store = model::parameters(&config, weights, rule, state.recipe.seed)?;
-        Self::build(config, state, store, folder, pool)
+        Self::build(config, state, tokenizer, store, folder, pool)
     }
 
     /// Goes on with the newest checkpoint of `dir`, writing to `out` or to `dir` itself.
     pub fn resume(dir: &Path, out: Option<&Path>, pool: Arc<rayon::ThreadPool>) -> Result<Self> {
+        // Through `latest`: a checkpoint's own folder stands for the run that it lies in.
+        let dir = &dir.canonicalize().unwrap_or_else(|_| dir.into());
         let c = Checkpoint::open(dir).map_err(wrap)?;
+        let home = if c.path == *dir && c.step.is_some() { dir.parent().unwrap_or(dir) } else { dir };
         let state: RunState = serde_json::from_str(&c.trainer)
             .map_err(|e| miette!("{}: trainer.json is not a training state: {e}", c.path.display()))?;
         let config = Config::from_json(&c.config, &c.path.join("config.json").to_string_lossy()).map_err(wrap)?.config;
@@ -187,25 +239,43 @@ impl Run {
             let (shape, v) = c.state.get_f32(name).map_err(wrap)?;
             store.insert(name, Tensor::f32(&shape, v));
         }
-        let folder = CheckpointDir::open(out.unwrap_or(dir), Some(3)).map_err(wrap)?;
-        Self::build(config, state, store, folder, pool)
+        let moments = |p: &String| moment_names(p).into_iter().chain([STEP.to_string()]).collect::<Vec<_>>();
+        let names: Vec<String> = config.parameters().iter().flat_map(|s| moments(&s.name)).collect();
+        if let Some(lost) = names.iter().find(|n| state.position.step > 0 && store.get(n).is_none()) {
+            return Err(miette!("{}: state.safetensors lacks {lost}; this checkpoint cannot go on", c.path.display()));
+        }
+        if let Some(d) = &state.data {
+            d.check()?;
+        }
+        let tokenizer = match std::fs::read(c.path.join("tokenizer.json")) {
+            Ok(t) => Some(t),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => None,
+            Err(e) => return Err(miette!("{}: tokenizer.json: {e}", c.path.display())),
+        };
+        let folder = CheckpointDir::open(out.unwrap_or(home), Some(3)).map_err(wrap)?;
+        let other = out.is_some_and(|o| o.canonicalize().is_ok_and(|o| o != home));
+        if other && !folder.steps().map_err(wrap)?.is_empty() {
+            return Err(already(folder.path()));
+        }
+        Self::build(config, state, tokenizer, store, folder, pool)
     }
 
     fn build(
         config: Config,
         state: RunState,
+        tokenizer_json: Option<Vec<u8>>,
         store: Store,
         folder: CheckpointDir,
         pool: Arc<rayon::ThreadPool>,
     ) -> Result<Self> {
         let r = &state.recipe;
-        let tokenizer = match &state.tokenizer {
-            Some(p) => Tokenizer::from_file(p).map_err(wrap)?,
+        let tokenizer = match &tokenizer_json {
+            Some(json) => Tokenizer::from_json(json, "tokenizer.json").map_err(wrap)?,
             None => Tokenizer::bytes(),
         };
         tokenizer.check_vocab(config.vocab_size).map_err(wrap)?;
         let text = match &state.data {
-            Some(p) => Some(Text::open(p, &tokenizer).map_err(wrap)?),
+            Some(d) => Some(Text::open(&d.path, &tokenizer).map_err(wrap)?),
             None => None,
         };
         let train = text.as_ref().map(|t| t.task(r.seed, Split::Train));
@@ -249,21 +319,18 @@ impl Run {
         let specs = config.parameters();
         let decays = |name: &str| specs.iter().any(|s| s.name == name && s.decay);
         let options = Options { recompute: state.recompute };
-        let trainer = Trainer::new(&loss, &adamw, decays, r.accumulate, &options, store, pool).map_err(wrap)?;
+        let trainer = Trainer::new(&loss, &adamw, decays, r.accumulate, &options, store, pool.clone()).map_err(wrap)?;
         let metrics = metrics_file(folder.path(), state.position.step)?;
-        let bytes = match &state.tokenizer {
-            Some(p) => Some(std::fs::read(p).map_err(|e| miette!("{}: {e}", p.display()))?),
-            None => None,
-        };
         Ok(Self {
             config,
             state,
             trainer,
+            pool,
             tasks,
             validation,
             folder,
             metrics,
-            tokenizer: bytes,
+            tokenizer: tokenizer_json,
             save_every: 0,
             json: false,
             time_limit: None,
@@ -360,7 +427,7 @@ impl Run {
             if self.json {
                 println!("{line}");
             }
-            let early = until.is_some_and(|u| smooth < u && p.planned + 100 < next);
+            let early = until.is_some_and(|u| smooth < u && p.planned + MIN_LEFT < next);
             if early || p.planned == next {
                 p.planned = next;
                 p.smooth = None;
@@ -400,7 +467,7 @@ impl Run {
         let Some(s) = self.state.recipe.stages.last() else { return Ok(None) };
         let g = stack::loss(&self.config, Carry::Zero, false).map_err(wrap)?;
         let program = rambac_codegen::lower(&rambac_passes::optimise(&g, &Options::default()));
-        let mut e = rambac_runtime::Executor::new(program, model::pool(0)?);
+        let mut e = rambac_runtime::Executor::new(program, self.pool.clone());
         let (mut sum, parts) = (0.0, 8);
         for i in 0..parts {
             // A held-out part shorter than a row is no reason to fail a finished run.
@@ -425,11 +492,8 @@ impl Run {
         let is_weight = |n: &str| !n.starts_with("optim.") && !n.starts_with("carry.") && !n.starts_with("accum.");
         let tensors = |weights: bool| -> Vec<TensorRef<'_>> {
             let of = self.trainer.store.0.iter().filter(|(n, _)| is_weight(n) == weights);
-            of.filter_map(|(n, t)| match &t.data {
-                Values::F32(v) => Some(TensorRef::f32(n.as_str(), &t.shape, v)),
-                _ => None,
-            })
-            .collect()
+            let floats = |t| Tensor::as_f32(t).expect("BUG: params and states are f32");
+            of.map(|(n, t)| TensorRef::f32(n.as_str(), &t.shape, floats(t))).collect()
         };
         let trainer = serde_json::to_string_pretty(&self.state).into_diagnostic()?;
         let files: Vec<(&str, &[u8])> = self.tokenizer.iter().map(|t| ("tokenizer.json", t.as_slice())).collect();
@@ -459,7 +523,9 @@ fn metrics_file(dir: &Path, step: u64) -> Result<std::fs::File> {
     };
     let kept: String = old.lines().filter(keeps).map(|l| format!("{l}\n")).collect();
     if kept.len() != old.len() {
-        std::fs::write(&path, kept).map_err(fail)?;
+        // By rename: a kill in between must not lose the history.
+        let new = dir.join("metrics.jsonl.new");
+        std::fs::write(&new, kept).and_then(|()| std::fs::rename(&new, &path)).map_err(fail)?;
     }
     std::fs::File::options().create(true).append(true).open(&path).map_err(fail)
 }

@@ -10,9 +10,16 @@ use rambac_runtime::{ExecError, Executor, Store, Tensor};
 use std::collections::HashMap;
 use std::sync::{Arc, LazyLock};
 
-/// `cases` graphs, the same in every run.
+/// `cases` graphs, the same in every run; `PROPTEST_CASES` and `PROPTEST_RNG_SEED` ask for more, or for others.
 pub fn config(cases: u32) -> Config {
-    Config { cases, rng_seed: RngSeed::Fixed(0x5eed), failure_persistence: None, ..Config::default() }
+    let asked = |name| std::env::var_os(name).is_some();
+    let default = Config::default();
+    Config {
+        cases: if asked("PROPTEST_CASES") { default.cases } else { cases },
+        rng_seed: if asked("PROPTEST_RNG_SEED") { default.rng_seed } else { RngSeed::Fixed(0x5eed) },
+        failure_persistence: None,
+        ..default
+    }
 }
 
 /// Two threads, shared by all tests of this binary.

@@ -5,49 +5,66 @@
 //! builds in a second, and any knowledge of single tests.
 
 use std::io::{BufRead, BufReader};
+use std::path::PathBuf;
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
-/// A step of the run: cargo's arguments, and what is set in its environment.
+/// A step of the run: a program with its arguments, and what is set in its environment.
 struct Stage {
     name: &'static str,
     about: &'static str,
+    program: Program,
     args: &'static [&'static str],
     env: &'static [(&'static str, &'static str)],
 }
 
-/// All stages, in order.  `check` runs the command itself, built as the tests were.
+#[derive(Clone, Copy)]
+enum Program {
+    Cargo,
+    /// The command itself as `cargo test` builds it: another build of it would take minutes.
+    Rambac,
+}
+
+/// What `cargo test` is told, also where only its build is wanted.
+const TEST: &[&str] = &["test", "--workspace", "--no-fail-fast"];
+
+/// All stages, in order.
 const STAGES: &[Stage] = &[
-    Stage { name: "fmt", about: "formatting", args: &["fmt", "--all", "--check"], env: &[] },
+    Stage { name: "fmt", about: "formatting", program: Program::Cargo, args: &["fmt", "--all", "--check"], env: &[] },
     Stage {
         name: "clippy",
         about: "lints of all targets",
+        program: Program::Cargo,
         args: &["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"],
         env: &[],
     },
     Stage {
         name: "test",
         about: "all tests",
-        args: &["test", "--workspace", "--no-fail-fast"],
+        program: Program::Cargo,
+        args: TEST,
         // The same graphs are grown in every run; a snapshot that differs is a failure, not a new file beside the old.
         env: &[("PROPTEST_RNG_SEED", "1"), ("INSTA_UPDATE", "no"), ("INSTA_FORCE_PASS", "0")],
     },
     Stage {
         name: "doc",
         about: "documentation",
+        program: Program::Cargo,
         args: &["doc", "--workspace", "--no-deps"],
         env: &[("RUSTDOCFLAGS", "-D warnings")],
     },
     Stage {
         name: "check-reference",
         about: "fixtures by the ops' definitions",
-        args: &["run", "--quiet", "--bin", "rambac", "--", "check", "tests/fixtures", "--device", "reference"],
+        program: Program::Rambac,
+        args: &["check", "tests/fixtures", "--device", "reference"],
         env: &[],
     },
     Stage {
         name: "check-cpu",
         about: "fixtures on the CPU",
-        args: &["run", "--quiet", "--bin", "rambac", "--", "check", "tests/fixtures", "--device", "cpu"],
+        program: Program::Rambac,
+        args: &["check", "tests/fixtures", "--device", "cpu"],
         env: &[],
     },
 ];
@@ -72,9 +89,19 @@ fn libtest(line: &str) -> Option<Counts> {
 
 /// Runs a stage and passes on what it prints; whether it succeeded, and its counts.
 fn run(stage: &Stage) -> std::io::Result<(bool, Counts)> {
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let cargo = std::env::var_os("CARGO").map_or_else(|| "cargo".into(), PathBuf::from);
+    let program = match stage.program {
+        Program::Cargo => cargo,
+        Program::Rambac => {
+            // Does nothing after the stage `test`.
+            if !Command::new(cargo).args(TEST).args(["--quiet", "--no-run"]).status()?.success() {
+                return Ok((false, Counts { failed: 1, ..Counts::default() }));
+            }
+            std::env::current_exe()?.with_file_name(format!("rambac{}", std::env::consts::EXE_SUFFIX))
+        }
+    };
     let mut child =
-        Command::new(cargo).args(stage.args).envs(stage.env.iter().copied()).stdout(Stdio::piped()).spawn()?;
+        Command::new(program).args(stage.args).envs(stage.env.iter().copied()).stdout(Stdio::piped()).spawn()?;
     let mut counts = Counts::default();
     let mut seen = false;
     if let Some(out) = child.stdout.take() {
@@ -116,7 +143,7 @@ fn test(only: Option<&str>) -> ExitCode {
         println!("\n== {}: {}", stage.name, stage.about);
         let t = Instant::now();
         let (ok, c) = run(stage).unwrap_or_else(|e| {
-            eprintln!("cannot run cargo: {e}");
+            eprintln!("cannot run it: {e}");
             (false, Counts { failed: 1, ..Counts::default() })
         });
         total.passed += c.passed;

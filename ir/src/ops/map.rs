@@ -75,7 +75,7 @@ unary_table! {
         let t = b.sub(one, t);
         b.mul(dy, t)
     };
-    Relu, "relu", |x| x.max(0.0), |b, x, _, dy| {
+    Relu, "relu", |x| if x < 0.0 { 0.0 } else { x }, |b, x, _, dy| {
         let zero = b.scalar_like(0.0, x);
         let c = b.binary(BinaryFn::Gt, x, zero);
         b.select_where(c, dy, zero)

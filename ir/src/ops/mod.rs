@@ -1,8 +1,8 @@
 //! The one list of ops, and what every op must say about itself.
 //!
-//! An op is a struct of attributes in a file of its own.  [`for_each_op!`] lists them all; every dispatch in the
-//! workspace (text form, inference, cost, evaluation, gradients, lowering, kernels) is generated from it, so a
-//! missing piece is a compile error.
+//! An op is a struct of attributes in a file of its own.  [`for_each_op!`](crate::for_each_op) lists them all; every
+//! dispatch in the workspace (text form, inference, cost, evaluation, gradients, lowering, kernels) is generated from
+//! it, so a missing piece is a compile error.
 
 use crate::attr::{Attr, AttrError, AttrReader};
 use crate::builder::Builder;

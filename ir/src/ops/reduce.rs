@@ -17,6 +17,11 @@ op_struct! {
     Reduce = "reduce" { f: ReduceFn, axes: Vec<usize>, keep: bool = false }
 }
 
+/// The larger; a NaN stays, as it should be seen.
+fn greater(a: f64, b: f64) -> f64 {
+    if b <= a || a.is_nan() { a } else { b }
+}
+
 impl OpDef for Reduce {
     fn infer(&self, x: &[&Ty]) -> Result<Vec<Ty>, OpError> {
         arity(x, 1)?;
@@ -42,7 +47,7 @@ impl OpDef for Reduce {
         let mut out = vec![start; y[0].elements()];
         for (ix, &v) in indices(&x[0].shape).zip(x[0].f()) {
             let at: usize = kept.iter().zip(&st).map(|(&k, s)| ix[k] * s).sum();
-            out[at] = if self.f == ReduceFn::Sum { out[at] + v } else { out[at].max(v) };
+            out[at] = if self.f == ReduceFn::Sum { out[at] + v } else { greater(out[at], v) };
         }
         vec![HostArray::from_f64(&y[0], out)]
     }

@@ -75,7 +75,9 @@ impl OpDef for SelectionGrad {
         Ok(vec![x[0].clone(), x[1].clone()])
     }
     fn cost(&self, x: &[ConcreteTy], y: &[ConcreteTy]) -> Cost {
-        Cost { flops: 4.0 * x[0].shape[3] as f64 * x[2].elements() as f64, bytes: traffic(x, y) }
+        // No more slots are filled than there are chunks.
+        let slots = x[3].elements() * x[2].shape[3].min(x[1].shape[1]);
+        Cost { flops: 4.0 * x[0].shape[3] as f64 * slots as f64, bytes: traffic(x, y) }
     }
     fn eval(&self, x: &[&HostArray], y: &[ConcreteTy]) -> Vec<HostArray> {
         let (c, k) = (x[1].shape[1], x[2].shape[3]);

@@ -71,6 +71,13 @@ impl<'a, T> SharedMut<'a, T> {
         Self { ptr: data.as_mut_ptr(), len: data.len(), life: PhantomData }
     }
 
+    /// The address of element `start`, of which `len` from there on are inside.
+    pub fn ptr(&self, start: usize, len: usize) -> *mut T {
+        assert!(start + len <= self.len, "BUG: {start}+{len} of {}", self.len);
+        // SAFETY: in range.
+        unsafe { self.ptr.add(start) }
+    }
+
     /// Elements `start..start + len`.
     ///
     /// # Safety

@@ -94,7 +94,9 @@ impl<'a> Arg<'a> {
     }
     fn matrix(&self, cols: usize) -> (usize, usize, usize) {
         match self.strided {
-            None => (self.len().checked_div(cols).unwrap_or(0), cols, cols),
+            // Rows without elements are rows still: a product over them is 0.
+            None if cols == 0 => (self.shape().split_last().map_or(0, |(_, rows)| rows.iter().product()), 0, 0),
+            None => (self.len() / cols, cols, cols),
             Some((c, stride)) => {
                 assert!(cols > 0 && c.is_multiple_of(cols), "BUG: rows of {cols} wanted, the view has rows of {c}");
                 (self.len().checked_div(c).unwrap_or(0), c, stride)

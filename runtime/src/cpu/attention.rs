@@ -56,6 +56,9 @@ fn order(order: Order) -> sel::Order {
 
 impl CpuKernel for Selection {
     fn run(&self, x: &[Arg], y: &[Arg]) -> Result<(), KernelError> {
+        if let Some(at) = x[2].i32().iter().position(|&s| s < 0) {
+            return Err(KernelError::Start { start: x[2].i32()[at], at });
+        }
         let s = x[0].shape();
         let k = sel::Selection {
             n: s[0],

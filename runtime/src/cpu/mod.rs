@@ -19,6 +19,8 @@ pub enum KernelError {
         "id {id} at position {at} is outside the table of {rows} rows; the tokenizer and the model do not belong together"
     )]
     Id { id: i32, at: usize, rows: usize },
+    #[error("start {start} of sequence {at} is negative; positions count from 0")]
+    Start { start: i32, at: usize },
     #[error("label {label} at position {at} is outside the {classes} classes (and is not the ignored label)")]
     Label { label: i32, at: usize, classes: usize },
 }

@@ -1,5 +1,6 @@
 //! Kernels that move elements: copies between strides, constants, broadcasts, transposes, padding.
 
+use super::reference::evaluate;
 use super::{Arg, CpuKernel, KernelError};
 use rambac_cpu::kernels::transpose::permute;
 use rambac_ir::DType;
@@ -86,6 +87,10 @@ fn words_mut<'a>(x: &'a Arg) -> &'a mut [u32] {
 
 impl CpuKernel for Transpose {
     fn run(&self, x: &[Arg], y: &[Arg]) -> Result<(), KernelError> {
+        if y[0].ty.dtype.size() != 4 {
+            evaluate(self, x, y);
+            return Ok(());
+        }
         if x[0].len() > 0 {
             permute(words(&x[0]), x[0].shape(), &self.perm, words_mut(&y[0]));
         }
@@ -95,6 +100,10 @@ impl CpuKernel for Transpose {
 
 impl CpuKernel for Broadcast {
     fn run(&self, x: &[Arg], y: &[Arg]) -> Result<(), KernelError> {
+        if y[0].ty.dtype.size() != 4 {
+            evaluate(self, x, y);
+            return Ok(());
+        }
         if y[0].len() == 0 {
             return Ok(());
         }
@@ -118,6 +127,10 @@ impl CpuKernel for Broadcast {
 
 impl CpuKernel for Pad {
     fn run(&self, x: &[Arg], y: &[Arg]) -> Result<(), KernelError> {
+        if y[0].ty.dtype.size() != 4 {
+            evaluate(self, x, y);
+            return Ok(());
+        }
         let inner: usize = y[0].shape()[self.axis + 1..].iter().product();
         let (from, to) = (x[0].shape()[self.axis] * inner, y[0].shape()[self.axis] * inner);
         if to == 0 {

@@ -6,7 +6,7 @@ use super::{Arg, CpuKernel, KernelError};
 use rambac_ir::HostArray;
 use rambac_ir::ops::*;
 
-fn evaluate(op: &dyn OpDef, x: &[Arg], y: &[Arg]) {
+pub(super) fn evaluate(op: &dyn OpDef, x: &[Arg], y: &[Arg]) {
     let x: Vec<HostArray> = x.iter().map(Arg::to_host).collect();
     let tys: Vec<_> = y.iter().map(|a| a.ty.clone()).collect();
     let out = op.eval(&x.iter().collect::<Vec<_>>(), &tys);
@@ -24,7 +24,7 @@ macro_rules! by_reference {
     };
 }
 by_reference! { Score, ScoreGrad, Select, Weigh, WeighGrad, Attend, AttendGrad, Aggregate, AggregateGrad }
-// Integers only (floats become maps), or counters: tiny.
+// Integers only (floats become maps), or counters: tiny.  So are bools that a kernel of four-byte elements moves.
 by_reference! { Unary, Binary, Where, Cast, Iota }
 
 impl CpuKernel for Source {

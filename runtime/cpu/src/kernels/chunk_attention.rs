@@ -11,7 +11,7 @@
 //! bits do not depend on threads, and a popular chunk is shared by many.
 //!
 //! Slots are the only large workspace; tokens are processed in segments of bounded size (see
-//! [`ChunkAttention::segments`]), never more than `k` times the size of `q`.
+//! `ChunkAttention::segments`), never more than `k` times the size of `q`.
 
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;

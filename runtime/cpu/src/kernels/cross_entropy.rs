@@ -1,4 +1,4 @@
-//! Softmax cross-entropy per row: loss = logsumexp(logits) - logits[label]; label -100 is ignored (loss and gradient 0).
+//! Softmax cross-entropy per row: `loss = logsumexp(logits) - logits[label]`; label -100 is ignored (loss, gradient 0).
 
 use super::vmath::{fold, lane, simd_fn};
 use crate::par::{self, SharedMut};

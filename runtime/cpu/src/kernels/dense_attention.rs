@@ -2,7 +2,7 @@
 //!
 //! `y_t,head = softmax(q_t · kᵀ * scale) v`, head → kv head: `head / (heads / kv_heads)`.
 //!
-//! One task per (sequence, kv head): its keys are one block of [`attn_micro`](super::attn_micro), so the softmax
+//! One task per (sequence, kv head): its keys are one block of `attn_micro`, so the softmax
 //! needs no rescaling, and the backward recomputes it and sums dK and dV inside the task in token order.
 
 use pulp::{Arch, Simd, WithSimd};

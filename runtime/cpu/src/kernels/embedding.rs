@@ -12,7 +12,7 @@ fn index(id: i32, vocab: usize) -> usize {
     id as usize
 }
 
-/// y[i] = table[ids[i]]; table (vocab, d), y (ids.len(), d).
+/// `y[i] = table[ids[i]]`; table (vocab, d), y (ids.len(), d).
 pub fn gather(ids: &[i32], table: Mat, y: MatMut) {
     assert!(y.rows() == ids.len() && y.cols() == table.cols(), "BUG: gather into {}x{}", y.rows(), y.cols());
     let d = table.cols();
@@ -24,7 +24,7 @@ pub fn gather(ids: &[i32], table: Mat, y: MatMut) {
     });
 }
 
-/// dtable[v] = sum of dy[i] over i with ids[i] = v, in the order of i; overwrites all of dtable (vocab, d).
+/// `dtable[v]` = sum of `dy[i]` over i with `ids[i] = v`, in the order of i; overwrites all of dtable (vocab, d).
 pub fn scatter_add(ids: &[i32], dy: Mat, dtable: MatMut) {
     assert!(dy.rows() == ids.len() && dy.cols() == dtable.cols(), "BUG: scatter of {}x{}", dy.rows(), dy.cols());
     let (vocab, d) = (dtable.rows(), dtable.cols());

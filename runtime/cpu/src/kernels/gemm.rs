@@ -35,7 +35,7 @@ pub fn matmul(a: Mat, trans_a: bool, b: Mat, trans_b: bool, c: MatMut, accumulat
     unsafe { p.run(c.as_mut_ptr(), c.stride(), accumulate) }
 }
 
-/// `batch` independent products of contiguous matrices: c[i] (m x n) = op(a[i]) op(b[i]).
+/// `batch` independent products of contiguous matrices: `c[i]` (m x n) = `op(a[i]) op(b[i])`.
 #[allow(clippy::too_many_arguments)]
 pub fn batched_matmul(
     batch: usize,
@@ -176,7 +176,7 @@ impl Product {
                         if parts == 1 {
                             self.tile(packed, (i, tm), (j, tn), ks, plan.depth, c.get().add(i * crs + j), crs, add);
                         } else {
-                            let to = shared.slice(p * m * n + i * n + j, (tm - 1) * n + tn).as_mut_ptr();
+                            let to = shared.ptr(p * m * n + i * n + j, (tm - 1) * n + tn);
                             self.tile(packed, (i, tm), (j, tn), ks, plan.depth, to, n, false);
                         }
                     }

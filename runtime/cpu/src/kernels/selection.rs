@@ -5,7 +5,7 @@
 //! take the k best, order them, weigh their scores (spec.md, "RetrievalLayer")
 //! ```
 //!
-//! Scores live in blocks of [`TOKENS`] x [`PANEL`] only; a row's k-th best score rejects most of a block before any
+//! Scores live in blocks of `TOKENS` x `PANEL` only; a row's k-th best score rejects most of a block before any
 //! insertion.  Invariants: equal scores are won by the smaller chunk index; unfilled slots hold index 0, weight 0,
 //! score 0; the choice itself has no gradient.
 

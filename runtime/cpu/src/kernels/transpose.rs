@@ -8,7 +8,7 @@ use crate::par::{self, SharedMut};
 /// Side of a tile of a two-dimensional transpose.
 const TILE: usize = 32;
 
-/// y = x permuted: y's axis i is x's axis perm[i].  x has `shape`; x and y have the same number of elements.
+/// y = x permuted: y's axis i is x's axis `perm[i]`.  x has `shape`; x and y have the same number of elements.
 pub fn permute<T: Copy + Send + Sync>(x: &[T], shape: &[usize], perm: &[usize], y: &mut [T]) {
     let len: usize = shape.iter().product();
     assert!(x.len() == len && y.len() == len && perm.len() == shape.len(), "BUG: permute {shape:?} by {perm:?}");
