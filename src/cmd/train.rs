@@ -128,7 +128,10 @@ pub fn run(a: &Train, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
                 data: a.data.as_deref().map(DataFile::open).transpose()?,
             };
             let tokenizer = match &a.tokenizer {
-                Some(p) => Some(std::fs::read(p).map_err(|e| miette!("{}: cannot read it: {e}", p.display()))?),
+                Some(p) => {
+                    let json = std::fs::read(p).map_err(|e| miette!("{}: cannot read it: {e}", p.display()))?;
+                    Some(TokenizerFile { origin: p.display().to_string(), json })
+                }
                 None => None,
             };
             Run::start(config, weights.as_deref(), state, tokenizer, &out, pool)?
@@ -187,6 +190,12 @@ fn already(out: &Path) -> Report {
     )
 }
 
+/// A tokenizer.json and where it was read.
+pub struct TokenizerFile {
+    origin: String,
+    json: Vec<u8>,
+}
+
 /// A training run.
 pub struct Run {
     pub config: Config,
@@ -198,7 +207,7 @@ pub struct Run {
     folder: CheckpointDir,
     metrics: std::fs::File,
     /// The tokenizer's file, copied into every checkpoint.
-    tokenizer: Option<Vec<u8>>,
+    tokenizer: Option<TokenizerFile>,
     /// Steps between checkpoints; 0: only at the end.
     pub save_every: u64,
     pub json: bool,
@@ -212,7 +221,7 @@ impl Run {
         config: Config,
         weights: Option<&Path>,
         state: RunState,
-        tokenizer: Option<Vec<u8>>,
+        tokenizer: Option<TokenizerFile>,
         out: &Path,
         pool: Arc<rayon::ThreadPool>,
     ) -> Result<Self> {
@@ -247,10 +256,11 @@ impl Run {
         if let Some(d) = &state.data {
             d.check()?;
         }
-        let tokenizer = match std::fs::read(c.path.join("tokenizer.json")) {
-            Ok(t) => Some(t),
+        let path = c.path.join("tokenizer.json");
+        let tokenizer = match std::fs::read(&path) {
+            Ok(json) => Some(TokenizerFile { origin: path.display().to_string(), json }),
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => None,
-            Err(e) => return Err(miette!("{}: tokenizer.json: {e}", c.path.display())),
+            Err(e) => return Err(miette!("{}: {e}", path.display())),
         };
         let folder = CheckpointDir::open(out.unwrap_or(home), Some(3)).map_err(wrap)?;
         let other = out.is_some_and(|o| o.canonicalize().is_ok_and(|o| o != home));
@@ -263,14 +273,14 @@ impl Run {
     fn build(
         config: Config,
         state: RunState,
-        tokenizer_json: Option<Vec<u8>>,
+        tokenizer_file: Option<TokenizerFile>,
         store: Store,
         folder: CheckpointDir,
         pool: Arc<rayon::ThreadPool>,
     ) -> Result<Self> {
         let r = &state.recipe;
-        let tokenizer = match &tokenizer_json {
-            Some(json) => Tokenizer::from_json(json, "tokenizer.json").map_err(wrap)?,
+        let tokenizer = match &tokenizer_file {
+            Some(f) => Tokenizer::from_json(&f.json, &f.origin).map_err(wrap)?,
             None => Tokenizer::bytes(),
         };
         tokenizer.check_vocab(config.vocab_size).map_err(wrap)?;
@@ -330,7 +340,7 @@ impl Run {
             validation,
             folder,
             metrics,
-            tokenizer: tokenizer_json,
+            tokenizer: tokenizer_file,
             save_every: 0,
             json: false,
             time_limit: None,
@@ -496,7 +506,7 @@ impl Run {
             of.map(|(n, t)| TensorRef::f32(n.as_str(), &t.shape, floats(t))).collect()
         };
         let trainer = serde_json::to_string_pretty(&self.state).into_diagnostic()?;
-        let files: Vec<(&str, &[u8])> = self.tokenizer.iter().map(|t| ("tokenizer.json", t.as_slice())).collect();
+        let files: Vec<(&str, &[u8])> = self.tokenizer.iter().map(|t| ("tokenizer.json", t.json.as_slice())).collect();
         let snapshot = Snapshot {
             config: &self.config.to_json(),
             weights: &tensors(true),

@@ -31,9 +31,9 @@ fn distance(a: &HostArray, b: &HostArray, skip: &[bool]) -> f64 {
 /// Elements of a map's results that hang on a comparison of nearly equal values, or on whether a value is zero: their
 /// last bit decides, and both answers are right.
 fn undecided(m: &FusedMap, x: &[&HostArray], y: &[ConcreteTy]) -> Vec<Vec<bool>> {
-    const NEAR: f64 = 4e-6;
-    let eval = |sign: f64| {
-        // The left side of every comparison is moved by a few ulp and a little.
+    const NEAR: f64 = 1e-5;
+    let eval = |op: BinaryFn, c: f64| {
+        // The left side of every comparison is moved by a few ulp, or a little.
         let mut to: Vec<u32> = (0..x.len() as u32).collect();
         let mut body: MapBody = vec![];
         for i in &m.body {
@@ -43,12 +43,10 @@ fn undecided(m: &FusedMap, x: &[&HostArray], y: &[ConcreteTy]) -> Vec<Vec<bool>>
                 BinaryFn::Lt | BinaryFn::Le | BinaryFn::Gt | BinaryFn::Ge | BinaryFn::Eq | BinaryFn::Ne,
             ) = f
             {
-                for (f, c) in [(BinaryFn::Mul, 1.0 + sign * NEAR), (BinaryFn::Add, sign * NEAR)] {
-                    body.push(MapInst { f: MapFn::Const(c), args: vec![] });
-                    let c = (x.len() + body.len() - 1) as u32;
-                    body.push(MapInst { f: MapFn::Binary(f), args: vec![args[0], c] });
-                    args[0] = (x.len() + body.len() - 1) as u32;
-                }
+                body.push(MapInst { f: MapFn::Const(c), args: vec![] });
+                let c = (x.len() + body.len() - 1) as u32;
+                body.push(MapInst { f: MapFn::Binary(op), args: vec![args[0], c] });
+                args[0] = c + 1;
                 f = MapFn::Binary(BinaryFn::Le);
             }
             body.push(MapInst { f, args });
@@ -59,12 +57,15 @@ fn undecided(m: &FusedMap, x: &[&HostArray], y: &[ConcreteTy]) -> Vec<Vec<bool>>
         let y: Vec<ConcreteTy> = y.iter().map(|t| ConcreteTy { dtype: DType::F32, shape: t.shape.clone() }).collect();
         FusedMap { shape: m.shape.clone(), body, outs, dtypes }.eval(x, &y)
     };
-    let (less, more) = (eval(-1.0), eval(1.0));
+    let moved =
+        [(BinaryFn::Add, -NEAR), (BinaryFn::Add, NEAR), (BinaryFn::Mul, 1.0 - NEAR), (BinaryFn::Mul, 1.0 + NEAR)];
+    let moved = moved.map(|(op, c)| eval(op, c));
     let zero = |t: &ConcreteTy, v: f64| t.dtype == DType::Bool && v != 0.0 && v.abs() < 1e-4;
-    let one = |((a, b), t): ((&HostArray, &HostArray), &ConcreteTy)| {
-        (0..a.len()).map(|i| (a.get(i) - b.get(i)).abs() > 1e-3 || zero(t, a.get(i))).collect()
+    let undecided = |r: usize, i: usize| {
+        let v = moved.each_ref().map(|y| y[r].get(i));
+        v.iter().any(|x| (x - v[0]).abs() > 1e-3) || zero(&y[r], v[0])
     };
-    less.iter().zip(&more).zip(y).map(one).collect()
+    (0..y.len()).map(|r| (0..y[r].elements()).map(|i| undecided(r, i)).collect()).collect()
 }
 
 /// Terms that one element of the result sums: from the op's own count of work, and the longest axis of an operand.

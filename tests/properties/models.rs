@@ -106,7 +106,7 @@ fn other_steps() {
         let all = [
             training(&c, Carry::States),
             accumulate(&loss).unwrap(),
-            apply(&loss, &AdamW::default(), 4, |_| true).unwrap(),
+            apply(&loss, &AdamW::default(), |_| true).unwrap(),
         ];
         for g in all {
             for recompute in [false, true] {
