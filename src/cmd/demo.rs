@@ -55,7 +55,7 @@ pub fn run(a: &Demo, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
         p.tokens as f64 / p.seconds / 1e3
     );
     if train::interrupted() {
-        println!("go on with: rambac train --resume {}", out.display());
+        println!("go on with: {} train --resume {}", program(), out.display());
         return Ok(ExitCode::from(130));
     }
     println!("{}", eval::HEADER);
@@ -64,11 +64,13 @@ pub fn run(a: &Demo, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
         let note = if len == 1024 { "  <- training length" } else { "" };
         println!("{}{note}", eval::row(&s));
     }
-    let d = out.display();
+    let (d, r) = (out.display(), program());
     println!(
-        "\nsaved: {d}/latest\n\ngo on from here:\n  rambac eval passkey {d} --len 4096,262144,1M --cases 5\n  \
-         rambac generate {d} --prompt ' |The passkey is: 1234567| and so on. |What is the passkey? The passkey is: ' --tokens 7\n  \
-         rambac explain {d} --train --len 1024\n  rambac inspect {d}\n  rambac train small --data FILE --len 1024 --steps 500 --out runs/mine"
+        "\nsaved: {d}/latest\n\ngo on from here:\n  {r} eval passkey {d} --len 4096,256K,1M --cases 5\n  \
+         {r} generate {d} --tokens 7 \\\n    \
+         --prompt ' |The passkey is: 1234567| and so on. |What is the passkey? The passkey is: '\n  \
+         {r} explain {d} --train --len 1024\n  {r} inspect {d}\n  \
+         {r} train small --data FILE --len 1024 --steps 500 --out runs/mine"
     );
     Ok(ExitCode::SUCCESS)
 }
@@ -80,4 +82,9 @@ fn fresh(base: &str) -> std::path::PathBuf {
         .map(|i| std::path::PathBuf::from(name(i)))
         .find(|p| !p.exists())
         .expect("BUG: there are infinitely many names")
+}
+
+/// How this program was called, so that its hints can be pasted.
+fn program() -> String {
+    std::env::args().next().unwrap_or_else(|| "rambac".into())
 }
