@@ -6,6 +6,12 @@ use std::path::PathBuf;
 /// What can go wrong with configurations, tokenisers and data.
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
+    /// Nothing to train on.
+    #[error("{path}: the file is empty; give a file with text in it", path = path.display())]
+    EmptyText {
+        /// The file.
+        path: PathBuf,
+    },
     /// A file or folder could not be read.
     #[error("{path}: cannot be read ({source}); check that the path exists and is readable", path = path.display())]
     Read {

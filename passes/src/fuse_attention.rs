@@ -16,8 +16,8 @@ use rambac_ir::{Graph, NodeId, Value};
 struct Group {
     attend: NodeId,
     aggregate: NodeId,
-    /// `(aggregate_grad, attend_grad)` in training graphs.
-    grad: Option<(NodeId, NodeId)>,
+    /// `aggregate_grad` in training graphs, and `attend_grad` unless no query, key or value needs a gradient.
+    grad: Option<(NodeId, Option<NodeId>)>,
 }
 
 fn find(g: &Graph, users: &[Vec<NodeId>], attend: NodeId) -> Result<Group, String> {
@@ -52,12 +52,7 @@ fn find(g: &Graph, users: &[Vec<NodeId>], attend: NodeId) -> Result<Group, Strin
             }
         }
     }
-    let grad = match (aggregate_grad, attend_grad) {
-        (Some(a), Some(b)) => Some((a, b)),
-        (None, _) => None,
-        (Some(_), None) => return Err("the gradient reaches no query, key or value".into()),
-    };
-    Ok(Group { attend, aggregate, grad })
+    Ok(Group { attend, aggregate, grad: aggregate_grad.map(|a| (a, attend_grad)) })
 }
 
 /// Attends that stay, each with the reason; `explain` prints them.
@@ -79,7 +74,7 @@ pub fn fuse_attention(g: &Graph) -> Graph {
         .collect();
     let mut r = Rewrite::new(g);
     for (id, node) in g.iter() {
-        if r.has(id) || groups.iter().any(|k| k.attend == id || k.grad.is_some_and(|(_, a)| a == id)) {
+        if r.has(id) || groups.iter().any(|k| k.attend == id || k.grad.is_some_and(|(_, a)| a == Some(id))) {
             continue;
         }
         let Some(k) = groups.iter().find(|k| k.aggregate == id || k.grad.is_some_and(|(a, _)| a == id)) else {
@@ -99,13 +94,15 @@ pub fn fuse_attention(g: &Graph) -> Graph {
         } else {
             x.push(r.get(node.inputs[2]));
             let (_, attend_grad) = k.grad.expect("BUG: tested above");
-            let mut names = g.node(attend_grad).names.clone();
+            let mut names = attend_grad.map_or(vec![None; 3], |a| g.node(a).names.clone());
             names.push(node.names[1].clone());
             let op = ChunkAttentionGrad { chunk, scale, off_by_one };
             let out = push_in_scope(&mut r, id, names, op.into(), &x);
             // `do` disappears; its place is never read.
             r.set(id, vec![out[0], out[3]]);
-            r.set(attend_grad, out[..3].to_vec());
+            if let Some(a) = attend_grad {
+                r.set(a, out[..3].to_vec());
+            }
         }
     }
     r.finish()

@@ -54,7 +54,7 @@ impl Text {
             return Err(unreadable(std::io::Error::other("not a regular file; give one text file")));
         }
         if meta.len() == 0 {
-            return Err(unreadable(std::io::Error::other("the file is empty")));
+            return Err(ModelError::EmptyText { path });
         }
         // SAFETY: the map is only read; that nobody truncates the file meanwhile is the documented condition.
         let map = unsafe { Mmap::map(&file) }.map_err(unreadable)?;
