@@ -83,7 +83,7 @@ struct Size {
     scope: Scope,
 }
 
-/// The one list of keys: it makes the struct, its defaults (the oracle's), the reader, the writer and the bounds.
+/// The one list of keys: it makes the struct, its defaults (the preset `tiny`), the reader, the writer and the bounds.
 macro_rules! config_keys {
     (sizes { $($(#[$sm:meta])* $s:ident = $sd:expr, $smin:expr, $smax:expr, $scope:ident;)* }
      floats { $($(#[$fm:meta])* $f:ident = $fd:expr;)* }

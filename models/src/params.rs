@@ -74,7 +74,7 @@ pub enum InitRule {
     /// N(0, initializer_range), as published; the convolution as in PyTorch.
     #[default]
     Normal,
-    /// N(0, 1/√fan_in): better for small models (spec.md, "Learning it from scratch").
+    /// N(0, 1/√fan_in): better for small models.
     FanIn,
 }
 

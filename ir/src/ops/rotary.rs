@@ -1,4 +1,4 @@
-//! Rotary position embedding in half-split form, as in the oracle's chunk encoder.
+//! Rotary position embedding in half-split form.
 
 use super::{Cost, Gradients, OpDef, OpError, Vjp, arity, float, mismatch, operand, traffic};
 use crate::host::HostArray;

@@ -1,4 +1,4 @@
-//! Copy cases: documents of random strings in which most repeat an earlier one (spec.md, "Learning it from scratch").
+//! Copy cases: documents of random strings in which most repeat an earlier one.
 //!
 //! After the first characters of a repeat the rest is known to whoever finds the earlier place: dense practice for
 //! retrieval, where a passkey has one question per document.  The loss is on those tails.

@@ -1,4 +1,4 @@
-//! Passkey retrieval (spec.md): a needle with seven random digits somewhere in a long haystack, a question at the end.
+//! Passkey retrieval: a needle with seven random digits somewhere in a long haystack, a question at the end.
 //!
 //! Documents are bytes.  The haystack is a pure function of (seed, position), made block by block, so that a case of
 //! 64 million bytes streams without being held.  A row of length L has L + 1 bytes, the last ones being the answer:

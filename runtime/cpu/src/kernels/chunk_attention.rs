@@ -1,7 +1,7 @@
 //! Hierarchical sparse attention: softmax within each selected chunk, mixed by the selection's weights.
 //!
 //! ```text
-//! y_t,head = Σ_i w_t,i · softmax_over_chunk_i(q_t,head · kᵀ · scale) v          (spec.md)
+//! y_t,head = Σ_i w_t,i · softmax_over_chunk_i(q_t,head · kᵀ · scale) v          (arXiv 2504.16795)
 //! ```
 //!
 //! Chunk-major: an inverted index lists the tokens that chose a chunk, a *slab* is a part of one such list, and the

@@ -1,4 +1,4 @@
-//! Causal depthwise convolution over time with bias and optional SiLU (spec.md, Mamba2Block):
+//! Causal depthwise convolution over time with bias and optional SiLU (Mamba-2, arXiv 2405.21060):
 //! y_t = act(bias + sum_j w_j x_{t-(k-1)+j}), the inputs before the first coming from a carried state.
 //!
 //! Tasks own blocks of time steps; the arithmetic of an element does not depend on the block it falls in.  Backward

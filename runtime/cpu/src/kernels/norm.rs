@@ -1,4 +1,4 @@
-//! Root-mean-square norms: y = w * u / sqrt(mean(u^2) + eps), with u = x or u = x * silu(z) (spec.md, Mamba2Block).
+//! Root-mean-square norms: y = w * u / sqrt(mean(u^2) + eps), with u = x or u = x * silu(z) (Mamba-2, arXiv 2405.21060).
 //!
 //! The norm runs over groups of `weight.len()` columns; `cols` must be a multiple of it, so that one call norms every
 //! head of a row.  Backward, with xhat = u r, g = w dy: du = r (g - xhat mean(g xhat)), dw = sum over groups dy xhat.

@@ -1,4 +1,4 @@
-//! Rotary position embedding in the half-split form (spec.md, chunk encoder): with angle = position * base^(-2i/dim),
+//! Rotary position embedding in the half-split form: with angle = position * base^(-2i/dim),
 //! (x_i, x_{i+dim/2}) turns by the angle.  The inverse turns back and is also the gradient.
 //!
 //! Angles are taken in float64: a float32 angle at position 10^6 would be off by 0.06.

@@ -1,4 +1,4 @@
-//! The selective scan of Mamba-2 in block form (spec.md, Mamba2Block; state-space duality).
+//! The selective scan of Mamba-2 in block form (state-space duality, arXiv 2405.21060).
 //!
 //! ```text
 //! h_t = exp(dt_t a) h_{t-1} + dt_t x_t (x) b_t        y_t = h_t c_t + d x_t

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! score[t,c] = scale * q_t · landmark_c          visible only if t >= (c+1) * chunk
-//! take the k best, order them, weigh their scores (spec.md, "RetrievalLayer")
+//! take the k best, order them, weigh their scores (arXiv 2504.16795)
 //! ```
 //!
 //! Scores live in blocks of `TOKENS` x `PANEL` only; a row's k-th best score rejects most of a block before any
