@@ -1,5 +1,5 @@
-//! Parameter names and shapes are those of the published layout: `names/<model>/names.txt` lists what the PyTorch
-//! PyTorch model saved for `names/<model>/config.json`.
+//! Parameter names and shapes are those of the published layout: `names/<model>/names.txt` lists what the PyTorch model
+//! saved for `names/<model>/config.json`.
 
 use rambac_models::Config;
 use std::path::Path;
