@@ -97,16 +97,16 @@ pub struct Train {
     #[arg(long, value_enum, default_value_t = Data::Passkey)]
     pub task: Data,
     /// Train on this text file instead
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", conflicts_with = "task")]
     pub data: Option<PathBuf>,
     /// tokenizer.json for --data [default: bytes]
     #[arg(long, value_name = "FILE")]
     pub tokenizer: Option<PathBuf>,
     /// The demo's recipe: copying first, then passkeys at growing lengths (for chunk size 16)
-    #[arg(long)]
+    #[arg(long, conflicts_with_all = ["task", "data", "len", "batch", "steps", "warmup", "lr_floor"])]
     pub curriculum: bool,
-    /// Tokens per row
-    #[arg(long, default_value_t = 1024)]
+    /// Tokens per row, e.g. 1024 or 4K
+    #[arg(long, value_parser = size, default_value = "1024")]
     pub len: usize,
     /// Rows per step
     #[arg(long, default_value_t = 4)]
@@ -117,23 +117,23 @@ pub struct Train {
     #[arg(long, default_value_t = 1000)]
     pub steps: u64,
     /// Peak learning rate [default: 1e-3]
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     pub lr: Option<f64>,
     /// Final learning rate as a part of the peak
-    #[arg(long, default_value_t = 0.1)]
+    #[arg(long, allow_negative_numbers = true, default_value_t = 0.1)]
     pub lr_floor: f64,
     #[arg(long, default_value_t = 100)]
     pub warmup: u64,
-    #[arg(long, default_value_t = 0.1)]
+    #[arg(long, allow_negative_numbers = true, default_value_t = 0.1)]
     pub weight_decay: f64,
     /// Largest gradient norm; 0: no clipping
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, allow_negative_numbers = true, default_value_t = 1.0)]
     pub clip: f64,
     /// Draw fresh weights from N(0, 1/sqrt(fan in)); better for small models
     #[arg(long)]
     pub fan_in: bool,
     /// Share of rows that go on from the scan states of the step before
-    #[arg(long, value_name = "SHARE", default_value_t = 0.0)]
+    #[arg(long, allow_negative_numbers = true, value_name = "SHARE", default_value_t = 0.0)]
     pub state_passing: f64,
     /// Compute activations again in the backward instead of keeping them: less memory, more time
     #[arg(long)]
@@ -145,7 +145,10 @@ pub struct Train {
     #[arg(long, value_name = "N", default_value_t = 500)]
     pub save_every: u64,
     /// Go on with a run, bit for bit; all settings come from its checkpoint
-    #[arg(long, value_name = "DIR", conflicts_with_all = ["model", "data"])]
+    #[arg(long, value_name = "DIR", conflicts_with_all = [
+        "model", "task", "data", "tokenizer", "curriculum", "len", "batch", "accumulate", "steps", "lr", "lr_floor", "warmup",
+        "weight_decay", "clip", "fan_in", "state_passing", "recompute", "seed",
+    ])]
     pub resume: Option<PathBuf>,
     #[arg(long, default_value_t = 0)]
     pub seed: u64,

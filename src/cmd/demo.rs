@@ -55,7 +55,8 @@ pub fn run(a: &Demo, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
         p.tokens as f64 / p.seconds / 1e3
     );
     if train::interrupted() {
-        println!("go on with: {} train --resume {}", program(), out.display());
+        let (r, d) = (program(), out.display());
+        println!("go on with:\n  {r} train --resume {d}\n  {r} eval passkey {d} --len 1024,4096,16K,64K --cases 20");
         return Ok(ExitCode::from(130));
     }
     println!("{}", eval::HEADER);

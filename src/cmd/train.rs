@@ -4,7 +4,7 @@
 
 use crate::cli::{Data, Train};
 use crate::error::{Result, warn, wrap};
-use crate::model;
+use crate::{machine, model, show};
 use indicatif::{ProgressBar, ProgressStyle};
 use miette::{IntoDiagnostic, Report, miette};
 use rambac_ir::Bindings;
@@ -141,6 +141,11 @@ pub fn run(a: &Train, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
     run.json = a.json;
     catch_interrupt();
     let done = run.train()?;
+    if a.json {
+        let latest = run.folder().join("latest");
+        println!("{}", serde_json::json!({ "done": done, "step": run.state.position.step, "checkpoint": latest }));
+        return Ok(if done { ExitCode::SUCCESS } else { ExitCode::from(130) });
+    }
     if done {
         println!("done: {}", run.folder().join("latest").display());
         Ok(ExitCode::SUCCESS)
@@ -154,6 +159,21 @@ pub fn run(a: &Train, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
 fn recipe(a: &Train) -> Result<Recipe> {
     if a.len == 0 || a.batch == 0 || a.steps == 0 || a.accumulate == 0 {
         return Err(miette!("--len, --batch, --steps and --accumulate must be at least 1"));
+    }
+    let inside = [
+        ("--lr", a.lr.unwrap_or(1e-3), f64::MIN_POSITIVE, 10.0),
+        ("--lr-floor", a.lr_floor, 0.0, 1.0),
+        ("--weight-decay", a.weight_decay, 0.0, 10.0),
+        ("--clip", a.clip, 0.0, f64::MAX),
+        ("--state-passing", a.state_passing, 0.0, 1.0),
+    ];
+    if let Some((flag, v, low, high)) = inside.into_iter().find(|(_, v, low, high)| !(low..=high).contains(&v)) {
+        let range = match flag {
+            "--lr" => "above 0 and at most 10".to_string(),
+            "--clip" => "0 (no clipping) or above".to_string(),
+            _ => format!("{low} to {high}"),
+        };
+        return Err(miette!("{flag} {v}: a number in the range {range} is wanted"));
     }
     let rows = match (&a.data, a.task) {
         (Some(_), _) => Rows::Text,
@@ -225,6 +245,17 @@ impl Run {
         out: &Path,
         pool: Arc<rayon::ThreadPool>,
     ) -> Result<Self> {
+        // Weights, two moments and gradients: before anything is drawn or written.
+        let need = usize::try_from(config.n_parameters()).unwrap_or(usize::MAX).saturating_mul(16);
+        if let Some((total, _)) = machine::memory().filter(|(total, _)| need > *total) {
+            return Err(miette!(
+                help = "train a smaller model",
+                "{} parameters with their gradients and moments need {}, but this machine has {}",
+                grouped(config.n_parameters()),
+                show::bytes(need),
+                show::bytes(total)
+            ));
+        }
         let folder = CheckpointDir::open(out, Some(3)).map_err(wrap)?;
         if !folder.steps().map_err(wrap)?.is_empty() {
             return Err(already(out));
@@ -400,11 +431,21 @@ impl Run {
 
     /// Runs to the end of the recipe; `false` if it was stopped before.
     pub fn train(&mut self) -> Result<bool> {
+        if self.state.recipe.stage_at(self.state.position.planned).is_none() {
+            eprintln!(
+                "this run finished at step {}; to train further, start from its weights: rambac train {} … --out DIR",
+                self.state.position.step,
+                self.folder().display()
+            );
+            return Ok(true);
+        }
         self.announce()?;
         let total = self.state.recipe.tokens();
         let bar = if self.json { ProgressBar::hidden() } else { ProgressBar::new(total) };
-        let style = "{elapsed_precise} [{bar:28}] {human_pos}/{human_len} tokens  {msg}  {eta} left";
+        let style = "{elapsed_precise} [{wide_bar}] {human_pos}/{human_len}  {msg}  {eta} left";
         bar.set_style(ProgressStyle::with_template(style).into_diagnostic()?.progress_chars("=> "));
+        bar.set_position(self.state.recipe.tokens_before(self.state.position.planned));
+        bar.reset_eta();
         let began = Instant::now();
         let mut recent = (Instant::now(), 0u64, 0.0f64);
         let mut saved = self.state.position.step;
@@ -412,7 +453,7 @@ impl Run {
             let out_of_time = self.time_limit.is_some_and(|t| began.elapsed() >= t);
             if interrupted() || out_of_time {
                 self.save()?;
-                bar.abandon();
+                bar.finish_and_clear();
                 return Ok(false);
             }
             let t = Instant::now();
@@ -443,8 +484,9 @@ impl Run {
                 p.smooth = None;
                 // The schedule follows the plan, not the count of steps.
                 self.trainer.store.insert(STEP, Tensor::f32(&[], vec![next as f32]));
+                let how = if early { "done early" } else { "done" };
                 bar.println(format!(
-                    "stage {}: {rows} x {len}, {} tokens so far, loss {smooth:.3}",
+                    "stage {} {how}: {rows} x {len}, {} tokens so far, loss {smooth:.3}",
                     stage + 1,
                     grouped(p.tokens)
                 ));

@@ -197,8 +197,13 @@ fn lengths_that_do_not_divide() {
     insta::assert_snapshot!("length", m);
     refuses(&["train", "tiny", "--len", "16", "--out", text(&out)], &["16", "too short"]);
     refuses(&["train", "tiny", "--len", "18446744073709551600", "--out", text(&out)], &["18446744073709551600 tokens"]);
-    for zero in ["--len", "--batch", "--steps", "--accumulate"] {
+    for zero in ["--batch", "--steps", "--accumulate"] {
         refuses(&["train", "tiny", zero, "0", "--out", text(&out)], &["at least 1"]);
+    }
+    for (flag, wrong) in
+        [("--lr", "-1"), ("--lr", "nan"), ("--clip", "-1"), ("--state-passing", "3"), ("--lr-floor", "7")]
+    {
+        refuses(&["train", "tiny", flag, wrong, "--out", text(&out)], &[flag, "in the range"]);
     }
     refuses(&["train", "tiny", "--len", "256"], &["--out"]);
     refuses(&["train"], &["MODEL"]);
@@ -362,6 +367,9 @@ fn usage() {
         &["eval", "passkey", "tiny", "--len", "0"],
         &["check"],
         &["train", "tiny", "--resume", "x"],
+        &["train", "tiny", "--len", "0", "--out", "x"],
+        &["train", "--resume", "x", "--lr", "1"],
+        &["train", "tiny", "--curriculum", "--steps", "3", "--out", "x"],
     ] {
         let r = rambac(args);
         assert_eq!(r.code, Some(2), "{args:?}: {}", r.err);
