@@ -14,7 +14,7 @@ pub struct KernelTraits {
     pub strided_outputs: &'static [usize],
     /// Results may overwrite full-size operands (elementwise).
     pub in_place: bool,
-    /// The last operand may be the buffer of result 0 as it is (an accumulating product).
+    /// Why the op has no kernel of its own and runs by its reference evaluation.
     pub reference: Option<&'static str>,
 }
 

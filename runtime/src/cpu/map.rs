@@ -52,6 +52,15 @@ unsafe fn load(x: &Arg, ix: Index, start: usize, out: &mut [f32]) {
     };
     let plain = x.ty.dtype == DType::F32;
     let base = x.ptr().cast::<f32>();
+    // A run of neighbours in memory.
+    let take = |from: usize, to: &mut [f32]| {
+        if plain {
+            // SAFETY: the run lies inside one row of the operand.
+            to.copy_from_slice(unsafe { std::slice::from_raw_parts(base.add(from), to.len()) });
+        } else {
+            to.iter_mut().enumerate().for_each(|(k, o)| *o = at(from + k));
+        }
+    };
     match ix {
         Index::Scalar => out.fill(at(0)),
         Index::Same => {
@@ -61,13 +70,7 @@ unsafe fn load(x: &Arg, ix: Index, start: usize, out: &mut [f32]) {
                 let i = start + done;
                 let run = (cols - i % cols).min(out.len() - done);
                 let from = i / cols * stride + i % cols;
-                let to = &mut out[done..done + run];
-                if plain {
-                    // SAFETY: the run lies inside one row.
-                    to.copy_from_slice(unsafe { std::slice::from_raw_parts(base.add(from), run) });
-                } else {
-                    to.iter_mut().enumerate().for_each(|(k, o)| *o = at(from + k));
-                }
+                take(from, &mut out[done..done + run]);
                 done += run;
             }
         }
@@ -76,13 +79,7 @@ unsafe fn load(x: &Arg, ix: Index, start: usize, out: &mut [f32]) {
             while done < out.len() {
                 let from = (start + done) % p;
                 let run = (p - from).min(out.len() - done);
-                let to = &mut out[done..done + run];
-                if plain {
-                    // SAFETY: the run lies inside the operand.
-                    to.copy_from_slice(unsafe { std::slice::from_raw_parts(base.add(from), run) });
-                } else {
-                    to.iter_mut().enumerate().for_each(|(k, o)| *o = at(from + k));
-                }
+                take(from, &mut out[done..done + run]);
                 done += run;
             }
         }
