@@ -170,6 +170,23 @@ pub enum EvalTask {
     Passkey,
 }
 
+/// Where and how the chunks of a context are stored.
+#[derive(Args, Clone, Debug)]
+pub struct Chunks {
+    /// Keep the chunks in this file in place of memory, which then does not grow with the context
+    #[arg(long, value_name = "ram|FILE", default_value = "ram")]
+    pub store: String,
+    /// How keys, values and landmarks are stored
+    #[arg(long, value_enum, default_value_t = StorePrecision::Bf16)]
+    pub store_dtype: StorePrecision,
+}
+
+#[derive(Clone, Copy, ValueEnum, PartialEq, Eq, Debug)]
+pub enum StorePrecision {
+    Bf16,
+    F32,
+}
+
 #[derive(Args)]
 pub struct Eval {
     #[arg(value_enum)]
@@ -182,8 +199,17 @@ pub struct Eval {
     #[arg(long, default_value_t = 20)]
     pub cases: usize,
     /// Tokens per segment of the prefill
-    #[arg(long, default_value_t = 4096)]
+    #[arg(long, default_value_t = 4096, value_parser = positive())]
     pub segment: usize,
+    /// Leave retrieval and attention out for all but the last segments ("flash inference"): an approximation, since the
+    /// upper half's recurrent states then see no attention; its cost per token does not grow with the context
+    #[arg(long)]
+    pub flash: bool,
+    #[command(flatten)]
+    pub chunks: Chunks,
+    /// Also a line per case: how far the needle's chunks were from being chosen, their weight, the digits
+    #[arg(long)]
+    pub diagnose: bool,
     #[arg(long, default_value_t = 1)]
     pub seed: u64,
     /// One JSON object per length
@@ -311,9 +337,9 @@ pub struct Doctor {
 pub struct Generate {
     /// A training run, a checkpoint, or a model's folder with weights
     pub checkpoint: String,
-    /// The text to go on from
+    /// The text to go on from; several are written on together
     #[arg(long)]
-    pub prompt: Option<String>,
+    pub prompt: Vec<String>,
     /// A file that holds it
     #[arg(long, value_name = "FILE")]
     pub prompt_file: Option<PathBuf>,
@@ -338,4 +364,12 @@ pub struct Generate {
     /// Tokens of the prompt that are fed at once
     #[arg(long, default_value_t = 1024, value_parser = positive())]
     pub segment: usize,
+    /// Leave retrieval and attention out for all but the last segments of the prompt ("flash inference", an approximation)
+    #[arg(long)]
+    pub flash: bool,
+    #[command(flatten)]
+    pub chunks: Chunks,
+    /// Go on with the sequence that --store FILE left: the prompt follows what it has read and written
+    #[arg(long, value_name = "FILE", conflicts_with = "store")]
+    pub resume_store: Option<PathBuf>,
 }

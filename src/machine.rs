@@ -68,6 +68,14 @@ pub fn peak_rss() -> usize {
     if done == 0 { usage.ru_maxrss as usize * unit } else { 0 }
 }
 
+/// Resident memory of this process now, in bytes; 0 if the system does not tell.
+pub fn rss() -> usize {
+    let field = |s: String| s.split_whitespace().nth(1)?.parse::<usize>().ok();
+    // SAFETY: asks for a constant.
+    let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    std::fs::read_to_string("/proc/self/statm").ok().and_then(field).unwrap_or(0) * page.max(0) as usize
+}
+
 /// Bytes of memory in all and free for use, where the system tells.
 pub fn memory() -> Option<(usize, usize)> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;

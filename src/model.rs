@@ -5,7 +5,9 @@ use miette::miette;
 use rambac_ir::Graph;
 use rambac_models::{Config, InitRule, canonical_name, init_tensor, preset};
 use rambac_runtime::checkpoint::{self, WeightsFolder};
-use rambac_runtime::{SessionGraphs, Store, Tensor};
+use crate::cli::{Chunks, StorePrecision};
+use rambac_runtime::chunk_store::Precision;
+use rambac_runtime::{SessionGraphs, SessionOptions, Store, Tensor, Tier};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -110,12 +112,27 @@ pub fn session_graphs(c: &Config) -> Result<SessionGraphs> {
         lower: stack::lower(c).map_err(wrap)?,
         chunks: stack::chunks(c).map_err(wrap)?,
         upper: stack::upper(c).map_err(wrap)?,
+        upper_flash: stack::upper_flash(c).map_err(wrap)?,
         head: stack::head(c).map_err(wrap)?,
         chunk_size: c.chunk_size,
         hidden_size: c.hidden_size,
         kv: [c.num_kv_heads, c.attention_head_dim()],
         landmark: [c.num_kv_heads, c.retrieval_head_dim()],
     })
+}
+
+/// What the flags say about the chunk store of `sequences` sequences.
+pub fn session_options(chunks: &Chunks, resume: Option<&Path>, sequences: usize) -> SessionOptions {
+    let tier = match (resume, chunks.store.as_str()) {
+        (Some(path), _) => Tier::Resume(path.into()),
+        (None, "ram") => Tier::Ram,
+        (None, path) => Tier::File(path.into()),
+    };
+    let precision = match chunks.store_dtype {
+        StorePrecision::Bf16 => Precision::Bf16,
+        StorePrecision::F32 => Precision::F32,
+    };
+    SessionOptions { sequences, precision, tier }
 }
 
 /// A pool of `threads` threads; 0 means one per core.

@@ -12,6 +12,8 @@ pub struct KernelTraits {
     pub strided_inputs: &'static [usize],
     /// Results that may be row-strided.
     pub strided_outputs: &'static [usize],
+    /// Operands that may be a memory in pages (see `Rows` of rambac-cpu) in place of an array.
+    pub paged_inputs: &'static [usize],
     /// Results may overwrite full-size operands (elementwise).
     pub in_place: bool,
     /// Why the op has no kernel of its own and runs by its reference evaluation.
@@ -24,10 +26,15 @@ pub trait Lower {
 }
 
 macro_rules! traits {
-    ($($op:ident: in $i:expr, out $o:expr;)*) => {
+    ($($op:ident: in $i:expr, out $o:expr $(, paged $p:expr)?;)*) => {
         $(impl Lower for $op {
             fn kernel_traits(&self) -> KernelTraits {
-                KernelTraits { strided_inputs: &$i, strided_outputs: &$o, in_place: false, reference: None }
+                KernelTraits {
+                    strided_inputs: &$i,
+                    strided_outputs: &$o,
+                    $(paged_inputs: &$p,)?
+                    ..KernelTraits::default()
+                }
             }
         })*
     };
@@ -60,9 +67,9 @@ traits! {
     Attention: in [0, 1, 2], out [0];
     AttentionGrad: in [0, 1, 2, 3], out [0, 1, 2];
     Summarise: in [], out [];
-    Selection: in [0], out [];
+    Selection: in [0], out [], paged [1];
     SelectionGrad: in [0], out [0];
-    ChunkAttention: in [0, 1, 2], out [0];
+    ChunkAttention: in [0, 1, 2], out [0], paged [1, 2];
     ChunkAttentionGrad: in [0, 1, 2, 6], out [0, 1, 2];
 }
 
@@ -70,7 +77,7 @@ macro_rules! maps {
     ($($op:ident),*) => {
         $(impl Lower for $op {
             fn kernel_traits(&self) -> KernelTraits {
-                KernelTraits { strided_inputs: ANY, strided_outputs: ANY, in_place: true, reference: None }
+                KernelTraits { strided_inputs: ANY, strided_outputs: ANY, in_place: true, ..KernelTraits::default() }
             }
         })*
     };

@@ -22,6 +22,8 @@ pub struct Chosen {
     /// Filled slots, `[N, L, h]`.
     pub count: Value,
     pub weights: Value,
+    /// What they were chosen by, `[N, L, h, r]`; a chunk's score is its product with the landmark, over √r.
+    pub query: Value,
 }
 
 /// Types of the memory for a batch of `n` with `chunks` chunks.
@@ -146,9 +148,34 @@ pub fn chunking(b: &mut Builder, c: &Config, p: &str, x: Value) -> Memory {
     Memory { k, v, landmarks: heads(b, landmarks, c.num_kv_heads) }
 }
 
+/// How `enable_lmk_norm` comes to the landmarks that a retrieval layer is given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Landmarks {
+    /// They are as the chunking layer made them.
+    Raw,
+    /// Their norms are 1 already ([`unit_landmarks`]): the layer's weight for them moves over to the query.
+    Unit,
+}
+
+/// Landmarks as they are stored: with `enable_lmk_norm` divided by their norm once and for all, not at every token.
+pub fn unit_landmarks(b: &mut Builder, c: &Config, landmarks: Value) -> Value {
+    if !c.enable_lmk_norm {
+        return landmarks;
+    }
+    let ones = b.constant(1.0, Ty::f32([c.retrieval_head_dim()]));
+    b.rms_norm(landmarks, ones, c.rms_eps)
+}
+
 /// The retrieval layer: every token of `x: [N, L, D]` chooses and weighs chunks.  `start: i32[N]` is the position of a
 /// sequence's first token.
-pub fn retrieval(b: &mut Builder, c: &Config, p: &str, x: Value, landmarks: Value, start: Value) -> Chosen {
+pub fn retrieval(
+    b: &mut Builder,
+    c: &Config,
+    p: &str,
+    x: Value,
+    (landmarks, form): (Value, Landmarks),
+    start: Value,
+) -> Chosen {
     let w = param(b, p, "pre_norm.weight", &[c.hidden_size]);
     let u = b.rms_norm(x, w, c.rms_eps);
     let w = param(b, p, "ln.weight", &[c.retrieval_dim, c.hidden_size]);
@@ -159,13 +186,16 @@ pub fn retrieval(b: &mut Builder, c: &Config, p: &str, x: Value, landmarks: Valu
         let w = param(b, p, "lmk_q_norm.weight", &[r]);
         q = b.rms_norm(q, w, c.rms_eps);
         let w = param(b, p, "lmk_k_norm.weight", &[r]);
-        lm = b.rms_norm(lm, w, c.rms_eps);
+        match form {
+            Landmarks::Raw => lm = b.rms_norm(lm, w, c.rms_eps),
+            Landmarks::Unit => q = b.mul(q, w),
+        }
     }
     let s = b.push(Score { chunk: c.chunk_size, scale: 1.0 / (r as f64).sqrt() }, &[q, lm, start]);
     let i = b.push_all(Select { k: c.chunk_topk, order: Order::Recent }, &[s]);
     let rule = if c.enable_softmax { Weighting::Softmax } else { Weighting::StickBreaking };
     let weights = b.push(Weigh { rule }, &[s, i[0], i[1]]);
-    Chosen { indices: i[0], count: i[1], weights }
+    Chosen { indices: i[0], count: i[1], weights, query: q }
 }
 
 /// One hierarchical sparse attention layer on `x: [N, L, D]`.

@@ -6,7 +6,7 @@
 
 use crate::config::{Config, LayerKind};
 use crate::mamba2::{self, MambaState};
-use crate::ramba::{self, Chosen, Memory};
+use crate::ramba::{self, Chosen, Landmarks, Memory};
 use rambac_ir::ops::CrossEntropy;
 use rambac_ir::{BuildErrors, Builder, DType, Dim, Graph, Ty, Value};
 
@@ -31,6 +31,9 @@ struct Stack<'a> {
     c: &'a Config,
     carry: Carry,
     memory: Option<Memory>,
+    landmarks: Landmarks,
+    /// Leave retrieval and attention out.
+    skip_attention: bool,
     chosen: Option<Chosen>,
     /// `i32[N]`: position of each sequence's first token.
     start: Option<Value>,
@@ -41,7 +44,18 @@ struct Stack<'a> {
 impl<'a> Stack<'a> {
     fn new(c: &'a Config, name: &str, syms: &[&str], carry: Carry) -> Self {
         let b = Builder::new(name, syms);
-        Self { b, c, carry, memory: None, chosen: None, start: None, embeddings: None, trace: vec![] }
+        Self {
+            b,
+            c,
+            carry,
+            memory: None,
+            landmarks: Landmarks::Raw,
+            skip_attention: false,
+            chosen: None,
+            start: None,
+            embeddings: None,
+            trace: vec![],
+        }
     }
 
     fn tokens(&mut self) -> Value {
@@ -97,10 +111,11 @@ impl<'a> Stack<'a> {
                 self.memory = Some(ramba::chunking(&mut self.b, c, &p, x));
                 x
             }
+            LayerKind::Retrieval | LayerKind::Attention if self.skip_attention => x,
             LayerKind::Retrieval => {
                 let memory = self.memory.expect("BUG: chunking comes before retrieval");
                 let start = self.start();
-                self.chosen = Some(ramba::retrieval(&mut self.b, c, &p, x, memory.landmarks, start));
+                self.chosen = Some(ramba::retrieval(&mut self.b, c, &p, x, (memory.landmarks, self.landmarks), start));
                 x
             }
             LayerKind::Attention => {
@@ -245,30 +260,50 @@ pub fn chunks(c: &Config) -> Result<Option<Graph>, BuildErrors> {
     let m = s.memory.expect("BUG: just built");
     s.b.output("k", m.k);
     s.b.output("v", m.v);
-    s.b.output("landmarks", m.landmarks);
+    let landmarks = ramba::unit_landmarks(&mut s.b, c, m.landmarks);
+    s.b.output("landmarks", landmarks);
     s.b.finish().map(Some)
 }
 
 /// The upper half of a segment: `hidden: [N, L, D]`, `start: i32[N]` and a memory of `C` chunks → `upper: [N, L, D]`,
-/// states carried, and the last retrieval's `indices`, `count` and `weights`.  `None` for a plain Mamba-2.
+/// states carried, and the last retrieval's `query`, `indices`, `count` and `weights`.  `None` for a plain Mamba-2.
 ///
 /// # Errors
 /// As [`forward`].
 pub fn upper(c: &Config) -> Result<Option<Graph>, BuildErrors> {
+    upper_half(c, "upper", false)
+}
+
+/// The upper half without retrieval and attention: `hidden: [N, L, D]` → `upper: [N, L, D]`, states carried.  What the
+/// published code calls flash inference: an approximation for tokens whose own output nobody reads.
+///
+/// # Errors
+/// As [`forward`].
+pub fn upper_flash(c: &Config) -> Result<Option<Graph>, BuildErrors> {
+    upper_half(c, "upper_flash", true)
+}
+
+fn upper_half(c: &Config, name: &str, flash: bool) -> Result<Option<Graph>, BuildErrors> {
     if c.num_upper_groups == 0 {
         return Ok(None);
     }
-    let mut s = Stack::new(c, "upper", &["N", "L", "C"], Carry::States);
+    let syms: &[&str] = if flash { &["N", "L"] } else { &["N", "L", "C"] };
+    let mut s = Stack::new(c, name, syms, Carry::States);
+    s.landmarks = Landmarks::Unit;
+    s.skip_attention = flash;
     let n = Dim::sym("N");
     let mut x = s.b.input("hidden", Ty::f32([n.clone(), Dim::sym("L"), Dim::int(c.hidden_size)]));
-    s.start = Some(s.b.input("start", Ty::i32([n.clone()])));
-    let [k, v, lm] = ramba::memory_types(c, &n, &Dim::sym("C"));
-    let (k, v) = (s.b.input("k", k), s.b.input("v", v));
-    s.memory = Some(Memory { k, v, landmarks: s.b.input("landmarks", lm) });
+    if !flash {
+        s.start = Some(s.b.input("start", Ty::i32([n.clone()])));
+        let [k, v, lm] = ramba::memory_types(c, &n, &Dim::sym("C"));
+        let (k, v) = (s.b.input("k", k), s.b.input("v", v));
+        s.memory = Some(Memory { k, v, landmarks: s.b.input("landmarks", lm) });
+    }
     for (i, kind) in c.layers().into_iter().enumerate().skip(cut(c) + 1) {
         x = s.layer(i, kind, x);
     }
     if let Some(chosen) = s.chosen {
+        s.b.output("query", chosen.query);
         s.b.output("indices", chosen.indices);
         s.b.output("count", chosen.count);
         s.b.output("weights", chosen.weights);

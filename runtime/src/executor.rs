@@ -7,7 +7,8 @@ use crate::cpu::{Arg, KernelError, run_kernel};
 use crate::store::Store;
 use crate::tensor::{Tensor, TensorRef};
 use rambac_codegen::plan::ALIGN;
-use rambac_codegen::{BufferKind, MemoryPlan, Program, View, plan};
+use rambac_codegen::{BufferId, BufferKind, MemoryPlan, Program, Step, View, plan};
+use rambac_cpu::ChunkRows;
 use rambac_ir::ops::{Op, SourceKind};
 use rambac_ir::ty::ConcreteTy;
 use rambac_ir::{Bindings, DType, DimError};
@@ -29,6 +30,8 @@ pub enum ExecError {
     Kernel { program: String, step: usize, op: &'static str, error: KernelError },
     #[error("{program} holds {ty}; the CPU computes floats in f32: write f32 for it")]
     Half { program: String, ty: String },
+    #[error("{program}: input \"{name}\" was given in pages, but {op} reads it as an array")]
+    Paged { program: String, name: String, op: &'static str },
     #[error(
         "{program} needs {} MiB for activations at {dims}, which this machine did not give; use a shorter length, a \
          smaller batch or --recompute", need >> 20
@@ -98,16 +101,26 @@ struct Bound {
 }
 
 /// First byte of every buffer during one run.
-struct Bases(Vec<*mut u8>);
+struct Bases<'p> {
+    at: Vec<*mut u8>,
+    /// Inputs that are pages.
+    pages: Vec<(usize, &'p dyn ChunkRows)>,
+}
 
 // SAFETY: they point to memory that outlives the run; steps run one after another, and a kernel's tasks touch disjoint
 // parts of its results.
-unsafe impl Send for Bases {}
-unsafe impl Sync for Bases {}
+unsafe impl Send for Bases<'_> {}
+unsafe impl Sync for Bases<'_> {}
 
-impl Bases {
-    fn arg<'a>(&self, v: &'a BoundView) -> Arg<'a> {
-        Arg::new(self.0[v.buffer], v.offset, &v.ty, v.strided)
+impl<'p> Bases<'p> {
+    fn arg<'a>(&self, v: &'a BoundView) -> Arg<'a>
+    where
+        'p: 'a,
+    {
+        match self.pages.iter().find(|(b, _)| *b == v.buffer) {
+            Some((_, pages)) => Arg::paged(&v.ty, *pages),
+            None => Arg::new(self.at[v.buffer], v.offset, &v.ty, v.strided),
+        }
     }
 }
 
@@ -202,7 +215,7 @@ impl Executor {
         }
 
         // Resolve every source before anything runs.
-        let mut bases = Bases(vec![std::ptr::null_mut(); p.buffers.len()]);
+        let mut bases = Bases { at: vec![std::ptr::null_mut(); p.buffers.len()], pages: vec![] };
         for (slot, expected) in p.sources.iter().zip(&bound.sources) {
             let wrong = |kind, found: String| ExecError::Wrong {
                 program: name(),
@@ -217,11 +230,17 @@ impl Executor {
                 name: slot.name.clone(),
                 expected: expected.to_string(),
             };
-            bases.0[slot.buffer.index()] = match slot.kind {
+            bases.at[slot.buffer.index()] = match slot.kind {
                 SourceKind::Input => {
                     let (_, t) = inputs.iter().find(|(n, _)| *n == slot.name).ok_or_else(|| missing("input"))?;
                     if t.ty() != *expected || t.len() != expected.elements() {
                         return Err(wrong("input", format!("{} ({} elements)", t.ty(), t.len())));
+                    }
+                    if let Some(pages) = t.pages() {
+                        if let Some(op) = reads_array(&p, slot.buffer) {
+                            return Err(ExecError::Paged { program: name(), name: slot.name.clone(), op });
+                        }
+                        bases.pages.push((slot.buffer.index(), pages));
                     }
                     t.as_ptr().cast_mut()
                 }
@@ -241,7 +260,7 @@ impl Executor {
         for (b, offset) in bound.plan.offsets.iter().enumerate() {
             if let (Some(o), BufferKind::Arena) = (offset, p.buffers[b].kind) {
                 // SAFETY: the plan's offsets lie inside the arena.
-                bases.0[b] = unsafe { self.arena.ptr.add(*o) };
+                bases.at[b] = unsafe { self.arena.ptr.add(*o) };
             }
         }
 
@@ -275,6 +294,16 @@ impl Executor {
             .map(|(o, v)| (o.name.clone(), bases.arg(v).to_tensor()))
             .collect())
     }
+}
+
+/// An op that wants the whole of a buffer in memory.
+fn reads_array(p: &Program, buffer: BufferId) -> Option<&'static str> {
+    let array = |s: &Step| {
+        let paged = rambac_codegen::traits::kernel_traits(&s.op).paged_inputs;
+        s.inputs.iter().enumerate().any(|(i, v)| v.buffer == buffer && !(paged.contains(&i) && v.strided.is_none()))
+    };
+    let step = p.steps.iter().find(|s| array(s)).map(|s| s.op.mnemonic());
+    step.or_else(|| p.outputs.iter().any(|o| o.view.buffer == buffer).then_some("an output"))
 }
 
 /// Whether an op of the program runs by its reference evaluation, with the reason.

@@ -1,6 +1,7 @@
 //! Runs Programs: the CPU device, tensors and the store, the executor, checkpoints.
 
 pub mod checkpoint;
+pub mod chunk_store;
 pub mod cpu;
 pub mod executor;
 pub mod session;
@@ -9,7 +10,7 @@ pub mod tensor;
 pub mod trainer;
 
 pub use executor::{ExecError, Executor};
-pub use session::{Session, SessionGraphs};
+pub use session::{Session, SessionError, SessionGraphs, SessionOptions, Tier};
 pub use store::Store;
 pub use tensor::{Tensor, TensorRef};
 pub use trainer::{MicroBatch, StepReport, TrainError, Trainer};

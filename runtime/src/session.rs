@@ -1,16 +1,23 @@
-//! Inference over one sequence, segment by segment, from one set of compiled programs.
+//! Inference over sequences, segment by segment and token by token, from one set of compiled programs.
 //!
 //! The stack is cut at the chunking layer: `lower` runs a segment, whole chunks of its hidden states become memory
 //! (`chunks`), `upper` runs the segment over the memory so far.  Rows of an unfinished chunk wait.  Any split of a text
-//! into segments gives the hidden states of the whole (to rounding); no program is compiled again as the context grows.
+//! into segments gives the hidden states of the whole (to rounding, and to that of the store's precision); no program
+//! is compiled again as the context grows, for the memory is read in pages and its length is no program's shape.
+//!
+//! Several sequences of different lengths are prefilled one by one and then decoded together.
 
+use crate::checkpoint::{TensorFile, TensorRef as Saved, write_safetensors};
+use crate::chunk_store::{ChunkStore, Geometry, Part, Precision, StoreError, Stores};
 use crate::executor::{ExecError, Executor};
 use crate::store::Store;
-use crate::tensor::{Tensor, TensorRef};
+use crate::tensor::{Data, Tensor, TensorRef};
 use rambac_codegen::lower;
 use rambac_ir::ops::SourceKind;
 use rambac_ir::{Bindings, Graph};
 use rambac_passes::{Options, optimise};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// The parts of a model, and the sizes that the session itself must know.
@@ -21,6 +28,8 @@ pub struct SessionGraphs {
     pub chunks: Option<Graph>,
     /// `hidden`, `start`, `k`, `v`, `landmarks` → `upper`.
     pub upper: Option<Graph>,
+    /// `hidden` → `upper`, without retrieval and attention.
+    pub upper_flash: Option<Graph>,
     /// `upper` → `logits`.
     pub head: Graph,
     pub chunk_size: usize,
@@ -30,18 +39,60 @@ pub struct SessionGraphs {
     pub landmark: [usize; 2],
 }
 
-/// The growing chunk memory of one sequence.
-#[derive(Clone, Debug, Default)]
-pub struct ChunkMemory {
-    pub k: Vec<f32>,
-    pub v: Vec<f32>,
-    pub landmarks: Vec<f32>,
-    pub chunks: usize,
+/// Where a session keeps its chunks.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Tier {
+    #[default]
+    Ram,
+    /// A new file.
+    File(PathBuf),
+    /// A file that [`Session::save`] left, with the sequence it belongs to.
+    Resume(PathBuf),
+}
+
+/// What a session is to be.
+#[derive(Clone, Debug)]
+pub struct SessionOptions {
+    /// Sequences decoded together.
+    pub sequences: usize,
+    pub precision: Precision,
+    pub tier: Tier,
+}
+
+impl Default for SessionOptions {
+    fn default() -> Self {
+        Self { sequences: 1, precision: Precision::Bf16, tier: Tier::Ram }
+    }
+}
+
+/// Why a session can't go on.  After an error of a run the sequence is spoilt: [`Session::reset`] it, or resume from
+/// what was saved.
+#[derive(Debug, thiserror::Error)]
+pub enum SessionError {
+    #[error(transparent)]
+    Exec(#[from] ExecError),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error("a chunk store in a file holds one sequence, not {0}; give one prompt, or keep the chunks in memory")]
+    OneSequence(usize),
+    #[error("this model has no chunks to store in {}: it is a plain Mamba-2", .0.display())]
+    NoChunks(PathBuf),
+    #[error("a sequence of more than {} tokens cannot be counted", i32::MAX)]
+    TooLong,
 }
 
 struct Halves {
     chunks: Executor,
     upper: Executor,
+    flash: Executor,
+}
+
+/// What a sequence carries besides its scan states.
+struct Sequence {
+    chunks: Option<ChunkStore>,
+    /// Hidden rows of the unfinished chunk.
+    waiting: Vec<f32>,
+    position: usize,
 }
 
 /// See the module's comment.
@@ -49,27 +100,29 @@ pub struct Session {
     lower: Executor,
     halves: Option<Halves>,
     head: Executor,
-    sizes: (usize, usize, [usize; 2], [usize; 2]),
+    chunk_size: usize,
+    hidden_size: usize,
+    /// Params, and the scan states of all sequences.
     store: Store,
     states: Vec<String>,
-    memory: ChunkMemory,
-    /// Hidden rows of the unfinished chunk.
-    waiting: Vec<f32>,
-    position: usize,
+    sequences: Vec<Sequence>,
 }
 
-/// What a run of the upper half tells of its last retrieval.
+/// What a run of the upper half tells of its last retrieval, for `rows` tokens in order.
 #[derive(Clone, Debug, Default)]
 pub struct Retrieved {
-    /// `[L, h, K]`
+    /// `[rows, h, K]`
     pub indices: Vec<i32>,
-    /// `[L, h]`
+    /// `[rows, h]`
     pub count: Vec<i32>,
-    /// `[L, h, K]`
+    /// `[rows, h, K]`
     pub weights: Vec<f32>,
+    /// `[rows, h, r]`
+    pub query: Vec<f32>,
 }
 
-/// The upper half's output for a segment, `[L, D]`, and its retrieval where the graph gives it.
+/// The upper half's output for a segment, `[rows, D]`, and its retrieval where the graph gives it.
+#[derive(Clone, Debug, Default)]
 pub struct Segment {
     pub hidden: Vec<f32>,
     pub retrieved: Retrieved,
@@ -79,136 +132,235 @@ fn dims(pairs: &[(&str, usize)]) -> Bindings {
     Bindings::new(pairs.iter().copied())
 }
 
-fn take(out: &mut Vec<(String, Tensor)>, name: &str) -> Option<Tensor> {
+fn take(out: &mut Vec<(String, Tensor)>, name: &str) -> Option<Data> {
     let at = out.iter().position(|(n, _)| n == name)?;
-    Some(out.swap_remove(at).1)
+    Some(out.swap_remove(at).1.data)
 }
 
 fn floats(out: &mut Vec<(String, Tensor)>, name: &str) -> Vec<f32> {
-    match take(out, name).map(|t| t.data) {
-        Some(crate::tensor::Data::F32(v)) => v,
-        _ => vec![],
-    }
+    if let Some(Data::F32(v)) = take(out, name) { v } else { vec![] }
 }
 
 fn ints(out: &mut Vec<(String, Tensor)>, name: &str) -> Vec<i32> {
-    match take(out, name).map(|t| t.data) {
-        Some(crate::tensor::Data::I32(v)) => v,
-        _ => vec![],
-    }
+    if let Some(Data::I32(v)) = take(out, name) { v } else { vec![] }
 }
 
 impl Session {
     /// Compiles the parts; `params` holds the weights.
     ///
     /// # Errors
-    /// A state whose size can't be known.
-    pub fn new(g: &SessionGraphs, params: Store, pool: Arc<rayon::ThreadPool>) -> Result<Self, ExecError> {
+    /// A state whose size can't be known; a file that can't be made or resumed.
+    pub fn new(
+        g: &SessionGraphs,
+        params: Store,
+        pool: Arc<rayon::ThreadPool>,
+        options: &SessionOptions,
+    ) -> Result<Self, SessionError> {
         let compile = |g: &Graph| Executor::new(lower(&optimise(g, &Options::default())), pool.clone());
-        let halves = match (&g.chunks, &g.upper) {
-            (Some(c), Some(u)) => Some(Halves { chunks: compile(c), upper: compile(u) }),
+        let halves = match (&g.chunks, &g.upper, &g.upper_flash) {
+            (Some(c), Some(u), Some(f)) => Some(Halves { chunks: compile(c), upper: compile(u), flash: compile(f) }),
             _ => None,
         };
+        let n = options.sequences.max(1);
+        let geometry = Geometry {
+            heads: g.kv[0],
+            chunk: g.chunk_size,
+            dim: g.kv[1],
+            landmark_dim: g.landmark[1],
+            precision: options.precision,
+        };
+        match &options.tier {
+            Tier::File(_) | Tier::Resume(_) if n > 1 => return Err(SessionError::OneSequence(n)),
+            Tier::File(path) | Tier::Resume(path) if halves.is_none() => {
+                return Err(SessionError::NoChunks(path.clone()));
+            }
+            _ => {}
+        }
         let mut s = Self {
             lower: compile(&g.lower),
             halves,
             head: compile(&g.head),
-            sizes: (g.chunk_size, g.hidden_size, g.kv, g.landmark),
+            chunk_size: g.chunk_size,
+            hidden_size: g.hidden_size,
             store: params,
             states: vec![],
-            memory: ChunkMemory::default(),
-            waiting: vec![],
-            position: 0,
+            sequences: vec![],
         };
-        let one = dims(&[("N", 1)]);
+        let all = dims(&[("N", n)]);
         let programs = [Some(&s.lower), s.halves.as_ref().map(|h| &h.upper)];
         let mut states = vec![];
         for slot in programs.into_iter().flatten().flat_map(|e| &e.program().sources) {
             if slot.kind == SourceKind::State {
-                states.push((slot.name.clone(), slot.ty.bind(&one)?));
+                states.push((slot.name.clone(), slot.ty.bind(&all).map_err(ExecError::from)?));
             }
         }
+        let fingerprint = if options.tier == Tier::Ram { 0 } else { fingerprint(&s.store) };
         for (name, ty) in states {
             s.store.insert(name.clone(), Tensor::zeros(&ty));
             s.states.push(name);
         }
+        if let Tier::Resume(path) = &options.tier {
+            s.resume(path, geometry, fingerprint)?;
+            return Ok(s);
+        }
+        for _ in 0..n {
+            let chunks = match &options.tier {
+                _ if s.halves.is_none() => None,
+                Tier::File(path) => Some(ChunkStore::create(path, geometry)?),
+                _ => Some(ChunkStore::ram(geometry)),
+            };
+            s.sequences.push(Sequence { chunks, waiting: vec![], position: 0 });
+        }
         Ok(s)
     }
 
-    /// Tokens fed so far.
-    pub fn position(&self) -> usize {
-        self.position
+    /// Tokens fed so far to sequence `seq`.
+    pub fn position(&self, seq: usize) -> usize {
+        self.sequences[seq].position
     }
-    pub fn memory(&self) -> &ChunkMemory {
-        &self.memory
-    }
-
-    /// Forgets the sequence.
-    pub fn reset(&mut self) {
-        for name in &self.states {
-            if let Some(t) = self.store.0.get_mut(name) {
-                *t = Tensor::zeros(&t.ty());
-            }
-        }
-        self.memory.k.clear();
-        self.memory.v.clear();
-        self.memory.landmarks.clear();
-        self.memory.chunks = 0;
-        self.waiting.clear();
-        self.position = 0;
+    /// The chunks of sequence `seq`; `None` for a plain Mamba-2.
+    pub fn chunks(&self, seq: usize) -> Option<&ChunkStore> {
+        self.sequences[seq].chunks.as_ref()
     }
 
-    /// Feeds the next tokens; returns the last layer's hidden states for them.
+    /// Forgets all sequences.
     ///
     /// # Errors
-    /// An id outside the vocabulary; no memory.
-    pub fn feed(&mut self, ids: &[i32]) -> Result<Segment, ExecError> {
-        let l = ids.len();
-        if l == 0 {
-            return Ok(Segment { hidden: vec![], retrieved: Retrieved::default() });
+    /// A store's file that can't be shortened.
+    pub fn reset(&mut self) -> Result<(), SessionError> {
+        for name in &self.states {
+            if let Some(Data::F32(v)) = self.store.0.get_mut(name).map(|t| &mut t.data) {
+                v.fill(0.0);
+            }
         }
-        let (s, d, [h, hd], [lh, lr]) = self.sizes;
-        let one = [1.0f32];
-        let carry = ("carry", TensorRef::F32(&[1], &one));
-        let ids_shape = [1, l];
+        for s in &mut self.sequences {
+            if let Some(c) = &mut s.chunks {
+                c.clear()?;
+            }
+            s.waiting.clear();
+            s.position = 0;
+        }
+        Ok(())
+    }
+
+    /// Feeds the next tokens of sequence `seq`; returns the last layer's hidden states for them.
+    ///
+    /// # Errors
+    /// An id outside the vocabulary; no memory; a store that can't be written or read.
+    pub fn feed(&mut self, seq: usize, ids: &[i32]) -> Result<Segment, SessionError> {
+        self.run_some(seq..seq + 1, ids, false)
+    }
+
+    /// Feeds tokens whose output nobody wants, without retrieval and attention ("flash inference"): the memory becomes
+    /// the same, but the upper half's scan states have seen no attention.
+    ///
+    /// # Errors
+    /// As [`feed`](Self::feed).
+    pub fn skim(&mut self, seq: usize, ids: &[i32]) -> Result<(), SessionError> {
+        self.run_some(seq..seq + 1, ids, true).map(drop)
+    }
+
+    /// Feeds one token to every sequence; the hidden states are `[sequences, D]`.
+    ///
+    /// # Errors
+    /// As [`feed`](Self::feed).
+    pub fn step(&mut self, ids: &[i32]) -> Result<Segment, SessionError> {
+        assert_eq!(ids.len(), self.sequences.len(), "BUG: one token per sequence");
+        self.run_some(0..ids.len(), ids, false)
+    }
+
+    /// As many tokens of each of `seqs`.
+    fn run_some(&mut self, seqs: Range<usize>, ids: &[i32], flash: bool) -> Result<Segment, SessionError> {
+        if ids.is_empty() {
+            return Ok(Segment::default());
+        }
+        if seqs.len() == self.sequences.len() {
+            return self.run(seqs, ids, flash);
+        }
+        // The programs carry the states of whole batches: those of the others step aside.
+        let aside: Vec<Tensor> = self.states.iter().map(|name| self.store.0[name].clone()).collect();
+        let (all, rows) = (self.sequences.len(), seqs.clone());
+        for (name, whole) in self.states.iter().zip(&aside) {
+            let (size, mut shape) = (whole.len() / all, whole.shape.clone());
+            shape[0] = rows.len();
+            let part = whole.as_f32().expect("BUG: states are floats")[rows.start * size..rows.end * size].to_vec();
+            self.store.insert(name.clone(), Tensor::f32(&shape, part));
+        }
+        let result = self.run(seqs, ids, flash);
+        for (name, mut whole) in self.states.iter().zip(aside) {
+            let part = self.store.0.remove(name).expect("BUG: inserted above");
+            if let (Data::F32(whole), Data::F32(part)) = (&mut whole.data, &part.data) {
+                let size = whole.len() / all;
+                whole[rows.start * size..rows.end * size].copy_from_slice(part);
+            }
+            self.store.insert(name.clone(), whole);
+        }
+        result
+    }
+
+    fn run(&mut self, seqs: Range<usize>, ids: &[i32], flash: bool) -> Result<Segment, SessionError> {
+        let (n, s, d) = (seqs.len(), self.chunk_size, self.hidden_size);
+        let l = ids.len() / n;
+        let ones = vec![1.0f32; n];
+        let by_sequence = [n];
+        let carry = ("carry", TensorRef::F32(&by_sequence, &ones));
+        let ids_shape = [n, l];
+        let sequences = &mut self.sequences[seqs];
+        let start: Vec<i32> = sequences.iter().map(|x| x.position as i32).collect();
+        for x in sequences.iter_mut() {
+            x.position += l;
+            i32::try_from(x.position).map_err(|_| SessionError::TooLong)?;
+        }
         let inputs = [("input_ids", TensorRef::I32(&ids_shape, ids)), carry];
-        let mut out = self.lower.run(&dims(&[("N", 1), ("L", l)]), &inputs, &mut self.store)?;
+        let mut out = self.lower.run(&dims(&[("N", n), ("L", l)]), &inputs, &mut self.store)?;
         let hidden = floats(&mut out, "hidden");
-        let start = [self.position as i32];
-        self.position += l;
         let Some(halves) = &mut self.halves else {
             return Ok(Segment { hidden, retrieved: Retrieved::default() });
         };
 
-        self.waiting.extend_from_slice(&hidden);
-        let whole = self.waiting.len() / (s * d);
-        if whole > 0 {
-            let rows = &self.waiting[..whole * s * d];
+        for (x, rows) in sequences.iter_mut().zip(hidden.chunks_exact(l * d)) {
+            x.waiting.extend_from_slice(rows);
+            let whole = x.waiting.len() / (s * d);
+            let (Some(chunks), true) = (&mut x.chunks, whole > 0) else { continue };
             let shape = [1, whole * s, d];
-            let inputs = [("hidden", TensorRef::F32(&shape, rows))];
+            let inputs = [("hidden", TensorRef::F32(&shape, &x.waiting[..whole * s * d]))];
             let mut out = halves.chunks.run(&dims(&[("N", 1), ("B", whole)]), &inputs, &mut self.store)?;
-            self.memory.k.extend(floats(&mut out, "k"));
-            self.memory.v.extend(floats(&mut out, "v"));
-            self.memory.landmarks.extend(floats(&mut out, "landmarks"));
-            self.memory.chunks += whole;
-            self.waiting.drain(..whole * s * d);
+            let [k, v, landmarks] = ["k", "v", "landmarks"].map(|name| floats(&mut out, name));
+            chunks.append(&k, &v, &landmarks)?;
+            x.waiting.drain(..whole * s * d);
         }
 
-        let c = self.memory.chunks;
-        let (hidden_shape, kv_shape, lm_shape) = ([1, l, d], [1, c * s, h, hd], [1, c, lh, lr]);
+        let hidden_shape = [n, l, d];
+        let hidden = ("hidden", TensorRef::F32(&hidden_shape, &hidden));
+        if flash {
+            halves.flash.run(&dims(&[("N", n), ("L", l)]), &[hidden, carry], &mut self.store)?;
+            return Ok(Segment::default());
+        }
+        let stores: Vec<&ChunkStore> = sequences.iter().filter_map(|x| x.chunks.as_ref()).collect();
+        let Geometry { heads, dim, landmark_dim, .. } = stores[0].geometry();
+        // A token sees what its position says: any number that is large enough will do, and few of them bind few plans.
+        let c = stores.iter().map(|x| x.chunks()).max().unwrap_or(0).next_power_of_two();
+        let (kv_shape, lm_shape) = ([n, c * s, heads, dim], [n, c, heads, landmark_dim]);
+        let [k, v, landmarks] =
+            [Part::Keys, Part::Values, Part::Landmarks].map(|part| Stores { stores: stores.clone(), part });
         let inputs = [
-            ("hidden", TensorRef::F32(&hidden_shape, &hidden)),
-            ("start", TensorRef::I32(&[1], &start)),
-            ("k", TensorRef::F32(&kv_shape, &self.memory.k)),
-            ("v", TensorRef::F32(&kv_shape, &self.memory.v)),
-            ("landmarks", TensorRef::F32(&lm_shape, &self.memory.landmarks)),
+            hidden,
+            ("start", TensorRef::I32(&by_sequence, &start)),
+            ("k", TensorRef::Paged(&kv_shape, &k)),
+            ("v", TensorRef::Paged(&kv_shape, &v)),
+            ("landmarks", TensorRef::Paged(&lm_shape, &landmarks)),
             carry,
         ];
-        let mut out = halves.upper.run(&dims(&[("N", 1), ("L", l), ("C", c)]), &inputs, &mut self.store)?;
+        let out = halves.upper.run(&dims(&[("N", n), ("L", l), ("C", c)]), &inputs, &mut self.store);
+        if let Some(e) = stores.iter().find_map(|x| x.failure()) {
+            return Err(e.into());
+        }
+        let mut out = out?;
         let retrieved = Retrieved {
             indices: ints(&mut out, "indices"),
             count: ints(&mut out, "count"),
             weights: floats(&mut out, "weights"),
+            query: floats(&mut out, "query"),
         };
         Ok(Segment { hidden: floats(&mut out, "upper"), retrieved })
     }
@@ -217,12 +369,112 @@ impl Session {
     ///
     /// # Errors
     /// No memory.
-    pub fn logits(&mut self, hidden: &[f32]) -> Result<Vec<f32>, ExecError> {
-        let d = self.sizes.1;
+    pub fn logits(&mut self, hidden: &[f32]) -> Result<Vec<f32>, SessionError> {
+        let d = self.hidden_size;
         let rows = hidden.len() / d;
         let shape = [1, rows, d];
         let inputs = [("upper", TensorRef::F32(&shape, hidden))];
         let mut out = self.head.run(&dims(&[("N", 1), ("L", rows)]), &inputs, &mut self.store)?;
         Ok(floats(&mut out, "logits"))
     }
+
+    /// How many stored chunks score better than `chunk` for a query `[h, r]` of [`Retrieved`], per head: chunks with a
+    /// rank below K are chosen.
+    pub fn rank(&self, seq: usize, query: &[f32], chunk: usize) -> Vec<usize> {
+        const MANY: usize = 4096;
+        let Some(chunks) = self.chunks(seq).filter(|c| chunk < c.chunks()) else { return vec![] };
+        let r = chunks.geometry().landmark_dim;
+        let mut lines = vec![0.0; MANY * r];
+        let dot = |q: &[f32], x: &[f32]| q.iter().zip(x).map(|(a, b)| a * b).sum::<f32>();
+        let mut ranks = vec![];
+        for (head, q) in query.chunks_exact(r).enumerate() {
+            chunks.read(Part::Landmarks, head, chunk, 1, &mut lines);
+            let own = dot(q, &lines[..r]);
+            let mut better = 0;
+            for first in (0..chunks.chunks()).step_by(MANY) {
+                let n = MANY.min(chunks.chunks() - first);
+                chunks.read(Part::Landmarks, head, first, n, &mut lines);
+                better += lines[..n * r].chunks_exact(r).filter(|x| dot(q, x) > own).count();
+            }
+            ranks.push(better);
+        }
+        ranks
+    }
+
+    /// Writes what a sequence in a file needs to go on later beside its file; whole or not at all.
+    ///
+    /// # Errors
+    /// A full disk, or what else the system refuses.
+    pub fn save(&mut self) -> Result<(), SessionError> {
+        let x = &self.sequences[0];
+        let Some((chunks, path)) = x.chunks.as_ref().and_then(|c| Some((c, c.path()?))) else { return Ok(()) };
+        // The state speaks of chunks: they must be there first.
+        chunks.flush()?;
+        let shape = [x.waiting.len() / self.hidden_size, self.hidden_size];
+        let mut tensors = vec![Saved::f32("waiting", &shape, &x.waiting)];
+        for name in &self.states {
+            let t = &self.store.0[name];
+            tensors.push(Saved::f32(name.as_str(), &t.shape, t.as_f32().expect("BUG: states are floats")));
+        }
+        let mut params = self.store.clone();
+        self.states.iter().for_each(|name| drop(params.0.remove(name)));
+        let about = [
+            ("position", x.position.to_string()),
+            ("chunks", chunks.chunks().to_string()),
+            ("weights", fingerprint(&params).to_string()),
+        ];
+        let about: Vec<(&str, &str)> = about.iter().map(|(k, v)| (*k, v.as_str())).collect();
+        let (target, new) = (state_path(path), state_path(path).with_extension("state.new"));
+        write_safetensors(&new, &tensors, &about).map_err(StoreError::from)?;
+        std::fs::rename(&new, &target).map_err(|source| {
+            StoreError::Io { path: target.clone(), action: "put the new state here", source }.into()
+        })
+    }
+
+    fn resume(&mut self, path: &Path, geometry: Geometry, weights: u64) -> Result<(), SessionError> {
+        let state = state_path(path);
+        let file = TensorFile::open(&state).map_err(StoreError::from)?;
+        let wrong = |reason: &str| StoreError::State { path: state.clone(), reason: reason.into() };
+        let number = |key: &str| -> Result<u64, StoreError> {
+            let value = file.metadata().get(key).and_then(|v| v.parse().ok());
+            value.ok_or_else(|| wrong("it does not say where the sequence stands: it is no state of a chunk store"))
+        };
+        if number("weights")? != weights {
+            return Err(StoreError::Weights { path: path.into() }.into());
+        }
+        let (position, stored) = (number("position")? as usize, number("chunks")? as usize);
+        for name in &self.states {
+            let (shape, data) = file.get_f32(name).map_err(StoreError::from)?;
+            if shape != self.store.0[name].shape {
+                return Err(wrong("a state of another shape: it was made by another model").into());
+            }
+            self.store.insert(name.clone(), Tensor::f32(&shape, data));
+        }
+        let (_, waiting) = file.get_f32("waiting").map_err(StoreError::from)?;
+        let rows = position.checked_sub(stored.saturating_mul(self.chunk_size));
+        if rows.is_none_or(|r| r >= self.chunk_size || r * self.hidden_size != waiting.len()) {
+            return Err(wrong("its position and its chunks contradict each other").into());
+        }
+        let chunks = Some(ChunkStore::open(path, geometry, stored)?);
+        self.sequences.push(Sequence { chunks, waiting, position });
+        Ok(())
+    }
+}
+
+/// The file beside a store's that holds the rest of its sequence.
+fn state_path(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".state");
+    name.into()
+}
+
+/// A number that other weights would hardly have: FNV-1a over names and bits.
+fn fingerprint(params: &Store) -> u64 {
+    let mut h = 0xcbf2_9ce4_8422_2325u64;
+    let mut mix = |x: u64| h = (h ^ x).wrapping_mul(0x0100_0000_01b3);
+    for (name, t) in &params.0 {
+        name.bytes().for_each(|b| mix(b.into()));
+        t.as_f32().unwrap_or_default().iter().for_each(|x| mix(x.to_bits().into()));
+    }
+    h
 }

@@ -1,5 +1,6 @@
 //! Tensors in host memory: what goes into a run and what comes out.
 
+use rambac_cpu::ChunkRows;
 use rambac_ir::ty::ConcreteTy;
 use rambac_ir::{DType, HostArray};
 
@@ -100,14 +101,17 @@ pub enum TensorRef<'a> {
     F32(&'a [usize], &'a [f32]),
     I32(&'a [usize], &'a [i32]),
     Bool(&'a [usize], &'a [u8]),
+    /// Floats of a chunk memory in pages; only kernels that say so read them (`KernelTraits::paged_inputs`).
+    Paged(&'a [usize], &'a dyn ChunkRows),
 }
 
-impl TensorRef<'_> {
+impl<'a> TensorRef<'a> {
     pub fn ty(&self) -> ConcreteTy {
         let (dtype, shape) = match self {
             TensorRef::F32(s, _) => (DType::F32, s),
             TensorRef::I32(s, _) => (DType::I32, s),
             TensorRef::Bool(s, _) => (DType::Bool, s),
+            TensorRef::Paged(s, _) => (DType::F32, s),
         };
         ConcreteTy { dtype, shape: shape.to_vec() }
     }
@@ -117,6 +121,7 @@ impl TensorRef<'_> {
             TensorRef::F32(_, v) => v.len(),
             TensorRef::I32(_, v) => v.len(),
             TensorRef::Bool(_, v) => v.len(),
+            TensorRef::Paged(s, _) => s.iter().product(),
         }
     }
     pub fn is_empty(&self) -> bool {
@@ -127,6 +132,10 @@ impl TensorRef<'_> {
             TensorRef::F32(_, v) => v.as_ptr().cast(),
             TensorRef::I32(_, v) => v.as_ptr().cast(),
             TensorRef::Bool(_, v) => v.as_ptr(),
+            TensorRef::Paged(..) => std::ptr::null(),
         }
+    }
+    pub(crate) fn pages(&self) -> Option<&'a dyn ChunkRows> {
+        if let TensorRef::Paged(_, p) = self { Some(*p) } else { None }
     }
 }

@@ -61,7 +61,8 @@ pub fn run(a: &Demo, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
     }
     println!("{}", eval::HEADER);
     for (len, cases) in [(256, 100), (1024, 200), (4096, 100), (16384, 40), (65536, 10)] {
-        let s = eval::passkey(&run.config, run.store(), &pool, len, cases, a.seed ^ 0x5eed, 4096, true)?;
+        let how = eval::How { seed: a.seed ^ 0x5eed, progress: true, ..eval::How::default() };
+        let s = eval::passkey(&run.config, run.store(), &pool, len, cases, &how)?;
         let note = if len == 1024 { "  <- training length" } else { "" };
         println!("{}{note}", eval::row(&s));
     }

@@ -1,20 +1,50 @@
 //! `rambac eval passkey`: does a model find a needle anywhere in a long context?
 //!
-//! The context goes through a session segment by segment; the answer is then fed as given, and a case counts only if
-//! every digit was the model's first choice, which is the same as if it had written them itself.
+//! The context goes through a session segment by segment and is never whole anywhere; the answer is then fed as given,
+//! and a case counts only if every digit was the model's first choice, which is the same as if it had written them itself.
 
 use crate::cli::{Eval, EvalTask};
 use crate::error::{Result, wrap};
-use crate::model;
+use crate::{machine, model, show};
 use indicatif::{ProgressBar, ProgressStyle};
 use miette::{IntoDiagnostic, miette};
 use rambac_models::Config;
 use rambac_models::data::PasskeyCase;
 use rambac_models::data::passkey::DIGITS;
-use rambac_runtime::{Session, Store};
+use rambac_runtime::session::Retrieved;
+use rambac_runtime::{Session, SessionOptions, Store, Tier};
+use serde_json::json;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Instant;
+
+/// How cases are run.
+pub struct How {
+    pub seed: u64,
+    /// Tokens fed at once.
+    pub segment: usize,
+    /// Skim all but the last segments.
+    pub flash: bool,
+    pub session: SessionOptions,
+    /// A line per case.
+    pub diagnose: bool,
+    pub json: bool,
+    pub progress: bool,
+}
+
+impl Default for How {
+    fn default() -> Self {
+        Self {
+            seed: 1,
+            segment: 4096,
+            flash: false,
+            session: SessionOptions::default(),
+            diagnose: false,
+            json: false,
+            progress: false,
+        }
+    }
+}
 
 /// What one context length gave.
 #[derive(Clone, Copy, Debug, Default)]
@@ -25,11 +55,13 @@ pub struct Score {
     pub right: usize,
     /// Digits right in all.
     pub digits: usize,
-    /// Cases whose last prompt token chose the needle's chunk.
+    /// Cases all of whose digits were asked for with a chunk of the needle among the chosen.
     pub chosen: usize,
     pub seconds: f64,
-    /// Largest chunk memory, in bytes.
-    pub memory: usize,
+    /// Bytes of the largest chunk store, wherever it is.
+    pub stored: usize,
+    /// Largest resident memory seen, in bytes.
+    pub resident: usize,
 }
 
 impl Score {
@@ -50,37 +82,46 @@ pub fn run(a: &Eval, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
         )
     })?;
     let store = model::parameters(&config, Some(&weights), Default::default(), 0)?;
-    let mut scores = vec![];
+    let how = How {
+        seed: a.seed,
+        segment: a.segment,
+        flash: a.flash,
+        session: model::session_options(&a.chunks, None, 1),
+        diagnose: a.diagnose,
+        json: a.json,
+        progress: !a.json,
+    };
     if !a.json {
         println!("{HEADER}");
     }
     for &len in &a.len {
-        let s = passkey(&config, &store, &pool, len, a.cases, a.seed, a.segment, !a.json)?;
+        let s = passkey(&config, &store, &pool, len, a.cases, &how)?;
         if a.json {
             println!(
                 "{}",
-                serde_json::json!({
+                json!({
                     "len": s.len, "cases": s.cases, "right": s.right, "accuracy": s.accuracy(),
                     "digits_right": s.digits, "digits": s.cases * DIGITS, "needle_chunk_chosen": s.chosen,
-                    "tokens_per_s": (s.len * s.cases) as f64 / s.seconds, "seconds": s.seconds, "memory_bytes": s.memory,
+                    "tokens_per_s": (s.len * s.cases) as f64 / s.seconds, "seconds": s.seconds,
+                    "memory_bytes": s.stored, "resident_bytes": s.resident, "flash": how.flash,
                 })
             );
         } else {
             println!("{}", row(&s));
         }
-        scores.push(s);
     }
     Ok(ExitCode::SUCCESS)
 }
 
 /// Over [`row`]s.
-pub const HEADER: &str = "    context   cases   keys right   digits right   needle chosen   tokens/s   chunk memory";
+pub const HEADER: &str =
+    "    context   cases   keys right   digits right   needle chosen   tokens/s   chunks stored   resident";
 
 /// A line of the table.
 pub fn row(s: &Score) -> String {
     let digits = s.digits as f64 / (s.cases * DIGITS).max(1) as f64;
     format!(
-        "{:>11} {:>7} {:>6} {:>4.0} % {:>12.1} % {:>13.0} % {:>9.0}k {:>10.1} MiB",
+        "{:>11} {:>7} {:>6} {:>4.0} % {:>12.1} % {:>13.0} % {:>9.0}k {:>15} {:>10}",
         crate::cmd::train::grouped(s.len as u64),
         s.cases,
         s.right,
@@ -88,68 +129,158 @@ pub fn row(s: &Score) -> String {
         100.0 * digits,
         100.0 * s.chosen as f64 / s.cases.max(1) as f64,
         (s.len * s.cases) as f64 / s.seconds / 1e3,
-        s.memory as f64 / (1 << 20) as f64,
+        show::bytes(s.stored),
+        show::bytes(s.resident),
     )
 }
 
+/// What retrieval did for one digit: over heads, the best of the chunks that hold the digit or the byte before it.
+#[derive(Clone, Copy)]
+struct Found {
+    /// Chunks with better scores.
+    rank: usize,
+    weight: f32,
+    right: bool,
+}
+
 /// Evaluates `cases` cases of `len` tokens.
-#[allow(clippy::too_many_arguments)]
 pub fn passkey(
     config: &Config,
     store: &Store,
     pool: &Arc<rayon::ThreadPool>,
     len: usize,
     cases: usize,
-    seed: u64,
-    segment: usize,
-    progress: bool,
+    how: &How,
 ) -> Result<Score> {
     if config.vocab_size < 256 {
         return Err(miette!("passkey is a task over bytes; the model's vocab_size is {}", config.vocab_size));
     }
-    let mut session = Session::new(&model::session_graphs(config)?, store.clone(), pool.clone()).map_err(wrap)?;
-    let bar = if progress { ProgressBar::new((len * cases) as u64) } else { ProgressBar::hidden() };
+    let graphs = model::session_graphs(config)?;
+    let mut session = Session::new(&graphs, store.clone(), pool.clone(), &how.session).map_err(wrap)?;
+    // Only this run's contexts are in it.
+    let _file = if let Tier::File(path) = &how.session.tier { Some(Removed(path)) } else { None };
+    let bar = if how.progress { ProgressBar::new((len * cases) as u64) } else { ProgressBar::hidden() };
     let style = "{human_pos}/{human_len} tokens  {per_sec}  {msg}  {eta} left";
     bar.set_style(ProgressStyle::with_template(style).into_diagnostic()?);
     let t = Instant::now();
     let mut score = Score { len, cases, ..Score::default() };
-    let mut bytes = vec![0u8; segment.max(1)];
+    let mut bytes = vec![0u8; how.segment];
     for index in 0..cases {
-        let case = PasskeyCase::new(seed, index as u64, len).map_err(wrap)?;
-        session.reset();
+        let case = PasskeyCase::new(how.seed, index as u64, len).map_err(wrap)?;
+        session.reset().map_err(wrap)?;
         let mut prompt = case.prompt();
-        let mut last = vec![];
-        let mut chosen = false;
+        let mut hidden = vec![];
+        let mut retrieved = Retrieved::default();
         loop {
             let n = prompt.fill(&mut bytes);
             if n == 0 {
                 break;
             }
             let ids: Vec<i32> = bytes[..n].iter().map(|&b| b.into()).collect();
-            let seg = session.feed(&ids).map_err(wrap)?;
-            last = seg.hidden[(n - 1) * config.hidden_size..].to_vec();
-            let needle = [case.needle_offset(), case.digits_offset()].map(|o| (o / config.chunk_size) as i32);
-            let slots = config.num_kv_heads * config.chunk_topk;
-            let tail = seg.retrieved.indices.len().saturating_sub(slots);
-            let weights = &seg.retrieved.weights[tail..];
-            chosen = seg.retrieved.indices[tail..].iter().zip(weights).any(|(i, w)| *w > 0.0 && needle.contains(i));
+            if how.flash && prompt.remaining() >= how.segment {
+                session.skim(0, &ids).map_err(wrap)?;
+            } else {
+                let mut seg = session.feed(0, &ids).map_err(wrap)?;
+                hidden = seg.hidden.split_off((n - 1) * config.hidden_size);
+                retrieved = seg.retrieved;
+            }
+            score.resident = score.resident.max(machine::rss());
             bar.inc(n as u64);
+            bar.set_message(format!(
+                "{}/{index} keys right, {} resident",
+                score.right,
+                show::bytes(machine::rss())
+            ));
         }
         let answer = case.answer();
         let ids: Vec<i32> = answer[..DIGITS - 1].iter().map(|&b| b.into()).collect();
-        last.extend(session.feed(&ids).map_err(wrap)?.hidden);
-        let logits = session.logits(&last).map_err(wrap)?;
-        let right = logits.chunks(config.vocab_size).zip(answer).filter(|(row, d)| argmax(row) == *d as usize).count();
-        score.digits += right;
-        score.right += (right == DIGITS) as usize;
-        score.chosen += chosen as usize;
-        let m = session.memory();
-        score.memory = score.memory.max(4 * (m.k.len() + m.v.len() + m.landmarks.len()));
-        bar.set_message(format!("{}/{} keys right", score.right, index + 1));
+        let mut retrieved = vec![last(retrieved, config)];
+        for id in ids {
+            let seg = session.feed(0, &[id]).map_err(wrap)?;
+            hidden.extend(seg.hidden);
+            retrieved.push(seg.retrieved);
+        }
+        let logits = session.logits(&hidden).map_err(wrap)?;
+        let right = logits.chunks(config.vocab_size).zip(answer).map(|(row, d)| argmax(row) == d as usize);
+        let found: Vec<Found> = (retrieved.iter().zip(right).enumerate())
+            .map(|(i, (r, right))| {
+                let chunks = [0, 1].map(|back| (case.digits_offset() + i - back) / config.chunk_size);
+                find(&session, r, chunks, right, how.diagnose)
+            })
+            .collect();
+        let digits = found.iter().filter(|f| f.right).count();
+        score.digits += digits;
+        score.right += usize::from(digits == DIGITS);
+        score.chosen += usize::from(found.iter().all(|f| f.weight > 0.0));
+        score.stored = score.stored.max(session.chunks(0).map_or(0, |c| c.bytes()));
+        score.resident = score.resident.max(machine::rss());
+        if how.diagnose {
+            let line = diagnosis(index, case.needle_offset(), len, &found, config.chunk_topk, how.json);
+            bar.suspend(|| println!("{line}"));
+        }
     }
     score.seconds = t.elapsed().as_secs_f64();
     bar.finish_and_clear();
     Ok(score)
+}
+
+/// The retrieval of a segment's last token alone.
+fn last(r: Retrieved, config: &Config) -> Retrieved {
+    let tail = |n: usize, width: usize| n.saturating_sub(config.num_kv_heads * width)..n;
+    let k = config.chunk_topk;
+    Retrieved {
+        indices: r.indices[tail(r.indices.len(), k)].to_vec(),
+        count: r.count[tail(r.count.len(), 1)].to_vec(),
+        weights: r.weights[tail(r.weights.len(), k)].to_vec(),
+        query: r.query[tail(r.query.len(), config.retrieval_head_dim())].to_vec(),
+    }
+}
+
+fn find(session: &Session, r: &Retrieved, chunks: [usize; 2], right: bool, rank: bool) -> Found {
+    let of = |(i, w): (&i32, &f32)| if chunks.contains(&(*i as usize)) { *w } else { 0.0 };
+    let weight = r.indices.iter().zip(&r.weights).map(of).fold(0.0, f32::max);
+    let ranks = |c: usize| if rank { session.rank(0, &r.query, c) } else { vec![] };
+    let rank = chunks.iter().flat_map(|&c| ranks(c)).min().unwrap_or(0);
+    Found { rank, weight, right }
+}
+
+/// A line on one case: which part failed first, if one did.
+fn diagnosis(index: usize, depth: usize, len: usize, found: &[Found], k: usize, as_json: bool) -> String {
+    let wrong = found.iter().find(|f| !f.right);
+    let verdict = match wrong {
+        None => "right",
+        Some(f) if f.rank >= k => "selection: the needle's chunks were not among the best",
+        Some(f) if f.weight < 0.05 => "weights: chosen, but the more recent chunks took the weight",
+        Some(_) => "attention or recurrent states: chosen and weighed, but the digit is wrong",
+    };
+    if as_json {
+        let (ranks, weights): (Vec<_>, Vec<_>) = found.iter().map(|f| (f.rank, f.weight)).unzip();
+        let right: Vec<_> = found.iter().map(|f| f.right).collect();
+        return json!({
+            "case": index, "len": len, "needle_at": depth, "digits_right": right, "ranks": ranks, "weights": weights,
+            "verdict": verdict,
+        })
+        .to_string();
+    }
+    let digits: String = found.iter().map(|f| if f.right { '+' } else { '-' }).collect();
+    let ranks: Vec<String> = found.iter().map(|f| (f.rank + 1).to_string()).collect();
+    let weights: Vec<String> = found.iter().map(|f| format!("{:.2}", f.weight)).collect();
+    format!(
+        "  case {index:>3}: needle at {:>4.1} %  digits {digits}  ranks {}  weights {}  {verdict}",
+        100.0 * depth as f64 / len as f64,
+        ranks.join(" "),
+        weights.join(" ")
+    )
+}
+
+/// A file that goes when its user does.
+struct Removed<'a>(&'a std::path::Path);
+
+impl Drop for Removed<'_> {
+    fn drop(&mut self) {
+        // It may be on the disk no more; there is nobody left to tell.
+        let _ = std::fs::remove_file(self.0);
+    }
 }
 
 /// The first of the largest.

@@ -42,50 +42,90 @@ pub fn run(a: &Generate, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
             config.vocab_size
         ));
     }
-    let ids = tokenizer.encode(&prompt(a)?).map_err(wrap)?;
-    if ids.is_empty() {
-        return Err(miette!("the prompt is empty: give at least one character to go on from"));
+    let mut prompts = vec![];
+    for text in texts(a)? {
+        let ids = tokenizer.encode(&text).map_err(wrap)?;
+        if ids.is_empty() {
+            return Err(miette!("the prompt is empty: give at least one character to go on from"));
+        }
+        prompts.push(ids);
     }
     let params = model::parameters(&config, Some(&weights), InitRule::default(), 0)?;
-    let mut session = Session::new(&model::session_graphs(&config)?, params, pool).map_err(wrap)?;
+    let options = model::session_options(&a.chunks, a.resume_store.as_deref(), prompts.len());
+    let mut session = Session::new(&model::session_graphs(&config)?, params, pool, &options).map_err(wrap)?;
 
     let begin = Instant::now();
     let mut hidden = vec![];
-    for segment in ids.chunks(a.segment) {
-        hidden = session.feed(segment).map_err(wrap)?.hidden;
+    for (seq, ids) in prompts.iter().enumerate() {
+        let exact = if a.flash { (ids.len() / a.segment).saturating_sub(1) * a.segment } else { 0 };
+        for segment in ids[..exact].chunks(a.segment) {
+            session.skim(seq, segment).map_err(wrap)?;
+        }
+        let mut last = vec![];
+        for segment in ids[exact..].chunks(a.segment) {
+            last = session.feed(seq, segment).map_err(wrap)?.hidden;
+        }
+        hidden.extend_from_slice(&last[last.len() - config.hidden_size..]);
     }
-    let last = hidden.split_off(hidden.len().saturating_sub(config.hidden_size));
-    let mut logits = session.logits(&last).map_err(wrap)?;
     let prefill = begin.elapsed();
 
     let begin = Instant::now();
     let mut out = std::io::stdout().lock();
-    let mut text = tokenizer.stream();
+    let mut texts: Vec<_> = prompts.iter().map(|_| tokenizer.stream()).collect();
+    // One text is shown as it comes; several would mix.
+    let mut written = vec![String::new(); prompts.len()];
+    let mut next = vec![0; prompts.len()];
     for i in 0..a.tokens {
-        // A model may have more rows in its embedding than its tokenizer has ids.
-        logits.truncate(tokenizer.vocab_size());
-        let id = sampling.choose(&logits, &mut stream(a.seed, "generate", &[i as u64])).ok_or_else(|| {
-            miette!(
-                help = format!("look for the broken tensor with: rambac inspect {}", a.checkpoint),
-                "the model's predictions are not finite"
-            )
-        })? as i32;
-        write!(out, "{}", text.push(id).map_err(wrap)?).into_diagnostic()?;
-        out.flush().into_diagnostic()?;
-        if i + 1 < a.tokens {
-            let hidden = session.feed(&[id]).map_err(wrap)?.hidden;
-            logits = session.logits(&hidden).map_err(wrap)?;
+        let mut logits = session.logits(&hidden).map_err(wrap)?;
+        for (seq, row) in logits.chunks_exact_mut(config.vocab_size).enumerate() {
+            // A model may have more rows in its embedding than its tokenizer has ids.
+            let row = &row[..tokenizer.vocab_size().min(row.len())];
+            let key = [i as u64, seq as u64];
+            let key = if seq == 0 { &key[..1] } else { &key[..] };
+            let id = sampling.choose(row, &mut stream(a.seed, "generate", key)).ok_or_else(|| {
+                miette!(
+                    help = format!("look for the broken tensor with: rambac inspect {}", a.checkpoint),
+                    "the model's predictions are not finite"
+                )
+            })? as i32;
+            next[seq] = id;
+            let piece = texts[seq].push(id).map_err(wrap)?;
+            if prompts.len() == 1 {
+                write!(out, "{piece}").into_diagnostic()?;
+                out.flush().into_diagnostic()?;
+            } else {
+                written[seq].push_str(&piece);
+            }
+        }
+        // The last token is read only by who goes on later.
+        if i + 1 < a.tokens || session.chunks(0).is_some_and(|c| c.path().is_some()) {
+            hidden = session.step(&next).map_err(wrap)?.hidden;
         }
     }
-    writeln!(out, "{}", text.finish().map_err(wrap)?).into_diagnostic()?;
+    session.save().map_err(wrap)?;
+    for (seq, (text, done)) in texts.into_iter().zip(&written).enumerate() {
+        if prompts.len() > 1 {
+            writeln!(out, "--- {}", seq + 1).into_diagnostic()?;
+        }
+        writeln!(out, "{done}{}", text.finish().map_err(wrap)?).into_diagnostic()?;
+    }
     let rate = |n: usize, t: Duration| show::digits(n as f64 / t.as_secs_f64().max(1e-9));
+    let fed: usize = prompts.iter().map(Vec::len).sum();
     eprintln!(
-        "{} at {} tokens/s, after a prompt of {} at {} tokens/s",
-        show::plural(a.tokens, "token"),
-        rate(a.tokens, begin.elapsed()),
-        show::count(ids.len() as u64),
-        rate(ids.len(), prefill)
+        "{} at {} tokens/s, after {} of {} at {} tokens/s",
+        show::plural(a.tokens * prompts.len(), "token"),
+        rate(a.tokens * prompts.len(), begin.elapsed()),
+        if prompts.len() == 1 { "a prompt".to_string() } else { format!("{} prompts", prompts.len()) },
+        show::count(fed as u64),
+        rate(fed, prefill)
     );
+    if let Some(path) = session.chunks(0).and_then(|c| c.path()) {
+        let path = path.display();
+        eprintln!(
+            "{} tokens stand in {path}; go on with: --resume-store {path}",
+            show::count(session.position(0) as u64)
+        );
+    }
     Ok(ExitCode::SUCCESS)
 }
 
@@ -99,10 +139,9 @@ fn tokenizer(a: &Generate, folder: &Path) -> Result<Tokenizer> {
     }
 }
 
-fn prompt(a: &Generate) -> Result<String> {
-    match (&a.prompt, &a.prompt_file) {
-        (Some(text), _) => Ok(text.clone()),
-        (None, Some(path)) => std::fs::read_to_string(path).map_err(|e| miette!("{}: {e}", path.display())),
-        (None, None) => Err(miette!("give the text to go on from with --prompt or --prompt-file")),
+fn texts(a: &Generate) -> Result<Vec<String>> {
+    match &a.prompt_file {
+        None => Ok(a.prompt.clone()),
+        Some(path) => Ok(vec![std::fs::read_to_string(path).map_err(|e| miette!("{}: {e}", path.display()))?]),
     }
 }

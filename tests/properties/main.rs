@@ -8,5 +8,6 @@ mod edges;
 mod models;
 mod passes;
 mod plan;
+mod session;
 mod support;
 mod train;

@@ -6,7 +6,8 @@ use rambac_ir::ops::*;
 use rambac_ir::testing::Grown;
 use rambac_ir::{Builder, DType, Graph, HostArray, Node, Output, Ty, Value};
 use rambac_passes::gradients;
-use rambac_runtime::{ExecError, Executor, Store, Tensor};
+use rambac_models::stack;
+use rambac_runtime::{ExecError, Executor, SessionGraphs, Store, Tensor};
 use std::collections::HashMap;
 use std::sync::{Arc, LazyLock};
 
@@ -30,6 +31,21 @@ pub fn pool() -> Arc<rayon::ThreadPool> {
 
 pub fn threads(n: usize) -> Arc<rayon::ThreadPool> {
     Arc::new(rayon::ThreadPoolBuilder::new().num_threads(n).build().unwrap())
+}
+
+/// The parts that a session runs.
+pub fn session_graphs(c: &rambac_models::Config) -> SessionGraphs {
+    SessionGraphs {
+        lower: stack::lower(c).unwrap(),
+        chunks: stack::chunks(c).unwrap(),
+        upper: stack::upper(c).unwrap(),
+        upper_flash: stack::upper_flash(c).unwrap(),
+        head: stack::head(c).unwrap(),
+        chunk_size: c.chunk_size,
+        hidden_size: c.hidden_size,
+        kv: [c.num_kv_heads, c.attention_head_dim()],
+        landmark: [c.num_kv_heads, c.retrieval_head_dim()],
+    }
 }
 
 /// Every value of a graph, in order.

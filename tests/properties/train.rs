@@ -1,7 +1,7 @@
 //! Training and inference of the tiny preset: the same bits on any number of threads, the same gradients with and
 //! without recomputation, the same hidden states for any split of a text.
 
-use crate::support::{pool, threads};
+use crate::support::{pool, session_graphs, threads};
 use rambac_codegen::lower;
 use rambac_ir::Bindings;
 use rambac_models::data::{PasskeyMix, PasskeyTask, Task};
@@ -9,7 +9,8 @@ use rambac_models::stack::{self, Carry};
 use rambac_models::{Config, InitRule, init_tensor, preset};
 use rambac_passes::train_step::{AdamW, gradient_graph};
 use rambac_passes::{Options, optimise};
-use rambac_runtime::{Executor, MicroBatch, Session, SessionGraphs, Store, Tensor, Trainer};
+use rambac_runtime::chunk_store::Precision;
+use rambac_runtime::{Executor, MicroBatch, Session, SessionOptions, Store, Tensor, Trainer};
 use std::sync::Arc;
 
 fn weights(c: &Config) -> Store {
@@ -90,29 +91,20 @@ fn recomputation_keeps_every_gradient() {
 }
 
 fn session(c: &Config) -> Session {
-    let graphs = SessionGraphs {
-        lower: stack::lower(c).unwrap(),
-        chunks: stack::chunks(c).unwrap(),
-        upper: stack::upper(c).unwrap(),
-        head: stack::head(c).unwrap(),
-        chunk_size: c.chunk_size,
-        hidden_size: c.hidden_size,
-        kv: [c.num_kv_heads, c.attention_head_dim()],
-        landmark: [c.num_kv_heads, c.retrieval_head_dim()],
-    };
-    Session::new(&graphs, weights(c), pool()).unwrap()
+    let options = SessionOptions { precision: Precision::F32, ..SessionOptions::default() };
+    Session::new(&session_graphs(c), weights(c), pool(), &options).unwrap()
 }
 
 /// Logits of a text fed in these segments, the last one repeated to the end.
 fn logits(s: &mut Session, ids: &[i32], segments: &[usize]) -> Vec<f32> {
-    s.reset();
+    s.reset().unwrap();
     let (mut at, mut i, mut hidden) = (0, 0, vec![]);
     while at < ids.len() {
         let n = segments[i.min(segments.len() - 1)].min(ids.len() - at);
-        hidden.extend(s.feed(&ids[at..at + n]).unwrap().hidden);
+        hidden.extend(s.feed(0, &ids[at..at + n]).unwrap().hidden);
         (at, i) = (at + n, i + 1);
     }
-    assert_eq!(s.position(), ids.len());
+    assert_eq!(s.position(0), ids.len());
     s.logits(&hidden).unwrap()
 }
 

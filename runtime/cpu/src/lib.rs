@@ -6,5 +6,7 @@
 pub mod kernels;
 pub mod mat;
 pub mod par;
+pub mod rows;
 
 pub use mat::{Mat, MatMut};
+pub use rows::{ChunkRows, RowShape, Rows};

@@ -7,7 +7,7 @@
 use rambac_cpu::kernels::chunk_attention::ChunkAttention;
 use rambac_cpu::kernels::dense_attention::DenseAttention;
 use rambac_cpu::kernels::selection::{Order, Selection, Weighting, weigh, weigh_backward};
-use rambac_cpu::{Mat, MatMut};
+use rambac_cpu::{ChunkRows, Mat, MatMut, RowShape, Rows};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -59,6 +59,7 @@ fn select(s: &Selection, q: Mat, landmarks: &[f32], start: &[i32]) -> Selected {
         weights: vec![f32::NAN; rows * s.k],
         scores: vec![f32::NAN; rows * s.k],
     };
+    let landmarks = Rows::Dense(Mat::new(landmarks, s.n * s.chunks, s.heads * s.dim));
     s.forward(q, landmarks, start, &mut out.indices, &mut out.count, &mut out.weights, &mut out.scores);
     out
 }
@@ -363,7 +364,7 @@ fn check_chunk_attention(s: ChunkAttention) {
     }
     let forward = || {
         let mut y = vec![f32::NAN; rows * width];
-        s.forward(q_mat, k_mat, v_mat, &indices, &count, &weights, MatMut::new(&mut y, rows, width));
+        s.forward(q_mat, Rows::Dense(k_mat), Rows::Dense(v_mat), &indices, &count, &weights, MatMut::new(&mut y, rows, width));
         y
     };
     let backward = || {
@@ -445,7 +446,7 @@ fn chunk_attention_survives_large_logits() {
         };
         let mut y = vec![f32::NAN; 8];
         let (q, k, v) = (Mat::new(&q, 1, 8), Mat::new(&k, 4, 8), Mat::new(&v, 4, 8));
-        shape.forward(q, k, v, &[0], &[1], &[1.0], MatMut::new(&mut y, 1, 8));
+        shape.forward(q, Rows::Dense(k), Rows::Dense(v), &[0], &[1], &[1.0], MatMut::new(&mut y, 1, 8));
         assert!(y.iter().all(|&y| (y - (1.0 - off_by_one)).abs() < 1e-6), "{y:?}");
     }
 }
@@ -530,5 +531,89 @@ fn dense_attention_matches_reference() {
             DenseAttention { batch: 2, t: 33, heads: 64, kv_heads: 1, dim: 8, ..base },
         ];
         cases.into_iter().for_each(check_dense_attention);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Paged memories
+
+/// An array that pretends to be pages.
+struct Pages<'a>(&'a [f32], RowShape, usize);
+
+impl ChunkRows for Pages<'_> {
+    fn read(&self, seq: usize, head: usize, first: usize, chunks: usize, out: &mut [f32]) {
+        let (shape, heads) = (self.1, self.2);
+        let rows = (seq * shape.chunks + first) * shape.per_chunk;
+        for (r, out) in out.chunks_exact_mut(shape.dim).take(chunks * shape.per_chunk).enumerate() {
+            out.copy_from_slice(&self.0[((rows + r) * heads + head) * shape.dim..][..shape.dim]);
+        }
+    }
+}
+
+/// A paged memory gives the bits of the same memory as an array, and so does one cut for few tokens.
+#[test]
+fn pages_are_the_array() {
+    let mut rng = ChaCha8Rng::seed_from_u64(11);
+    for (n, l, heads, dim, chunks, chunk) in
+        [(2, 5, 2, 8, 40, 2), (1, 200, 1, 20, 700, 1), (2, 1, 2, 16, 40_000, 1), (1, 3, 1, 4, 70_000, 1)]
+    {
+        let shape = RowShape { chunks, per_chunk: 1, dim };
+        let q = random(&mut rng, n * l * heads * dim);
+        let landmarks: Vec<f32> = random(&mut rng, n * chunks * heads * dim).iter().map(|x| (x * 4.0).round()).collect();
+        let s = Selection {
+            n,
+            l,
+            heads,
+            dim,
+            chunks,
+            k: 6,
+            chunk,
+            scale: 0.5,
+            order: Order::Recent,
+            weighting: Weighting::StickBreaking,
+        };
+        let start = vec![(chunks * chunk) as i32; n];
+        let q = Mat::new(&q, n * l, heads * dim);
+        let whole = select(&s, q, &landmarks, &start);
+        let pages = Pages(&landmarks, shape, heads);
+        let rows = n * l * heads;
+        let (mut i, mut c, mut w, mut sc) =
+            (vec![0; rows * s.k], vec![0; rows], vec![0.0; rows * s.k], vec![0.0; rows * s.k]);
+        s.forward(q, Rows::Paged(&pages), &start, &mut i, &mut c, &mut w, &mut sc);
+        assert!(i == whole.indices && c == whole.count && bits(&w) == bits(&whole.weights));
+        // What a plain search finds: larger scores first, then smaller chunks.
+        for row in 0..rows {
+            let (t, h) = (row / heads, row % heads);
+            let score = |c: usize| -> f64 {
+                let lm = &landmarks[((t / l * chunks + c) * heads + h) * dim..][..dim];
+                q.row(t)[h * dim..][..dim].iter().zip(lm).map(|(a, b)| *a as f64 * *b as f64).sum()
+            };
+            let worst = i[row * s.k..][..s.k].iter().map(|&c| score(c as usize)).fold(f64::INFINITY, f64::min);
+            let better = (0..chunks).filter(|&c| score(c) > worst + 1e-4).count();
+            assert!(better < s.k, "row {row} left out a better chunk");
+        }
+
+        let shape = RowShape { chunks, per_chunk: 2, dim };
+        let (k, v) = (random(&mut rng, n * chunks * 2 * heads * dim), random(&mut rng, n * chunks * 2 * heads * dim));
+        let a = ChunkAttention {
+            n,
+            l,
+            keys: chunks * 2,
+            heads,
+            kv_heads: heads,
+            dim,
+            k: s.k,
+            chunk: 2,
+            scale: 0.3,
+            off_by_one: 0.0,
+        };
+        let run = |k: Rows, v: Rows| {
+            let mut y = vec![f32::NAN; n * l * heads * dim];
+            a.forward(q, k, v, &i, &c, &w, MatMut::new(&mut y, n * l, heads * dim));
+            bits(&y)
+        };
+        let dense = |x| Rows::Dense(Mat::new(x, n * chunks * 2, heads * dim));
+        let (pk, pv) = (Pages(&k, shape, heads), Pages(&v, shape, heads));
+        assert_eq!(run(dense(&k), dense(&v)), run(Rows::Paged(&pk), Rows::Paged(&pv)));
     }
 }

@@ -1,7 +1,7 @@
 //! An operand or result of a kernel: a pointer with its bound type.
 
 use crate::tensor::{Data, Tensor};
-use rambac_cpu::{Mat, MatMut};
+use rambac_cpu::{ChunkRows, Mat, MatMut, Rows};
 use rambac_ir::ty::ConcreteTy;
 use rambac_ir::{DType, HostArray};
 
@@ -12,6 +12,7 @@ pub struct Arg<'a> {
     pub ty: &'a ConcreteTy,
     /// `(cols, stride)`; `None`: contiguous.
     strided: Option<(usize, usize)>,
+    pages: Option<&'a dyn ChunkRows>,
 }
 
 // SAFETY: see the struct's comment.
@@ -20,7 +21,10 @@ unsafe impl Send for Arg<'_> {}
 
 impl<'a> Arg<'a> {
     pub(crate) fn new(base: *mut u8, offset: usize, ty: &'a ConcreteTy, strided: Option<(usize, usize)>) -> Self {
-        Self { ptr: base.wrapping_add(offset * ty.dtype.size()), ty, strided }
+        Self { ptr: base.wrapping_add(offset * ty.dtype.size()), ty, strided, pages: None }
+    }
+    pub(crate) fn paged(ty: &'a ConcreteTy, pages: &'a dyn ChunkRows) -> Self {
+        Self { ptr: std::ptr::null_mut(), ty, strided: None, pages: Some(pages) }
     }
     pub fn shape(&self) -> &[usize] {
         &self.ty.shape
@@ -43,7 +47,15 @@ impl<'a> Arg<'a> {
     }
 
     fn check(&self, dtype: DType) {
+        assert!(self.pages.is_none(), "BUG: a kernel that knows no pages got them");
         assert_eq!(self.ty.dtype, dtype, "BUG: a kernel asked {} for {dtype}", self.ty);
+    }
+    /// As [`mat`](Self::mat), or the pages where they stand for the array.
+    pub fn chunk_rows(&self, cols: usize) -> Rows<'_> {
+        match self.pages {
+            Some(pages) => Rows::Paged(pages),
+            None => Rows::Dense(self.mat(cols)),
+        }
     }
     fn contiguous(&self) {
         assert!(self.strided.is_none(), "BUG: a kernel without strides got a strided {}", self.ty);

@@ -74,7 +74,7 @@ impl CpuKernel for Selection {
         };
         k.forward(
             x[0].mat(width(&x[0])),
-            x[1].f32(),
+            x[1].chunk_rows(width(&x[1])),
             x[2].i32(),
             y[0].i32_mut(),
             y[1].i32_mut(),
@@ -137,8 +137,8 @@ impl CpuKernel for ChunkAttention {
         let (q, kv) = (width(&x[0]), width(&x[1]));
         chunked(x, self.chunk, self.scale, self.off_by_one).forward(
             x[0].mat(q),
-            x[1].mat(kv),
-            x[2].mat(kv),
+            x[1].chunk_rows(kv),
+            x[2].chunk_rows(kv),
             x[3].i32(),
             x[4].i32(),
             x[5].f32(),

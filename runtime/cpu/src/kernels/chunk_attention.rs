@@ -21,7 +21,7 @@ use super::attn_micro::{
 };
 use super::inverted_index::InvertedIndex;
 use crate::par::{SharedMut, with_scratch};
-use crate::{Mat, MatMut};
+use crate::{Mat, MatMut, RowShape, Rows};
 
 /// Query rows (pair, head) of one tile: its operands fit the first-level cache.
 const ROWS: usize = 48;
@@ -61,8 +61,8 @@ pub struct ChunkAttention {
 #[derive(Clone, Copy)]
 struct Inputs<'a> {
     q: Mat<'a>,
-    k: Mat<'a>,
-    v: Mat<'a>,
+    k: Rows<'a>,
+    v: Rows<'a>,
     indices: &'a [i32],
     count: &'a [i32],
     weights: &'a [f32],
@@ -106,14 +106,24 @@ struct Plan {
     slabs: Vec<Slab>,
     shared: Vec<Shared>,
     partials: usize,
+    numbers: Numbers,
+}
+
+/// Chunks numbered by what a segment chose, so that nothing is as long as the memory.
+#[derive(Default)]
+struct Numbers {
+    /// The chosen chunks in order; empty where the segment uses the memory's own numbers.
+    chosen: Vec<i32>,
+    /// The selection in these numbers.
+    local: Vec<i32>,
 }
 
 impl Plan {
     fn rebuild(&mut self, shape: &ChunkAttention, inputs: &Inputs, segment: Segment) {
-        let chunks = shape.keys / shape.chunk;
         let (row, rows) =
             ((segment.seq * shape.l + segment.token) * shape.kv_heads, segment.n * segment.l * shape.kv_heads);
         let (count, indices) = (&inputs.count[row..][..rows], &inputs.indices[row * shape.k..][..rows * shape.k]);
+        let (chunks, indices) = self.numbers.rebuild(indices, count, shape.k, shape.keys / shape.chunk);
         self.index.rebuild(indices, count, segment.n, segment.l, shape.kv_heads, shape.k, chunks);
         self.slabs.clear();
         self.shared.clear();
@@ -139,10 +149,35 @@ impl Plan {
     }
 }
 
+impl Numbers {
+    /// Chunks to index, and the selection among them.
+    fn rebuild<'a>(&'a mut self, indices: &'a [i32], count: &[i32], k: usize, chunks: usize) -> (usize, &'a [i32]) {
+        self.chosen.clear();
+        if chunks <= indices.len() {
+            return (chunks, indices);
+        }
+        self.chosen.extend(indices.chunks_exact(k.max(1)).zip(count).flat_map(|(i, &n)| &i[..n as usize]));
+        self.chosen.par_sort_unstable();
+        self.chosen.dedup();
+        self.local.resize(indices.len(), 0);
+        let chosen = &self.chosen;
+        self.local.par_iter_mut().zip(indices).with_min_len(1024).for_each(|(local, i)| {
+            // Unfilled slots are never read.
+            *local = chosen.partition_point(|c| c < i) as i32;
+        });
+        (self.chosen.len(), &self.local)
+    }
+
+    /// The chunk that is called `chunk` here.
+    fn global(&self, chunk: usize) -> usize {
+        self.chosen.get(chunk).map_or(chunk, |&c| c as usize)
+    }
+}
+
 impl ChunkAttention {
     /// Attention; `y` is overwritten, with zeros for tokens that selected nothing.
     #[allow(clippy::too_many_arguments)]
-    pub fn forward(&self, q: Mat, k: Mat, v: Mat, indices: &[i32], count: &[i32], weights: &[f32], y: MatMut) {
+    pub fn forward(&self, q: Mat, k: Rows, v: Rows, indices: &[i32], count: &[i32], weights: &[f32], y: MatMut) {
         let inputs = Inputs { q, k, v, indices, count, weights };
         self.check(&inputs);
         assert!(y.rows() == q.rows() && y.cols() == q.cols(), "BUG: y");
@@ -152,9 +187,9 @@ impl ChunkAttention {
             plan.rebuild(self, &inputs, segment);
             with_scratch(segment.n * segment.l * self.token_slots(), |slots| {
                 let shared = SharedMut::new(slots);
-                let index = &plan.index;
+                let plan = &plan;
                 plan.slabs.par_iter().for_each(|slab| {
-                    let task = SlabTask { shape: self, inputs: &inputs, segment, slab, index, slots: shared };
+                    let task = SlabTask { shape: self, inputs: &inputs, segment, slab, plan, slots: shared };
                     with_scratch(carved(&task.forward_sizes()), |scratch| {
                         arch.dispatch(ForwardSlab { task, scratch });
                     });
@@ -180,7 +215,7 @@ impl ChunkAttention {
         dv: MatMut,
         dweights: &mut [f32],
     ) {
-        let inputs = Inputs { q, k, v, indices, count, weights };
+        let inputs = Inputs { q, k: Rows::Dense(k), v: Rows::Dense(v), indices, count, weights };
         self.check(&inputs);
         assert!(dy.rows() == q.rows() && dy.cols() == q.cols(), "BUG: dy");
         assert!(dq.rows() == q.rows() && dq.cols() == q.cols(), "BUG: dq");
@@ -204,9 +239,9 @@ impl ChunkAttention {
             with_scratch(carved(&sizes), |workspace| {
                 let [slots, partials] = carve(workspace, sizes);
                 let (shared, parts) = (SharedMut::new(slots), SharedMut::new(partials));
-                let index = &plan.index;
+                let plan = &plan;
                 plan.slabs.par_iter().for_each(|slab| {
-                    let task = SlabTask { shape: self, inputs: &inputs, segment, slab, index, slots: shared };
+                    let task = SlabTask { shape: self, inputs: &inputs, segment, slab, plan, slots: shared };
                     with_scratch(carved(&task.backward_sizes()), |scratch| {
                         arch.dispatch(BackwardSlab { task, scratch, dy, dk: &dk, dv: &dv, dweights, partials: parts });
                     });
@@ -217,8 +252,9 @@ impl ChunkAttention {
                     let parts = partials[chunk.first * 2 * size..chunk.last * 2 * size].chunks_exact(2 * size);
                     for part in parts {
                         let (part_k, part_v) = part.split_at(size);
-                        self.add_to_chunk(&dk, segment.seq + chunk.seq, chunk.head, chunk.chunk, part_k);
-                        self.add_to_chunk(&dv, segment.seq + chunk.seq, chunk.head, chunk.chunk, part_v);
+                        let at = plan.numbers.global(chunk.chunk);
+                        self.add_to_chunk(&dk, segment.seq + chunk.seq, chunk.head, at, part_k);
+                        self.add_to_chunk(&dv, segment.seq + chunk.seq, chunk.head, at, part_v);
                     }
                 });
             });
@@ -230,10 +266,18 @@ impl ChunkAttention {
         assert!(self.chunk > 0, "BUG: chunks of no keys");
         assert!(x.q.rows() == self.n * self.l && x.q.cols() == self.heads * self.dim, "BUG: q");
         let (rows, cols) = (self.n * self.keys, self.kv_heads * self.dim);
-        assert!(x.k.rows() == rows && x.k.cols() == cols && x.v.rows() == rows && x.v.cols() == cols, "BUG: k, v");
+        for x in [x.k, x.v] {
+            if let Rows::Dense(x) = x {
+                assert!(x.rows() == rows && x.cols() == cols, "BUG: k, v");
+            }
+        }
         assert_eq!(x.count.len(), self.n * self.l * self.kv_heads, "BUG: counts");
         assert!(x.indices.len() == x.count.len() * self.k && x.weights.len() == x.indices.len(), "BUG: indices");
         assert!(x.count.iter().all(|&c| c >= 0 && c as usize <= self.k), "BUG: a count exceeds {}", self.k);
+    }
+
+    fn row_shape(&self) -> RowShape {
+        RowShape { chunks: self.keys / self.chunk, per_chunk: self.chunk, dim: self.dim }
     }
 
     /// Query heads per kv head.
@@ -354,7 +398,7 @@ struct SlabTask<'a> {
     inputs: &'a Inputs<'a>,
     segment: Segment,
     slab: &'a Slab,
-    index: &'a InvertedIndex,
+    plan: &'a Plan,
     slots: SharedMut<'a>,
 }
 
@@ -362,19 +406,20 @@ impl<'a> SlabTask<'a> {
     /// The slab's (token, slot) pairs, as many at a time as make a tile.
     fn tiles(&self) -> std::slice::Chunks<'a, u32> {
         let Slab { seq, head, chunk, first, last, .. } = *self.slab;
-        self.index.chosen_by(seq, head, chunk)[first..last].chunks(self.tile())
+        self.plan.index.chosen_by(seq, head, chunk)[first..last].chunks(self.tile())
     }
 
-    /// Kᵀ, V; queries, exponentials, outputs and denominators of a tile.
-    fn forward_sizes(&self) -> [usize; 6] {
+    /// Kᵀ, V; queries, exponentials, outputs and denominators of a tile; rows read from pages.
+    fn forward_sizes(&self) -> [usize; 7] {
         let (wide, width) = (padded(self.shape.dim), padded(self.shape.chunk));
         let rows = self.tile() * self.shape.group();
-        [self.shape.dim * width, self.shape.chunk * wide, rows * wide, rows * width, rows * wide, rows]
+        let loaded = self.inputs.k.scratch(self.shape.row_shape(), 1);
+        [self.shape.dim * width, self.shape.chunk * wide, rows * wide, rows * width, rows * wide, rows, loaded]
     }
 
     /// Kᵀ, Vᵀ, K, dK, dV; of a tile queries, dy, dq, exponentials, their gradient, dots and weights.
     fn backward_sizes(&self) -> [usize; 12] {
-        let [turned, keys, queries, square, _, rows] = self.forward_sizes();
+        let [turned, keys, queries, square, _, rows, _] = self.forward_sizes();
         [turned, turned, keys, keys, keys, queries, queries, queries, square, square, rows, rows]
     }
 
@@ -405,10 +450,13 @@ impl<'a> SlabTask<'a> {
 
     /// The rows of the slab's chunk and head in keys or values.
     #[inline(always)]
-    fn chunk(&self, x: Mat<'a>) -> Mat<'a> {
-        let shape = self.shape;
-        let first = (self.segment.seq + self.slab.seq) * shape.keys + self.slab.chunk * shape.chunk;
-        x.block(first, shape.chunk, self.slab.head * shape.dim, shape.dim)
+    fn chunk<'s>(&self, x: Rows<'a>, scratch: &'s mut [f32]) -> Mat<'s>
+    where
+        'a: 's,
+    {
+        let Slab { seq, head, chunk, .. } = *self.slab;
+        let place = (self.segment.seq + seq, head);
+        x.chunks(self.shape.row_shape(), place, self.plan.numbers.global(chunk), 1, scratch)
     }
 
     /// Copies the group's heads of every pair's token into padded rows.
@@ -457,9 +505,9 @@ impl WithSimd for ForwardSlab<'_> {
         let shape = task.shape;
         let (dim, chunk, group) = (shape.dim, shape.chunk, shape.group());
         let width = padded(chunk);
-        let [keys_t, values, q, s, o, sums] = carve(self.scratch, task.forward_sizes());
-        pack_transposed(task.chunk(task.inputs.k), width, keys_t);
-        pack_rows(task.chunk(task.inputs.v), 1.0, values);
+        let [keys_t, values, q, s, o, sums, loaded] = carve(self.scratch, task.forward_sizes());
+        pack_transposed(task.chunk(task.inputs.k, loaded), width, keys_t);
+        pack_rows(task.chunk(task.inputs.v, loaded), 1.0, values);
         let block = Block { keys: chunk, dim, zeros: shape.off_by_one, keys_t, rows: values, values_t: &[] };
         for pairs in task.tiles() {
             task.gather(pairs, task.inputs.q, shape.scale * LOG2_E, q);
@@ -491,9 +539,9 @@ impl WithSimd for BackwardSlab<'_> {
         let (width, keys) = (padded(chunk), chunk * padded(dim));
         let [keys_t, values_t, key_rows, dk, dv, q, dy, dq, s, ds, dots, weights] =
             carve(scratch, task.backward_sizes());
-        pack_transposed(task.chunk(task.inputs.k), width, keys_t);
-        pack_transposed(task.chunk(task.inputs.v), width, values_t);
-        pack_rows(task.chunk(task.inputs.k), 1.0, key_rows);
+        pack_transposed(task.chunk(task.inputs.k, &mut []), width, keys_t);
+        pack_transposed(task.chunk(task.inputs.v, &mut []), width, values_t);
+        pack_rows(task.chunk(task.inputs.k, &mut []), 1.0, key_rows);
         let block = Block { keys: chunk, dim, zeros: shape.off_by_one, keys_t, rows: key_rows, values_t };
         let mut first = true;
         for pairs in task.tiles() {
@@ -527,6 +575,7 @@ impl WithSimd for BackwardSlab<'_> {
         }
         dk.iter_mut().for_each(|x| *x *= LN_2);
         let Slab { seq, head, chunk, partial, .. } = *task.slab;
+        let chunk = task.plan.numbers.global(chunk);
         match partial {
             None => {
                 shape.add_to_chunk(self.dk, task.segment.seq + seq, head, chunk, dk);

@@ -15,12 +15,17 @@ use rayon::prelude::*;
 use super::attn_micro::{Left, Product, carve, carved, pack_row, pack_transposed, padded};
 use super::inverted_index::InvertedIndex;
 use crate::par::with_scratch;
-use crate::{Mat, MatMut};
+use crate::{Mat, MatMut, RowShape, Rows};
+use std::ops::Range;
 
 /// Tokens of one task.
 const TOKENS: usize = 128;
 /// Chunks scored at a time.
 const PANEL: usize = 64;
+/// Paged landmarks read at a time; a multiple of PANEL.
+const LOAD: usize = 256;
+/// Where few tokens meet more chunks than this, so many are one task; a multiple of LOAD.
+const SPLIT: usize = 1 << 14;
 
 /// How the selected scores become weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,7 +51,7 @@ pub enum Order {
 
 /// Shapes and rules of a selection.
 ///
-/// `q` is (n·l x heads·dim), landmarks are (n, chunks, heads, dim); indices, weights and scores (n, l, heads, k),
+/// `q` is (n·l x heads·dim), landmarks are (n, chunks, heads, dim) or paged; indices, weights and scores (n, l, heads, k),
 /// counts (n, l, heads).
 #[derive(Clone, Copy, Debug)]
 pub struct Selection {
@@ -76,42 +81,38 @@ impl Selection {
     pub fn forward(
         &self,
         q: Mat,
-        landmarks: &[f32],
+        landmarks: Rows,
         start: &[i32],
         indices: &mut [i32],
         count: &mut [i32],
         weights: &mut [f32],
         scores: &mut [f32],
     ) {
-        self.check(q, landmarks, indices, count);
+        self.check(q, indices, count);
+        if let Rows::Dense(x) = landmarks {
+            self.check_landmarks(x);
+        }
         assert_eq!(start.len(), self.n, "BUG: one start per sequence");
         assert!(weights.len() == indices.len() && scores.len() == indices.len(), "BUG: weights, scores");
         indices.fill(0);
         scores.fill(0.0);
-        let Selection { l, heads, dim, chunks, k, .. } = *self;
-        if self.n * l * heads == 0 {
+        count.fill(0);
+        let Selection { l, heads, k, .. } = *self;
+        if self.n * l * heads * k == 0 {
             return;
         }
-        if k == 0 {
-            count.fill(0);
+        let rows = l * heads;
+        let job = Job { rules: self, q, landmarks, start };
+        let furthest = start.iter().map(|&s| self.visible(s as usize + l - 1)).max().unwrap_or(0);
+        if l <= TOKENS && furthest > SPLIT {
+            job.split(furthest.div_ceil(SPLIT), indices, count, scores);
+            let outputs = (indices.par_chunks_mut(rows * k), count.par_chunks_mut(rows))
+                .into_par_iter()
+                .zip((weights.par_chunks_mut(rows * k), scores.par_chunks_mut(rows * k)));
+            outputs.for_each(|((indices, count), (weights, scores))| self.finish(indices, count, weights, scores));
             return;
         }
-        let panel = dim * PANEL;
-        let panels = chunks.div_ceil(PANEL);
-        let arch = Arch::new();
-        // Several blocks of tokens share the transposed landmarks; a single one transposes as it goes.
-        let shared = l > TOKENS;
-        with_scratch(if shared { self.n * heads * panels * panel } else { 0 }, |packed| {
-            if shared && panel > 0 {
-                packed.par_chunks_mut(panel).enumerate().for_each(|(i, out)| {
-                    let (seq, head, first) = (i / panels / heads, i / panels % heads, i % panels * PANEL);
-                    if first < self.visible(start[seq] as usize + l - 1) {
-                        pack_transposed(self.landmarks(landmarks, seq, head, first), PANEL, out);
-                    }
-                });
-            }
-            let packed = &*packed;
-            let rows = l * heads;
+        job.with_packed(|packed| {
             let sequences = (indices.par_chunks_mut(rows * k), count.par_chunks_mut(rows))
                 .into_par_iter()
                 .zip((weights.par_chunks_mut(rows * k), scores.par_chunks_mut(rows * k)));
@@ -121,37 +122,21 @@ impl Selection {
                     .into_par_iter()
                     .zip((weights.par_chunks_mut(rows * k), scores.par_chunks_mut(rows * k)));
                 blocks.enumerate().for_each(|(block, ((indices, count), (weights, scores)))| {
-                    let first = block * TOKENS;
-                    let q = q.block(seq * l + first, count.len() / heads, 0, heads * dim);
-                    let start = start[seq] as usize + first;
-                    let packed = shared.then(|| &packed[seq * heads * panels * panel..][..heads * panels * panel]);
-                    let tokens = TOKENS.min(l);
-                    let sizes = [tokens * padded(dim), panel, tokens * PANEL];
-                    with_scratch(carved(&sizes), |scratch| {
-                        let [rows, transposed, tile] = carve(scratch, sizes);
-                        for head in 0..heads {
-                            arch.dispatch(SelectBlock {
-                                rules: self,
-                                q: q.block(0, q.rows(), head * dim, dim),
-                                landmarks,
-                                packed,
-                                seq,
-                                head,
-                                start,
-                                rows,
-                                transposed,
-                                tile,
-                                indices,
-                                count,
-                                scores,
-                            });
-                        }
-                    });
-                    self.arrange(indices, count, scores);
-                    weigh(self.weighting, scores, count, k, weights);
+                    job.block(packed, (seq, block * TOKENS), 0..usize::MAX, indices, count, scores);
+                    self.finish(indices, count, weights, scores);
                 });
             });
         });
+    }
+
+    /// Puts lists into their order and weighs them.
+    fn finish(&self, indices: &mut [i32], count: &[i32], weights: &mut [f32], scores: &mut [f32]) {
+        self.arrange(indices, count, scores);
+        weigh(self.weighting, scores, count, self.k, weights);
+    }
+
+    fn row_shape(&self) -> RowShape {
+        RowShape { chunks: self.chunks, per_chunk: 1, dim: self.dim }
     }
 
     /// Gradients of `q` and the landmarks (both overwritten) from `dweights`, the gradient of the weights;
@@ -169,7 +154,8 @@ impl Selection {
         dq: MatMut,
         dlandmarks: &mut [f32],
     ) {
-        self.check(q, landmarks, indices, count);
+        self.check(q, indices, count);
+        self.check_landmarks(Mat::new(landmarks, self.n * self.chunks, self.heads * self.dim));
         let Selection { n, l, heads, dim, chunks, k, .. } = *self;
         assert!(dq.rows() == q.rows() && dq.cols() == q.cols(), "BUG: dq");
         assert_eq!(dlandmarks.len(), landmarks.len(), "BUG: dlandmarks");
@@ -210,19 +196,15 @@ impl Selection {
         });
     }
 
-    fn check(&self, q: Mat, landmarks: &[f32], indices: &[i32], count: &[i32]) {
+    fn check(&self, q: Mat, indices: &[i32], count: &[i32]) {
         assert!(self.chunk > 0, "BUG: chunks of no tokens");
         assert!(q.rows() == self.n * self.l && q.cols() == self.heads * self.dim, "BUG: q");
-        assert_eq!(landmarks.len(), self.n * self.chunks * self.heads * self.dim, "BUG: landmarks");
         assert_eq!(count.len(), self.n * self.l * self.heads, "BUG: counts");
         assert_eq!(indices.len(), count.len() * self.k, "BUG: indices");
     }
 
-    /// Up to [`PANEL`] landmarks of a head from chunk `first` on, as rows.
-    fn landmarks<'a>(&self, landmarks: &'a [f32], seq: usize, head: usize, first: usize) -> Mat<'a> {
-        let row = self.heads * self.dim;
-        let sequence = Mat::new(&landmarks[seq * self.chunks * row..][..self.chunks * row], self.chunks, row);
-        sequence.block(first, (self.chunks - first).min(PANEL), head * self.dim, self.dim)
+    fn check_landmarks(&self, x: Mat) {
+        assert!(x.rows() == self.n * self.chunks && x.cols() == self.heads * self.dim, "BUG: landmarks");
     }
 
     /// Puts lists that are best first into the final order.
@@ -246,19 +228,119 @@ impl Selection {
     }
 }
 
+/// What all tasks of a forward read.
+#[derive(Clone, Copy)]
+struct Job<'a> {
+    rules: &'a Selection,
+    q: Mat<'a>,
+    landmarks: Rows<'a>,
+    start: &'a [i32],
+}
+
+impl Job<'_> {
+    /// Several blocks of tokens share the transposed landmarks, (sequences, heads, panels, dim, PANEL); a single one
+    /// transposes as it goes, and so does everyone whose landmarks are paged: there may be too many to hold.
+    fn with_packed(&self, f: impl FnOnce(Option<&[f32]>)) {
+        let Selection { n, l, heads, dim, chunks, .. } = *self.rules;
+        let (Rows::Dense(_), true) = (self.landmarks, l > TOKENS) else { return f(None) };
+        let (panel, panels) = (dim * PANEL, chunks.div_ceil(PANEL));
+        with_scratch(n * heads * panels * panel, |packed| {
+            packed.par_chunks_mut(panel.max(1)).enumerate().for_each(|(i, out)| {
+                let (seq, head, first) = (i / panels / heads, i / panels % heads, i % panels * PANEL);
+                if first < self.rules.visible(self.start[seq] as usize + l - 1) {
+                    let rows = (chunks - first).min(PANEL);
+                    let lines = self.landmarks.chunks(self.rules.row_shape(), (seq, head), first, rows, &mut []);
+                    pack_transposed(lines, PANEL, out);
+                }
+            });
+            f(Some(packed));
+        });
+    }
+
+    /// Lists, best first, of the tokens from `first` on of sequence `seq`, among the chunks of `range`.
+    fn block(
+        &self,
+        packed: Option<&[f32]>,
+        (seq, first): (usize, usize),
+        range: Range<usize>,
+        indices: &mut [i32],
+        count: &mut [i32],
+        scores: &mut [f32],
+    ) {
+        let Selection { l, heads, dim, chunks, .. } = *self.rules;
+        let q = self.q.block(seq * l + first, count.len() / heads, 0, heads * dim);
+        let panel = dim * PANEL;
+        let of_sequence = heads * chunks.div_ceil(PANEL) * panel;
+        let packed = packed.map(|all| &all[seq * of_sequence..][..of_sequence]);
+        let sizes = [
+            q.rows() * padded(dim),
+            self.landmarks.scratch(self.rules.row_shape(), LOAD),
+            panel,
+            q.rows() * PANEL,
+        ];
+        with_scratch(carved(&sizes), |scratch| {
+            let [rows, loaded, transposed, tile] = carve(scratch, sizes);
+            for head in 0..heads {
+                Arch::new().dispatch(SelectBlock {
+                    rules: self.rules,
+                    q: q.block(0, q.rows(), head * dim, dim),
+                    landmarks: self.landmarks,
+                    packed,
+                    place: (seq, head),
+                    start: self.start[seq] as usize + first,
+                    range: range.clone(),
+                    rows,
+                    loaded,
+                    transposed,
+                    tile,
+                    indices,
+                    count,
+                    scores,
+                });
+            }
+        });
+    }
+
+    /// Few tokens before many chunks: parts of the chunks make lists side by side, which are merged in their order.
+    fn split(&self, parts: usize, indices: &mut [i32], count: &mut [i32], scores: &mut [f32]) {
+        let Selection { n, l, heads, k, .. } = *self.rules;
+        let rows = l * heads;
+        let mut lists = (vec![0; n * parts * rows * k], vec![0; n * parts * rows], vec![0.0; n * parts * rows * k]);
+        let tasks = lists.0.par_chunks_mut(rows * k).zip(lists.1.par_chunks_mut(rows));
+        tasks.zip(lists.2.par_chunks_mut(rows * k)).enumerate().for_each(|(i, ((indices, count), scores))| {
+            let first = i % parts * SPLIT;
+            self.block(None, (i / parts, 0), first..first + SPLIT, indices, count, scores);
+        });
+        for (row, count) in count.iter_mut().enumerate() {
+            let mut list =
+                List { indices: &mut indices[row * k..][..k], scores: &mut scores[row * k..][..k], count: 0 };
+            for part in 0..parts {
+                let from = (row / rows * parts + part) * rows + row % rows;
+                for i in from * k..from * k + lists.1[from] as usize {
+                    list.offer(lists.2[i], lists.0[i] as usize);
+                }
+            }
+            *count = list.count as i32;
+        }
+    }
+}
+
 /// Selection of one head for a block of tokens; leaves lists best first.
 struct SelectBlock<'a> {
     rules: &'a Selection,
     /// The block's queries of this head.
     q: Mat<'a>,
-    landmarks: &'a [f32],
+    landmarks: Rows<'a>,
     /// The sequence's transposed landmarks (heads, panels, dim, PANEL), if they were made beforehand.
     packed: Option<&'a [f32]>,
-    seq: usize,
-    head: usize,
+    /// Sequence and head.
+    place: (usize, usize),
     /// Position of the block's first token.
     start: usize,
+    /// Chunks to choose from; begins at a panel.
+    range: Range<usize>,
     rows: &'a mut [f32],
+    loaded: &'a mut [f32],
     transposed: &'a mut [f32],
     tile: &'a mut [f32],
     /// (tokens, heads, k).
@@ -272,20 +354,35 @@ impl WithSimd for SelectBlock<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let SelectBlock { rules, q, rows, transposed, tile, .. } = self;
+        let SelectBlock { rules, q, rows, loaded, transposed, tile, .. } = self;
         let Selection { heads, dim, chunks, k, .. } = *rules;
-        let (tokens, width) = (q.rows(), padded(dim));
+        let (tokens, width, head) = (q.rows(), padded(dim), self.place.1);
         for (t, row) in rows.chunks_exact_mut(width.max(1)).take(tokens).enumerate() {
             pack_row(q.row(t), rules.scale, row, dim);
         }
         for t in 0..tokens {
-            self.count[t * heads + self.head] = 0;
+            self.count[t * heads + head] = 0;
         }
-        for first in (0..rules.visible(self.start + tokens - 1)).step_by(PANEL) {
+        let end = rules.visible(self.start + tokens - 1).min(self.range.end);
+        for first in (self.range.start..end).step_by(PANEL) {
             let b = match self.packed {
-                Some(all) => &all[(self.head * chunks.div_ceil(PANEL) + first / PANEL) * dim * PANEL..][..dim * PANEL],
+                Some(all) => &all[(head * chunks.div_ceil(PANEL) + first / PANEL) * dim * PANEL..][..dim * PANEL],
                 None => {
-                    pack_transposed(rules.landmarks(self.landmarks, self.seq, self.head, first), PANEL, transposed);
+                    // Pages are read several panels at a time.
+                    let skip = (first - self.range.start) % LOAD;
+                    let lines = match self.landmarks {
+                        Rows::Paged(_) if skip > 0 => {
+                            let here = PANEL.min(end - first);
+                            Mat::new(&loaded[skip * dim..(skip + here) * dim], here, dim)
+                        }
+                        _ => {
+                            let many = if matches!(self.landmarks, Rows::Paged(_)) { LOAD } else { PANEL };
+                            let many = many.min(end - first);
+                            let all = self.landmarks.chunks(rules.row_shape(), self.place, first, many, loaded);
+                            all.block(0, many.min(PANEL), 0, dim)
+                        }
+                    };
+                    pack_transposed(lines, PANEL, transposed);
                     &*transposed
                 }
             };
@@ -304,7 +401,7 @@ impl WithSimd for SelectBlock<'_> {
             });
             for t in skip..tokens {
                 let visible = (rules.visible(self.start + t) - first).min(PANEL);
-                let row = t * heads + self.head;
+                let row = t * heads + head;
                 let mut list = List {
                     indices: &mut self.indices[row * k..][..k],
                     scores: &mut self.scores[row * k..][..k],
@@ -353,6 +450,15 @@ impl List<'_> {
             if score > self.scores[last] {
                 self.insert(score, first + at + i);
             }
+        }
+    }
+
+    /// Takes in a later chunk if there is room or it is better than the worst.
+    fn offer(&mut self, score: f32, chunk: usize) {
+        let full = self.count == self.indices.len();
+        if !full || score > self.scores[self.count - 1] {
+            self.count += usize::from(!full);
+            self.insert(score, chunk);
         }
     }
 
