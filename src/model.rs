@@ -1,11 +1,11 @@
 //! What MODEL means on the command line: a preset, a folder, a config, a checkpoint or an IR file.
 
+use crate::cli::{Chunks, StorePrecision};
 use crate::error::{Result, findings, warn, wrap};
 use miette::miette;
 use rambac_ir::Graph;
 use rambac_models::{Config, InitRule, canonical_name, init_tensor, preset};
 use rambac_runtime::checkpoint::{self, WeightsFolder};
-use crate::cli::{Chunks, StorePrecision};
 use rambac_runtime::chunk_store::Precision;
 use rambac_runtime::{SessionGraphs, SessionOptions, Store, Tensor, Tier};
 use std::path::{Path, PathBuf};

@@ -426,9 +426,8 @@ impl Session {
         let about: Vec<(&str, &str)> = about.iter().map(|(k, v)| (*k, v.as_str())).collect();
         let (target, new) = (state_path(path), state_path(path).with_extension("state.new"));
         write_safetensors(&new, &tensors, &about).map_err(StoreError::from)?;
-        std::fs::rename(&new, &target).map_err(|source| {
-            StoreError::Io { path: target.clone(), action: "put the new state here", source }.into()
-        })
+        std::fs::rename(&new, &target)
+            .map_err(|source| StoreError::Io { path: target.clone(), action: "put the new state here", source }.into())
     }
 
     fn resume(&mut self, path: &Path, geometry: Geometry, weights: u64) -> Result<(), SessionError> {

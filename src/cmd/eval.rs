@@ -186,11 +186,7 @@ pub fn passkey(
             }
             score.resident = score.resident.max(machine::rss());
             bar.inc(n as u64);
-            bar.set_message(format!(
-                "{}/{index} keys right, {} resident",
-                score.right,
-                show::bytes(machine::rss())
-            ));
+            bar.set_message(format!("{}/{index} keys right, {} resident", score.right, show::bytes(machine::rss())));
         }
         let answer = case.answer();
         let ids: Vec<i32> = answer[..DIGITS - 1].iter().map(|&b| b.into()).collect();

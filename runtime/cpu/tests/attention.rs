@@ -364,7 +364,15 @@ fn check_chunk_attention(s: ChunkAttention) {
     }
     let forward = || {
         let mut y = vec![f32::NAN; rows * width];
-        s.forward(q_mat, Rows::Dense(k_mat), Rows::Dense(v_mat), &indices, &count, &weights, MatMut::new(&mut y, rows, width));
+        s.forward(
+            q_mat,
+            Rows::Dense(k_mat),
+            Rows::Dense(v_mat),
+            &indices,
+            &count,
+            &weights,
+            MatMut::new(&mut y, rows, width),
+        );
         y
     };
     let backward = || {
@@ -559,7 +567,8 @@ fn pages_are_the_array() {
     {
         let shape = RowShape { chunks, per_chunk: 1, dim };
         let q = random(&mut rng, n * l * heads * dim);
-        let landmarks: Vec<f32> = random(&mut rng, n * chunks * heads * dim).iter().map(|x| (x * 4.0).round()).collect();
+        let landmarks: Vec<f32> =
+            random(&mut rng, n * chunks * heads * dim).iter().map(|x| (x * 4.0).round()).collect();
         let s = Selection {
             n,
             l,

@@ -166,15 +166,15 @@ impl ChunkStore {
             let first = self.chunks + done;
             let n = (PAGE - first % PAGE).min(new - done);
             for head in 0..heads {
-                let from = (done..done + n).flat_map(|c| &landmarks[(c * heads + head) * landmark_dim..][..landmark_dim]);
+                let from =
+                    (done..done + n).flat_map(|c| &landmarks[(c * heads + head) * landmark_dim..][..landmark_dim]);
                 self.write(Part::Landmarks, head, first, from)?;
             }
             for (part, x) in [(Part::Keys, k), (Part::Values, v)] {
                 // From token-major to head-major within the chunk.
                 let order = (done..done + n).flat_map(|c| (0..heads).map(move |h| (c, h)));
-                let from = order.flat_map(|(c, h)| {
-                    (0..chunk).flat_map(move |t| &x[(c * chunk + t) * row + h * dim..][..dim])
-                });
+                let from =
+                    order.flat_map(|(c, h)| (0..chunk).flat_map(move |t| &x[(c * chunk + t) * row + h * dim..][..dim]));
                 self.write(part, 0, first, from)?;
             }
             done += n;

@@ -130,9 +130,9 @@ impl Pages {
                 pages[number][at..at + bytes.len()].copy_from_slice(bytes);
                 Ok(())
             }
-            Pages::File { path, file, page } => {
-                file.write_all_at(bytes, (HEADER + number * *page + at) as u64).map_err(StoreError::io(path, "write it"))
-            }
+            Pages::File { path, file, page } => file
+                .write_all_at(bytes, (HEADER + number * *page + at) as u64)
+                .map_err(StoreError::io(path, "write it")),
         }
     }
 

@@ -272,12 +272,8 @@ impl Job<'_> {
         let panel = dim * PANEL;
         let of_sequence = heads * chunks.div_ceil(PANEL) * panel;
         let packed = packed.map(|all| &all[seq * of_sequence..][..of_sequence]);
-        let sizes = [
-            q.rows() * padded(dim),
-            self.landmarks.scratch(self.rules.row_shape(), LOAD),
-            panel,
-            q.rows() * PANEL,
-        ];
+        let sizes =
+            [q.rows() * padded(dim), self.landmarks.scratch(self.rules.row_shape(), LOAD), panel, q.rows() * PANEL];
         with_scratch(carved(&sizes), |scratch| {
             let [rows, loaded, transposed, tile] = carve(scratch, sizes);
             for head in 0..heads {
