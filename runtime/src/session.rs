@@ -194,7 +194,7 @@ impl Session {
                 states.push((slot.name.clone(), slot.ty.bind(&all).map_err(ExecError::from)?));
             }
         }
-        let fingerprint = if options.tier == Tier::Ram { 0 } else { fingerprint(&s.store) };
+        let fingerprint = if options.tier == Tier::Ram { 0 } else { fingerprint(&s.store, &[]) };
         for (name, ty) in states {
             s.store.insert(name.clone(), Tensor::zeros(&ty));
             s.states.push(name);
@@ -278,13 +278,15 @@ impl Session {
             return self.run(seqs, ids, flash);
         }
         // The programs carry the states of whole batches: those of the others step aside.
-        let aside: Vec<Tensor> = self.states.iter().map(|name| self.store.0[name].clone()).collect();
         let (all, rows) = (self.sequences.len(), seqs.clone());
-        for (name, whole) in self.states.iter().zip(&aside) {
+        let mut aside = vec![];
+        for name in &self.states {
+            let whole = self.store.0.remove(name).expect("BUG: states are in the store");
             let (size, mut shape) = (whole.len() / all, whole.shape.clone());
             shape[0] = rows.len();
             let part = whole.as_f32().expect("BUG: states are floats")[rows.start * size..rows.end * size].to_vec();
             self.store.insert(name.clone(), Tensor::f32(&shape, part));
+            aside.push(whole);
         }
         let result = self.run(seqs, ids, flash);
         for (name, mut whole) in self.states.iter().zip(aside) {
@@ -416,12 +418,10 @@ impl Session {
             let t = &self.store.0[name];
             tensors.push(Saved::f32(name.as_str(), &t.shape, t.as_f32().expect("BUG: states are floats")));
         }
-        let mut params = self.store.clone();
-        self.states.iter().for_each(|name| drop(params.0.remove(name)));
         let about = [
             ("position", x.position.to_string()),
             ("chunks", chunks.chunks().to_string()),
-            ("weights", fingerprint(&params).to_string()),
+            ("weights", fingerprint(&self.store, &self.states).to_string()),
         ];
         let about: Vec<(&str, &str)> = about.iter().map(|(k, v)| (*k, v.as_str())).collect();
         let (target, new) = (state_path(path), state_path(path).with_extension("state.new"));
@@ -467,11 +467,11 @@ fn state_path(path: &Path) -> PathBuf {
     name.into()
 }
 
-/// A number that other weights would hardly have: FNV-1a over names and bits.
-fn fingerprint(params: &Store) -> u64 {
+/// A number that other weights would hardly have: FNV-1a over names and bits of all that is no state.
+fn fingerprint(store: &Store, states: &[String]) -> u64 {
     let mut h = 0xcbf2_9ce4_8422_2325u64;
     let mut mix = |x: u64| h = (h ^ x).wrapping_mul(0x0100_0000_01b3);
-    for (name, t) in &params.0 {
+    for (name, t) in store.0.iter().filter(|(name, _)| !states.contains(name)) {
         name.bytes().for_each(|b| mix(b.into()));
         t.as_f32().unwrap_or_default().iter().for_each(|x| mix(x.to_bits().into()));
     }
