@@ -5,6 +5,7 @@
 
 use super::{Arg, CpuKernel, KernelError};
 use rambac_cpu::kernels::vmath;
+use rambac_cpu::simd::dispatch;
 use rambac_ir::DType;
 use rambac_ir::ops::*;
 use rayon::prelude::*;
@@ -141,10 +142,10 @@ fn unary(f: UnaryFn, x: &[f32], y: &mut [f32]) {
     }
 }
 
-fn binary(arch: pulp::Arch, f: BinaryFn, a: &[f32], b: &[f32], y: &mut [f32]) {
+fn binary(f: BinaryFn, a: &[f32], b: &[f32], y: &mut [f32]) {
     macro_rules! each {
         ($e:expr) => {
-            arch.dispatch(|| y.iter_mut().zip(a.iter().zip(b)).for_each(|(y, (a, b))| *y = $e(*a, *b)))
+            dispatch(|| y.iter_mut().zip(a.iter().zip(b)).for_each(|(y, (a, b))| *y = $e(*a, *b)))
         };
     }
     match f {
@@ -163,12 +164,12 @@ fn binary(arch: pulp::Arch, f: BinaryFn, a: &[f32], b: &[f32], y: &mut [f32]) {
     }
 }
 
-fn step(arch: pulp::Arch, inst: &MapInst, args: [&[f32]; 3], y: &mut [f32]) {
+fn step(inst: &MapInst, args: [&[f32]; 3], y: &mut [f32]) {
     match inst.f {
         MapFn::Const(c) => y.fill(c as f32),
         MapFn::Unary(f) => unary(f, args[0], y),
-        MapFn::Binary(f) => binary(arch, f, args[0], args[1], y),
-        MapFn::Where => arch.dispatch(|| {
+        MapFn::Binary(f) => binary(f, args[0], args[1], y),
+        MapFn::Where => dispatch(|| {
             for i in 0..y.len() {
                 y[i] = if args[0][i] != 0.0 { args[1][i] } else { args[2][i] };
             }
@@ -184,7 +185,6 @@ impl CpuKernel for FusedMap {
         let n = y[0].len();
         let shape = y[0].shape();
         let ix: Vec<Index> = x.iter().map(|a| index(a.shape(), shape)).collect();
-        let arch = pulp::Arch::new();
         let regs = x.len() + self.body.len();
         // Blocks are cut by the size alone, so any number of threads gives the same bits.
         let work = |blocks: std::ops::Range<usize>, file: &mut Vec<f32>| {
@@ -201,7 +201,7 @@ impl CpuKernel for FusedMap {
                         Some(&r) => &done[r as usize * BLOCK..][..len],
                         None => &[][..],
                     };
-                    step(arch, inst, [arg(0), arg(1), arg(2)], &mut rest[..len]);
+                    step(inst, [arg(0), arg(1), arg(2)], &mut rest[..len]);
                 }
                 for (out, &r) in y.iter().zip(&self.outs) {
                     // SAFETY: blocks are disjoint; an operand that shares the buffer was read above.

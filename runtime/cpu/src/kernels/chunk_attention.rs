@@ -21,7 +21,7 @@ use super::attn_micro::{
 };
 use super::inverted_index::InvertedIndex;
 use crate::par::{SharedMut, with_scratch};
-use crate::{Mat, MatMut, RowShape, Rows};
+use crate::{Mat, MatMut, RowShape, Rows, simd};
 
 /// Query rows (pair, head) of one tile: its operands fit the first-level cache.
 const ROWS: usize = 48;
@@ -181,7 +181,7 @@ impl ChunkAttention {
         let inputs = Inputs { q, k, v, indices, count, weights };
         self.check(&inputs);
         assert!(y.rows() == q.rows() && y.cols() == q.cols(), "BUG: y");
-        let arch = Arch::new();
+        let arch = simd::arch();
         let mut plan = Plan::default();
         for segment in self.segments() {
             plan.rebuild(self, &inputs, segment);
@@ -230,7 +230,7 @@ impl ChunkAttention {
         });
         dweights.fill(0.0);
         let dweights = SharedMut::new(dweights);
-        let arch = Arch::new();
+        let arch = simd::arch();
         let mut plan = Plan::default();
         for segment in self.segments() {
             plan.rebuild(self, &inputs, segment);

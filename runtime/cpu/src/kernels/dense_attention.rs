@@ -5,14 +5,14 @@
 //! One task per (sequence, kv head): its keys are one block of `attn_micro`, so the softmax
 //! needs no rescaling, and the backward recomputes it and sums dK and dV inside the task in token order.
 
-use pulp::{Arch, Simd, WithSimd};
+use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::attn_micro::{
     Attend, AttendBackward, Block, LN_2, LOG2_E, carve, carved, pack_row, pack_rows, pack_transposed, padded,
 };
 use crate::par::with_scratch;
-use crate::{Mat, MatMut};
+use crate::{Mat, MatMut, simd};
 
 /// Query rows (token, head) of one tile.
 const ROWS: usize = 48;
@@ -36,7 +36,7 @@ impl DenseAttention {
     pub fn forward(&self, q: Mat, k: Mat, v: Mat, y: MatMut) {
         self.check(q, k, v);
         assert!(y.rows() == q.rows() && y.cols() == q.cols(), "BUG: y");
-        let arch = Arch::new();
+        let arch = simd::arch();
         self.tasks().for_each(|(seq, head)| {
             with_scratch(carved(&self.forward_sizes()), |scratch| {
                 arch.dispatch(Forward {
@@ -58,7 +58,7 @@ impl DenseAttention {
         assert!(dy.rows() == q.rows() && dy.cols() == q.cols(), "BUG: dy");
         assert!(dq.rows() == q.rows() && dq.cols() == q.cols(), "BUG: dq");
         assert!([&dk, &dv].iter().all(|x| x.rows() == k.rows() && x.cols() == k.cols()), "BUG: dk, dv");
-        let arch = Arch::new();
+        let arch = simd::arch();
         self.tasks().for_each(|(seq, head)| {
             with_scratch(carved(&self.backward_sizes()), |scratch| {
                 arch.dispatch(Backward {

@@ -9,13 +9,13 @@
 //! insertion.  Invariants: equal scores are won by the smaller chunk index; unfilled slots hold index 0, weight 0,
 //! score 0; the choice itself has no gradient.
 
-use pulp::{Arch, Simd, WithSimd};
+use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::attn_micro::{Left, Product, carve, carved, pack_row, pack_transposed, padded};
 use super::inverted_index::InvertedIndex;
 use crate::par::with_scratch;
-use crate::{Mat, MatMut, RowShape, Rows};
+use crate::{Mat, MatMut, RowShape, Rows, simd};
 use std::ops::Range;
 
 /// Tokens of one task.
@@ -160,7 +160,7 @@ impl Selection {
         assert!(dq.rows() == q.rows() && dq.cols() == q.cols(), "BUG: dq");
         assert_eq!(dlandmarks.len(), landmarks.len(), "BUG: dlandmarks");
         assert!([scores, weights, dweights].iter().all(|x| x.len() == indices.len()), "BUG: scores, weights");
-        let arch = Arch::new();
+        let arch = simd::arch();
         let mut ds = vec![0.0; indices.len()];
         if k > 0 && heads > 0 {
             // The slope of the scores, times the scale: what each pair contributes.
@@ -277,7 +277,7 @@ impl Job<'_> {
         with_scratch(carved(&sizes), |scratch| {
             let [rows, loaded, transposed, tile] = carve(scratch, sizes);
             for head in 0..heads {
-                Arch::new().dispatch(SelectBlock {
+                simd::dispatch(SelectBlock {
                     rules: self.rules,
                     q: q.block(0, q.rows(), head * dim, dim),
                     landmarks: self.landmarks,

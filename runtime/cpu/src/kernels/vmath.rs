@@ -1,14 +1,15 @@
 //! Vectorised unary functions over slices, and the one-lane forms that other kernels fuse into their loops.
 //!
 //! `lane::*` are branch-free scalar functions generic over pulp's instruction set `S`; inlined into a loop inside
-//! `Arch::dispatch` they become vector code.  exp: Cody-Waite reduction and a degree-6 polynomial; log: fdlibm's
+//! `simd::dispatch` they become vector code.  exp: Cody-Waite reduction and a degree-6 polynomial; log: fdlibm's
 //! `logf` series; tanh: Cephes.  Errors are at most about 2 ulp (sin and cos: 2 ulp near zero, 1e-7 absolute).
 //! Invariant: the slice functions do not allocate and do not start threads.
 
 // Index loops over several arrays at once read like the formulas.
 #![allow(clippy::needless_range_loop)]
 
-use pulp::{Arch, Simd, WithSimd};
+use crate::simd::dispatch;
+use pulp::{Simd, WithSimd};
 
 /// Declares a function whose body is compiled once per instruction set and dispatched at run time.
 /// The lifetime is shared by all borrowed arguments; `S: Simd` is in scope in the body.
@@ -28,7 +29,7 @@ macro_rules! simd_fn {
                     $body
                 }
             }
-            pulp::Arch::new().dispatch(Op { $($arg,)* life: std::marker::PhantomData })
+            $crate::simd::dispatch(Op { $($arg,)* life: std::marker::PhantomData })
         }
     };
 }
@@ -348,11 +349,11 @@ impl WithSimd for Trig<'_> {
 /// Sine, x in radians.
 pub fn sin(x: &[f32], y: &mut [f32]) {
     assert_eq!(x.len(), y.len(), "BUG: {} inputs, {} outputs", x.len(), y.len());
-    Arch::new().dispatch(Trig { x, y, cosine: false });
+    dispatch(Trig { x, y, cosine: false });
 }
 
 /// Cosine, x in radians.
 pub fn cos(x: &[f32], y: &mut [f32]) {
     assert_eq!(x.len(), y.len(), "BUG: {} inputs, {} outputs", x.len(), y.len());
-    Arch::new().dispatch(Trig { x, y, cosine: true });
+    dispatch(Trig { x, y, cosine: true });
 }

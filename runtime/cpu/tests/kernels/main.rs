@@ -2,6 +2,7 @@
 
 mod common;
 mod conv;
+mod every_level;
 mod gemm;
 mod layers;
 mod scan;
