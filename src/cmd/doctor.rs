@@ -5,7 +5,7 @@ use crate::error::Result;
 use crate::machine;
 use crate::show;
 use rambac_cpu::kernels::gemm::matmul;
-use rambac_cpu::{Mat, MatMut};
+use rambac_cpu::{Mat, MatMut, simd};
 use serde_json::json;
 use std::io::{IsTerminal, Write};
 use std::path::Path;
@@ -29,7 +29,7 @@ struct Finding {
 
 /// Runs the verb.
 pub fn run(a: &Doctor, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
-    let all = [cpu(&pool), simd(), memory(), kernels(&pool), rates(&pool), temporary(), terminal(), gpu()];
+    let all = [cpu(&pool), vectors(), memory(), kernels(&pool), rates(&pool), temporary(), terminal(), gpu()];
     for f in &all {
         let state = match f.state {
             State::Good => "ok",
@@ -61,16 +61,23 @@ fn cpu(pool: &rayon::ThreadPool) -> Finding {
     }
 }
 
-fn simd() -> Finding {
+fn vectors() -> Finding {
+    let chosen = match simd::choose() {
+        Ok(level) => level.name(),
+        Err(e) => return Finding { state: State::Broken, topic: "vectors", text: e.to_string() },
+    };
+    let by = if std::env::var_os(simd::VARIABLE).is_some_and(|v| !v.is_empty()) { "as" } else { "the best here;" };
+    let change = if by == "as" { "says" } else { "chooses another" };
+    let running = format!("kernels run on {chosen}, {by} {} {change}", simd::VARIABLE);
     let all = machine::simd();
     let list = |wanted: bool| all.iter().filter(|s| s.1 == wanted).map(|s| s.0).collect::<Vec<_>>().join(", ");
     let (have, lack) = (list(true), list(false));
     let lack = if lack.is_empty() { String::new() } else { format!("; not {lack}") };
     if have.is_empty() {
-        let text = format!("none that the kernels know{lack}: portable code runs, several times slower");
+        let text = format!("none that the kernels know{lack}; {running}: several times slower");
         return Finding { state: State::Note, topic: "vectors", text };
     }
-    Finding { state: State::Good, topic: "vectors", text: format!("{have}{lack}") }
+    Finding { state: State::Good, topic: "vectors", text: format!("{have}{lack}; {running}") }
 }
 
 fn memory() -> Finding {

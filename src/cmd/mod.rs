@@ -11,11 +11,13 @@ mod inspect;
 mod train;
 
 use crate::cli::{Cli, Verb};
-use crate::error::Result;
+use crate::error::{Result, wrap};
 use std::process::ExitCode;
 
 /// Runs the verb that was given.
 pub fn run(cli: Cli) -> Result<ExitCode> {
+    // Before any kernel runs: a wrong name must not stop a run half-way.
+    rambac_cpu::simd::choose().map_err(wrap)?;
     let pool = crate::model::pool(cli.threads)?;
     match cli.verb {
         Verb::Demo(a) => demo::run(&a, pool),

@@ -1,6 +1,6 @@
 //! Bad input: every case is refused with status 1, names what is wrong, and says what to do.
 
-use crate::support::{copy, fixture, rambac, refuses, succeeds};
+use crate::support::{command, copy, fixture, rambac, refuses, succeeds};
 use rambac_ir::testing::Rng;
 use rambac_runtime::checkpoint::{TensorFile, TensorRef, write_safetensors};
 use std::fs;
@@ -375,4 +375,22 @@ fn usage() {
         assert_eq!(r.code, Some(2), "{args:?}: {}", r.err);
         assert!(r.err.contains("--help") || r.err.contains("Usage"), "{args:?}: {}", r.err);
     }
+}
+
+#[test]
+fn unknown_instruction_set() {
+    let run = |name: &str, verb: &[&str]| command(verb).env("RAMBAC_SIMD", name).output().unwrap();
+    for (name, part) in [("sse9", "names no instruction set; it may be portable"), ("AVX2", "names no instruction set")]
+    {
+        for verb in [&["doctor"][..], &["bench", "forward", "--preset", "tiny", "--len", "64"]] {
+            let r = run(name, verb);
+            let err = String::from_utf8_lossy(&r.stderr).split_whitespace().collect::<Vec<_>>().join(" ");
+            assert_eq!(r.status.code(), Some(1), "{err}");
+            assert!(err.contains(&format!("RAMBAC_SIMD={name}")) && err.contains(part), "{err}");
+            assert!(!err.contains("panicked") && !err.contains("BUG"), "{err}");
+        }
+    }
+    let r = run("portable", &["doctor"]);
+    let out = String::from_utf8_lossy(&r.stdout).split_whitespace().collect::<Vec<_>>().join(" ");
+    assert!(r.status.success() && out.contains("kernels run on portable, as RAMBAC_SIMD says"), "{out}");
 }

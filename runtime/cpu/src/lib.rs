@@ -7,11 +7,8 @@
 pub mod kernels;
 pub mod mat;
 pub mod par;
-<<<<<<< HEAD
 pub mod rows;
-=======
 pub mod simd;
->>>>>>> fd71b73 (wip)
 
 pub use mat::{Mat, MatMut};
 pub use rows::{ChunkRows, RowShape, Rows};

@@ -625,6 +625,7 @@ fn pages_are_the_array() {
         let (pk, pv) = (Pages(&k, shape, heads), Pages(&v, shape, heads));
         assert_eq!(run(dense(&k), dense(&v)), run(Rows::Paged(&pk), Rows::Paged(&pv)));
     }
+}
 
 #[test]
 fn every_level() {

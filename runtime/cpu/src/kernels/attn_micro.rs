@@ -549,17 +549,7 @@ mod tests {
             for transposed in [false, true] {
                 let left = if transposed { Left::transposed(&a, m) } else { Left::rows(&a, k + 1) };
                 let mut c = vec![1.0; m * n];
-                dispatch(Product {
-                    m,
-                    n,
-                    k,
-                    a: left,
-                    b: &b,
-                    b_row: n,
-                    c: &mut c,
-                    c_row: n,
-                    accumulate: transposed,
-                });
+                dispatch(Product { m, n, k, a: left, b: &b, b_row: n, c: &mut c, c_row: n, accumulate: transposed });
                 for i in 0..m {
                     for j in 0..n {
                         let mut x = if transposed { 1.0 } else { 0.0 };

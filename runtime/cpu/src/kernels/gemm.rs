@@ -1,8 +1,7 @@
 //! Dense matrix products.
 //!
-//! `matmul` cuts C in tiles and k in blocks, packs B once in panels of 64 columns, and runs `small`, a register-tiled
-//! micro-kernel on strided operands that other kernels use as well.  Tiles with a transposed A (weight gradients) go to
-//! the `gemm` crate, single-threaded: measured side by side on one core it is faster there, on the rest about equal.
+//! `matmul` cuts C in tiles and k in blocks, packs B once in panels of 64 columns, a transposed A tile by tile, and runs
+//! the micro-kernel of gemm_micro.rs.
 //! A long contraction with a small result (weight gradients: k = tokens) is cut in parts whose results are summed in
 //! order.  Few rows (decoding) stream B once, as matrix-vector products.
 //! Invariants: tile and part counts never depend on threads (bits do depend on the instruction set); C is overwritten
@@ -11,6 +10,7 @@
 // Index loops over several arrays at once read like the formulas.
 #![allow(clippy::needless_range_loop)]
 
+use super::gemm_micro::{Left, Small, small};
 use crate::par::{self, SharedMut};
 use crate::simd::dispatch;
 use crate::{Mat, MatMut};
@@ -128,6 +128,12 @@ impl Plan {
     }
 }
 
+/// Floats from one step of a packed A to the next: an odd number of cache lines, so that steps do not share the same few
+/// sets of the cache.
+fn step_of(m: usize) -> usize {
+    (m.div_ceil(16) | 1) * 16
+}
+
 impl Product {
     /// Rows `i..i+m`, columns `j..j+n`, contraction `p..p+k`.
     unsafe fn part(&self, i: usize, m: usize, j: usize, n: usize, p: usize, k: usize) -> Product {
@@ -159,7 +165,7 @@ impl Product {
         let plan = Plan::new(m, n, k);
         let step = plan.depth * plan.blocks;
         let (rows, cols, parts) = (m.div_ceil(plan.rows), n.div_ceil(plan.cols), k.div_ceil(step));
-        let pack = !self.transposed_a() && (self.bcs != 1 || m > UNPACKED_ROWS);
+        let pack = self.bcs != 1 || (!self.transposed_a() && m > UNPACKED_ROWS);
         let work = 2 * m * n * k;
         par::with_scratch(if pack { k * n.next_multiple_of(PANEL) } else { 0 }, |packed| {
             if pack {
@@ -208,30 +214,41 @@ impl Product {
         crs: usize,
         add: bool,
     ) {
-        if self.transposed_a() {
-            // SAFETY: the tile's ranges; C is row-major with unit column stride.
-            return unsafe { self.part(i, m, j, n, p, k).library(c, crs, add) };
-        }
-        for p0 in (p..p + k).step_by(depth) {
-            let kb = depth.min(p + k - p0);
-            let add = add || p0 > p;
-            // SAFETY: ranges inside the operands, and in the packed copy as laid out by `pack_b`.
-            unsafe {
-                let block = self.part(i, m, j, n, p0, kb);
-                for j0 in (0..n).step_by(PANEL) {
-                    let width = PANEL.min(n - j0);
-                    let b = match packed {
-                        // Panels of a block of k follow each other; all blocks before are full.
-                        Some(all) => {
-                            let wide = self.n.next_multiple_of(PANEL);
-                            (all[p0 * wide + (j + j0) * kb..].as_ptr(), PANEL)
-                        }
-                        None => (block.b.add(j0), block.brs),
-                    };
-                    small(m, width, kb, (block.a, block.ars, block.acs), b, (c.add(j0), crs), add);
+        // A transposed A is packed here, tile by tile, and so is a B that is not packed yet.
+        let turned = if self.transposed_a() { step_of(m) * depth } else { 0 };
+        let local = if turned > 0 && packed.is_none() { PANEL * depth } else { 0 };
+        par::with_scratch(turned + local, |scratch| {
+            let (left, right) = scratch.split_at_mut(turned);
+            for p0 in (p..p + k).step_by(depth) {
+                let kb = depth.min(p + k - p0);
+                let add = add || p0 > p;
+                // SAFETY: ranges inside the operands, and in the packed copies as laid out by `pack_a` and `pack_panel`.
+                unsafe {
+                    let block = self.part(i, m, j, n, p0, kb);
+                    let mut a = Left::strided(block.a, block.ars, block.acs);
+                    if turned > 0 {
+                        block.pack_a(left);
+                        a = Left::strided(left.as_ptr(), 1, step_of(m));
+                    }
+                    for j0 in (0..n).step_by(PANEL) {
+                        let width = PANEL.min(n - j0);
+                        let b = match packed {
+                            // Panels of a block of k follow each other; all blocks before are full.
+                            Some(all) => {
+                                let wide = self.n.next_multiple_of(PANEL);
+                                (all[p0 * wide + (j + j0) * kb..].as_ptr(), PANEL)
+                            }
+                            None if local > 0 => {
+                                block.part(0, 0, j0, width, 0, kb).pack_panel(&mut right[..kb * PANEL]);
+                                (right.as_ptr(), PANEL)
+                            }
+                            None => (block.b.add(j0), block.brs),
+                        };
+                        dispatch(Small { m, n: width, k: kb, a, b, c: (c.add(j0), crs), add });
+                    }
                 }
             }
-        }
+        });
     }
 
     /// A's columns, not its rows, are contiguous.
@@ -239,13 +256,13 @@ impl Product {
         self.acs != 1 && self.ars == 1
     }
 
-    /// The whole product by the gemm crate on this thread; it packs both operands.
-    unsafe fn library(&self, c: *mut f32, crs: usize, add: bool) {
-        let &Product { m, n, k, a, ars, acs, b, brs, bcs } = self;
-        let [crs, ars, acs, brs, bcs] = [crs, ars, acs, brs, bcs].map(|s| s as isize);
-        let alone = gemm::Parallelism::None;
-        // SAFETY: the caller's matrices.
-        unsafe { gemm::gemm(m, n, k, c, 1, crs, add, a, acs, ars, b, bcs, brs, 1.0, 1.0, false, false, false, alone) }
+    /// A compact copy of a transposed A's block: steps of m neighbours, [`step_of`] floats apart.
+    unsafe fn pack_a(&self, to: &mut [f32]) {
+        let &Product { m, k, .. } = self;
+        for (p, to) in to.chunks_exact_mut(step_of(m)).take(k).enumerate() {
+            // SAFETY: step p of Aᵀ has m elements.
+            to[..m].copy_from_slice(unsafe { std::slice::from_raw_parts(self.a.add(p * self.acs), m) });
+        }
     }
 
     /// B in blocks of `depth` steps, each in panels (depth, PANEL); columns beyond n are never read.
@@ -257,18 +274,23 @@ impl Product {
             let (p0, j0) = (t / panels * depth, t % panels * PANEL);
             let (kb, width) = (depth.min(k - p0), PANEL.min(n - j0));
             // SAFETY: one panel per task; reads stay inside B.
-            unsafe {
-                let to = out.slice(p0 * wide + j0 * kb, kb * PANEL);
-                let b = self.part(0, 0, j0, width, p0, kb);
-                if self.bcs == 1 {
-                    for (p, row) in to.chunks_exact_mut(PANEL).enumerate() {
-                        row[..width].copy_from_slice(std::slice::from_raw_parts(b.b.add(p * b.brs), width));
-                    }
-                } else {
-                    super::transpose::transpose_small(Mat::from_raw(b.b, width, kb, b.bcs), to, PANEL);
-                }
-            }
+            unsafe { self.part(0, 0, j0, width, p0, kb).pack_panel(out.slice(p0 * wide + j0 * kb, kb * PANEL)) };
         });
+    }
+
+    /// All of B, at most PANEL columns of it, as one panel.
+    unsafe fn pack_panel(&self, to: &mut [f32]) {
+        let &Product { n, k, .. } = self;
+        // SAFETY: reads stay inside B.
+        unsafe {
+            if self.bcs == 1 {
+                for (p, row) in to.chunks_exact_mut(PANEL).take(k).enumerate() {
+                    row[..n].copy_from_slice(std::slice::from_raw_parts(self.b.add(p * self.brs), n));
+                }
+            } else {
+                super::transpose::transpose_small(Mat::from_raw(self.b, n, k, self.bcs), to, PANEL);
+            }
+        }
     }
 
     /// m <= FEW_ROWS: B is read once, in parallel over its columns (or rows, if transposed).
@@ -385,151 +407,9 @@ super::vmath::simd_fn! {
     }
 }
 
-/// c (m x n) = a (m x k) b (k x n) [+ c] on one thread, without packing: for operands that fit the nearest caches.
-/// `a` is (pointer, row stride, column stride), `b` and `c` are (pointer, row stride) with unit column stride.
-///
-/// # Safety
-/// The strided matrices must be readable, `c` writable and disjoint from both.
-pub(crate) unsafe fn small(
-    m: usize,
-    n: usize,
-    k: usize,
-    a: (*const f32, usize, usize),
-    b: (*const f32, usize),
-    c: (*mut f32, usize),
-    add: bool,
-) {
-    dispatch(Small { m, n, k, a, b, c, add })
-}
-
-struct Small {
-    m: usize,
-    n: usize,
-    k: usize,
-    a: (*const f32, usize, usize),
-    b: (*const f32, usize),
-    c: (*mut f32, usize),
-    add: bool,
-}
-
-impl WithSimd for Small {
-    type Output = ();
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        // 6 x 4 vectors of results fill 32 registers, 6 x 2 fill 16.
-        let vectors = if S::REGISTER_COUNT >= 32 { 4 } else { 2 };
-        let mut j = 0;
-        while j < self.n {
-            let width = (self.n - j).min(vectors * S::F32_LANES);
-            let (count, tail) = (width.div_ceil(S::F32_LANES), width % S::F32_LANES);
-            // SAFETY: columns j..j+width exist.
-            unsafe {
-                match (count, tail) {
-                    (1, 0) => self.sweep::<S, 1, false>(simd, j, tail),
-                    (1, _) => self.sweep::<S, 1, true>(simd, j, tail),
-                    (2, 0) => self.sweep::<S, 2, false>(simd, j, tail),
-                    (2, _) => self.sweep::<S, 2, true>(simd, j, tail),
-                    (3, 0) => self.sweep::<S, 3, false>(simd, j, tail),
-                    (3, _) => self.sweep::<S, 3, true>(simd, j, tail),
-                    (_, 0) => self.sweep::<S, 4, false>(simd, j, tail),
-                    _ => self.sweep::<S, 4, true>(simd, j, tail),
-                }
-            }
-            j += width;
-        }
-    }
-}
-
-impl Small {
-    /// All rows of one panel of `NV` vectors of columns.
-    #[inline(always)]
-    unsafe fn sweep<S: Simd, const NV: usize, const TAIL: bool>(&self, simd: S, j: usize, tail: usize) {
-        let mut i = 0;
-        while i < self.m {
-            let rows = (self.m - i).min(6);
-            // SAFETY: rows i..i+rows exist.
-            unsafe {
-                match rows {
-                    1 => self.micro::<S, 1, NV, TAIL>(simd, i, j, tail),
-                    2 => self.micro::<S, 2, NV, TAIL>(simd, i, j, tail),
-                    3 => self.micro::<S, 3, NV, TAIL>(simd, i, j, tail),
-                    4 => self.micro::<S, 4, NV, TAIL>(simd, i, j, tail),
-                    5 => self.micro::<S, 5, NV, TAIL>(simd, i, j, tail),
-                    _ => self.micro::<S, 6, NV, TAIL>(simd, i, j, tail),
-                }
-            }
-            i += rows;
-        }
-    }
-
-    /// `MR` rows by `NV` vectors of C in registers; the last vector is partial (`tail` lanes) if `TAIL`.
-    #[inline(always)]
-    unsafe fn micro<S: Simd, const MR: usize, const NV: usize, const TAIL: bool>(
-        &self,
-        simd: S,
-        i: usize,
-        j: usize,
-        tail: usize,
-    ) {
-        let lanes = S::F32_LANES;
-        let (a, ars, acs) = self.a;
-        let mask = simd.mask_between_m32s(0, tail as u32);
-        let zero = simd.splat_f32s(0.0);
-        let mut acc = [[zero; NV]; MR];
-        // SAFETY: every access is inside the matrices; the partial vector is masked.
-        unsafe {
-            let (a, b, c) = (a.add(i * ars), self.b.0.add(j), self.c.0.add(i * self.c.1 + j));
-            for p in 0..self.k {
-                let (ap, bp) = (a.add(p * acs), b.add(p * self.b.1));
-                let mut bv = [zero; NV];
-                for v in 0..NV {
-                    bv[v] = if TAIL && v == NV - 1 {
-                        simd.mask_load_ptr_f32s(mask, bp.add(v * lanes))
-                    } else {
-                        bp.add(v * lanes).cast::<S::f32s>().read_unaligned()
-                    };
-                }
-                for r in 0..MR {
-                    let av = simd.splat_f32s(*ap.add(r * ars));
-                    for v in 0..NV {
-                        acc[r][v] = simd.mul_add_e_f32s(av, bv[v], acc[r][v]);
-                    }
-                }
-            }
-            for r in 0..MR {
-                for v in 0..NV {
-                    let at = c.add(r * self.c.1 + v * lanes);
-                    if TAIL && v == NV - 1 {
-                        let old = if self.add { simd.mask_load_ptr_f32s(mask, at) } else { zero };
-                        simd.mask_store_ptr_f32s(mask, at, simd.add_f32s(old, acc[r][v]));
-                    } else {
-                        let old = if self.add { at.cast::<S::f32s>().read_unaligned() } else { zero };
-                        at.cast::<S::f32s>().write_unaligned(simd.add_f32s(old, acc[r][v]));
-                    }
-                }
-            }
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn gemm_small_matches_dot_products() {
-        for (m, n, k) in [(1, 1, 1), (7, 19, 5), (13, 77, 31)] {
-            let a: Vec<f32> = (0..m * k).map(|i| (i as f32 * 0.7).sin()).collect();
-            let b: Vec<f32> = (0..k * n).map(|i| (i as f32 * 0.3).cos()).collect();
-            let mut c = vec![1.0f32; m * n];
-            // SAFETY: the matrices just made.
-            unsafe { small(m, n, k, (a.as_ptr(), k, 1), (b.as_ptr(), n), (c.as_mut_ptr(), n), true) };
-            for (i, got) in c.into_iter().enumerate() {
-                let dot: f64 = (0..k).map(|p| a[i / n * k + p] as f64 * b[p * n + i % n] as f64).sum();
-                assert!((got as f64 - 1.0 - dot).abs() < 1e-5, "{got} for {}", dot + 1.0);
-            }
-        }
-    }
 
     #[test]
     fn gemm_plan_cuts_long_contractions() {

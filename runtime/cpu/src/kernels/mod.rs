@@ -7,6 +7,7 @@ pub mod cross_entropy;
 pub mod dense_attention;
 pub mod embedding;
 pub mod gemm;
+mod gemm_micro;
 pub mod inverted_index;
 pub mod norm;
 pub mod reduce;

@@ -20,7 +20,7 @@
 // Index loops over several arrays at once read like the formulas.
 #![allow(clippy::needless_range_loop)]
 
-use super::gemm::small;
+use super::gemm_micro::small;
 use super::transpose::transpose_small;
 use super::vmath::{fold, lane, simd_fn};
 use crate::par::{self, SharedMut};

@@ -17,7 +17,7 @@
 // Index loops over several arrays at once read like the formulas.
 #![allow(clippy::needless_range_loop)]
 
-use super::gemm::small;
+use super::gemm_micro::small;
 use super::scan::{Decay, Layout, STRIP, SelectiveScan, Walk, add_lower, lower_product, reborrow, strip_end};
 use super::transpose::transpose_small;
 use super::vmath::{fold, lane, simd_fn};
