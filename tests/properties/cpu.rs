@@ -234,7 +234,7 @@ fn check_graph(g: &Graph, like: &Grown) -> Result<(), TestCaseError> {
 fn every_form(g: &Graph, like: &Grown) -> Result<(), TestCaseError> {
     check_graph(g, like)?;
     check_graph(&optimise(g, &Options::default()), like)?;
-    check_graph(&optimise(g, &Options { recompute: true }), like)
+    check_graph(&optimise(g, &Options { recompute: true, ..Options::default() }), like)
 }
 
 /// Turns some outputs into updates: of sources of their type, of each other's sources, of sources that are outputs too.

@@ -7,6 +7,7 @@ pub mod kernels;
 pub mod mat;
 pub mod par;
 pub mod rows;
+pub mod team;
 
 pub use mat::{Mat, MatMut};
 pub use rows::{ChunkRows, RowShape, Rows};
