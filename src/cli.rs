@@ -212,9 +212,28 @@ pub struct Eval {
     pub diagnose: bool,
     #[arg(long, default_value_t = 1)]
     pub seed: u64,
+    /// How the weights lie in memory; bf16 halves it and changes results a little
+    #[arg(long, value_enum, default_value_t = Weights::F32)]
+    pub weights: Weights,
     /// One JSON object per length
     #[arg(long)]
     pub json: bool,
+}
+
+/// How the weights of a model lie in memory.
+#[derive(Clone, Copy, ValueEnum, PartialEq, Eq, Debug)]
+pub enum Weights {
+    /// Single precision
+    F32,
+    /// Matrices and the embedding table in bf16, rounded if they are not stored so; sums stay in f32
+    Bf16,
+}
+
+impl Weights {
+    /// What it asks of the compiler.
+    pub fn options(self) -> rambac_passes::Options {
+        rambac_passes::Options { bf16_weights: self == Weights::Bf16, ..Default::default() }
+    }
 }
 
 /// `4096`, `64K`, `1M`.
@@ -242,6 +261,10 @@ pub enum Work {
     Attend,
     /// The Mamba-2 recurrence; forward and backward
     Scan,
+    /// Reading a text of --len tokens: every layer, and the last token's logits
+    Prefill,
+    /// One token after another, after a text of --len tokens: every layer and the logits
+    Decode,
 }
 
 /// A number of at least 1.
@@ -256,7 +279,8 @@ pub struct Bench {
     /// Model whose sizes to use: a preset, a folder with config.json, or a config
     #[arg(long, value_name = "MODEL", default_value = "small")]
     pub preset: String,
-    /// Tokens of a sequence
+    /// Tokens of a sequence; decode: of the random text that is read, untimed, before the timed tokens, so that a model
+    /// with chunks has that many tokens to choose from
     #[arg(long, default_value_t = 4096, value_parser = positive())]
     pub len: usize,
     /// Sequences
@@ -268,6 +292,9 @@ pub struct Bench {
     /// Compute activations again in the backward: less memory, more work
     #[arg(long)]
     pub recompute: bool,
+    /// How the weights lie in memory: forward, prefill and decode
+    #[arg(long, value_enum, default_value_t = Weights::F32)]
+    pub weights: Weights,
     /// Also the time per kind of op
     #[arg(long)]
     pub profile: bool,
@@ -361,6 +388,9 @@ pub struct Generate {
     /// tokenizer.json [default: the one in the folder, else bytes]
     #[arg(long, value_name = "FILE")]
     pub tokenizer: Option<PathBuf>,
+    /// How the weights lie in memory; bf16 halves it, is nearly twice as fast and changes predictions a little
+    #[arg(long, value_enum, default_value_t = Weights::F32)]
+    pub weights: Weights,
     /// Tokens of the prompt that are fed at once
     #[arg(long, default_value_t = 1024, value_parser = positive())]
     pub segment: usize,

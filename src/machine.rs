@@ -1,6 +1,7 @@
 //! What this machine is and how fast: what `bench` compares with and `doctor` prints.
 
 use rambac_cpu::kernels::gemm::matmul;
+use rambac_cpu::kernels::reduce::total;
 use rambac_cpu::{Mat, MatMut};
 use rayon::prelude::*;
 use std::time::{Duration, Instant};
@@ -8,6 +9,8 @@ use std::time::{Duration, Instant};
 /// Rates reached by plain work on all threads of a pool.
 #[derive(Clone, Copy, Debug)]
 pub struct Rates {
+    /// Of the pool.
+    pub threads: usize,
     /// FLOP/s of a 1024×1024×1024 product in f32.
     pub gemm: f64,
     /// Bytes read and written per second by copying 128 MiB.
@@ -16,7 +19,8 @@ pub struct Rates {
 
 /// Measures both, in about half a second: the best run counts, as others may be using the machine.
 pub fn rates(pool: &rayon::ThreadPool) -> Rates {
-    pool.install(|| Rates { gemm: gemm_rate(), copy: copy_rate() })
+    let threads = pool.current_num_threads();
+    pool.install(|| Rates { threads, gemm: gemm_rate(), copy: copy_rate() })
 }
 
 /// Shortest of the runs of `f` that fit in a quarter of a second, three at least, after one to warm up.
@@ -55,6 +59,21 @@ fn copy_rate() -> f64 {
     });
     std::hint::black_box(&to);
     2.0 * (LEN * size_of::<f32>()) as f64 / t
+}
+
+/// Bytes read per second by all threads of a pool, each from a part of its own of 1 GiB: far more than caches hold.
+/// Half of the free memory where that is less.  Takes about a second.
+pub fn read_rate(pool: &rayon::ThreadPool) -> f64 {
+    let bytes = memory().map_or(1 << 30, |(_, free)| (free / 2).min(1 << 30));
+    let threads = pool.current_num_threads();
+    let part = (bytes / size_of::<f32>() / threads).max(1);
+    let mut data = vec![0.0f32; part * threads];
+    pool.install(|| data.par_chunks_mut(part).for_each(|p| p.fill(1.0)));
+    let t = shortest(|| {
+        let sums = pool.broadcast(|c| total(&data[c.index() * part..][..part]));
+        std::hint::black_box(sums);
+    });
+    (data.len() * size_of::<f32>()) as f64 / t
 }
 
 /// Largest resident memory of this process so far, in bytes; 0 if the system does not tell.

@@ -1,13 +1,15 @@
 //! What MODEL means on the command line: a preset, a folder, a config, a checkpoint or an IR file.
 
-use crate::cli::{Chunks, StorePrecision};
+use crate::cli::{Chunks, StorePrecision, Weights};
 use crate::error::{Result, findings, warn, wrap};
 use miette::miette;
 use rambac_ir::Graph;
 use rambac_models::{Config, InitRule, canonical_name, init_tensor, preset};
+use rambac_passes::{Options, narrow};
 use rambac_runtime::checkpoint::{self, WeightsFolder};
 use rambac_runtime::chunk_store::Precision;
-use rambac_runtime::{SessionGraphs, SessionOptions, Store, Tensor, Tier};
+use rambac_runtime::{Bf16Data, SessionGraphs, SessionOptions, Store, Tensor, Tier};
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -83,11 +85,36 @@ pub fn config(name: &str) -> Result<(Config, Option<PathBuf>)> {
 /// # Errors
 /// Weights that do not belong to the configuration: every missing, unexpected or misshapen tensor is listed.
 pub fn parameters(config: &Config, weights: Option<&Path>, rule: InitRule, seed: u64) -> Result<Store> {
+    load(config, weights, rule, seed, &HashSet::new())
+}
+
+/// As [`parameters`], as `graphs` compiled with `options` want them: bf16 weights are never all there in f32.
+///
+/// # Errors
+/// As [`parameters`].
+pub fn parameters_for(
+    graphs: &SessionGraphs,
+    options: &Options,
+    config: &Config,
+    weights: Option<&Path>,
+) -> Result<Store> {
+    let all = [Some(&graphs.lower), graphs.chunks.as_ref(), graphs.upper.as_ref(), Some(&graphs.head)];
+    let bf16 = all.into_iter().flatten().filter(|_| options.bf16_weights).flat_map(narrow::narrowed).collect();
+    load(config, weights, InitRule::default(), 0, &bf16)
+}
+
+/// See [`parameters`]; those named in `bf16` in bf16.
+fn load(config: &Config, weights: Option<&Path>, rule: InitRule, seed: u64, bf16: &HashSet<&str>) -> Result<Store> {
     let specs = config.parameters_with(rule);
     let mut store = Store::default();
     let Some(path) = weights else {
         for s in &specs {
-            store.insert(s.name.clone(), Tensor::f32(&s.shape, init_tensor(s, seed)));
+            let values = init_tensor(s, seed);
+            let t = match bf16.contains(s.name.as_str()) {
+                true => Tensor::bf16(&s.shape, Bf16Data::round(&values)),
+                false => Tensor::f32(&s.shape, values),
+            };
+            store.insert(s.name.clone(), t);
         }
         return Ok(store);
     };
@@ -96,8 +123,14 @@ pub fn parameters(config: &Config, weights: Option<&Path>, rule: InitRule, seed:
     let ignored: &[&str] = if config.tie_word_embeddings { &["lm_head.weight"] } else { &[] };
     folder.check(specs.iter().map(|s| (s.name.as_str(), s.shape.as_slice())), ignored).map_err(wrap)?;
     for s in &specs {
-        let (shape, data) = folder.get_f32(&s.name).map_err(wrap)?;
-        store.insert(s.name.clone(), Tensor::f32(&shape, data));
+        let t = if bf16.contains(s.name.as_str()) {
+            let (shape, data) = folder.get_bf16(&s.name).map_err(wrap)?;
+            Tensor::bf16(&shape, data)
+        } else {
+            let (shape, data) = folder.get_f32(&s.name).map_err(wrap)?;
+            Tensor::f32(&shape, data)
+        };
+        store.insert(s.name.clone(), t);
     }
     Ok(store)
 }
@@ -121,8 +154,8 @@ pub fn session_graphs(c: &Config) -> Result<SessionGraphs> {
     })
 }
 
-/// What the flags say about the chunk store of `sequences` sequences.
-pub fn session_options(chunks: &Chunks, resume: Option<&Path>, sequences: usize) -> SessionOptions {
+/// What the flags say about a session of `sequences` sequences.
+pub fn session_options(chunks: &Chunks, resume: Option<&Path>, sequences: usize, weights: Weights) -> SessionOptions {
     let tier = match (resume, chunks.store.as_str()) {
         (Some(path), _) => Tier::Resume(path.into()),
         (None, "ram") => Tier::Ram,
@@ -132,7 +165,7 @@ pub fn session_options(chunks: &Chunks, resume: Option<&Path>, sequences: usize)
         StorePrecision::Bf16 => Precision::Bf16,
         StorePrecision::F32 => Precision::F32,
     };
-    SessionOptions { sequences, precision, tier }
+    SessionOptions { sequences, precision, tier, passes: weights.options() }
 }
 
 /// A pool of `threads` threads; 0 means one per core.

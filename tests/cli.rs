@@ -69,6 +69,7 @@ fn failures_have_status_1_and_say_what_to_do() {
     fails(&["explain", "tiny", "--train", "--dims", "N=1099511627776,L=65536"], &["overflows"]);
     fails(&["bench", "train", "--preset", "tiny", "--len", "17"], &["use --len 16"]);
     fails(&["bench", "attend", "--preset", "mamba2-130m"], &["selects no chunks"]);
+    fails(&["bench", "train", "--preset", "tiny", "--len", "16", "--weights", "bf16"], &["training updates f32"]);
     fails(&["bench", "train", "--preset", "3b", "--len", "1048576", "--batch", "64"], &["needs", "this machine has"]);
     fails(&["inspect", "nowhere"], &["nowhere"]);
     fails(&["generate", "tiny", "--prompt", "a"], &["no weights"]);
@@ -169,6 +170,8 @@ fn generate_depends_on_the_seed_alone() {
     assert_eq!(draw("1", "1024"), draw("1", "3"));
     assert_ne!(draw("1", "1024"), draw("2", "1024"));
     assert_eq!(ok(&["generate", &model, "--prompt", "x", "--tokens", "0"]), "\n");
+    let half = ["--weights", "bf16", "--temperature", "1"];
+    assert_eq!(text(&half), text(&[&half[..], &["--threads", "1", "--segment", "3"]].concat()));
 }
 
 #[test]
@@ -184,6 +187,22 @@ fn bench_and_doctor_measure() {
             let shares = lines.iter().filter(|l| l["profile"] == r["bench"]).filter_map(|l| l["share"].as_f64());
             assert!((shares.sum::<f64>() - 1.0).abs() < 1e-9);
         }
+    }
+    for what in ["prefill", "decode"] {
+        let of = |weights: &str| {
+            let args =
+                ["bench", what, "--preset", "tiny", "--len", "96", "--runs", "2", "--weights", weights, "--json"];
+            let line = json_lines(&args).remove(0);
+            let keys = ["tokens_per_s", "seconds", "flops", "bytes", "peak_bytes", "peak_rss_bytes", "read_fraction"];
+            keys.iter().for_each(|k| assert!(line[*k].as_f64().is_some_and(|v| v > 0.0), "{what}: {k} in {line}"));
+            assert_eq!((&line["bench"], &line["weights"]), (&what.into(), &weights.into()));
+            line
+        };
+        let (single, half) = (of("f32"), of("bf16"));
+        assert_eq!(single["flops"], half["flops"]);
+        // Most of what decoding reads is matrices.
+        let ratio = half["bytes"].as_f64().unwrap() / single["bytes"].as_f64().unwrap();
+        assert!(if what == "decode" { (0.5..0.6).contains(&ratio) } else { ratio < 1.0 }, "{what}: {ratio}");
     }
     assert!(ok(&["doctor"]).contains("CPU only"));
     assert!(json_lines(&["doctor", "--json"]).iter().all(|l| l["state"] != "broken"));

@@ -19,7 +19,7 @@ use rambac_ir::ops::SourceKind;
 use rambac_ir::testing::Rng;
 use rambac_ir::{Bindings, Graph, HostArray, text, verify};
 use rambac_passes::train_step::gradient_graph;
-use rambac_passes::{Options, PASSES, fuse_attention, fuse_selection, optimise, recompute};
+use rambac_passes::{Options, PASSES, fuse_attention, fuse_selection, narrow, optimise, recompute};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
@@ -89,6 +89,7 @@ fn passes(t: &FileTest, names: &[&str]) -> Result<String, String> {
                 g
             }
             "recompute" => recompute::recompute(&g),
+            "narrow" => narrow::narrow(&g),
             "optimise" => optimise(&g, &Options::default()),
             name => match PASSES.iter().find(|(n, _)| *n == name) {
                 Some((_, pass)) => pass(&g, &Options::default()),

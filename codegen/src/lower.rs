@@ -2,12 +2,13 @@
 //!
 //! Reshapes and slices become views where strides allow; operands of a concat are written in place by the kernels
 //! that make them; elementwise results overwrite operands that die; updates are written into their source's buffer.
-//! Where a kernel can't take a strided view, a copy step stands before it.
+//! Where a kernel can't take a strided view, a copy step stands before it.  A cast from bf16 to f32 is a step only where
+//! some reader of it has no kernel for bf16.
 
 use crate::program::*;
-use crate::traits::kernel_traits;
+use crate::traits::{kernel_traits, reads_bf16};
 use rambac_ir::ops::*;
-use rambac_ir::{Dim, Graph, NodeId, Ty, Value};
+use rambac_ir::{DType, Dim, Graph, NodeId, Ty, Value};
 use std::collections::HashMap;
 
 struct Lowering<'g> {
@@ -41,7 +42,10 @@ pub fn lower(g: &Graph) -> Program {
     let mut outputs: Vec<OutputSlot> = g
         .outputs
         .iter()
-        .map(|o| OutputSlot { name: o.name.to_string(), view: l.contiguous(o.value), update: false })
+        .map(|o| {
+            l.widen(o.value);
+            OutputSlot { name: o.name.to_string(), view: l.contiguous(o.value), update: false }
+        })
         .collect();
     l.updates(&mut outputs);
     l.in_place(&mut outputs);
@@ -126,9 +130,23 @@ impl Lowering<'_> {
         View { buffer, offset, ty, strided: Some(Strided { cols, stride }) }
     }
 
+    /// Makes the step of a cast from bf16 that was put off.
+    fn widen(&mut self, v: Value) {
+        if !self.views.contains_key(&v) {
+            self.step(v.node, self.g.node(v.node).op.clone());
+        }
+    }
+
     fn node(&mut self, id: NodeId) {
         let n = self.g.node(id);
+        for (i, &v) in n.inputs.iter().enumerate() {
+            if !reads_bf16(&n.op, i, self.g.ty(v)) {
+                self.widen(v);
+            }
+        }
         match &n.op {
+            // Put off: perhaps all who read it can read bf16.
+            Op::Cast(c) if c.to == DType::F32 && self.g.ty(n.inputs[0]).dtype == DType::BF16 => {}
             Op::Source(s) => {
                 let buffer = self.buffer(s.ty.clone(), BufferKind::Source(self.sources.len()));
                 self.sources.push(SourceSlot { kind: s.kind, name: s.name.clone(), ty: s.ty.clone(), buffer });
@@ -166,7 +184,8 @@ impl Lowering<'_> {
         let t = kernel_traits(&op);
         let mut inputs = vec![];
         for (i, &v) in n.inputs.iter().enumerate() {
-            let view = self.views[&v].clone();
+            // A cast that was put off is read through.
+            let view = self.views.get(&v).unwrap_or_else(|| &self.views[&self.g.node(v.node).inputs[0]]).clone();
             let fits = || takes_strides(self.g, id) && t.strided_inputs.contains(&i) && strided_fits(&op, &view);
             let ok = view.strided.is_none() || fits();
             inputs.push(if ok { view } else { self.copied(id, &view) });
@@ -297,7 +316,7 @@ impl Lowering<'_> {
             let whole = self.buffers[made.index()].kind == BufferKind::Arena
                 && self.buffers[made.index()].ty.elements() == self.buffers[target.index()].ty.elements();
             let direct = maker.is_some_and(|m| {
-                whole && last_read.is_none_or(|r| r < m || (r == m && overwrites(&self.steps[m], target)))
+                whole && last_read.is_none_or(|r| r < m || (r == m && overwrites(&self.steps[m], made, target)))
             });
             if direct {
                 let views = self.steps.iter_mut().flat_map(|s| s.inputs.iter_mut().chain(&mut s.outputs));
@@ -368,13 +387,19 @@ impl Lowering<'_> {
     }
 }
 
-/// Whether the step may write `target` while reading it: an elementwise op whose every read of it is the whole.
-fn overwrites(s: &Step, target: BufferId) -> bool {
-    kernel_traits(&s.op).in_place
-        && s.inputs
-            .iter()
-            .filter(|v| v.buffer == target)
-            .all(|v| v.strided.is_none() && s.outputs.iter().all(|o| o.ty == v.ty))
+/// Whether the step may write its result `made` over `target` while reading it, whole: an elementwise op, or one that
+/// says so.
+fn overwrites(s: &Step, made: BufferId, target: BufferId) -> bool {
+    let t = kernel_traits(&s.op);
+    let mut reads = s.inputs.iter().enumerate().filter(|(_, v)| v.buffer == target);
+    if t.in_place {
+        return reads.all(|(_, v)| v.strided.is_none() && s.outputs.iter().all(|o| o.ty == v.ty));
+    }
+    let over = |i: usize, v: &View| {
+        let same = |o: &View| o.buffer == made && o.strided.is_none() && o.ty == v.ty;
+        t.overwrites.iter().any(|&(o, k)| k == i && same(&s.outputs[o]))
+    };
+    reads.all(|(i, v)| v.strided.is_none() && over(i, v))
 }
 
 /// Whether the kernel for this form of the op takes strided views at all: batched products and integers, which run by
@@ -427,11 +452,11 @@ fn simple_broadcast(from: &[Dim], to: &[Dim]) -> bool {
     suffix || prefix
 }
 
-/// An elementwise op in floating point as a map of one instruction.
+/// An elementwise op in f32 as a map of one instruction.
 fn as_map(g: &Graph, id: NodeId) -> Option<FusedMap> {
     let n = g.node(id);
-    let int = |t: &Ty| t.dtype == rambac_ir::DType::I32;
-    if n.inputs.iter().any(|v| int(g.ty(*v))) || int(&n.tys[0]) {
+    let single = |t: &Ty| matches!(t.dtype, DType::F32 | DType::Bool);
+    if !n.inputs.iter().all(|v| single(g.ty(*v))) || !single(&n.tys[0]) {
         return None;
     }
     let f = match &n.op {

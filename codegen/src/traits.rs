@@ -2,8 +2,8 @@
 //!
 //! One row per op of the list; an op without a row does not compile.
 
-use rambac_ir::for_each_op;
 use rambac_ir::ops::*;
+use rambac_ir::{Ty, for_each_op};
 
 /// Abilities of an op's kernels.
 #[derive(Clone, Copy, Debug, Default)]
@@ -16,8 +16,24 @@ pub struct KernelTraits {
     pub paged_inputs: &'static [usize],
     /// Results may overwrite full-size operands (elementwise).
     pub in_place: bool,
+    /// Results that may be written over an operand of their type: (result, operand).
+    pub overwrites: &'static [(usize, usize)],
+    /// f32 operands that may be read as the bf16 they are a cast of, see [`reads_bf16`].
+    pub bf16_inputs: &'static [usize],
+    /// Moves or casts elements: operands and results may be bf16 themselves.
+    pub moves: bool,
     /// Why the op has no kernel of its own and runs by its reference evaluation.
     pub reference: Option<&'static str>,
+}
+
+/// Whether a kernel of this form of the op reads operand `i`, of type `ty`, as bf16 where the graph casts it to f32.
+pub fn reads_bf16(op: &Op, i: usize, ty: &Ty) -> bool {
+    let form = match op {
+        // Whole rows of a weight matrix that all rows of the other operand share.
+        Op::MatMul(m) => !m.trans_a && m.trans_b && ty.rank() == 2,
+        _ => true,
+    };
+    form && kernel_traits(op).bf16_inputs.contains(&i)
 }
 
 /// Implemented for every op.
@@ -26,13 +42,13 @@ pub trait Lower {
 }
 
 macro_rules! traits {
-    ($($op:ident: in $i:expr, out $o:expr $(, paged $p:expr)?;)*) => {
+    ($($op:ident: in $i:expr, out $o:expr $(, $more:ident $value:expr)*;)*) => {
         $(impl Lower for $op {
             fn kernel_traits(&self) -> KernelTraits {
                 KernelTraits {
                     strided_inputs: &$i,
                     strided_outputs: &$o,
-                    $(paged_inputs: &$p,)?
+                    $($more: $value,)*
                     ..KernelTraits::default()
                 }
             }
@@ -41,35 +57,35 @@ macro_rules! traits {
 }
 
 traits! {
-    Source: in [], out [];
-    Constant: in [], out [];
+    Source: in [], out [], moves true;
+    Constant: in [], out [], moves true;
     Iota: in [], out [];
-    Reshape: in [0], out [0];
-    Slice: in [0], out [0];
-    Broadcast: in [], out [];
-    Transpose: in [], out [];
-    Pad: in [], out [];
-    Concat: in [], out [];
+    Reshape: in [0], out [0], moves true;
+    Slice: in [0], out [0], moves true;
+    Broadcast: in [], out [], moves true;
+    Transpose: in [], out [], moves true;
+    Pad: in [], out [], moves true;
+    Concat: in [], out [], moves true;
     Reduce: in [], out [];
-    Cast: in [], out [];
-    MatMul: in [0, 1], out [0];
+    Cast: in [], out [], moves true;
+    MatMul: in [0, 1], out [0], bf16_inputs &[1];
     RmsNorm: in [0], out [0];
     RmsNormGrad: in [0, 2], out [0];
     Rotary: in [0], out [0];
-    Embedding: in [], out [0];
+    Embedding: in [], out [0], bf16_inputs &[1];
     EmbeddingGrad: in [1], out [];
     CrossEntropy: in [0], out [];
     CrossEntropyGrad: in [0], out [0];
-    CausalConv1d: in [0], out [0];
+    CausalConv1d: in [0], out [0], overwrites &[(1, 3)];
     CausalConv1dGrad: in [0, 4], out [0];
-    SelectiveScan: in [0, 1, 3, 4], out [0];
+    SelectiveScan: in [0, 1, 3, 4], out [0], overwrites &[(1, 6)];
     SelectiveScanGrad: in [0, 1, 3, 4, 7], out [0, 1, 3, 4];
     Attention: in [0, 1, 2], out [0];
     AttentionGrad: in [0, 1, 2, 3], out [0, 1, 2];
     Summarise: in [], out [];
-    Selection: in [0], out [], paged [1];
+    Selection: in [0], out [], paged_inputs &[1];
     SelectionGrad: in [0], out [0];
-    ChunkAttention: in [0, 1, 2], out [0], paged [1, 2];
+    ChunkAttention: in [0, 1, 2], out [0], paged_inputs &[1, 2];
     ChunkAttentionGrad: in [0, 1, 2, 6], out [0, 1, 2];
 }
 

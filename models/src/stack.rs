@@ -23,6 +23,8 @@ pub enum Carry {
     /// From the persistent states, which the final ones replace; scaled by the input `carry: f32[N]`, 1 to go on from the
     /// run before and 0 to start anew.  No gradient flows back into them.
     States,
+    /// From the persistent states as they are, which the final ones replace: inference.
+    Kept,
 }
 
 /// Builds layers in order and keeps what they share.
@@ -78,11 +80,12 @@ impl<'a> Stack<'a> {
                 let state = MambaState { conv: self.b.constant(0.0, conv), scan: self.b.constant(0.0, scan) };
                 mamba2::block(&mut self.b, c, &format!("backbone.layers.{i}."), x, state).0
             }
-            Carry::States => {
+            Carry::States | Carry::Kept => {
                 let names = state_names(i);
-                let keep = self.carry_input(&n);
+                let keep = (self.carry == Carry::States).then(|| self.carry_input(&n));
                 let mut from = |name: &str, ty: Ty| {
                     let s = self.b.state(name, ty.clone());
+                    let Some(keep) = keep else { return s };
                     let ones = [n.clone()].into_iter().chain(vec![Dim::int(1); ty.rank() - 1]).collect();
                     let k = self.b.reshape(keep, ones);
                     self.b.mul(s, k)
@@ -236,7 +239,7 @@ pub fn loss(c: &Config, carry: Carry, trace: bool) -> Result<Graph, BuildErrors>
 /// # Errors
 /// As [`forward`].
 pub fn lower(c: &Config) -> Result<Graph, BuildErrors> {
-    let mut s = Stack::new(c, "lower", &["N", "L"], Carry::States);
+    let mut s = Stack::new(c, "lower", &["N", "L"], Carry::Kept);
     let mut x = s.tokens();
     for (i, kind) in c.layers().into_iter().enumerate().take(cut(c)) {
         x = s.layer(i, kind, x);
@@ -288,7 +291,7 @@ fn upper_half(c: &Config, name: &str, flash: bool) -> Result<Option<Graph>, Buil
         return Ok(None);
     }
     let syms: &[&str] = if flash { &["N", "L"] } else { &["N", "L", "C"] };
-    let mut s = Stack::new(c, name, syms, Carry::States);
+    let mut s = Stack::new(c, name, syms, Carry::Kept);
     s.landmarks = Landmarks::Unit;
     s.skip_attention = flash;
     let n = Dim::sym("N");

@@ -10,6 +10,7 @@ pub mod fold;
 pub mod fuse_attention;
 pub mod fuse_map;
 pub mod fuse_selection;
+pub mod narrow;
 pub mod pipeline;
 pub mod recompute;
 pub mod rewrite;

@@ -1,6 +1,6 @@
 //! The passes in order.
 
-use crate::{cse, dce, fold, fuse_attention, fuse_map, fuse_selection, recompute, simplify};
+use crate::{cse, dce, fold, fuse_attention, fuse_map, fuse_selection, narrow, recompute, simplify};
 use rambac_ir::Graph;
 
 /// What a user can choose about compiling.
@@ -8,6 +8,8 @@ use rambac_ir::Graph;
 pub struct Options {
     /// Compute a layer's activations again for its backward instead of keeping them.
     pub recompute: bool,
+    /// Keep the weights of products and the embedding table in bf16, see [`narrow`](crate::narrow).
+    pub bf16_weights: bool,
 }
 
 /// A pass and its name.
@@ -16,6 +18,7 @@ pub type Pass = (&'static str, fn(&Graph, &Options) -> Graph);
 /// What [`optimise`] runs, in this order.  Autodiff comes before: it needs to know the loss.
 pub const PASSES: &[Pass] = &[
     ("dce", |g, _| dce::dce(g)),
+    ("narrow", |g, o| if o.bf16_weights { narrow::narrow(g) } else { g.clone() }),
     ("fold", |g, _| fold::fold(g)),
     ("simplify", |g, _| simplify::simplify(g)),
     ("cse", |g, _| cse::cse(g)),

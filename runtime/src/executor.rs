@@ -7,11 +7,12 @@ use crate::cpu::{Arg, KernelError, run_kernel};
 use crate::store::Store;
 use crate::tensor::{Tensor, TensorRef};
 use rambac_codegen::plan::ALIGN;
+use rambac_codegen::traits::{kernel_traits, reads_bf16};
 use rambac_codegen::{BufferId, BufferKind, MemoryPlan, Program, Step, View, plan};
 use rambac_cpu::ChunkRows;
 use rambac_ir::ops::{Op, SourceKind};
 use rambac_ir::ty::ConcreteTy;
-use rambac_ir::{Bindings, DType, DimError};
+use rambac_ir::{Bindings, DType, DimError, Ty};
 use std::alloc::Layout;
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -28,8 +29,11 @@ pub enum ExecError {
     Wrong { program: String, kind: &'static str, name: String, expected: String, found: String },
     #[error("{program}: step {step} ({op}): {error}")]
     Kernel { program: String, step: usize, op: &'static str, error: KernelError },
-    #[error("{program} holds {ty}; the CPU computes floats in f32: write f32 for it")]
-    Half { program: String, ty: String },
+    #[error(
+        "{program}: step {step} ({op}) works on {ty}; the CPU computes in f32 and knows bf16 only as the stored form of \
+         weights: cast to f32 before it"
+    )]
+    Half { program: String, step: usize, op: &'static str, ty: String },
     #[error("{program}: input \"{name}\" was given in pages, but {op} reads it as an array")]
     Paged { program: String, name: String, op: &'static str },
     #[error(
@@ -93,7 +97,12 @@ struct BoundView {
     strided: Option<(usize, usize)>,
 }
 
+/// FLOPs of a step, on average, up to which waking threads for each step would cost more than it gives.
+const SHORT_STEP: f64 = 2e7;
+
 struct Bound {
+    /// Many short steps: the pool's threads stay awake for the run.
+    short: bool,
     plan: MemoryPlan,
     steps: Vec<(Vec<BoundView>, Vec<BoundView>)>,
     outputs: Vec<BoundView>,
@@ -130,17 +139,42 @@ pub type StepTimes = Vec<Duration>;
 /// A Program ready to run.
 pub struct Executor {
     program: Arc<Program>,
+    /// Whether a run replaces the value of each source.
+    updated: Arc<[bool]>,
+    /// The first step that works on halves and has no kernel for them.
+    half: Option<(usize, Ty)>,
     bound: HashMap<Bindings, Arc<Bound>>,
     arena: Arena,
     pool: Arc<rayon::ThreadPool>,
+    /// Time of every step since [`record`](Executor::record).
+    recorded: Option<StepTimes>,
 }
 
 impl Executor {
     pub fn new(program: Program, pool: Arc<rayon::ThreadPool>) -> Self {
-        Self { program: Arc::new(program), bound: HashMap::new(), arena: Arena::empty(), pool }
+        let updated =
+            program.sources.iter().map(|s| program.outputs.iter().any(|o| o.update && o.name == s.name)).collect();
+        let half = half_step(&program);
+        Self {
+            program: Arc::new(program),
+            updated,
+            half,
+            bound: HashMap::new(),
+            arena: Arena::empty(),
+            pool,
+            recorded: None,
+        }
     }
     pub fn program(&self) -> &Program {
         &self.program
+    }
+    /// From now on [`run`](Self::run) adds up the time of every step.
+    pub fn record(&mut self) {
+        self.recorded = Some(StepTimes::new());
+    }
+    /// Times since [`record`](Self::record), one per step of the program; none before the first run.
+    pub fn recorded(&self) -> &[Duration] {
+        self.recorded.as_deref().unwrap_or_default()
     }
 
     fn bind(&mut self, dims: &Bindings) -> Result<Arc<Bound>, DimError> {
@@ -165,7 +199,9 @@ impl Executor {
             p.steps.iter().map(|s| Ok((views(&s.inputs)?, views(&s.outputs)?))).collect::<Result<_, DimError>>()?;
         let outputs = p.outputs.iter().map(|o| view(&o.view)).collect::<Result<_, _>>()?;
         let sources = p.sources.iter().map(|s| s.ty.bind(dims)).collect::<Result<_, _>>()?;
-        let b = Arc::new(Bound { plan, steps, outputs, sources });
+        let flops: f64 = p.costs(dims)?.iter().map(|c| c.flops).sum();
+        let short = flops < SHORT_STEP * p.steps.len() as f64;
+        let b = Arc::new(Bound { short, plan, steps, outputs, sources });
         // Decoding binds ever new lengths; old bindings must not pile up.
         if self.bound.len() >= 64 {
             self.bound.clear();
@@ -192,7 +228,10 @@ impl Executor {
         inputs: &[(&str, TensorRef)],
         store: &mut Store,
     ) -> Result<Vec<(String, Tensor)>, ExecError> {
-        self.run_timed(dims, inputs, store, None)
+        let mut times = self.recorded.take();
+        let out = self.run_timed(dims, inputs, store, times.as_mut());
+        self.recorded = times;
+        out
     }
 
     /// As [`run`](Self::run); adds the time of every step to `times`.
@@ -209,14 +248,14 @@ impl Executor {
         let bound = self.bind(dims)?;
         let p = self.program.clone();
         let name = || p.name.clone();
-        // The kernels read and write four bytes per float.
-        if let Some(b) = p.buffers.iter().find(|b| b.ty.dtype.is_float() && b.ty.dtype != DType::F32) {
-            return Err(ExecError::Half { program: name(), ty: b.ty.to_string() });
+        if let Some((step, ty)) = &self.half {
+            let op = p.steps[*step].op.mnemonic();
+            return Err(ExecError::Half { program: name(), step: *step, op, ty: ty.to_string() });
         }
 
         // Resolve every source before anything runs.
         let mut bases = Bases { at: vec![std::ptr::null_mut(); p.buffers.len()], pages: vec![] };
-        for (slot, expected) in p.sources.iter().zip(&bound.sources) {
+        for ((slot, expected), updated) in p.sources.iter().zip(&bound.sources).zip(&*self.updated) {
             let wrong = |kind, found: String| ExecError::Wrong {
                 program: name(),
                 kind,
@@ -250,7 +289,8 @@ impl Executor {
                     if t.ty() != *expected {
                         return Err(wrong(kind, t.ty().to_string()));
                     }
-                    t.as_mut_ptr()
+                    // What a run only reads may lie in a mapped file.
+                    if *updated { t.as_mut_ptr() } else { t.view().as_ptr().cast_mut() }
                 }
             };
         }
@@ -267,7 +307,7 @@ impl Executor {
         if let Some(t) = &mut times {
             t.resize(p.steps.len(), Duration::ZERO);
         }
-        self.pool.install(|| -> Result<(), ExecError> {
+        let steps = || -> Result<(), ExecError> {
             let (mut x, mut y) = (vec![], vec![]);
             for (i, (step, (ins, outs))) in p.steps.iter().zip(&bound.steps).enumerate() {
                 x.clear();
@@ -286,7 +326,8 @@ impl Executor {
                 }
             }
             Ok(())
-        })?;
+        };
+        if bound.short { rambac_cpu::team::run(&self.pool, steps) } else { self.pool.install(steps) }?;
         Ok(p.outputs
             .iter()
             .zip(&bound.outputs)
@@ -299,15 +340,31 @@ impl Executor {
 /// An op that wants the whole of a buffer in memory.
 fn reads_array(p: &Program, buffer: BufferId) -> Option<&'static str> {
     let array = |s: &Step| {
-        let paged = rambac_codegen::traits::kernel_traits(&s.op).paged_inputs;
+        let paged = kernel_traits(&s.op).paged_inputs;
         s.inputs.iter().enumerate().any(|(i, v)| v.buffer == buffer && !(paged.contains(&i) && v.strided.is_none()))
     };
     let step = p.steps.iter().find(|s| array(s)).map(|s| s.op.mnemonic());
     step.or_else(|| p.outputs.iter().any(|o| o.view.buffer == buffer).then_some("an output"))
 }
 
+/// The first step that works on f16, or on bf16 without a kernel for it.
+fn half_step(p: &Program) -> Option<(usize, Ty)> {
+    let unfit = |s: &Step| {
+        let t = kernel_traits(&s.op);
+        let fits = |v: &View, read: bool| match v.ty.dtype {
+            DType::F16 => false,
+            DType::BF16 => t.moves || read,
+            _ => true,
+        };
+        let read = |i: usize, v: &View| fits(v, reads_bf16(&s.op, i, &v.ty));
+        let inputs = s.inputs.iter().enumerate().find(|(i, v)| !read(*i, v)).map(|(_, v)| v);
+        inputs.or_else(|| s.outputs.iter().find(|v| !fits(v, false))).map(|v| v.ty.clone())
+    };
+    p.steps.iter().enumerate().find_map(|(i, s)| unfit(s).map(|ty| (i, ty)))
+}
+
 /// Whether an op of the program runs by its reference evaluation, with the reason.
 pub fn slow_steps(p: &Program) -> Vec<(usize, &'static str)> {
-    let slow = |op: &Op| rambac_codegen::traits::kernel_traits(op).reference;
+    let slow = |op: &Op| kernel_traits(op).reference;
     p.steps.iter().enumerate().filter_map(|(i, s)| slow(&s.op).map(|r| (i, r))).collect()
 }

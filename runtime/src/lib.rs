@@ -1,5 +1,6 @@
 //! Runs Programs: the CPU device, tensors and the store, the executor, checkpoints.
 
+pub mod bf16_data;
 pub mod checkpoint;
 pub mod chunk_store;
 pub mod cpu;
@@ -9,6 +10,7 @@ pub mod store;
 pub mod tensor;
 pub mod trainer;
 
+pub use bf16_data::Bf16Data;
 pub use executor::{ExecError, Executor};
 pub use session::{Session, SessionError, SessionGraphs, SessionOptions, Tier};
 pub use store::Store;

@@ -13,8 +13,9 @@ use crate::executor::{ExecError, Executor};
 use crate::store::Store;
 use crate::tensor::{Data, Tensor, TensorRef};
 use rambac_codegen::lower;
+use rambac_codegen::program::SourceSlot;
 use rambac_ir::ops::SourceKind;
-use rambac_ir::{Bindings, Graph};
+use rambac_ir::{Bindings, DType, Graph};
 use rambac_passes::{Options, optimise};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -57,11 +58,13 @@ pub struct SessionOptions {
     pub sequences: usize,
     pub precision: Precision,
     pub tier: Tier,
+    /// How the parts are compiled.  Weights that this wants in bf16 are rounded if they are not.
+    pub passes: Options,
 }
 
 impl Default for SessionOptions {
     fn default() -> Self {
-        Self { sequences: 1, precision: Precision::Bf16, tier: Tier::Ram }
+        Self { sequences: 1, precision: Precision::Bf16, tier: Tier::Ram, passes: Options::default() }
     }
 }
 
@@ -156,7 +159,7 @@ impl Session {
         pool: Arc<rayon::ThreadPool>,
         options: &SessionOptions,
     ) -> Result<Self, SessionError> {
-        let compile = |g: &Graph| Executor::new(lower(&optimise(g, &Options::default())), pool.clone());
+        let compile = |g: &Graph| Executor::new(lower(&optimise(g, &options.passes)), pool.clone());
         let halves = match (&g.chunks, &g.upper, &g.upper_flash) {
             (Some(c), Some(u), Some(f)) => Some(Halves { chunks: compile(c), upper: compile(u), flash: compile(f) }),
             _ => None,
@@ -194,6 +197,12 @@ impl Session {
                 states.push((slot.name.clone(), slot.ty.bind(&all).map_err(ExecError::from)?));
             }
         }
+        let sources: Vec<SourceSlot> = s.parts().iter().flat_map(|p| p.program().sources.clone()).collect();
+        for slot in sources.iter().filter(|s| s.kind == SourceKind::Param && s.ty.dtype == DType::BF16) {
+            if let Some(t) = s.store.0.get_mut(&slot.name) {
+                t.narrow();
+            }
+        }
         let fingerprint = if options.tier == Tier::Ram { 0 } else { fingerprint(&s.store, &[]) };
         for (name, ty) in states {
             s.store.insert(name.clone(), Tensor::zeros(&ty));
@@ -221,6 +230,17 @@ impl Session {
     /// The chunks of sequence `seq`; `None` for a plain Mamba-2.
     pub fn chunks(&self, seq: usize) -> Option<&ChunkStore> {
         self.sequences[seq].chunks.as_ref()
+    }
+    /// Weights and carried states.
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+    /// The compiled parts in the order in which a token meets them: `lower`, `chunks` and `upper` where there are any, `head`.
+    pub fn parts(&mut self) -> Vec<&mut Executor> {
+        let mut all = vec![&mut self.lower];
+        all.extend(self.halves.iter_mut().flat_map(|h| [&mut h.chunks, &mut h.upper]));
+        all.push(&mut self.head);
+        all
     }
 
     /// Forgets all sequences.
@@ -303,9 +323,7 @@ impl Session {
     fn run(&mut self, seqs: Range<usize>, ids: &[i32], flash: bool) -> Result<Segment, SessionError> {
         let (n, s, d) = (seqs.len(), self.chunk_size, self.hidden_size);
         let l = ids.len() / n;
-        let ones = vec![1.0f32; n];
         let by_sequence = [n];
-        let carry = ("carry", TensorRef::F32(&by_sequence, &ones));
         let ids_shape = [n, l];
         let sequences = &mut self.sequences[seqs];
         let start: Vec<i32> = sequences.iter().map(|x| x.position as i32).collect();
@@ -313,7 +331,7 @@ impl Session {
             x.position += l;
             i32::try_from(x.position).map_err(|_| SessionError::TooLong)?;
         }
-        let inputs = [("input_ids", TensorRef::I32(&ids_shape, ids)), carry];
+        let inputs = [("input_ids", TensorRef::I32(&ids_shape, ids))];
         let mut out = self.lower.run(&dims(&[("N", n), ("L", l)]), &inputs, &mut self.store)?;
         let hidden = floats(&mut out, "hidden");
         let Some(halves) = &mut self.halves else {
@@ -335,7 +353,7 @@ impl Session {
         let hidden_shape = [n, l, d];
         let hidden = ("hidden", TensorRef::F32(&hidden_shape, &hidden));
         if flash {
-            halves.flash.run(&dims(&[("N", n), ("L", l)]), &[hidden, carry], &mut self.store)?;
+            halves.flash.run(&dims(&[("N", n), ("L", l)]), &[hidden], &mut self.store)?;
             return Ok(Segment::default());
         }
         let stores: Vec<&ChunkStore> = sequences.iter().filter_map(|x| x.chunks.as_ref()).collect();
@@ -351,7 +369,6 @@ impl Session {
             ("k", TensorRef::Paged(&kv_shape, &k)),
             ("v", TensorRef::Paged(&kv_shape, &v)),
             ("landmarks", TensorRef::Paged(&lm_shape, &landmarks)),
-            carry,
         ];
         let out = halves.upper.run(&dims(&[("N", n), ("L", l), ("C", c)]), &inputs, &mut self.store);
         if let Some(e) = stores.iter().find_map(|x| x.failure()) {
@@ -473,7 +490,11 @@ fn fingerprint(store: &Store, states: &[String]) -> u64 {
     let mut mix = |x: u64| h = (h ^ x).wrapping_mul(0x0100_0000_01b3);
     for (name, t) in store.0.iter().filter(|(name, _)| !states.contains(name)) {
         name.bytes().for_each(|b| mix(b.into()));
-        t.as_f32().unwrap_or_default().iter().for_each(|x| mix(x.to_bits().into()));
+        match &t.data {
+            Data::F32(v) => v.iter().for_each(|x| mix(x.to_bits().into())),
+            Data::Bf16(v) => v.iter().for_each(|x| mix(x.to_bits().into())),
+            Data::I32(_) | Data::Bool(_) => panic!("BUG: {name} is no weight"),
+        }
     }
     h
 }

@@ -1,9 +1,11 @@
-//! `rambac bench`: how fast a training step, a forward or one op runs, against what this machine can do.
+//! `rambac bench`: how fast a training step, a forward, one op, prefill or decoding runs, against what this machine can do.
 //!
 //! FLOPs and bytes are counted from the ops' definitions, not measured; the machine's own rates (a large product, a
 //! large copy) are measured in the same run, so that a busy or slow machine shows.
 
-use crate::cli::{Bench, Work};
+mod infer;
+
+use crate::cli::{Bench, Weights, Work};
 use crate::error::{Result, warn, wrap};
 use crate::machine::{self, Rates};
 use crate::model;
@@ -25,14 +27,17 @@ use rand::seq::index::sample;
 use serde_json::{Value as Json, json};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Runs before the timed ones: the first one maps memory, the second one warms caches.
 const WARM_UP: usize = 2;
 
 /// Runs the verb.
 pub fn run(a: &Bench, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
-    let (config, _) = model::config(&a.preset)?;
+    let (config, weights) = model::config(&a.preset)?;
+    if matches!(a.what, Work::Prefill | Work::Decode) {
+        return infer::run(a, &config, weights.as_deref(), pool);
+    }
     if !config.is_plain() && a.what != Work::Scan && !a.len.is_multiple_of(config.chunk_size) {
         let s = config.chunk_size;
         return Err(miette!(
@@ -41,6 +46,10 @@ pub fn run(a: &Bench, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
             a.len,
             a.preset
         ));
+    }
+    if a.weights == Weights::Bf16 && a.what != Work::Forward {
+        let why = if a.what == Work::Train { "training updates f32 weights" } else { "one op reads no weights" };
+        return Err(miette!("--weights bf16: {why}; it is for forward, prefill and decode"));
     }
     if config.is_plain() && matches!(a.what, Work::Select | Work::Attend) {
         return Err(miette!(
@@ -56,6 +65,7 @@ pub fn run(a: &Bench, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
         Work::Select => b.op(b.select()?, "selection")?,
         Work::Attend => b.op(b.attend()?, "chunk_attention")?,
         Work::Scan => b.op(b.scan()?, "selective_scan")?,
+        Work::Prefill | Work::Decode => unreachable!("BUG: handled above"),
     };
     // Before the rates are measured, which takes memory of its own.
     let rss = machine::peak_rss();
@@ -67,7 +77,7 @@ pub fn run(a: &Bench, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
             b.print(r, rates, rss);
         }
         if a.profile {
-            profile(r, a.json);
+            profile(&r.name, r.sums(), a.json);
         }
     }
     Ok(ExitCode::SUCCESS)
@@ -89,8 +99,31 @@ struct Timed {
 
 impl Timed {
     fn median(&self) -> f64 {
-        let (s, n) = (&self.seconds, self.seconds.len());
-        if n % 2 == 1 { s[n / 2] } else { (s[n / 2 - 1] + s[n / 2]) / 2.0 }
+        median(&self.seconds)
+    }
+
+    /// Time and work of one run by kind of op and phase.
+    fn sums(&self) -> Kinds {
+        let mut sums = Sums::new();
+        add_steps(&mut sums, &self.program, &self.steps, &self.costs, self.seconds.len() as f64);
+        sums
+    }
+}
+
+/// The middle of sorted values.
+fn median(s: &[f64]) -> f64 {
+    let n = s.len();
+    if n % 2 == 1 { s[n / 2] } else { (s[n / 2 - 1] + s[n / 2]) / 2.0 }
+}
+
+/// Sums by kind of op and phase.
+type Kinds = Sums<(&'static str, &'static str)>;
+
+/// Adds a program's steps: `times` of `runs` runs, `costs` of one.
+fn add_steps(sums: &mut Kinds, p: &Program, times: &[Duration], costs: &[Cost], runs: f64) {
+    for ((step, t), cost) in p.steps.iter().zip(times).zip(costs) {
+        let phase = work::phase(p.graph.node(step.node).scope.as_deref());
+        sums.add((work::kind(step), phase), t.as_secs_f64() / runs, *cost);
     }
 }
 
@@ -124,7 +157,7 @@ impl Bencher<'_> {
     }
 
     fn options(&self) -> Options {
-        Options { recompute: self.a.recompute }
+        Options { recompute: self.a.recompute, ..self.a.weights.options() }
     }
 
     fn loss(&self) -> Result<Graph> {
@@ -163,6 +196,11 @@ impl Bencher<'_> {
         let plan = e.plan(&self.dims).map_err(wrap)?;
         self.fits(&plan)?;
         let mut store = model::parameters(&self.config, None, InitRule::default(), 0)?;
+        for s in e.program().sources.iter().filter(|s| s.ty.dtype == DType::BF16) {
+            if let Some(t) = store.0.get_mut(&s.name) {
+                t.narrow();
+            }
+        }
         let batch = self.batch();
         let views: Vec<_> = batch.inputs.iter().map(|(n, t)| (*n, t.view())).collect();
         let (seconds, steps) =
@@ -420,13 +458,7 @@ impl Bencher<'_> {
 }
 
 /// Prints the time per kind of op, longest first.
-fn profile(r: &Timed, as_json: bool) {
-    let mut sums = Sums::new();
-    let runs = r.seconds.len() as f64;
-    for ((step, t), cost) in r.program.steps.iter().zip(&r.steps).zip(&r.costs) {
-        let phase = work::phase(r.program.graph.node(step.node).scope.as_deref());
-        sums.add((work::kind(step), phase), t.as_secs_f64() / runs, *cost);
-    }
+fn profile(name: &str, sums: Kinds, as_json: bool) {
     let total = sums.seconds();
     let mut lines = sums.lines;
     lines.sort_by(|a, b| b.1.seconds.total_cmp(&a.1.seconds));
@@ -435,7 +467,7 @@ fn profile(r: &Timed, as_json: bool) {
             println!(
                 "{}",
                 json!({
-                    "profile": r.name, "op": op, "phase": phase, "steps": l.steps, "seconds": l.seconds,
+                    "profile": name, "op": op, "phase": phase, "steps": l.steps, "seconds": l.seconds,
                     "share": l.seconds / total, "flops": l.cost.flops, "bytes": l.cost.bytes,
                     "gflop_per_s": l.cost.flops / l.seconds / 1e9, "gb_per_s": l.cost.bytes / l.seconds / 1e9,
                 })
@@ -457,7 +489,7 @@ fn profile(r: &Timed, as_json: bool) {
             rate(l.cost.bytes),
         ]);
     }
-    let steps = r.program.steps.len().to_string();
+    let steps = lines.iter().map(|l| l.1.steps).sum::<usize>().to_string();
     table.row(["all".into(), String::new(), steps, format!("{:.2} ms", total * 1e3), "100 %".into()]);
     table.print();
 }

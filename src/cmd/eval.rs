@@ -81,12 +81,13 @@ pub fn run(a: &Eval, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
             a.checkpoint
         )
     })?;
-    let store = model::parameters(&config, Some(&weights), Default::default(), 0)?;
+    let session = model::session_options(&a.chunks, None, 1, a.weights);
+    let store = model::parameters_for(&model::session_graphs(&config)?, &session.passes, &config, Some(&weights))?;
     let how = How {
         seed: a.seed,
         segment: a.segment,
         flash: a.flash,
-        session: model::session_options(&a.chunks, None, 1),
+        session,
         diagnose: a.diagnose,
         json: a.json,
         progress: !a.json,

@@ -34,7 +34,7 @@ pub fn run(a: &Explain) -> Result<ExitCode> {
         Named::Ir { graph, .. } => (ir_graph(graph, a.train)?, None),
     };
     let dims = dims(a, &graph)?;
-    let r = Report::new(&graph, &dims, &Options { recompute: a.recompute })?;
+    let r = Report::new(&graph, &dims, &Options { recompute: a.recompute, ..Options::default() })?;
     if a.ir {
         print!("{}", rambac_ir::text::print(&r.program.graph));
     } else if a.program {

@@ -6,8 +6,8 @@ use crate::model;
 use crate::sample::Sampling;
 use crate::show;
 use miette::{IntoDiagnostic, miette};
+use rambac_models::Tokenizer;
 use rambac_models::data::rng::stream;
-use rambac_models::{InitRule, Tokenizer};
 use rambac_runtime::Session;
 use std::io::Write;
 use std::path::Path;
@@ -50,9 +50,10 @@ pub fn run(a: &Generate, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
         }
         prompts.push(ids);
     }
-    let params = model::parameters(&config, Some(&weights), InitRule::default(), 0)?;
-    let options = model::session_options(&a.chunks, a.resume_store.as_deref(), prompts.len());
-    let mut session = Session::new(&model::session_graphs(&config)?, params, pool, &options).map_err(wrap)?;
+    let options = model::session_options(&a.chunks, a.resume_store.as_deref(), prompts.len(), a.weights);
+    let graphs = model::session_graphs(&config)?;
+    let params = model::parameters_for(&graphs, &options.passes, &config, Some(&weights))?;
+    let mut session = Session::new(&graphs, params, pool, &options).map_err(wrap)?;
 
     let begin = Instant::now();
     let mut hidden = vec![];

@@ -359,7 +359,7 @@ impl Run {
         };
         let specs = config.parameters();
         let decays = |name: &str| specs.iter().any(|s| s.name == name && s.decay);
-        let options = Options { recompute: state.recompute };
+        let options = Options { recompute: state.recompute, ..Options::default() };
         let trainer = Trainer::new(&loss, &adamw, decays, r.accumulate, &options, store, pool.clone()).map_err(wrap)?;
         let metrics = metrics_file(folder.path(), state.position.step)?;
         Ok(Self {

@@ -54,7 +54,7 @@ fn check_training(name: &str) {
     assert_eq!(has(&is_quadratic) && has(&|t| is_per_chunk(&c, t)), c.num_upper_groups > 0, "{name}");
     let mut arenas = vec![];
     for recompute in [false, true] {
-        let g = optimise(&written, &Options { recompute });
+        let g = optimise(&written, &Options { recompute, ..Options::default() });
         verify::verify(&g).unwrap_or_else(|e| panic!("{name}: {e:?}"));
         let p = lower(&g);
         assert_fused(name, &c, &g, &p);
@@ -110,7 +110,7 @@ fn other_steps() {
         ];
         for g in all {
             for recompute in [false, true] {
-                let g = optimise(&g, &Options { recompute });
+                let g = optimise(&g, &Options { recompute, ..Options::default() });
                 let p = lower(&g);
                 assert_fused(name, &c, &g, &p);
                 check(&p, &dims(&c)).unwrap_or_else(|e| panic!("{name}: {e}"));

@@ -76,7 +76,7 @@ fn every_lowering(g: &Graph, dims: &Bindings) -> Result<(), TestCaseError> {
     check(&lower(g), dims)?;
     check(&lower(&with_all_outputs(g)), dims)?;
     for recompute in [false, true] {
-        check(&lower(&optimise(g, &Options { recompute })), dims)?;
+        check(&lower(&optimise(g, &Options { recompute, ..Options::default() })), dims)?;
     }
     Ok(())
 }

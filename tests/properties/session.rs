@@ -144,7 +144,7 @@ proptest! {
         let want = in_segments(&mut open(&c, &ram), &ids, &lengths);
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("chunks");
-        let file = |tier: fn(std::path::PathBuf) -> Tier| SessionOptions { precision, sequences: 1, tier: tier(path.clone()) };
+        let file = |tier: fn(std::path::PathBuf) -> Tier| SessionOptions { precision, tier: tier(path.clone()), ..SessionOptions::default() };
         let mut s = open(&c, &file(Tier::File));
         prop_assert_eq!(&in_segments(&mut s, &ids, &lengths), &want);
         s.reset().unwrap();

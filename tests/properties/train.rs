@@ -40,7 +40,7 @@ fn three_steps(pool: Arc<rayon::ThreadPool>, parts: usize, carry: Carry, recompu
     let c = preset("tiny").unwrap();
     let loss = stack::loss(&c, carry, false).unwrap();
     let opt = AdamW { warmup: 1, ..AdamW::default() };
-    let options = Options { recompute };
+    let options = Options { recompute, ..Options::default() };
     let mut t = Trainer::new(&loss, &opt, |n| n.ends_with("proj.weight"), parts, &options, weights(&c), pool).unwrap();
     for step in 0..3 {
         let batches: Vec<MicroBatch> = (0..parts as u64)
@@ -76,7 +76,7 @@ fn recomputation_keeps_every_gradient() {
     let m = batch(0, 2, 256, false);
     let views: Vec<_> = m.inputs.iter().map(|(n, t)| (*n, t.view())).collect();
     let run = |recompute| {
-        let mut e = Executor::new(lower(&optimise(&g, &Options { recompute })), pool());
+        let mut e = Executor::new(lower(&optimise(&g, &Options { recompute, ..Options::default() })), pool());
         e.run(&m.dims, &views, &mut weights(&c)).unwrap()
     };
     let (kept, again) = (run(false), run(true));

@@ -9,6 +9,7 @@ pub mod mat;
 pub mod par;
 pub mod rows;
 pub mod simd;
+pub mod team;
 
 pub use mat::{Mat, MatMut};
 pub use rows::{ChunkRows, RowShape, Rows};

@@ -4,22 +4,34 @@
 //! thread count only decides who runs a task.  Partial sums are combined in index order.  Small work runs inline.
 //! Deliberately absent: atomics on floats, thread ids, work sizes derived from the pool.
 
+use crate::team;
 use rayon::prelude::*;
 use std::cell::RefCell;
 use std::marker::PhantomData;
 
 /// Work (roughly: scalar operations) below which waking other threads costs more than it saves.
 pub const INLINE_WORK: usize = 1 << 16;
+/// The same where the other threads are awake, in a [`team`].
+const INLINE_IN_TEAM: usize = 1 << 14;
 
 /// Calls `f(i)` for every `i < tasks`, in parallel when `work` (scalar operations of all tasks together) is large.
 #[inline]
 pub fn for_each(tasks: usize, work: usize, f: impl Fn(usize) + Sync + Send) {
-    if tasks <= 1 || work < INLINE_WORK || rayon::current_num_threads() == 1 {
-        (0..tasks).for_each(f);
-    } else {
-        // Unequal tasks must not queue behind each other: every task may be stolen.
-        (0..tasks).into_par_iter().with_max_len(1).for_each(f);
-    }
+    team::with_current(|team| {
+        let least = if team.is_some() { INLINE_IN_TEAM } else { INLINE_WORK };
+        if tasks <= 1 || work < least {
+            return (0..tasks).for_each(f);
+        }
+        if team.is_some_and(|t| t.each(tasks, &f)) {
+            return;
+        }
+        if rayon::current_num_threads() == 1 {
+            (0..tasks).for_each(f);
+        } else {
+            // Unequal tasks must not queue behind each other: every task may be stolen.
+            (0..tasks).into_par_iter().with_max_len(1).for_each(f);
+        }
+    });
 }
 
 /// Cuts `0..len` in blocks of `block` and calls `f(index, start, end)` for each.

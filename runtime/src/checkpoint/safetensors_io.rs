@@ -4,6 +4,7 @@
 //! tensors cover the data without holes or overlaps.  Reading after that cannot fail but for the wrong name or type.
 
 use super::error::CheckpointError;
+use crate::bf16_data::Bf16Data;
 use memmap2::Mmap;
 use serde_json::{Map, Value};
 use std::borrow::Cow;
@@ -11,6 +12,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// Headers beyond this are taken for garbage, as by the format's reference implementation.
 const MAX_HEADER: u64 = 100_000_000;
@@ -87,7 +89,7 @@ pub struct TensorInfo {
 /// An open safetensors file.
 pub struct TensorFile {
     path: PathBuf,
-    map: Mmap,
+    map: Arc<Mmap>,
     /// Where the data part begins.
     data: usize,
     tensors: BTreeMap<String, TensorInfo>,
@@ -118,7 +120,7 @@ impl TensorFile {
         // SAFETY: only read, and the module's contract is that open files are not changed in place.
         let map = unsafe { Mmap::map(&file) }.map_err(CheckpointError::io(path, "map it"))?;
         let (data, tensors, metadata) = parse(path, &map)?;
-        Ok(Self { path: path.into(), map, data, tensors, metadata })
+        Ok(Self { path: path.into(), map: Arc::new(map), data, tensors, metadata })
     }
 
     /// The file.
@@ -170,6 +172,18 @@ impl TensorFile {
             other => return Err(self.wrong_dtype(name, other.to_string(), "F32, F16, BF16 or F64")),
         };
         Ok((info.shape.clone(), values))
+    }
+
+    /// Shape and values of a floating-point tensor, as bf16: mapped as they are if the file holds bf16, else rounded to
+    /// nearest even.
+    pub fn get_bf16(&self, name: &str) -> Result<(Vec<usize>, Bf16Data), CheckpointError> {
+        let (info, b) = self.get_raw(name)?;
+        if info.dtype == Dtype::BF16 {
+            let halves = Bf16Data::mapped(&self.map, self.data + info.start, b.len() / 2);
+            return Ok((info.shape.clone(), halves.expect("BUG: in range since `parse`")));
+        }
+        let (shape, values) = self.get_f32(name)?;
+        Ok((shape, Bf16Data::round(&values)))
     }
 
     /// Shape and values of an integer tensor (I32, or I64, U8 and BOOL whose values fit).

@@ -2,6 +2,7 @@
 
 use super::error::{CheckpointError, Mismatch};
 use super::safetensors_io::{TensorFile, TensorInfo};
+use crate::bf16_data::Bf16Data;
 use serde_json::Value;
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
@@ -77,10 +78,22 @@ impl WeightsFolder {
 
     /// Shape and values of a floating-point tensor, as float32.
     pub fn get_f32(&self, name: &str) -> Result<(Vec<usize>, Vec<f32>), CheckpointError> {
+        let (file, inner) = self.find(name)?;
+        file.get_f32(inner)
+    }
+
+    /// Shape and values of a floating-point tensor, as bf16: mapped, or rounded to nearest even.
+    pub fn get_bf16(&self, name: &str) -> Result<(Vec<usize>, Bf16Data), CheckpointError> {
+        let (file, inner) = self.find(name)?;
+        file.get_bf16(inner)
+    }
+
+    /// Where a tensor lies.
+    fn find(&self, name: &str) -> Result<(&TensorFile, &str), CheckpointError> {
         let missing =
             || CheckpointError::NoTensor { path: self.path.clone(), name: name.into(), count: self.tensors.len() };
         let (file, inner) = self.tensors.get(name).ok_or_else(missing)?;
-        self.files[*file].get_f32(inner)
+        Ok((&self.files[*file], inner))
     }
 
     /// Calls every tensor by `canonical(its name)` from now on.  An error if two come to the same name.

@@ -1,6 +1,7 @@
 //! An operand or result of a kernel: a pointer with its bound type.
 
 use crate::tensor::{Data, Tensor};
+use half::bf16;
 use rambac_cpu::{ChunkRows, Mat, MatMut, Rows};
 use rambac_ir::ty::ConcreteTy;
 use rambac_ir::{DType, HostArray};
@@ -46,6 +47,11 @@ impl<'a> Arg<'a> {
         self.strided.is_none()
     }
 
+    /// Whether it lies in the same memory as `other`.
+    pub(crate) fn is(&self, other: &Arg) -> bool {
+        self.ptr == other.ptr
+    }
+
     fn check(&self, dtype: DType) {
         assert!(self.pages.is_none(), "BUG: a kernel that knows no pages got them");
         assert_eq!(self.ty.dtype, dtype, "BUG: a kernel asked {} for {dtype}", self.ty);
@@ -74,6 +80,21 @@ impl<'a> Arg<'a> {
         // SAFETY: the struct's contract.
         unsafe { std::slice::from_raw_parts(dangling(self.ptr), self.len()) }
     }
+    /// Contiguous bf16s.
+    pub fn bf16(&self) -> &[bf16] {
+        self.check(DType::BF16);
+        self.contiguous();
+        // SAFETY: the struct's contract.
+        unsafe { std::slice::from_raw_parts(dangling(self.ptr), self.len()) }
+    }
+    /// Contiguous bf16s of a result.
+    #[allow(clippy::mut_from_ref)]
+    pub fn bf16_mut(&self) -> &mut [bf16] {
+        self.check(DType::BF16);
+        self.contiguous();
+        // SAFETY: the struct's contract; a kernel takes each result once.
+        unsafe { std::slice::from_raw_parts_mut(dangling(self.ptr), self.len()) }
+    }
     /// Contiguous floats of a result.
     #[allow(clippy::mut_from_ref)]
     pub fn f32_mut(&self) -> &mut [f32] {
@@ -93,6 +114,13 @@ impl<'a> Arg<'a> {
     /// As a matrix whose rows are `cols` long, or as long as the view's rows where it is strided (a multiple of `cols`).
     pub fn mat(&self, cols: usize) -> Mat<'_> {
         self.check(DType::F32);
+        let (rows, cols, stride) = self.matrix(cols);
+        // SAFETY: the struct's contract.
+        unsafe { Mat::from_raw(dangling(self.ptr), rows, cols, stride) }
+    }
+    /// As [`mat`](Self::mat), of bf16s.
+    pub fn mat_bf16(&self, cols: usize) -> Mat<'_, bf16> {
+        self.check(DType::BF16);
         let (rows, cols, stride) = self.matrix(cols);
         // SAFETY: the struct's contract.
         unsafe { Mat::from_raw(dangling(self.ptr), rows, cols, stride) }
@@ -124,6 +152,7 @@ impl<'a> Arg<'a> {
                 // SAFETY: the struct's contract.
                 Data::Bool(unsafe { std::slice::from_raw_parts(dangling(self.ptr), self.len()) }.to_vec())
             }
+            DType::BF16 => Data::Bf16(self.bf16().to_vec().into()),
             _ => Data::F32(self.f32().to_vec()),
         };
         Tensor { shape: self.ty.shape.clone(), data }
@@ -134,6 +163,7 @@ impl<'a> Arg<'a> {
     pub(crate) fn write_host(&self, a: &HostArray) {
         match Tensor::from_host(a).data {
             Data::F32(v) => self.f32_mut().copy_from_slice(&v),
+            Data::Bf16(v) => self.bf16_mut().copy_from_slice(&v),
             Data::I32(v) => self.i32_mut().copy_from_slice(&v),
             // SAFETY: the struct's contract.
             Data::Bool(v) => unsafe { std::ptr::copy_nonoverlapping(v.as_ptr(), self.ptr, v.len()) },

@@ -5,10 +5,10 @@
 
 use super::{Arg, CpuKernel, KernelError};
 use rambac_cpu::kernels::vmath;
+use rambac_cpu::par;
 use rambac_cpu::simd::dispatch;
 use rambac_ir::DType;
 use rambac_ir::ops::*;
-use rayon::prelude::*;
 
 /// Elements of a register: 2 KiB, so that a dozen registers fit in L1.
 const BLOCK: usize = 512;
@@ -187,7 +187,7 @@ impl CpuKernel for FusedMap {
         let ix: Vec<Index> = x.iter().map(|a| index(a.shape(), shape)).collect();
         let regs = x.len() + self.body.len();
         // Blocks are cut by the size alone, so any number of threads gives the same bits.
-        let work = |blocks: std::ops::Range<usize>, file: &mut Vec<f32>| {
+        let work = |blocks: std::ops::Range<usize>, file: &mut [f32]| {
             for b in blocks {
                 let start = b * BLOCK;
                 let len = BLOCK.min(n - start);
@@ -210,14 +210,9 @@ impl CpuKernel for FusedMap {
             }
         };
         let blocks = n.div_ceil(BLOCK);
-        if blocks <= TASK {
-            work(0..blocks, &mut vec![0.0; regs * BLOCK]);
-        } else {
-            (0..blocks.div_ceil(TASK)).into_par_iter().for_each_init(
-                || vec![0.0; regs * BLOCK],
-                |file, t| work(t * TASK..((t + 1) * TASK).min(blocks), file),
-            );
-        }
+        par::for_blocks(blocks, TASK, n * regs, |_, start, end| {
+            par::with_scratch(regs * BLOCK, |file| work(start..end, file));
+        });
         Ok(())
     }
 }

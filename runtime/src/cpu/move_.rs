@@ -2,11 +2,14 @@
 
 use super::reference::evaluate;
 use super::{Arg, CpuKernel, KernelError};
+use half::bf16;
+use half::slice::HalfFloatSliceExt;
+use rambac_cpu::kernels::gemm::widen;
 use rambac_cpu::kernels::transpose::permute;
+use rambac_cpu::par::{self, SharedMut};
 use rambac_ir::DType;
 use rambac_ir::host::strides;
 use rambac_ir::ops::*;
-use rayon::prelude::*;
 
 /// Copies `x` to `y`, either of which may be strided.
 fn copy(x: &Arg, y: &Arg) {
@@ -26,8 +29,8 @@ fn copy(x: &Arg, y: &Arg) {
     };
     let per_task = ((64 * 1024) / (run * size)).max(1);
     let runs = n / run;
-    (0..runs.div_ceil(per_task)).into_par_iter().with_min_len(4).for_each(|task| {
-        for r in task * per_task..((task + 1) * per_task).min(runs) {
+    par::for_blocks(runs, per_task, n, |_, start, end| {
+        for r in start..end {
             let i = r * run;
             let (from, to) = (i / cx * sx + i % cx, i / cy * sy + i % cy);
             // SAFETY: both lie inside their views; views of different buffers do not overlap.
@@ -65,7 +68,33 @@ impl CpuKernel for Constant {
             DType::I32 => y[0].i32_mut().fill(self.value as i32),
             // SAFETY: a contiguous result of one byte an element.
             DType::Bool => unsafe { std::ptr::write_bytes(y[0].ptr(), self.value as u8, y[0].len()) },
+            DType::BF16 => y[0].bf16_mut().fill(bf16::from_f32(self.value as f32)),
             _ => y[0].f32_mut().fill(self.value as f32),
+        }
+        Ok(())
+    }
+}
+
+impl CpuKernel for Cast {
+    fn run(&self, x: &[Arg], y: &[Arg]) -> Result<(), KernelError> {
+        /// Elements of a task.
+        const BLOCK: usize = 1 << 15;
+        let n = y[0].len();
+        match (x[0].ty.dtype, self.to) {
+            (DType::BF16, DType::F32) => {
+                let (from, to) = (x[0].bf16(), SharedMut::new(y[0].f32_mut()));
+                // SAFETY: blocks are disjoint.
+                par::for_blocks(n, BLOCK, n, |_, s, e| widen(&from[s..e], unsafe { to.slice(s, e - s) }));
+            }
+            (DType::F32, DType::BF16) => {
+                let (from, to) = (x[0].f32(), SharedMut::new(y[0].bf16_mut()));
+                par::for_blocks(n, BLOCK, n, |_, s, e| {
+                    // SAFETY: blocks are disjoint.
+                    unsafe { to.slice(s, e - s) }.convert_from_f32_slice(&from[s..e]);
+                });
+            }
+            // Integers: tiny.
+            _ => evaluate(self, x, y),
         }
         Ok(())
     }
@@ -83,6 +112,15 @@ fn words_mut<'a>(x: &'a Arg) -> &'a mut [u32] {
     assert!(x.ty.dtype.size() == 4 && x.is_contiguous(), "BUG: contiguous four-byte elements wanted, got {}", x.ty);
     // SAFETY: as `words`; a kernel takes each result once.
     unsafe { std::slice::from_raw_parts_mut(x.ptr().cast(), x.len()) }
+}
+
+/// Calls `f` with every row of `len` elements of `y` and its index.
+fn for_rows(y: &mut [u32], len: usize, f: impl Fn(usize, &mut [u32]) + Sync + Send) {
+    let (rows, all) = (y.len() / len, SharedMut::new(y));
+    par::for_blocks(rows, (16 * 1024 / len).max(1), rows * len, |_, start, end| {
+        // SAFETY: rows are disjoint.
+        (start..end).for_each(|r| f(r, unsafe { all.slice(r * len, len) }));
+    });
 }
 
 impl CpuKernel for Transpose {
@@ -115,12 +153,10 @@ impl CpuKernel for Broadcast {
         let inner = to.last().copied().unwrap_or(1);
         let last = step.last().copied().unwrap_or(0);
         let (src, outer) = (words(&x[0]), strides(to));
-        words_mut(&y[0]).par_chunks_mut(inner).with_min_len((16 * 1024 / inner).max(1)).enumerate().for_each(
-            |(r, out)| {
-                let at: usize = (0..to.len().saturating_sub(1)).map(|k| r * inner / outer[k] % to[k] * step[k]).sum();
-                if last == 0 { out.fill(src[at]) } else { out.copy_from_slice(&src[at..at + inner]) }
-            },
-        );
+        for_rows(words_mut(&y[0]), inner, |r, out| {
+            let at: usize = (0..to.len().saturating_sub(1)).map(|k| r * inner / outer[k] % to[k] * step[k]).sum();
+            if last == 0 { out.fill(src[at]) } else { out.copy_from_slice(&src[at..at + inner]) }
+        });
         Ok(())
     }
 }
@@ -138,7 +174,7 @@ impl CpuKernel for Pad {
         }
         let skip = self.before * inner;
         let src = words(&x[0]);
-        words_mut(&y[0]).par_chunks_mut(to).with_min_len((16 * 1024 / to).max(1)).enumerate().for_each(|(r, out)| {
+        for_rows(words_mut(&y[0]), to, |r, out| {
             out[..skip].fill(0);
             out[skip..skip + from].copy_from_slice(&src[r * from..(r + 1) * from]);
             out[skip + from..].fill(0);

@@ -2,6 +2,7 @@
 
 use super::{Arg, CpuKernel, KernelError};
 use rambac_cpu::kernels::{conv, cross_entropy, embedding, gemm, norm, reduce, rotary};
+use rambac_ir::DType;
 use rambac_ir::ops::*;
 
 fn last(x: &Arg) -> usize {
@@ -13,7 +14,12 @@ impl CpuKernel for MatMul {
         let r = x[0].shape().len();
         if x[1].shape().len() == 2 {
             // One matrix for all rows.
-            let (a, b, c) = (x[0].mat(last(&x[0])), x[1].mat(last(&x[1])), y[0].mat_mut(last(&y[0])));
+            let (a, c) = (x[0].mat(last(&x[0])), y[0].mat_mut(last(&y[0])));
+            if x[1].ty.dtype == DType::BF16 {
+                gemm::matmul_bf16(a, x[1].mat_bf16(last(&x[1])), c);
+                return Ok(());
+            }
+            let b = x[1].mat(last(&x[1]));
             gemm::matmul(a, self.trans_a, b, self.trans_b, c, false);
             return Ok(());
         }
@@ -61,7 +67,10 @@ impl CpuKernel for Embedding {
     fn run(&self, x: &[Arg], y: &[Arg]) -> Result<(), KernelError> {
         let (ids, d) = (x[0].i32(), last(&x[1]));
         check_ids(ids, x[1].shape()[0])?;
-        embedding::gather(ids, x[1].mat(d), y[0].mat_mut(d));
+        match x[1].ty.dtype {
+            DType::BF16 => embedding::gather_bf16(ids, x[1].mat_bf16(d), y[0].mat_mut(d)),
+            _ => embedding::gather(ids, x[1].mat(d), y[0].mat_mut(d)),
+        }
         Ok(())
     }
 }
@@ -118,7 +127,12 @@ fn conv_of(x: &[Arg], silu: bool) -> conv::CausalConv1d {
 impl CpuKernel for CausalConv1d {
     fn run(&self, x: &[Arg], y: &[Arg]) -> Result<(), KernelError> {
         let c = last(&x[0]);
-        conv_of(x, self.silu).forward(x[0].mat(c), x[1].f32(), x[2].f32(), x[3].f32(), y[0].mat_mut(c), y[1].f32_mut());
+        let (conv, out) = (conv_of(x, self.silu), y[0].mat_mut(c));
+        if y[1].is(&x[3]) {
+            conv.forward_in_place(x[0].mat(c), x[1].f32(), x[2].f32(), out, y[1].f32_mut());
+        } else {
+            conv.forward(x[0].mat(c), x[1].f32(), x[2].f32(), x[3].f32(), out, y[1].f32_mut());
+        }
         Ok(())
     }
 }

@@ -25,7 +25,7 @@ macro_rules! by_reference {
 }
 by_reference! { Score, ScoreGrad, Select, Weigh, WeighGrad, Attend, AttendGrad, Aggregate, AggregateGrad }
 // Integers only (floats become maps), or counters: tiny.  So are bools that a kernel of four-byte elements moves.
-by_reference! { Unary, Binary, Where, Cast, Iota }
+by_reference! { Unary, Binary, Where, Iota }
 
 impl CpuKernel for Source {
     fn run(&self, _: &[Arg], _: &[Arg]) -> Result<(), KernelError> {

@@ -13,17 +13,19 @@ impl CpuKernel for SelectiveScan {
     fn run(&self, x: &[Arg], y: &[Arg]) -> Result<(), KernelError> {
         let s = shape(x, self.block);
         let (e, gr) = (s.heads * s.head_dim, s.groups * s.state);
-        s.forward(
-            x[0].mat(e),
-            x[1].mat(s.heads),
-            x[2].f32(),
-            x[3].mat(gr),
-            x[4].mat(gr),
-            x[5].f32(),
-            x[6].f32(),
-            y[0].mat_mut(e),
-            y[1].f32_mut(),
-        );
+        let operands = scan::Operands {
+            x: x[0].mat(e),
+            dt: x[1].mat(s.heads),
+            a: x[2].f32(),
+            b: x[3].mat(gr),
+            c: x[4].mat(gr),
+            d: x[5].f32(),
+        };
+        if y[1].is(&x[6]) {
+            s.forward_in_place(&operands, y[0].mat_mut(e), y[1].f32_mut());
+        } else {
+            s.forward(&operands, x[6].f32(), y[0].mat_mut(e), y[1].f32_mut());
+        }
         Ok(())
     }
 }

@@ -15,6 +15,9 @@ use pulp::Simd;
 /// Most steps of a backward task (longer tasks when the sequence is long, so that partial dw stay few).
 const BLOCK: usize = 64;
 
+/// Up to this many steps of all sequences the taps are used as they are stored.
+const FEW_STEPS: usize = 6;
+
 /// Sizes of a convolution: `n` sequences of `l` steps, `channels` wide, `kernel` taps.
 #[derive(Clone, Copy, Debug)]
 pub struct CausalConv1d {
@@ -65,6 +68,36 @@ simd_fn! {
         }
         for c0 in full..bias.len() {
             forward_part::<S, 1>(c0, rows, taps, bias, silu, out);
+        }
+    }
+}
+
+simd_fn! {
+    /// As `row_forward` with four taps, as they are stored: for few steps, to which turning them would be most of the work.
+    fn step_of_four<'a, S>(rows: [&'a [f32]; 4], w: &'a [[f32; 4]], bias: &'a [f32], silu: bool, out: &'a mut [f32]) {
+        const W: usize = 16;
+        let n = bias.len();
+        let [r0, r1, r2, r3] = rows.map(|r| &r[..n]);
+        let (w, out) = (&w[..n], &mut out[..n]);
+        let mut c0 = 0;
+        while c0 < n {
+            // The last columns may be computed twice.
+            let c = if n >= W { c0.min(n - W) } else { c0 };
+            let width = W.min(n);
+            let mut v = [0.0f32; W];
+            for i in 0..width {
+                let (w, c) = (w[c + i], c + i);
+                let sum = lane::fma::<S>(w[0], r0[c], bias[c]);
+                let sum = lane::fma::<S>(w[1], r1[c], sum);
+                v[i] = lane::fma::<S>(w[3], r3[c], lane::fma::<S>(w[2], r2[c], sum));
+            }
+            if silu {
+                for v in &mut v {
+                    *v = lane::silu::<S>(*v);
+                }
+            }
+            out[c..c + width].copy_from_slice(&v[..width]);
+            c0 += W;
         }
     }
 }
@@ -136,9 +169,46 @@ impl CausalConv1d {
     /// x, y (n * l, channels); w (channels, 1, kernel); bias (channels); s0, s_final (n, kernel - 1, channels):
     /// the inputs before the first step and the last kernel - 1 inputs.
     pub fn forward(&self, x: Mat, w: &[f32], bias: &[f32], s0: &[f32], y: MatMut, s_final: &mut [f32]) {
-        let &Self { n, l, channels: c, kernel, silu } = self;
-        self.check(&x, w, bias, s0, (y.rows(), y.cols()));
+        let &Self { n, l, channels: c, kernel, .. } = self;
         assert_eq!(s_final.len(), s0.len(), "BUG: final conv state");
+        self.convolve(&x, w, bias, s0, y);
+        for b in 0..n {
+            for j in 0..kernel - 1 {
+                let out = &mut s_final[(b * (kernel - 1) + j) * c..][..c];
+                out.copy_from_slice(self.input(&x, s0, b, (l + j) as isize - (kernel - 1) as isize));
+            }
+        }
+    }
+
+    /// As [`forward`](Self::forward), from the state in `s`, which the final one replaces.
+    pub fn forward_in_place(&self, x: Mat, w: &[f32], bias: &[f32], y: MatMut, s: &mut [f32]) {
+        let &Self { n, l, channels: c, kernel, .. } = self;
+        self.convolve(&x, w, bias, s, y);
+        let back = kernel - 1;
+        for b in 0..n {
+            for j in 0..back {
+                let to = (b * back + j) * c;
+                // Entries move towards the front: none is overwritten before it is read.
+                match l + j {
+                    from if from < back => s.copy_within((b * back + from) * c..(b * back + from + 1) * c, to),
+                    from => s[to..to + c].copy_from_slice(x.row(b * l + from - back)),
+                }
+            }
+        }
+    }
+
+    /// y of all steps.
+    fn convolve(&self, x: &Mat, w: &[f32], bias: &[f32], s0: &[f32], y: MatMut) {
+        let &Self { n, l, channels: c, kernel, silu } = self;
+        self.check(x, w, bias, s0, (y.rows(), y.cols()));
+        if kernel == 4 && n * l <= FEW_STEPS {
+            for i in 0..n * l {
+                let rows = [0, 1, 2, 3].map(|j| self.input(x, s0, i / l, (i % l + j) as isize - 3));
+                // SAFETY: one row after another.
+                step_of_four(rows, w.as_chunks().0, bias, silu, unsafe { y.row_unchecked(i) });
+            }
+            return;
+        }
         self.with_taps(w, |taps| {
             let cost = c * (2 * kernel + 16);
             let block = par::rows_per_task(cost);
@@ -148,16 +218,10 @@ impl CausalConv1d {
                 for i in start..(start + block).min(l) {
                     // SAFETY: row belongs to this task.
                     let out = unsafe { y.row_unchecked(b * l + i) };
-                    self.pre(&x, s0, b, i, taps, bias, silu, out);
+                    self.pre(x, s0, b, i, taps, bias, silu, out);
                 }
             });
         });
-        for b in 0..n {
-            for j in 0..kernel - 1 {
-                let out = &mut s_final[(b * (kernel - 1) + j) * c..][..c];
-                out.copy_from_slice(self.input(&x, s0, b, (l + j) as isize - (kernel - 1) as isize));
-            }
-        }
     }
 
     /// Gradients of `forward`: dx (n * l, channels), dw (channels, 1, kernel), db (channels),

@@ -3,8 +3,10 @@
 //! The gradient sorts token positions by id (a stable counting sort), so that each table row is the sum of its tokens'
 //! rows in token order, whoever computes it.  An id outside the table is a bug of the caller: ids are checked upstream.
 
+use super::gemm::widen;
 use crate::par;
 use crate::{Mat, MatMut};
+use half::bf16;
 
 #[inline(always)]
 fn index(id: i32, vocab: usize) -> usize {
@@ -20,6 +22,18 @@ pub fn gather(ids: &[i32], table: Mat, y: MatMut) {
         for (i, &id) in ids.iter().enumerate().take(end).skip(start) {
             // SAFETY: row i belongs to this task.
             unsafe { y.row_unchecked(i) }.copy_from_slice(table.row(index(id, table.rows())));
+        }
+    });
+}
+
+/// As [`gather`], from a table in bf16.
+pub fn gather_bf16(ids: &[i32], table: Mat<bf16>, y: MatMut) {
+    assert!(y.rows() == ids.len() && y.cols() == table.cols(), "BUG: gather into {}x{}", y.rows(), y.cols());
+    let d = table.cols();
+    par::for_blocks(ids.len(), par::rows_per_task(d), ids.len() * d, |_, start, end| {
+        for (i, &id) in ids.iter().enumerate().take(end).skip(start) {
+            // SAFETY: row i belongs to this task.
+            widen(table.row(index(id, table.rows())), unsafe { y.row_unchecked(i) });
         }
     });
 }

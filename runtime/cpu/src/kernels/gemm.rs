@@ -3,7 +3,7 @@
 //! `matmul` cuts C in tiles and k in blocks, packs B once in panels of 64 columns, a transposed A tile by tile, and runs
 //! the micro-kernel of gemm_micro.rs.
 //! A long contraction with a small result (weight gradients: k = tokens) is cut in parts whose results are summed in
-//! order.  Few rows (decoding) stream B once, as matrix-vector products.
+//! order.  Few rows (decoding) read B once, see matvec.rs.  A B in bf16 is widened while it is packed.
 //! Invariants: tile and part counts never depend on threads (bits do depend on the instruction set); C is overwritten
 //! unless `accumulate`.
 
@@ -11,13 +11,17 @@
 #![allow(clippy::needless_range_loop)]
 
 use super::gemm_micro::{Left, Small, small};
+use super::matvec::rows_times;
+use super::transpose::transpose_small;
 use crate::par::{self, SharedMut};
 use crate::simd::dispatch;
 use crate::{Mat, MatMut};
-use pulp::{Simd, WithSimd};
+use half::bf16;
 
-/// Products with at most this many rows take the matrix-vector path.
+/// Products with at most this many rows read B once, in place.
 const FEW_ROWS: usize = 6;
+/// The same where B's columns are contiguous: dot products need no packing, which costs as much as many rows do.
+const DOT_ROWS: usize = 32;
 
 /// c (m x n) = op(a) op(b), plus the old c if `accumulate`; op transposes where its flag is set.
 pub fn matmul(a: Mat, trans_a: bool, b: Mat, trans_b: bool, c: MatMut, accumulate: bool) {
@@ -34,6 +38,67 @@ pub fn matmul(a: Mat, trans_a: bool, b: Mat, trans_b: bool, c: MatMut, accumulat
     let p = Product { m, n, k, a: a.as_ptr(), ars, acs, b: b.as_ptr(), brs, bcs };
     // SAFETY: the strides describe the matrices just checked; `c` is exclusive.
     unsafe { p.run(c.as_mut_ptr(), c.stride(), accumulate) }
+}
+
+/// c (m x n) = a (m x k) wᵀ with w (n x k) in bf16, products and sums in f32.
+pub fn matmul_bf16(a: Mat, w: Mat<bf16>, c: MatMut) {
+    let (m, n, k) = (a.rows(), w.rows(), a.cols());
+    assert!(
+        w.cols() == k && c.rows() == m && c.cols() == n,
+        "BUG: matmul {m}x{k} by {}x{n} into {}x{}",
+        w.cols(),
+        c.rows(),
+        c.cols()
+    );
+    // SAFETY: the matrices just checked; `c` is exclusive.
+    unsafe {
+        if m <= DOT_ROWS {
+            let (a, w) = ((a.as_ptr(), a.stride(), 1), (w.as_ptr(), w.stride()));
+            return rows_times::<bf16, 2>(m, n, k, a, w, (c.as_mut_ptr(), c.stride()), false);
+        }
+        // B is read from its packed copy alone.
+        let p = Product { m, n, k, a: a.as_ptr(), ars: a.stride(), acs: 1, b: std::ptr::null(), brs: 0, bcs: 0 };
+        let plan = Plan::new(m, n, k);
+        par::with_scratch(k * n.next_multiple_of(PANEL), |packed| {
+            pack_panels(n, k, plan.depth, packed, |(p0, kb), (j0, width), to| {
+                par::with_scratch(width * kb, |wide| {
+                    for (j, row) in wide.chunks_exact_mut(kb).enumerate() {
+                        widen(&w.row(j0 + j)[p0..p0 + kb], row);
+                    }
+                    transpose_small(Mat::new(wide, width, kb), to, PANEL);
+                });
+            });
+            p.tiles(Some(packed), &plan, c.as_mut_ptr(), c.stride(), false);
+        });
+    }
+}
+
+super::vmath::simd_fn! {
+    /// The same numbers as f32.
+    pub fn widen<'a, S>(x: &'a [bf16], y: &'a mut [f32]) {
+        for (y, x) in y.iter_mut().zip(x) {
+            *y = f32::from_bits(u32::from(x.to_bits()) << 16);
+        }
+    }
+}
+
+/// A k x n matrix in blocks of `depth` rows, each in panels (depth, PANEL), by `pack((p0, kb), (j0, width), panel)`, which
+/// writes rows p0.. and columns j0.. of it; columns beyond n are never read.
+fn pack_panels(
+    n: usize,
+    k: usize,
+    depth: usize,
+    to: &mut [f32],
+    pack: impl Fn((usize, usize), (usize, usize), &mut [f32]) + Sync + Send,
+) {
+    let (wide, panels) = (n.next_multiple_of(PANEL), n.div_ceil(PANEL));
+    let out = SharedMut::new(to);
+    par::for_each(k.div_ceil(depth) * panels, 2 * k * n, |t| {
+        let (p0, j0) = (t / panels * depth, t % panels * PANEL);
+        let (kb, width) = (depth.min(k - p0), PANEL.min(n - j0));
+        // SAFETY: one panel per task.
+        pack((p0, kb), (j0, width), unsafe { out.slice(p0 * wide + j0 * kb, kb * PANEL) });
+    });
 }
 
 /// `batch` independent products of contiguous matrices: `c[i]` (m x n) = `op(a[i]) op(b[i])`.
@@ -139,7 +204,8 @@ impl Product {
     unsafe fn part(&self, i: usize, m: usize, j: usize, n: usize, p: usize, k: usize) -> Product {
         // SAFETY: inside the matrices by the caller's ranges.
         let a = unsafe { self.a.add(i * self.ars + p * self.acs) };
-        let b = unsafe { self.b.add(p * self.brs + j * self.bcs) };
+        // Not read where B is packed, and perhaps null.
+        let b = self.b.wrapping_add(p * self.brs + j * self.bcs);
         Product { m, n, k, a, b, ..*self }
     }
 
@@ -150,7 +216,9 @@ impl Product {
         }
         // SAFETY: the caller's matrices, forwarded.
         unsafe {
-            if m <= FEW_ROWS && k > 0 {
+            if m <= DOT_ROWS && k > 0 && self.brs == 1 {
+                rows_times::<f32, 1>(m, n, k, (self.a, self.ars, self.acs), (self.b, self.bcs), (c, crs), add);
+            } else if m <= FEW_ROWS && k > 0 {
                 self.few_rows(c, crs, add);
             } else if k == 0 || (self.bcs == 1 && m * n * k <= 1 << 18) {
                 small(m, n, k, (self.a, self.ars, self.acs), (self.b, self.brs), (c, crs), add);
@@ -163,41 +231,46 @@ impl Product {
     unsafe fn tiled(&self, c: *mut f32, crs: usize, add: bool) {
         let &Product { m, n, k, .. } = self;
         let plan = Plan::new(m, n, k);
-        let step = plan.depth * plan.blocks;
-        let (rows, cols, parts) = (m.div_ceil(plan.rows), n.div_ceil(plan.cols), k.div_ceil(step));
         let pack = self.bcs != 1 || (!self.transposed_a() && m > UNPACKED_ROWS);
-        let work = 2 * m * n * k;
         par::with_scratch(if pack { k * n.next_multiple_of(PANEL) } else { 0 }, |packed| {
             if pack {
                 self.pack_b(packed, plan.depth);
             }
-            let packed = pack.then_some(&*packed);
-            par::with_scratch(if parts > 1 { parts * m * n } else { 0 }, |partial| {
-                let (shared, c) = (SharedMut::new(partial), SharedPtr(c));
-                par::for_each(parts * rows * cols, work, |t| {
-                    let (p, i, j) = (t / (rows * cols), t / cols % rows * plan.rows, t % cols * plan.cols);
-                    let (tm, tn) = (plan.rows.min(m - i), plan.cols.min(n - j));
-                    // SAFETY: tasks own disjoint tiles of c, or of their part's partial result.
-                    unsafe {
-                        let ks = (p * step, step.min(k - p * step));
-                        if parts == 1 {
-                            self.tile(packed, (i, tm), (j, tn), ks, plan.depth, c.get().add(i * crs + j), crs, add);
-                        } else {
-                            let to = shared.ptr(p * m * n + i * n + j, (tm - 1) * n + tn);
-                            self.tile(packed, (i, tm), (j, tn), ks, plan.depth, to, n, false);
-                        }
+            // SAFETY: the caller's matrices.
+            unsafe { self.tiles(pack.then_some(&*packed), &plan, c, crs, add) }
+        });
+    }
+
+    /// Every tile and part; `packed` as by `pack_panels`, or B is read in place.
+    unsafe fn tiles(&self, packed: Option<&[f32]>, plan: &Plan, c: *mut f32, crs: usize, add: bool) {
+        let &Product { m, n, k, .. } = self;
+        let step = plan.depth * plan.blocks;
+        let (rows, cols, parts) = (m.div_ceil(plan.rows), n.div_ceil(plan.cols), k.div_ceil(step));
+        par::with_scratch(if parts > 1 { parts * m * n } else { 0 }, |partial| {
+            let (shared, c) = (SharedMut::new(partial), SharedPtr(c));
+            par::for_each(parts * rows * cols, 2 * m * n * k, |t| {
+                let (p, i, j) = (t / (rows * cols), t / cols % rows * plan.rows, t % cols * plan.cols);
+                let (tm, tn) = (plan.rows.min(m - i), plan.cols.min(n - j));
+                // SAFETY: tasks own disjoint tiles of c, or of their part's partial result.
+                unsafe {
+                    let ks = (p * step, step.min(k - p * step));
+                    if parts == 1 {
+                        self.tile(packed, (i, tm), (j, tn), ks, plan.depth, c.get().add(i * crs + j), crs, add);
+                    } else {
+                        let to = shared.ptr(p * m * n + i * n + j, (tm - 1) * n + tn);
+                        self.tile(packed, (i, tm), (j, tn), ks, plan.depth, to, n, false);
                     }
-                });
-                if parts > 1 {
-                    par::for_blocks(m, par::rows_per_task(n * parts), parts * m * n, |_, start, end| {
-                        for i in start..end {
-                            // SAFETY: row i of c belongs to this task.
-                            let row = unsafe { std::slice::from_raw_parts_mut(c.get().add(i * crs), n) };
-                            sum_rows(partial, m * n, i * n, parts, row, add);
-                        }
-                    });
                 }
             });
+            if parts > 1 {
+                par::for_blocks(m, par::rows_per_task(n * parts), parts * m * n, |_, start, end| {
+                    for i in start..end {
+                        // SAFETY: row i of c belongs to this task.
+                        let row = unsafe { std::slice::from_raw_parts_mut(c.get().add(i * crs), n) };
+                        sum_rows(partial, m * n, i * n, parts, row, add);
+                    }
+                });
+            }
         });
     }
 
@@ -265,16 +338,11 @@ impl Product {
         }
     }
 
-    /// B in blocks of `depth` steps, each in panels (depth, PANEL); columns beyond n are never read.
+    /// B as `pack_panels` lays it out.
     fn pack_b(&self, to: &mut [f32], depth: usize) {
-        let &Product { n, k, .. } = self;
-        let (wide, panels) = (n.next_multiple_of(PANEL), n.div_ceil(PANEL));
-        let out = SharedMut::new(to);
-        par::for_each(k.div_ceil(depth) * panels, 2 * k * n, |t| {
-            let (p0, j0) = (t / panels * depth, t % panels * PANEL);
-            let (kb, width) = (depth.min(k - p0), PANEL.min(n - j0));
-            // SAFETY: one panel per task; reads stay inside B.
-            unsafe { self.part(0, 0, j0, width, p0, kb).pack_panel(out.slice(p0 * wide + j0 * kb, kb * PANEL)) };
+        pack_panels(self.n, self.k, depth, to, |(p0, kb), (j0, width), to| {
+            // SAFETY: reads stay inside B.
+            unsafe { self.part(0, 0, j0, width, p0, kb).pack_panel(to) };
         });
     }
 
@@ -288,16 +356,17 @@ impl Product {
                     row[..n].copy_from_slice(std::slice::from_raw_parts(self.b.add(p * self.brs), n));
                 }
             } else {
-                super::transpose::transpose_small(Mat::from_raw(self.b, n, k, self.bcs), to, PANEL);
+                transpose_small(Mat::from_raw(self.b, n, k, self.bcs), to, PANEL);
             }
         }
     }
 
-    /// m <= FEW_ROWS: B is read once, in parallel over its columns (or rows, if transposed).
+    /// m <= FEW_ROWS, rows of B contiguous: B is read once, in parallel over its columns.
     unsafe fn few_rows(&self, c: *mut f32, crs: usize, add: bool) {
         let &Product { m, n, k, a, ars, acs, brs, bcs, .. } = self;
+        assert!(bcs == 1, "BUG: one stride of B must be 1");
         let (work, c) = (m * n * k, SharedPtr(c));
-        let columns = |j: usize| self.b.wrapping_add(j * self.bcs);
+        let columns = |j: usize| self.b.wrapping_add(j);
         // SAFETY: reads of A inside its m x k range, blocks of C are disjoint columns.
         par::with_scratch(m * k, |packed| unsafe {
             for i in 0..m {
@@ -306,37 +375,11 @@ impl Product {
                 }
             }
             let packed = &*packed;
-            if bcs == 1 {
-                // 256 columns: the running results stay in registers or L1, rows of B are read a kilobyte at a time.
-                par::for_blocks(n, 256, work, |_, start, end| {
-                    small(
-                        m,
-                        end - start,
-                        k,
-                        (packed.as_ptr(), k, 1),
-                        (columns(start), brs),
-                        (c.get().add(start), crs),
-                        add,
-                    );
-                });
-            } else {
-                assert!(brs == 1, "BUG: one stride of B must be 1");
-                par::for_blocks(n, par::rows_per_task(m * k), work, |_, start, end| {
-                    let mut values = [0.0; 4];
-                    for j in (start..end).step_by(4) {
-                        let count = 4.min(end - j);
-                        // The last columns are repeated to make four.
-                        let cols = [0, 1, 2, 3].map(|o| std::slice::from_raw_parts(columns(j + o.min(count - 1)), k));
-                        for (i, row) in packed.chunks_exact(k).enumerate() {
-                            four_dots(row, &cols, &mut values);
-                            for (o, v) in values[..count].iter().enumerate() {
-                                let out = c.get().add(i * crs + j + o);
-                                *out = if add { *out + v } else { *v };
-                            }
-                        }
-                    }
-                });
-            }
+            // 256 columns: the running results stay in registers or L1, rows of B are read a kilobyte at a time.
+            par::for_blocks(n, 256, work, |_, start, end| {
+                let (a, b) = ((packed.as_ptr(), k, 1), (columns(start), brs));
+                small(m, end - start, k, a, b, (c.get().add(start), crs), add);
+            });
         });
     }
 }
@@ -345,50 +388,6 @@ super::vmath::simd_fn! {
     /// Sum of products.
     pub(crate) fn dot<'a, S>(x: &'a [f32], y: &'a [f32]) -> f32 {
         super::vmath::fold::dot::<S>(x, y)
-    }
-}
-
-/// Dot products of x with four slices of its length.
-fn four_dots(x: &[f32], ys: &[&[f32]; 4], out: &mut [f32; 4]) {
-    assert!(ys.iter().all(|y| y.len() == x.len()), "BUG: dot products of unequal lengths");
-    dispatch(FourDots { x, ys, out })
-}
-
-struct FourDots<'a> {
-    x: &'a [f32],
-    ys: &'a [&'a [f32]; 4],
-    out: &'a mut [f32; 4],
-}
-
-impl WithSimd for FourDots<'_> {
-    type Output = ();
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        let (xs, rest) = S::as_simd_f32s(self.x);
-        let ys = self.ys.map(|y| S::as_simd_f32s(y).0);
-        let zero = simd.splat_f32s(0.0);
-        let mut acc = [[zero; 4]; 2];
-        let pairs = xs.len() / 2 * 2;
-        for v in (0..pairs).step_by(2) {
-            for u in 0..2 {
-                for j in 0..4 {
-                    acc[u][j] = simd.mul_add_e_f32s(xs[v + u], ys[j][v + u], acc[u][j]);
-                }
-            }
-        }
-        for v in pairs..xs.len() {
-            for j in 0..4 {
-                acc[0][j] = simd.mul_add_e_f32s(xs[v], ys[j][v], acc[0][j]);
-            }
-        }
-        let full = self.x.len() - rest.len();
-        for j in 0..4 {
-            let mut sum = simd.reduce_sum_f32s(simd.add_f32s(acc[0][j], acc[1][j]));
-            for (x, y) in rest.iter().zip(&self.ys[j][full..]) {
-                sum += x * y;
-            }
-            self.out[j] = sum;
-        }
     }
 }
 

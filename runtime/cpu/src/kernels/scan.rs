@@ -22,14 +22,14 @@
 
 use super::gemm_micro::small;
 use super::transpose::transpose_small;
-use super::vmath::{fold, lane, simd_fn};
+use super::vmath::{lane, simd_fn};
 use crate::par::{self, SharedMut};
 use crate::{Mat, MatMut};
 use std::ops::Range;
 
 /// Longer blocks only add work inside the block, so `SelectiveScan::block` is cut to this.
 const MAX_BLOCK: usize = 64;
-/// Up to this many steps the recurrence itself is cheaper than blocks.
+/// Up to this many steps the recurrence itself (scan_steps.rs) is cheaper than blocks.
 const FEW_STEPS: usize = 6;
 /// Rows taken together in products with a triangular matrix: whole vectors of columns.
 pub(super) const STRIP: usize = 16;
@@ -49,6 +49,18 @@ pub struct SelectiveScan {
     pub groups: usize,
     pub state: usize,
     pub block: usize,
+}
+
+/// What a scan reads beside the state: x (n * l, heads * head_dim); dt (n * l, heads) after softplus; a, d (heads), a
+/// negative; b, c (n * l, groups * state).
+#[derive(Clone, Copy)]
+pub struct Operands<'a> {
+    pub x: Mat<'a>,
+    pub dt: Mat<'a>,
+    pub a: &'a [f32],
+    pub b: Mat<'a>,
+    pub c: Mat<'a>,
+    pub d: &'a [f32],
 }
 
 /// Per-step factors of one block of one head.
@@ -142,21 +154,6 @@ simd_fn! {
     fn scaled_copy<'a, S>(f: f32, x: &'a [f32], out: &'a mut [f32]) {
         for (o, x) in out.iter_mut().zip(x) {
             *o = f * x;
-        }
-    }
-}
-
-simd_fn! {
-    /// One step of the recurrence for one head: h (head_dim, state) in place.
-    fn step<'a, S>(
-        decay: f32, dt: f32, d: f32, x: &'a [f32], b: &'a [f32], c: &'a [f32], h: &'a mut [f32], y: &'a mut [f32],
-    ) {
-        for ((h, x), y) in h.chunks_exact_mut(b.len()).zip(x).zip(y) {
-            let dx = dt * x;
-            for (h, b) in h.iter_mut().zip(b) {
-                *h = lane::fma::<S>(dx, *b, decay * *h);
-            }
-            *y = lane::fma::<S>(d, *x, fold::dot::<S>(h, c));
         }
     }
 }
@@ -258,25 +255,24 @@ impl SelectiveScan {
         assert!(h0.len() == self.all_states(), "BUG: states of {self:?}");
     }
 
-    /// x, y (n * l, heads * head_dim); dt (n * l, heads) after softplus; a, d (heads), a negative;
-    /// b, c (n * l, groups * state); h0, h_final (n, heads, head_dim, state).
-    #[allow(clippy::too_many_arguments)]
-    pub fn forward(
-        &self,
-        x: Mat,
-        dt: Mat,
-        a: &[f32],
-        b: Mat,
-        c: Mat,
-        d: &[f32],
-        h0: &[f32],
-        y: MatMut,
-        h_final: &mut [f32],
-    ) {
-        self.check(&x, &dt, a, &b, &c, d, h0);
-        assert!((y.rows(), y.cols()) == (x.rows(), x.cols()) && h_final.len() == h0.len(), "BUG: outputs of {self:?}");
+    /// y (n * l, heads * head_dim) and the final state from h0; h0, h_final (n, heads, head_dim, state).
+    pub fn forward(&self, o: &Operands, h0: &[f32], y: MatMut, h_final: &mut [f32]) {
+        assert_eq!(h_final.len(), h0.len(), "BUG: states of {self:?}");
+        self.run(o, Some(h0), y, h_final);
+    }
+
+    /// As [`forward`](Self::forward), from the state in `h`, which the final one replaces.
+    pub fn forward_in_place(&self, o: &Operands, y: MatMut, h: &mut [f32]) {
+        self.run(o, None, y, h);
+    }
+
+    /// `h` becomes the final state; it holds the first one where `h0` does not.
+    fn run(&self, o: &Operands, h0: Option<&[f32]>, y: MatMut, h: &mut [f32]) {
+        let &Operands { x, dt, a, b, c, d } = o;
+        self.check(&x, &dt, a, &b, &c, d, h);
+        assert!((y.rows(), y.cols()) == (x.rows(), x.cols()), "BUG: outputs of {self:?}");
         if self.l <= FEW_STEPS {
-            return self.steps(x, dt, a, b, c, d, h0, y, h_final);
+            return self.steps(o, h0, y, h);
         }
         let (p, r, all) = (self.head_dim, self.state, self.all_states());
         let per_group = self.heads / self.groups;
@@ -285,7 +281,7 @@ impl SelectiveScan {
         let walk = Walk { x, dt, a, b, layout: Layout::StateMajor, reverse: false };
         // states[j] is the state before block j of the window, the last one that after it; (state, head_dim) each.
         par::with_scratch((window + 1) * all, |states| {
-            for (h, s) in h0.chunks_exact(p * r).zip(states.chunks_exact_mut(p * r)) {
+            for (h, s) in h0.unwrap_or(h).chunks_exact(p * r).zip(states.chunks_exact_mut(p * r)) {
                 transpose_small(Mat::new(h, p, r), s, p);
             }
             let mut first = 0;
@@ -303,32 +299,8 @@ impl SelectiveScan {
                 states.copy_within(count * all..(count + 1) * all, 0);
                 first += count;
             }
-            for (s, h) in states.chunks_exact(p * r).zip(h_final.chunks_exact_mut(p * r)) {
+            for (s, h) in states.chunks_exact(p * r).zip(h.chunks_exact_mut(p * r)) {
                 transpose_small(Mat::new(s, r, p), h, r);
-            }
-        });
-    }
-
-    /// The recurrence step by step.
-    #[allow(clippy::too_many_arguments)]
-    fn steps(&self, x: Mat, dt: Mat, a: &[f32], b: Mat, c: Mat, d: &[f32], h0: &[f32], y: MatMut, h_final: &mut [f32]) {
-        let (p, r, len) = (self.head_dim, self.state, self.head_state());
-        let out = SharedMut::new(h_final);
-        let tasks = self.n * self.heads;
-        par::for_blocks(tasks, par::rows_per_task(4 * self.l * len), 4 * self.l * tasks * len, |_, start, end| {
-            for task in start..end {
-                let (i, m) = (task / self.heads, task % self.heads);
-                let g = self.group(m);
-                // SAFETY: one state and one column range of y per (sequence, head).
-                let h = unsafe { out.slice(task * len, len) };
-                h.copy_from_slice(&h0[task * len..(task + 1) * len]);
-                for row in i * self.l..(i + 1) * self.l {
-                    let step_dt = dt.row(row)[m];
-                    let mut y = unsafe { y.block_unchecked(row, 1, m * p, p) };
-                    let (b, c) = (&b.row(row)[g * r..][..r], &c.row(row)[g * r..][..r]);
-                    let xs = &x.row(row)[m * p..][..p];
-                    step((step_dt * a[m]).exp(), step_dt, d[m], xs, b, c, h, y.row_mut(0));
-                }
             }
         });
     }

@@ -35,6 +35,8 @@ fn conv_matches_reference_and_differences() {
         (1, 70, 3, 3, true),
         (2, 3, 4, 1, true),
         (1, 5, 2, 9, true),
+        (3, 2, 37, 4, true),
+        (1, 1, 64, 4, false),
     ] {
         let s = CausalConv1d { n, l, channels, kernel, silu };
         let (x, w, bias) = (src.vec(n * l * channels), src.vec(channels * kernel), src.vec(channels));
@@ -47,6 +49,10 @@ fn conv_matches_reference_and_differences() {
         s.forward(px.mat(), &w, &bias, &s0, y.mat_mut(), &mut tail);
         close("y", &y.values(), &want.0, 1e-6);
         close("tail", &tail, &want.1, 0.0);
+        // The same bits where the state is replaced.
+        let (mut again, mut state) = (Padded::out(n * l, channels, 2), s0.clone());
+        s.forward_in_place(px.mat(), &w, &bias, again.mat_mut(), &mut state);
+        assert!(again.values() == y.values() && state == tail, "in place: {s:?}");
 
         let pdy = Padded::new(&dy, n * l, channels, 1);
         let mut dx = Padded::out(n * l, channels, 3);

@@ -1,7 +1,9 @@
 //! Matrix products.
 
 use crate::common::*;
-use rambac_cpu::kernels::gemm::{batched_matmul, matmul};
+use half::bf16;
+use rambac_cpu::kernels::gemm::{batched_matmul, matmul, matmul_bf16};
+use rambac_cpu::{Mat, MatMut};
 
 fn reference(a: &[f32], ta: bool, b: &[f32], tb: bool, m: usize, n: usize, k: usize) -> Vec<f64> {
     let mut c = vec![0.0; m * n];
@@ -51,6 +53,48 @@ fn gemm_matches_reference() {
                 let want: Vec<f64> = want.iter().zip(&c0).map(|(w, &c)| if add { w + c as f64 } else { *w }).collect();
                 close(&format!("{m}x{n}x{k} {ta} {tb} {add}"), &got, &want, 3e-6);
             }
+        }
+    }
+}
+
+#[test]
+fn gemm_bf16_weights_match_reference() {
+    let mut src = Source::new(3);
+    let shapes =
+        [(1, 1, 1), (1, 300, 77), (2, 513, 130), (6, 70, 96), (7, 9, 3), (31, 65, 34), (33, 130, 33), (100, 300, 700)];
+    for (m, n, k) in shapes {
+        let a = src.vec(m * k);
+        let w: Vec<bf16> = src.vec(n * k).into_iter().map(bf16::from_f32).collect();
+        let wide: Vec<f32> = w.iter().map(|w| w.to_f32()).collect();
+        let want = reference(&a, false, &wide, true, m, n, k);
+        let ap = Padded::new(&a, m, k, 5);
+        let got = same_bits(|| {
+            let mut c = Padded::out(m, n, 1);
+            matmul_bf16(ap.mat(), Mat::new(&w, n, k), c.mat_mut());
+            c.values()
+        });
+        close(&format!("{m}x{n}x{k}"), &got, &want, 3e-6);
+    }
+}
+
+/// A row of a product with few rows does not depend on how many there are: a batch decodes as each of its texts.
+#[test]
+fn gemm_few_rows_are_independent() {
+    let mut src = Source::new(4);
+    let (n, k) = (37, 83);
+    let (a, w) = (src.vec(11 * k), src.vec(n * k));
+    let half: Vec<bf16> = w.iter().map(|w| bf16::from_f32(*w)).collect();
+    let run = |a: &[f32]| {
+        let m = a.len() / k;
+        let (mut c, mut d) = (vec![0.0; m * n], vec![0.0; m * n]);
+        matmul(Mat::new(a, m, k), false, Mat::new(&w, n, k), true, MatMut::new(&mut c, m, n), false);
+        matmul_bf16(Mat::new(a, m, k), Mat::new(&half, n, k), MatMut::new(&mut d, m, n));
+        [c, d]
+    };
+    let all = run(&a);
+    for (i, row) in a.chunks(k).enumerate() {
+        for (one, all) in run(row).iter().zip(&all) {
+            assert!(one.iter().zip(&all[i * n..]).all(|(x, y)| x.to_bits() == y.to_bits()), "row {i}");
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The selective scan against its recurrence in float64 and the reverse recurrence for gradients.
 
 use crate::common::*;
-use rambac_cpu::kernels::scan::SelectiveScan;
+use rambac_cpu::kernels::scan::{Operands, SelectiveScan};
 
 /// x, dt, a, b, c, d, h0.
 type Args = [Vec<f32>; 7];
@@ -85,7 +85,12 @@ fn run(s: &SelectiveScan, v: &Args, dy: &[f32], dh: &[f32]) -> Vec<Vec<f32>> {
     let (pb, pc, pdy) = (Padded::new(b, rows, gr, 5), Padded::new(c, rows, gr, 2), Padded::new(dy, rows, wide, 1));
     let mut y = Padded::out(rows, wide, 4);
     let mut h = vec![f32::NAN; h0.len()];
-    s.forward(px.mat(), pdt.mat(), a, pb.mat(), pc.mat(), d, h0, y.mat_mut(), &mut h);
+    let o = Operands { x: px.mat(), dt: pdt.mat(), a, b: pb.mat(), c: pc.mat(), d };
+    s.forward(&o, h0, y.mat_mut(), &mut h);
+    // The same bits where the state is replaced.
+    let (mut again, mut state) = (Padded::out(rows, wide, 1), h0.clone());
+    s.forward_in_place(&o, again.mat_mut(), &mut state);
+    assert!(again.values() == y.values() && state == h, "in place: {s:?}");
     let (mut dx, mut ddt) = (Padded::out(rows, wide, 1), Padded::out(rows, s.heads, 2));
     let (mut db, mut dc) = (Padded::out(rows, gr, 3), Padded::out(rows, gr, 4));
     let [mut da, mut dd, mut dh0] = [a, d, h0].map(|v| vec![f32::NAN; v.len()]);

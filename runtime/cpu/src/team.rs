@@ -1,0 +1,269 @@
+//! A team: the threads of a pool kept awake for one run of many short loops.
+//!
+//! Waking a sleeping thread costs tens of microseconds, as much as a whole step of decoding.  In a team one thread runs
+//! the program and the others wait, spinning, for the loops of [`par::for_each`](crate::par::for_each).  A loop's tasks
+//! are dealt in runs of neighbours, so that a thread streams contiguous memory; who is done takes tasks from the end of
+//! another's run.  A thread that comes late, or never, is not waited for.
+//! Invariants: as in `par`, what a task computes depends on its index alone.  A loop inside a task is no business of the
+//! team: it runs on the pool as ever.
+
+use std::any::Any;
+use std::cell::{Cell, UnsafeCell};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::ptr::null;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::*};
+
+/// Looks at the next loop before a waiting thread lets others run: about 100 µs.
+const PATIENCE: usize = 2000;
+
+/// Tasks that a loop can have.
+const MAX_TASKS: usize = u32::MAX as usize;
+
+type Task<'a> = dyn Fn(usize) + Sync + 'a;
+
+/// Tasks first..end of one thread, packed so that both ends change at once; alone in its cache lines.
+#[repr(align(128))]
+struct Share(AtomicU64);
+
+impl Share {
+    fn deal(&self, first: usize, end: usize) {
+        self.0.store((first as u64) << 32 | end as u64, Relaxed);
+    }
+    /// Takes one task from the front or the back.
+    fn take(&self, front: bool) -> Option<usize> {
+        let mut now = self.0.load(Relaxed);
+        loop {
+            let (first, end) = (now >> 32, now & u64::from(u32::MAX));
+            if first >= end {
+                return None;
+            }
+            let (task, next) = if front { (first, now + (1 << 32)) } else { (end - 1, now - 1) };
+            match self.0.compare_exchange_weak(now, next, Relaxed, Relaxed) {
+                Ok(_) => return Some(task as usize),
+                Err(other) => now = other,
+            }
+        }
+    }
+}
+
+/// See the module's comment.
+pub(crate) struct Team {
+    /// Odd while a loop is open.
+    epoch: AtomicUsize,
+    /// The open loop's body.
+    job: UnsafeCell<*const Task<'static>>,
+    shares: Box<[Share]>,
+    /// Threads that are, or may be, inside the open loop.
+    helping: AtomicUsize,
+    over: AtomicBool,
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+}
+
+// SAFETY: `job` is written only while no loop is open and nobody helps, see `each` and `help`; the rest is Sync.
+unsafe impl Sync for Team {}
+
+thread_local! {
+    /// The team whose program this thread runs, outside of its tasks.
+    static CURRENT: Cell<*const Team> = const { Cell::new(null()) };
+}
+
+/// The team of this thread, for the length of the call; `None` inside a task.
+pub(crate) fn with_current<R>(f: impl FnOnce(Option<&Team>) -> R) -> R {
+    // SAFETY: set by `run` while its team lives, on the thread that it blocks.
+    f(unsafe { CURRENT.get().as_ref() })
+}
+
+/// Sets this thread's team and puts the old one back when dropped.
+struct Entered(*const Team);
+
+impl Entered {
+    fn new(team: *const Team) -> Self {
+        Self(CURRENT.replace(team))
+    }
+}
+
+impl Drop for Entered {
+    fn drop(&mut self) {
+        CURRENT.set(self.0);
+    }
+}
+
+/// Sends the helpers home, also when the program panics.
+struct Over<'a>(&'a Team);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.over.store(true, Release);
+    }
+}
+
+/// Runs `f` on one thread of `pool`, with the others as its team.
+pub fn run<R: Send>(pool: &rayon::ThreadPool, f: impl FnOnce() -> R + Send) -> R {
+    let threads = pool.current_num_threads();
+    if threads == 1 {
+        return pool.install(f);
+    }
+    let team = Team {
+        epoch: AtomicUsize::new(0),
+        job: UnsafeCell::new(null::<fn(usize)>() as *const Task<'static>),
+        shares: (0..threads).map(|_| Share(AtomicU64::new(0))).collect(),
+        helping: AtomicUsize::new(0),
+        over: AtomicBool::new(false),
+        panic: Mutex::new(None),
+    };
+    let (program, result, arrived) = (Mutex::new(Some(f)), Mutex::new(None), AtomicUsize::new(1));
+    pool.broadcast(|_| {
+        let first = lock(&program).take();
+        match first {
+            Some(f) => {
+                let _over = Over(&team);
+                let _entered = Entered::new(&team);
+                let r = f();
+                *lock(&result) = Some(r);
+            }
+            None => team.help(arrived.fetch_add(1, Relaxed)),
+        }
+    });
+    let result = lock(&result).take();
+    result.expect("BUG: the program ran to its end or its panic was passed on")
+}
+
+/// A panic while one of these is held is passed on elsewhere.
+fn lock<T>(m: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    m.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+impl Team {
+    /// Calls `f` for every index below `tasks`, on this thread and on whoever helps; false if it is not for a team.
+    pub(crate) fn each(&self, tasks: usize, f: &Task<'_>) -> bool {
+        if tasks > MAX_TASKS {
+            return false;
+        }
+        let n = self.shares.len();
+        let cut = |i: usize| (tasks as u64 * i as u64 / n as u64) as usize;
+        self.shares.iter().enumerate().for_each(|(i, s)| s.deal(cut(i), cut(i + 1)));
+        // SAFETY: no loop is open and nobody helps.  The lifetime is forgotten only until the end of this function,
+        // which does not return, nor unwind, before every thread has left the loop.
+        unsafe { *self.job.get() = std::mem::transmute::<*const Task<'_>, *const Task<'static>>(f) };
+        self.epoch.fetch_add(1, SeqCst);
+        let mine = catch_unwind(AssertUnwindSafe(|| {
+            let _entered = Entered::new(null());
+            self.work(0, f);
+        }));
+        // No task is left, or this thread panicked; the tasks of others may still run.
+        self.epoch.fetch_add(1, SeqCst);
+        let mut looks = 0;
+        while self.helping.load(SeqCst) > 0 {
+            wait(&mut looks);
+        }
+        if let Err(panic) = mine {
+            resume_unwind(panic);
+        }
+        if let Some(panic) = lock(&self.panic).take() {
+            resume_unwind(panic);
+        }
+        true
+    }
+
+    /// Tasks from the front of the own share, then from the back of others'.
+    fn work(&self, me: usize, f: &Task<'_>) {
+        while let Some(t) = self.shares[me].take(true) {
+            f(t);
+        }
+        let n = self.shares.len();
+        for other in (1..n).map(|k| (me + k) % n) {
+            while let Some(t) = self.shares[other].take(false) {
+                f(t);
+            }
+        }
+    }
+
+    /// What the other threads do until the program is over.
+    fn help(&self, me: usize) {
+        let (mut done, mut looks) = (0, 0);
+        while !self.over.load(Acquire) {
+            let epoch = self.epoch.load(SeqCst);
+            if epoch.is_multiple_of(2) || epoch == done {
+                wait(&mut looks);
+                continue;
+            }
+            self.helping.fetch_add(1, SeqCst);
+            // If the loop is still open now, it stays until this thread no longer counts as helping: `each` closes it
+            // first and looks at the count after.
+            if self.epoch.load(SeqCst) == epoch {
+                // SAFETY: written before the epoch became odd.
+                let f = unsafe { &**self.job.get() };
+                if let Err(panic) = catch_unwind(AssertUnwindSafe(|| self.work(me, f))) {
+                    lock(&self.panic).get_or_insert(panic);
+                }
+            }
+            self.helping.fetch_sub(1, SeqCst);
+            (done, looks) = (epoch, 0);
+        }
+    }
+}
+
+/// Spins at first, then lets other threads have the processor.
+fn wait(looks: &mut usize) {
+    *looks += 1;
+    if *looks < PATIENCE { std::hint::spin_loop() } else { std::thread::yield_now() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::par;
+
+    fn pool(threads: usize) -> rayon::ThreadPool {
+        rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap()
+    }
+
+    #[test]
+    fn team_runs_every_task_once() {
+        for threads in [1, 2, 5] {
+            let counts: Vec<AtomicUsize> = (0..1000).map(|_| AtomicUsize::new(0)).collect();
+            let sum = run(&pool(threads), || {
+                for round in 0..300 {
+                    let tasks = round * 7 % 1000;
+                    par::for_each(tasks, usize::MAX, |i| {
+                        counts[i].fetch_add(1, Relaxed);
+                    });
+                }
+                (0..300).map(|round| round * 7 % 1000).sum::<usize>()
+            });
+            let each: Vec<usize> = counts.iter().map(|c| c.load(Relaxed)).collect();
+            assert_eq!(each.iter().sum::<usize>(), sum);
+            // Task i runs in every round that has more than i tasks.
+            let want = |i: usize| (0..300).filter(|round| round * 7 % 1000 > i).count();
+            each.iter().enumerate().for_each(|(i, n)| assert_eq!(*n, want(i), "task {i}, {threads} threads"));
+        }
+    }
+
+    #[test]
+    fn team_loops_inside_tasks() {
+        let count = AtomicUsize::new(0);
+        run(&pool(3), || {
+            par::for_each(50, usize::MAX, |_| {
+                par::for_each(20, usize::MAX, |_| {
+                    count.fetch_add(1, Relaxed);
+                });
+            });
+        });
+        assert_eq!(count.into_inner(), 1000);
+    }
+
+    #[test]
+    fn team_passes_panics_on() {
+        let p = pool(3);
+        for bad in [0, 13, 99] {
+            let r = catch_unwind(AssertUnwindSafe(|| {
+                run(&p, || par::for_each(100, usize::MAX, |i| assert!(i != bad, "task {i}")));
+            }));
+            let message = *r.unwrap_err().downcast::<String>().unwrap();
+            assert_eq!(message, format!("task {bad}"));
+        }
+        // And the pool still works.
+        assert_eq!(run(&p, || 7), 7);
+    }
+}

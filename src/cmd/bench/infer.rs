@@ -1,0 +1,282 @@
+//! `rambac bench prefill` and `decode`: a session as `generate` runs it.
+//!
+//! Decoding one token reads every weight once, so its limit is the bytes of the weights over the rate at which this
+//! machine reads memory; prefill's is its FLOPs over the rate of large products.  Both rates are measured in the same run.
+
+use super::{Kinds, WARM_UP, add_steps, median, profile};
+use crate::cli::{Bench, Weights, Work};
+use crate::error::{Result, wrap};
+use crate::machine;
+use crate::model;
+use crate::show;
+use crate::work::Sums;
+use rambac_codegen::Program;
+use rambac_ir::ops::{Op, SourceKind};
+use rambac_ir::{Bindings, Cost};
+use rambac_models::Config;
+use rambac_models::data::rng;
+use rambac_runtime::{Session, SessionOptions};
+use rand::Rng;
+use serde_json::json;
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Instant;
+
+/// Tokens that are fed at once in prefill.
+const SEGMENT: usize = 4096;
+/// Least tokens of a timed run of decoding.
+const TOKENS: usize = 32;
+
+/// Runs the verb.
+pub fn run(a: &Bench, config: &Config, weights: Option<&Path>, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
+    let graphs = model::session_graphs(config)?;
+    let options = SessionOptions { sequences: a.batch, passes: a.weights.options(), ..SessionOptions::default() };
+    let params = model::parameters_for(&graphs, &options.passes, config, weights)?;
+    let session = Session::new(&graphs, params, pool.clone(), &options).map_err(wrap)?;
+    let mut b = Infer { a, config, session, rng: rng::stream(0, "bench", &[]) };
+    let r = if a.what == Work::Decode { b.decode()? } else { b.prefill()? };
+    // Before the rates are measured, which takes memory of its own.
+    let rss = machine::peak_rss();
+    let rates = machine::rates(&pool);
+    let read = machine::read_rate(&pool);
+    b.print(&r, rates, read, rss);
+    if a.profile {
+        profile(r.name, r.sums, a.json);
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What was timed; everything for one token of every sequence (decode), or for all their texts (prefill).
+struct Timed {
+    name: &'static str,
+    tokens: usize,
+    /// Of every run, sorted.
+    seconds: Vec<f64>,
+    cost: Cost,
+    /// Activations and chunk memory at the largest, weights and states.
+    arena: usize,
+    memory: usize,
+    sums: Kinds,
+}
+
+struct Infer<'a> {
+    a: &'a Bench,
+    config: &'a Config,
+    session: Session,
+    rng: rand_chacha::ChaCha8Rng,
+}
+
+impl Infer<'_> {
+    fn ids(&mut self, n: usize) -> Vec<i32> {
+        (0..n).map(|_| self.rng.random_range(0..self.config.vocab_size) as i32).collect()
+    }
+
+    /// Reads a text into every sequence; the last tokens' logits.
+    fn read(&mut self, ids: &[i32]) -> Result<Vec<f32>> {
+        let mut last = vec![];
+        for seq in 0..self.a.batch {
+            let mut hidden = vec![];
+            for segment in ids.chunks(SEGMENT) {
+                hidden = self.session.feed(seq, segment).map_err(wrap)?.hidden;
+            }
+            last.extend_from_slice(&hidden[hidden.len() - self.config.hidden_size..]);
+        }
+        self.session.logits(&last).map_err(wrap)
+    }
+
+    /// One more token in every sequence; the logits.
+    fn step(&mut self, ids: &[i32]) -> Result<Vec<f32>> {
+        let hidden = self.session.step(ids).map_err(wrap)?.hidden;
+        self.session.logits(&hidden).map_err(wrap)
+    }
+
+    fn record(&mut self) {
+        self.session.parts().into_iter().for_each(|p| p.record());
+    }
+
+    fn decode(&mut self) -> Result<Timed> {
+        let context = self.ids(self.a.len);
+        self.read(&context)?;
+        // Whole chunks, so that every run completes as many of them.
+        let s = if self.config.is_plain() { 1 } else { self.config.chunk_size };
+        let tokens = TOKENS.next_multiple_of(s);
+        let mut seconds = vec![];
+        for run in 0..=self.a.runs {
+            let n = self.a.batch;
+            let ids = self.ids(tokens * n);
+            if run == 1 {
+                self.record();
+            }
+            let t = Instant::now();
+            for ids in ids.chunks(n) {
+                std::hint::black_box(self.step(ids)?);
+            }
+            if run > 0 {
+                seconds.push(t.elapsed().as_secs_f64() / tokens as f64);
+            }
+        }
+        seconds.sort_by(f64::total_cmp);
+        let done = (tokens * self.a.runs) as f64;
+        let n = self.a.batch;
+        let chunks = self.session.chunks(0).map_or(0, |c| c.chunks());
+        let (mut cost, mut sums, mut arena) = (Cost::default(), Sums::new(), 0);
+        for part in self.session.parts() {
+            let dims = match part.program().name.as_str() {
+                "chunks" => Bindings::new([("N", 1), ("B", 1)]),
+                "head" => Bindings::new([("N", 1), ("L", n)]),
+                _ => Bindings::new([("N", n), ("L", 1), ("C", chunks)]),
+            };
+            // A sequence makes a chunk once in `s` tokens.
+            let often = if part.program().name == "chunks" { n as f64 / s as f64 } else { 1.0 };
+            let p = part.program();
+            let costs: Vec<Cost> = p.costs(&dims).map_err(wrap)?.into_iter().map(|c| scaled(c, often)).collect();
+            add_steps(&mut sums, p, part.recorded(), &costs, done);
+            cost.flops += costs.iter().map(|c| c.flops).sum::<f64>();
+            cost.bytes += weight_bytes(p, &dims)? * often;
+            arena += part.plan(&dims).map_err(wrap)?.arena;
+        }
+        Ok(Timed { name: "decode", tokens: n, seconds, cost, arena, memory: self.memory(), sums })
+    }
+
+    fn prefill(&mut self) -> Result<Timed> {
+        let (n, ids) = (self.a.batch, self.ids(self.a.len));
+        let mut seconds = vec![];
+        for run in 0..WARM_UP + self.a.runs {
+            self.session.reset().map_err(wrap)?;
+            if run == WARM_UP {
+                self.record();
+            }
+            let t = Instant::now();
+            std::hint::black_box(self.read(&ids)?);
+            if run >= WARM_UP {
+                seconds.push(t.elapsed().as_secs_f64());
+            }
+        }
+        seconds.sort_by(f64::total_cmp);
+        let s = if self.config.is_plain() { usize::MAX } else { self.config.chunk_size };
+        let (mut cost, mut sums, mut arena) = (Cost::default(), Sums::new(), 0);
+        for part in self.session.parts() {
+            let mut whole = vec![Cost::default(); part.program().steps.len()];
+            let mut most = 0;
+            let head = part.program().name == "head";
+            let starts: Vec<usize> = if head { vec![ids.len() - 1] } else { (0..ids.len()).step_by(SEGMENT).collect() };
+            for start in starts {
+                let end = (start + SEGMENT).min(ids.len());
+                let (l, done, before) = (if head { n } else { end - start }, end / s, start / s);
+                let dims = Bindings::new([("N", 1), ("L", l), ("B", done - before), ("C", done)]);
+                if part.program().name == "chunks" && done == before {
+                    continue;
+                }
+                let costs = part.program().costs(&dims).map_err(wrap)?;
+                // Texts are read one after another, their last tokens' logits made together.
+                let often = if head { 1.0 } else { n as f64 };
+                whole.iter_mut().zip(costs).for_each(|(w, c)| *w = *w + scaled(c, often));
+                most = most.max(part.plan(&dims).map_err(wrap)?.arena);
+            }
+            cost = cost + whole.iter().copied().sum();
+            arena += most;
+            add_steps(&mut sums, part.program(), part.recorded(), &whole, self.a.runs as f64);
+        }
+        Ok(Timed { name: "prefill", tokens: n * ids.len(), seconds, cost, arena, memory: self.memory(), sums })
+    }
+
+    /// Bytes of the chunk memory.
+    fn memory(&self) -> usize {
+        (0..self.a.batch).filter_map(|seq| self.session.chunks(seq)).map(|c| c.bytes()).sum()
+    }
+
+    fn print(&self, r: &Timed, rates: machine::Rates, read: f64, rss: usize) {
+        let (a, t) = (self.a, median(&r.seconds));
+        let persistent = self.session.store().bytes();
+        let peak = persistent + r.arena + r.memory;
+        let (tokens_per_s, least, most) = (r.tokens as f64 / t, r.seconds[0], r.seconds[r.seconds.len() - 1]);
+        let (threads, decode) = (rates.threads, r.name == "decode");
+        let weights = if a.weights == Weights::Bf16 { "bf16" } else { "f32" };
+        if a.json {
+            let line = json!({
+                "bench": r.name, "preset": a.preset, "len": a.len, "batch": a.batch, "weights": weights, "threads": threads,
+                "runs": r.seconds.len(), "tokens_per_s": tokens_per_s,
+                "seconds": t, "seconds_min": least, "seconds_max": most,
+                "flops": r.cost.flops, "bytes": r.cost.bytes,
+                "peak_bytes": peak, "arena_bytes": r.arena, "persistent_bytes": persistent,
+                "memory_bytes": r.memory, "peak_rss_bytes": rss,
+                "gflop_per_s": r.cost.flops / t / 1e9, "gb_per_s": r.cost.bytes / t / 1e9,
+                "machine_gemm_gflop_per_s": rates.gemm / 1e9, "machine_read_gb_per_s": read / 1e9,
+                "gemm_fraction": r.cost.flops / t / rates.gemm, "read_fraction": r.cost.bytes / t / read,
+            });
+            println!("{line}");
+            return;
+        }
+        println!(
+            "{} of {} ({} parameters, {weights}) {} {} x {}, {}",
+            r.name,
+            a.preset,
+            show::si(self.config.n_parameters() as f64, ""),
+            if decode { "after" } else { "of" },
+            a.batch,
+            show::plural(a.len, "token"),
+            show::plural(threads, "thread")
+        );
+        println!("  speed     {} tokens/s", show::digits(tokens_per_s));
+        println!(
+            "  time      {}{} (median of {}; {} to {})",
+            show::seconds(t),
+            if decode { " a token" } else { "" },
+            show::plural(r.seconds.len(), "run"),
+            show::seconds(least),
+            show::seconds(most)
+        );
+        println!(
+            "  work      {}: {}, {} of this machine's large products ({})",
+            show::si(r.cost.flops, "FLOP"),
+            show::si(r.cost.flops / t, "FLOP/s"),
+            show::share(r.cost.flops / t, rates.gemm),
+            show::si(rates.gemm, "FLOP/s")
+        );
+        println!(
+            "  {}   {}: {}, {} of this machine's large reads ({})",
+            if decode { "weights" } else { "traffic" },
+            show::si(r.cost.bytes, "B"),
+            show::si(r.cost.bytes / t, "B/s"),
+            show::share(r.cost.bytes / t, read),
+            show::si(read, "B/s")
+        );
+        println!(
+            "  memory    {} planned ({} of weights and states, {} of activations, {} of chunks), {} resident at its peak",
+            show::bytes(peak),
+            show::bytes(persistent),
+            show::bytes(r.arena),
+            show::bytes(r.memory),
+            show::bytes(rss)
+        );
+    }
+}
+
+fn scaled(c: Cost, by: f64) -> Cost {
+    Cost { flops: c.flops * by, bytes: c.bytes * by }
+}
+
+/// Bytes of weights that one run of `p` reads: all of them, of a table that is only looked up in the rows looked up.
+fn weight_bytes(p: &Program, dims: &Bindings) -> Result<f64> {
+    let mut all = 0.0;
+    for slot in p.sources.iter().filter(|s| s.kind == SourceKind::Param) {
+        let mut whole = false;
+        for step in &p.steps {
+            for v in step.inputs.iter().filter(|v| v.buffer == slot.buffer) {
+                match step.op {
+                    Op::Embedding(_) => {
+                        let rows = step.inputs[0].ty.bind(dims).map_err(wrap)?.elements();
+                        let table = v.ty.bind(dims).map_err(wrap)?;
+                        all += (rows * table.bytes() / table.shape[0].max(1)) as f64;
+                    }
+                    _ => whole = true,
+                }
+            }
+        }
+        if whole {
+            all += slot.ty.bind(dims).map_err(wrap)?.bytes() as f64;
+        }
+    }
+    Ok(all)
+}
