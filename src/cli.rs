@@ -37,6 +37,8 @@ pub enum Verb {
     Doctor(Doctor),
     /// Compare a device with stored values and gradients: ops and whole models
     Check(Check),
+    /// Run a CUDA kernel given as PTX on the CPU and say what it does wrong and what it moves
+    Simulate(Simulate),
 }
 
 /// Where a program runs.
@@ -64,6 +66,61 @@ pub struct Check {
     #[arg(long)]
     pub only: Option<String>,
     /// One JSON object per tensor
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `4`, `4,2`, `4,2,1`
+fn triple(s: &str) -> Result<[u32; 3], String> {
+    let all: Vec<u32> = s.split([',', 'x']).map(str::parse).collect::<Result<_, _>>().map_err(|e| format!("{e}"))?;
+    match all[..] {
+        [x] => Ok([x, 1, 1]),
+        [x, y] => Ok([x, y, 1]),
+        [x, y, z] => Ok([x, y, z]),
+        _ => Err("up to three numbers are expected, as in 4,2,1".into()),
+    }
+}
+
+#[derive(Args)]
+pub struct Simulate {
+    /// PTX, as NVRTC or nvcc --ptx writes it
+    #[arg(value_name = "FILE.ptx")]
+    pub ptx: PathBuf,
+    /// Which kernel [default: the only one]
+    #[arg(long)]
+    pub kernel: Option<String>,
+    /// Blocks, e.g. 4 or 4,2,1
+    #[arg(long, value_parser = triple, default_value = "1")]
+    pub grid: [u32; 3],
+    /// Threads of a block
+    #[arg(long, value_parser = triple, default_value = "32")]
+    pub block: [u32; 3],
+    /// Blocks of a cluster
+    #[arg(long, value_parser = triple, default_value = "1")]
+    pub cluster: [u32; 3],
+    /// Bytes of dynamic shared memory
+    #[arg(long, default_value_t = 0)]
+    pub shared: u32,
+    /// An argument, in order: y=f32[1024] is written, x=f32[1024]:iota is read, z=f32[64]:zero:rw is both, n=i32:1024
+    /// is a number; contents are zero, iota, random, a number, @FILE
+    #[arg(long = "arg", value_name = "SPEC")]
+    pub args: Vec<String>,
+    /// Write a buffer's bytes after the first run
+    #[arg(long, value_name = "NAME=FILE")]
+    pub save: Vec<String>,
+    /// First schedule; 0 is in order, others mix warps, lanes and blocks
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Run under so many schedules; every second makes asynchronous copies as late as may be
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..))]
+    pub schedules: u64,
+    /// Show instructions, traffic and conflicts
+    #[arg(long)]
+    pub report: bool,
+    /// Instructions of warps after which a block is stopped
+    #[arg(long, default_value_t = 1 << 30)]
+    pub limit: u64,
+    /// One JSON object per finding and run
     #[arg(long)]
     pub json: bool,
 }

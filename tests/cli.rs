@@ -54,7 +54,7 @@ fn usage_errors_have_status_2() {
     for args in [&[][..], &["fly"], &["bench", "--len", "0"], &["bench", "jump"], &["explain"], &["generate", "x"]] {
         assert_eq!(rambac(args).code, Some(2), "{args:?}");
     }
-    for verb in ["bench", "explain", "inspect", "doctor", "generate", "check", "train", "eval", "demo"] {
+    for verb in ["bench", "explain", "inspect", "doctor", "generate", "check", "train", "eval", "demo", "simulate"] {
         assert!(ok(&[verb, "--help"]).contains("Usage"), "{verb}");
     }
 }

@@ -29,7 +29,11 @@ struct Finding {
 
 /// Runs the verb.
 pub fn run(a: &Doctor, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
+<<<<<<< HEAD
     let all = [cpu(&pool), vectors(), memory(), kernels(&pool), rates(&pool), temporary(), terminal(), gpu()];
+=======
+    let all = [cpu(&pool), simd(), memory(), kernels(&pool), rates(&pool), temporary(), terminal(), gpu(), nvrtc()];
+>>>>>>> ebc18d2 (A simulator runs PTX on the CPU and watches it; NVRTC compiles its tests; rambac simulate)
     for f in &all {
         let state = match f.state {
             State::Good => "ok",
@@ -151,6 +155,33 @@ fn gpu() -> Finding {
         "there is no NVIDIA driver (libcuda.so.1) here either"
     };
     Finding { state: State::Note, topic: "GPU", text: format!("this version runs on the CPU only; {driver}") }
+}
+
+/// The CUDA compiler, which needs no GPU.
+fn nvrtc() -> Finding {
+    use rambac_codegen::nvrtc::{HELP, Nvrtc, NvrtcError, installed};
+    let mut found = vec![];
+    let mut broken = vec![];
+    for path in installed() {
+        match Nvrtc::open(&path) {
+            Ok(n) => found.push(format!("NVRTC {}.{} ({})", n.version.0, n.version.1, path.display())),
+            Err(e) => broken.push(e.to_string()),
+        }
+    }
+    if found.is_empty() && broken.is_empty() {
+        match Nvrtc::open_any() {
+            Ok(n) => found.push(format!("NVRTC {}.{} (found by the linker)", n.version.0, n.version.1)),
+            Err(NvrtcError::Missing) => {}
+            Err(e) => broken.push(e.to_string()),
+        }
+    }
+    let state = if found.is_empty() { State::Note } else { State::Good };
+    let text = match (found.is_empty(), broken.is_empty()) {
+        (true, true) => format!("NVRTC is not here: CUDA sources can't be compiled; {HELP}"),
+        (true, false) => format!("{}; {HELP}", broken.join("; ")),
+        _ => found.join("; "),
+    };
+    Finding { state, topic: "compiler", text }
 }
 
 #[cfg(unix)]

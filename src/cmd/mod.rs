@@ -8,6 +8,7 @@ mod eval;
 mod explain;
 mod generate;
 mod inspect;
+mod simulate;
 mod train;
 
 use crate::cli::{Cli, Verb};
@@ -29,5 +30,6 @@ pub fn run(cli: Cli) -> Result<ExitCode> {
         Verb::Doctor(a) => doctor::run(&a, pool),
         Verb::Generate(a) => generate::run(&a, pool),
         Verb::Check(a) => check::run(&a, pool),
+        Verb::Simulate(a) => simulate::run(&a, pool),
     }
 }

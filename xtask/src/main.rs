@@ -4,6 +4,8 @@
 //! adds the tests of every test binary and one for each other stage.  Deliberately absent: dependencies, so that this
 //! builds in a second, and any knowledge of single tests.
 
+mod cuda;
+
 use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
 use std::process::{Command, ExitCode, Stdio};
@@ -136,6 +138,9 @@ fn test(only: Option<&str>) -> ExitCode {
         return ExitCode::from(2);
     }
     let began = Instant::now();
+    if chosen.iter().any(|s| s.name == "test") {
+        cuda::install().iter().for_each(|e| eprintln!("tests of CUDA kernels may be skipped: {e}"));
+    }
     let mut total = Counts::default();
     let mut summary = String::new();
     let mut failed = None;
@@ -176,7 +181,7 @@ fn names() -> String {
 }
 
 fn usage() -> String {
-    format!("usage: cargo xtask test [--only STAGE]\nstages: {}", names())
+    format!("usage: cargo xtask test [--only STAGE] | cuda (installs NVRTC for tests)\nstages: {}", names())
 }
 
 fn main() -> ExitCode {
@@ -190,6 +195,11 @@ fn main() -> ExitCode {
     match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["test"] => test(None),
         ["test", "--only", stage] => test(Some(stage)),
+        ["cuda"] => {
+            let failed = cuda::install();
+            failed.iter().for_each(|e| eprintln!("{e}"));
+            if failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+        }
         ["help" | "--help" | "-h"] => {
             println!("{}", usage());
             ExitCode::SUCCESS

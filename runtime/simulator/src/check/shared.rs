@@ -1,0 +1,239 @@
+//! Shared memory of a block with the last accesses of every grain.
+//!
+//! Order is kept by vector clocks over the warps of a cluster.  Every warp has a clock that advances where it hands
+//! its past on (barriers, mbarrier arrivals); `vc[w]` is what a warp knows of warp `w`: an access of `w` stamped `t` lies
+//! in its past iff `t < vc[w]`.  Its own entry is what its lanes know of each other: the clock at the last
+//! `bar.warp.sync` or barrier.  Lanes of a warp share its knowledge: what one lane waited for counts for all.  Writes that
+//! leave the bytes as they are clash with nothing: several threads may set the same flag.
+
+/// Bits of a stamp: clock, thread within the cluster, instruction, flags.
+const CLOCK: u32 = 28;
+const THREAD: u32 = 14;
+const PC: u32 = 18;
+pub const MAX_PC: usize = 1 << PC;
+const VALID: u64 = 1 << 60;
+const STRONG: u64 = 1 << 61;
+const PENDING: u64 = 1 << 62;
+const ASYNC: u64 = 1 << 63;
+
+/// Who accesses, and what it knows.
+#[derive(Clone, Copy)]
+pub struct Actor<'a> {
+    /// Within the cluster.
+    pub warp: u32,
+    pub clock: u32,
+    pub pc: u32,
+    pub vc: &'a [u32],
+}
+
+/// A conflict with an earlier access.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Clash {
+    Uninitialised,
+    /// Written by (thread in the cluster, pc) with nothing between.
+    Write {
+        thread: u32,
+        pc: u32,
+    },
+    Read {
+        thread: u32,
+        pc: u32,
+    },
+    /// An asynchronous copy by (thread, pc) is under way.
+    Pending {
+        thread: u32,
+        pc: u32,
+    },
+    /// Written by an ordinary store of (thread, pc); the asynchronous engine can't see it yet.
+    Proxy {
+        thread: u32,
+        pc: u32,
+    },
+}
+
+fn clock(stamp: u64) -> u32 {
+    (stamp & ((1 << CLOCK) - 1)) as u32
+}
+
+fn thread(stamp: u64) -> u32 {
+    (stamp >> CLOCK) as u32 & ((1 << THREAD) - 1)
+}
+
+fn pc(stamp: u64) -> u32 {
+    (stamp >> (CLOCK + THREAD)) as u32 & ((1 << PC) - 1)
+}
+
+/// Several lanes of a warp.
+const MANY: u32 = 32;
+
+pub struct SharedMemory {
+    pub bytes: Vec<u8>,
+    shift: u32,
+    n_warps: usize,
+    writers: Vec<u64>,
+    /// Per grain and warp: clock, lane (or [`MANY`]), pc; 0 is none.
+    readers: Vec<u64>,
+    races: bool,
+    initialised: bool,
+}
+
+impl SharedMemory {
+    /// `grain` is 1, 2 or 4 bytes.
+    pub fn new(bytes: usize, grain: u32, n_warps: usize, races: bool, initialised: bool) -> SharedMemory {
+        let grains = bytes.div_ceil(grain as usize);
+        SharedMemory {
+            bytes: vec![0; bytes],
+            shift: grain.trailing_zeros(),
+            n_warps,
+            writers: vec![0; grains],
+            readers: if races { vec![0; grains * n_warps] } else { vec![] },
+            races,
+            initialised,
+        }
+    }
+
+    /// As new.
+    pub fn clear(&mut self) {
+        self.bytes.fill(0);
+        self.writers.fill(0);
+        self.readers.fill(0);
+    }
+
+    fn grains(&self, at: usize, size: usize) -> std::ops::Range<usize> {
+        at >> self.shift..((at + size - 1) >> self.shift) + 1
+    }
+
+    #[inline(always)]
+    fn ordered(stamp: u64, lane: u32, a: &Actor) -> bool {
+        let t = thread(stamp);
+        t == a.warp * 32 + lane || clock(stamp) < a.vc[(t >> 5) as usize]
+    }
+
+    /// A load by a lane of `size` bytes inside the memory.
+    #[inline(always)]
+    pub fn read(&mut self, at: usize, size: usize, lane: u32, strong: bool, a: &Actor) -> Option<Clash> {
+        let mut clash = None;
+        for g in self.grains(at, size) {
+            let w = self.writers[g];
+            if w & (VALID | PENDING) != VALID {
+                if w & PENDING != 0 {
+                    clash = Some(Clash::Pending { thread: thread(w), pc: pc(w) });
+                } else if self.initialised && clash.is_none() {
+                    clash = Some(Clash::Uninitialised);
+                }
+            } else if self.races && !Self::ordered(w, lane, a) && !(strong && w & STRONG != 0) {
+                clash = Some(Clash::Write { thread: thread(w), pc: pc(w) });
+            }
+            if self.races && !strong {
+                let r = &mut self.readers[g * self.n_warps + a.warp as usize];
+                let old_lane = (*r >> CLOCK) as u32 & 63;
+                let many = *r != 0 && clock(*r) == a.clock && old_lane != lane;
+                let lane = if many { MANY } else { lane };
+                *r = u64::from(a.clock) | u64::from(lane) << CLOCK | u64::from(a.pc) << (CLOCK + 6) | 1 << 63;
+            }
+        }
+        clash
+    }
+
+    /// What stands against a write by a lane; `same` tells that the bytes don't change.
+    #[inline(always)]
+    fn before_write(&self, g: usize, lane: u32, strong: bool, same: bool, a: &Actor) -> Option<Clash> {
+        let w = self.writers[g];
+        if w & PENDING != 0 {
+            return Some(Clash::Pending { thread: thread(w), pc: pc(w) });
+        }
+        if !self.races {
+            return None;
+        }
+        if same {
+            return None;
+        }
+        if w & VALID != 0 && !Self::ordered(w, lane, a) && !(strong && w & STRONG != 0) {
+            return Some(Clash::Write { thread: thread(w), pc: pc(w) });
+        }
+        let readers = &self.readers[g * self.n_warps..(g + 1) * self.n_warps];
+        for (i, (&r, &known)) in readers.iter().zip(a.vc).enumerate() {
+            if r != 0 && clock(r) >= known {
+                let who = (r >> CLOCK) as u32 & 63;
+                if i as u32 == a.warp && who == lane {
+                    continue;
+                }
+                let pc = (r >> (CLOCK + 6)) as u32 & ((1 << PC) - 1);
+                return Some(Clash::Read { thread: i as u32 * 32 + who.min(31), pc });
+            }
+        }
+        None
+    }
+
+    fn stamp(lane: u32, a: &Actor) -> u64 {
+        u64::from(a.clock) | u64::from(a.warp * 32 + lane) << CLOCK | u64::from(a.pc) << (CLOCK + THREAD) | VALID
+    }
+
+    /// A store by a lane.
+    #[inline(always)]
+    pub fn write(&mut self, at: usize, size: usize, lane: u32, strong: bool, same: bool, a: &Actor) -> Option<Clash> {
+        let mut clash = None;
+        let stamp = Self::stamp(lane, a) | if strong { STRONG } else { 0 };
+        for g in self.grains(at, size) {
+            clash = clash.or(self.before_write(g, lane, strong, same, a));
+            self.writers[g] = stamp;
+        }
+        clash
+    }
+
+    /// An asynchronous copy begins: until it is waited for, nobody may touch its destination.
+    pub fn begin_copy(&mut self, at: usize, size: usize, lane: u32, a: &Actor) -> Option<Clash> {
+        let mut clash = None;
+        for g in self.grains(at, size) {
+            clash = clash.or(self.before_write(g, lane, false, false, a));
+            self.writers[g] = Self::stamp(lane, a) | PENDING | ASYNC;
+        }
+        clash
+    }
+
+    /// An asynchronous copy is complete for `a`, who waited for it.
+    pub fn end_copy(&mut self, at: usize, size: usize, lane: u32, a: &Actor) {
+        for g in self.grains(at, size) {
+            let issued = self.writers[g];
+            let keep_pc = issued & (((1 << PC) - 1) << (CLOCK + THREAD));
+            self.writers[g] = Self::stamp(lane, &Actor { pc: 0, ..*a }) | keep_pc | ASYNC;
+        }
+    }
+
+    /// A read by the asynchronous engine on behalf of a lane.
+    pub fn async_read(&mut self, at: usize, size: usize, lane: u32, a: &Actor, proxied: &[u32]) -> Option<Clash> {
+        let clash = self.read(at, size, lane, false, a);
+        if clash.is_some() {
+            return clash;
+        }
+        for g in self.grains(at, size) {
+            let w = self.writers[g];
+            if w & VALID != 0 && w & ASYNC == 0 && clock(w) >= proxied[(thread(w) >> 5) as usize] {
+                return Some(Clash::Proxy { thread: thread(w), pc: pc(w) });
+            }
+        }
+        None
+    }
+
+    /// Whether a byte was ever written (or counts as such).
+    pub fn is_written(&self, at: usize) -> bool {
+        self.writers[at >> self.shift] & VALID != 0
+    }
+
+    #[inline(always)]
+    pub fn load(&self, at: usize, width: u8) -> u64 {
+        let b = &self.bytes;
+        match width {
+            4 => u64::from(u32::from_le_bytes(b[at..at + 4].try_into().expect("BUG: 4 bytes"))),
+            8 => u64::from_le_bytes(b[at..at + 8].try_into().expect("BUG: 8 bytes")),
+            2 => u64::from(u16::from_le_bytes(b[at..at + 2].try_into().expect("BUG: 2 bytes"))),
+            _ => u64::from(b[at]),
+        }
+    }
+
+    #[inline(always)]
+    pub fn store(&mut self, at: usize, width: u8, value: u64) {
+        let n = width as usize;
+        self.bytes[at..at + n].copy_from_slice(&value.to_le_bytes()[..n]);
+    }
+}

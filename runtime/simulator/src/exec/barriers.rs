@@ -1,0 +1,224 @@
+//! Barriers of blocks and clusters, and fences.
+
+use super::cluster::{Block, Common};
+use super::warp::{Flow, Wait, Warp};
+use super::{Env, Sink};
+use crate::check::Kind;
+use crate::check::global::join;
+use crate::isa::{Bar, BarKind, Op, Vote};
+
+/// A barrier and what meets at it.
+pub(crate) struct Barrier {
+    /// Times it was passed.
+    pub generation: u64,
+    pub arrived: u32,
+    /// Threads it waits for; `None` for all that have not left.
+    pub expected: Option<u32>,
+    /// What those who arrived know.
+    vc: Vec<u32>,
+    /// What those knew who passed last.
+    done: Vec<u32>,
+    /// Threads whose predicate held, and all; of this and of the last generation.
+    held: (u32, u32),
+    last: (u32, u32),
+    /// Where the first came from.
+    pub pc: Option<u32>,
+}
+
+impl Barrier {
+    pub fn new(n_warps: usize) -> Barrier {
+        Barrier {
+            generation: 0,
+            arrived: 0,
+            expected: None,
+            vc: vec![0; n_warps],
+            done: vec![0; n_warps],
+            held: (0, 0),
+            last: (0, 0),
+            pc: None,
+        }
+    }
+
+    fn try_pass(&mut self, live: u32, events: &mut u64) {
+        if self.arrived > 0 && self.arrived >= self.expected.unwrap_or(live) {
+            self.generation += 1;
+            self.arrived = 0;
+            self.expected = None;
+            std::mem::swap(&mut self.vc, &mut self.done);
+            self.vc.fill(0);
+            self.last = std::mem::take(&mut self.held);
+            self.pc = None;
+            *events += 1;
+        }
+    }
+
+    fn arrive(&mut self, warp: &mut Warp, threads: u32) {
+        warp.clock += 1;
+        join(&mut self.vc, &warp.vc);
+        self.vc[warp.index as usize] = warp.clock;
+        self.arrived += threads;
+    }
+}
+
+/// Threads left: barriers that wait for all may be passed now.
+pub(crate) fn threads_left(blocks: &mut [Block], rank: usize, common: &mut Common) {
+    let block = &mut blocks[rank];
+    for b in &mut block.barriers {
+        if b.expected.is_none() {
+            b.try_pass(block.live, &mut common.events);
+        }
+    }
+    common.barrier.try_pass(cluster_live(blocks), &mut common.events);
+}
+
+/// A barrier is for all threads of a block; the hardware lets it pass without those that left.
+pub(crate) fn left_without(n: u32) -> String {
+    format!("{n} threads of the block left without coming to this barrier")
+}
+
+/// Threads of the cluster that have not left.
+fn cluster_live(blocks: &[Block]) -> u32 {
+    blocks.iter().map(|b| b.live).sum()
+}
+
+impl Warp {
+    /// Takes over what was learnt at the barriers that were passed.
+    pub fn wake(&mut self, env: &Env, blocks: &[Block], common: &Common) {
+        for i in 0..self.paths.len() {
+            let path = &self.paths[i];
+            let barrier = match path.wait {
+                Wait::Barrier { id, generation } => {
+                    let b = &blocks[self.block as usize].barriers[id as usize];
+                    if b.generation == generation {
+                        continue;
+                    }
+                    b
+                }
+                Wait::Cluster { generation } if common.barrier.generation != generation => &common.barrier,
+                _ => continue,
+            };
+            join(&mut self.vc, &barrier.done);
+            let (pc, mask, (held, all)) = (path.pc - 1, path.mask, barrier.last);
+            self.paths[i].wait = Wait::None;
+            if let Op::Bar(bar) = &env.program.code[pc as usize].op {
+                if let Some(dst) = bar.dst {
+                    self.put(dst, mask, &[u64::from(held); 32]);
+                }
+                if let (Some(p), BarKind::Red(kind)) = (bar.p_dst, bar.kind) {
+                    let yes = if kind == Vote::All { held == all } else { held > 0 };
+                    self.put_pred(p, mask, if yes { u32::MAX } else { 0 });
+                }
+            }
+        }
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    pub fn barrier(
+        &mut self,
+        bar: &Bar,
+        pc: u32,
+        mask: u32,
+        env: &Env,
+        sink: &mut Sink,
+        blocks: &mut [Block],
+        common: &mut Common,
+    ) -> Flow {
+        let lane = mask.trailing_zeros();
+        let id = self.regs[bar.id as usize][lane as usize];
+        if id > 15 {
+            let text = || format!("there is no barrier {id}: a block has 0 to 15");
+            self.find(env, sink, blocks, common, Kind::Operand, pc, lane, None, text);
+            return Flow::Next;
+        }
+        if bar.aligned && !std::mem::take(&mut self.paths[self.current].forced) {
+            // The warp's other threads may be on their way: how paths are scheduled is no mistake of the kernel.
+            let all = [u64::from(self.threads); 32];
+            if self.gather(all, pc, mask, env, sink, blocks, common).is_none() {
+                return Flow::Again;
+            }
+        }
+        let expected = bar.threads.map(|t| self.regs[t as usize][lane as usize] as u32);
+        if let Some(n) = expected.filter(|n| n % 32 != 0 || *n == 0) {
+            let text = || format!("a barrier for {n} threads: it must be a multiple of 32");
+            self.find(env, sink, blocks, common, Kind::Operand, pc, lane, None, text);
+        }
+        let b = &blocks[self.block as usize].barriers[id as usize];
+        if let Some(first) = b.pc.filter(|&f| f != pc && bar.aligned && expected.is_none() && b.expected.is_none()) {
+            let line = env.program.places[first as usize].line;
+            let text = || format!("threads of the block meet here and at another barrier (PTX line {line}) at once");
+            let who = self.who(env, blocks, common, lane);
+            sink.findings.add(env.program, Kind::DivergentBarrier, pc, Some(first), who, None, text);
+        }
+        if b.arrived > 0 && b.expected != expected {
+            let text = || format!("threads at barrier {id} don't agree on how many it is for");
+            self.find(env, sink, blocks, common, Kind::DivergentBarrier, pc, lane, None, text);
+        }
+        let block = &blocks[self.block as usize];
+        if expected.is_none() && block.live < block.threads {
+            let text = || left_without(block.threads - block.live);
+            self.find(env, sink, blocks, common, Kind::DivergentBarrier, pc, lane, None, text);
+        }
+        self.split_off_others(mask);
+        let block = &mut blocks[self.block as usize];
+        let b = &mut block.barriers[id as usize];
+        // A whole warp counts as 32 threads where threads are counted.
+        let threads = if expected.is_some() && mask == self.live { 32 } else { mask.count_ones() };
+        let held = mask & bar.p.mask(&self.preds);
+        b.held.0 += held.count_ones();
+        b.held.1 += mask.count_ones();
+        b.expected = expected;
+        b.pc.get_or_insert(pc);
+        b.arrive(self, threads);
+        let path = &mut self.paths[self.current];
+        path.pc = pc + 1;
+        if bar.kind != BarKind::Arrive {
+            path.wait = Wait::Barrier { id: id as u32, generation: b.generation };
+        }
+        b.try_pass(block.live, &mut common.events);
+        Flow::Again
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    pub fn cluster_arrive(
+        &mut self,
+        aligned: bool,
+        pc: u32,
+        mask: u32,
+        env: &Env,
+        sink: &mut Sink,
+        blocks: &[Block],
+        common: &mut Common,
+    ) {
+        if aligned && mask != self.live {
+            let text =
+                || format!("only lanes {mask:#010x} of the warp's {:#010x} come to this barrier together", self.live);
+            self.find(env, sink, blocks, common, Kind::DivergentBarrier, pc, mask.trailing_zeros(), None, text);
+        }
+        self.cluster_phase = common.barrier.generation;
+        let mut barrier = std::mem::replace(&mut common.barrier, Barrier::new(0));
+        barrier.arrive(self, mask.count_ones());
+        barrier.try_pass(cluster_live(blocks), &mut common.events);
+        common.barrier = barrier;
+    }
+
+    pub fn cluster_wait(&mut self, mask: u32) -> Flow {
+        self.split_off_others(mask);
+        let generation = self.cluster_phase;
+        let path = &mut self.paths[self.current];
+        path.pc += 1;
+        path.wait = Wait::Cluster { generation };
+        Flow::Again
+    }
+
+    pub fn fence(&mut self, wide: bool, proxy: bool, common: &mut Common) {
+        self.clock += 1;
+        if wide {
+            self.fenced = self.clock;
+        }
+        if proxy {
+            join(&mut common.proxied, &self.vc);
+            let mine = &mut common.proxied[self.index as usize];
+            *mine = (*mine).max(self.clock);
+        }
+    }
+}

@@ -1,0 +1,329 @@
+//! Bulk copies, plain and by tensor map: the asynchronous engine moves bytes between global and shared memory and tells an
+//! mbarrier (into shared memory) or a bulk group (out of it).
+//!
+//! Eager copies happen at once; lazy ones into shared memory when nothing else of the cluster can go on, those out of it
+//! when their group is waited for.
+
+use super::atomics::reduce;
+use super::cluster::{Block, Common};
+use super::mbarrier;
+use super::memory::{Spot, shared_place, window_of};
+use super::tensor_map::TensorMap;
+use super::trouble::shared_name;
+use super::warp::Warp;
+use super::{Env, Sink, lanes};
+use crate::check::Kind;
+use crate::check::global::{Clash as GlobalClash, Side};
+use crate::check::shared::Actor;
+use crate::isa::{Bulk, BulkKind};
+use crate::memory::locate;
+use crate::parse::ast::Space;
+
+/// A piece of a copy: place in shared memory, place in global memory if there is one, bytes.
+#[derive(Clone, Copy)]
+struct Piece {
+    shared: Spot,
+    global: Option<Spot>,
+    bytes: usize,
+}
+
+/// A copy into shared memory under way.
+pub(crate) struct BulkCopy {
+    pieces: Vec<Piece>,
+    /// Source within shared memory, for copies between blocks.
+    source: Option<Spot>,
+    mbarriers: Vec<((usize, usize), i64)>,
+    warp: u32,
+    lane: u32,
+    clock: u32,
+    /// What the issuing warp knew, with its own clock advanced.
+    vc: Vec<u32>,
+}
+
+/// A copy out of shared memory under way.
+pub(crate) struct StoreCopy {
+    lane: u32,
+    group: u32,
+    kind: BulkKind,
+    pieces: Vec<Piece>,
+}
+
+fn land(c: &BulkCopy, env: &Env, blocks: &mut [Block], events: &mut u64) {
+    for p in &c.pieces {
+        let mut data = vec![0u8; p.bytes];
+        if let Some(g) = p.global {
+            env.memory.buffers[g.unit].read(g.at, &mut data);
+        } else if let Some(s) = c.source {
+            data.copy_from_slice(&blocks[s.unit].shared.bytes[s.at..s.at + p.bytes]);
+        }
+        let shared = &mut blocks[p.shared.unit].shared;
+        shared.bytes[p.shared.at..p.shared.at + p.bytes].copy_from_slice(&data);
+        let actor = Actor { warp: c.warp, clock: c.clock, pc: 0, vc: &c.vc };
+        shared.end_copy(p.shared.at, p.bytes, c.lane, &actor);
+    }
+    for &(place, bytes) in &c.mbarriers {
+        mbarrier::complete(blocks, place, bytes, &c.vc, events);
+    }
+}
+
+/// Completes the oldest copy of a cluster; false if there is none.
+pub(crate) fn land_one(env: &Env, blocks: &mut [Block], common: &mut Common) -> bool {
+    if common.copies.is_empty() {
+        return false;
+    }
+    let i = if env.options.seed == 0 { 0 } else { common.random.below(common.copies.len() as u64) as usize };
+    let c = common.copies.remove(i);
+    land(&c, env, blocks, &mut common.events);
+    true
+}
+
+fn store_out(c: &StoreCopy, env: &Env, blocks: &[Block]) {
+    for p in &c.pieces {
+        let Some(g) = p.global else { continue };
+        let data = &blocks[p.shared.unit].shared.bytes[p.shared.at..p.shared.at + p.bytes];
+        let buffer = &env.memory.buffers[g.unit];
+        match c.kind {
+            BulkKind::Reduce(op, ty) => {
+                let w = ty.bytes();
+                for (i, part) in data.chunks_exact(w).enumerate() {
+                    let mut b = [0u8; 8];
+                    b[..w].copy_from_slice(part);
+                    let b = u64::from_le_bytes(b);
+                    buffer.update(g.at + i * w, w as u8, &env.memory.wide, |old| reduce(op, ty, old, b));
+                }
+            }
+            _ => buffer.write(g.at, data),
+        }
+    }
+}
+
+impl Warp {
+    #[allow(clippy::too_many_arguments)]
+    pub fn bulk(
+        &mut self,
+        x: &Bulk,
+        pc: u32,
+        mask: u32,
+        env: &Env,
+        sink: &mut Sink,
+        blocks: &mut [Block],
+        common: &mut Common,
+    ) {
+        for lane in lanes(mask) {
+            if let Err(text) = self.bulk_lane(x, lane, pc, env, sink, blocks, common) {
+                self.find(env, sink, blocks, common, Kind::Operand, pc, lane as u32, None, || text);
+            }
+        }
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn bulk_lane(
+        &mut self,
+        x: &Bulk,
+        lane: usize,
+        pc: u32,
+        env: &Env,
+        sink: &mut Sink,
+        blocks: &mut [Block],
+        common: &mut Common,
+    ) -> Result<(), String> {
+        let shared = self.addresses(x.shared, x.shared_offset)[lane];
+        let global = self.addresses(x.global, x.global_offset)[lane];
+        let (rank, base) = shared_place(shared);
+        let into = matches!(x.kind, BulkKind::Load | BulkKind::Cluster);
+        let mut ranks = vec![rank];
+        if let Some(m) = x.multicast {
+            let m = self.regs[m as usize][lane] as u32 & 0xffff;
+            ranks = (0..blocks.len()).filter(|r| m >> r & 1 == 1).collect();
+        }
+        // What moves: (offset in shared memory, global address, bytes or none outside the tensor).
+        let list: Vec<(usize, u64, Option<usize>)> = if x.dims > 0 {
+            let map = self.tensor_map(global, env)?;
+            if map.sizes.len() != usize::from(x.dims) {
+                return Err(format!("the tensor map has {} dims, the copy {}", map.sizes.len(), x.dims));
+            }
+            if !base.is_multiple_of(128) {
+                return Err(format!("shared address {base} of a tensor copy must be a multiple of 128"));
+            }
+            let coords: Vec<i32> = x.coords.iter().map(|c| self.regs[*c as usize][lane] as i32).collect();
+            let mut list = map.pieces(&coords);
+            // Swizzling goes by addresses, not by offsets in the box.
+            for p in &mut list {
+                p.0 = map.swizzle.apply(base + p.0) - base.min(map.swizzle.apply(base + p.0));
+            }
+            if list.iter().any(|p| p.2.is_none()) && !into {
+                list.retain(|p| p.2.is_some());
+            }
+            list.into_iter().map(|(at, from, n)| (at, from, n.or(if into { None } else { Some(0) }))).collect()
+        } else {
+            let bytes = x.bytes.map_or(0, |b| self.regs[b as usize][lane] as u32) as usize;
+            if !bytes.is_multiple_of(16)
+                || !base.is_multiple_of(16)
+                || (x.kind != BulkKind::Cluster && !global.is_multiple_of(16))
+            {
+                return Err(format!("sizes and addresses of bulk copies are multiples of 16 (size {bytes})"));
+            }
+            (0..bytes / 16).map(|i| (16 * i, global + 16 * i as u64, Some(16))).collect()
+        };
+        let element = if x.dims > 0 { usize::from(self.tensor_map(global, env)?.element) } else { 16 };
+        let total: usize = list.iter().map(|p| p.2.unwrap_or(element)).sum();
+        let size = blocks.first().map_or(0, |b| b.shared.bytes.len());
+        for &r in &ranks {
+            if r >= blocks.len() || list.iter().any(|p| base + p.0 + p.2.unwrap_or(element) > size) {
+                return Err(format!("{total} bytes at byte {base} of {size} bytes of shared memory"));
+            }
+        }
+        let mut pieces = vec![];
+        for (k, &r) in ranks.iter().enumerate() {
+            for &(at, from, n) in &list {
+                let spot = Spot { unit: r, at: base + at };
+                let bytes = n.unwrap_or(element);
+                let mut place = None;
+                if n.is_some() && x.kind != BulkKind::Cluster {
+                    let (unit, g) = locate(from);
+                    let b = env.memory.buffers.get(unit).filter(|_| window_of(from) == Space::Global);
+                    let ok = b.is_some_and(|b| g >= 0 && g as usize + bytes <= b.bytes && (into || b.writable));
+                    if !ok {
+                        let mut a = [0; 32];
+                        a[lane] = from;
+                        let mut spots = [Spot::default(); 32];
+                        self.global_spots(&a, bytes, pc, 1 << lane, !into, env, sink, blocks, common, &mut spots);
+                        continue;
+                    }
+                    let g = Spot { unit, at: g as usize };
+                    place = Some(g);
+                    if k == 0 {
+                        self.watch_global(g, bytes, into, pc, lane, env, sink, blocks, common);
+                    }
+                }
+                let actor = Actor { warp: self.index, clock: self.clock, pc, vc: &self.vc };
+                let memory = &mut blocks[r].shared;
+                let clash = if into {
+                    memory.begin_copy(spot.at, bytes, lane as u32, &actor)
+                } else {
+                    memory.async_read(spot.at, bytes, lane as u32, &actor, &common.proxied)
+                };
+                if into && env.options.lazy {
+                    memory.bytes[spot.at..spot.at + bytes].fill(0xff);
+                }
+                if let Some(c) = clash {
+                    let who = self.who(env, blocks, common, lane as u32);
+                    self.shared_clash(c, spot, into, pc, lane, env, sink, who);
+                }
+                pieces.push(Piece { shared: spot, global: place, bytes });
+            }
+        }
+        if into {
+            let mut mbarriers = vec![];
+            if let Some((slot, offset)) = x.mbarrier {
+                let (owner, at) = shared_place(self.addresses(slot, offset)[lane]);
+                // Each block that a multicast reaches signals its own.
+                for &r in &ranks {
+                    let r = if x.multicast.is_some() { r } else { owner };
+                    if !blocks.get(r).is_some_and(|b| b.mbarriers.iter().any(|m| m.is_at(at))) {
+                        return Err(format!("there is no mbarrier at {}", shared_name(env, at)));
+                    }
+                    mbarriers.push(((r, at), total as i64));
+                }
+            }
+            let source = (x.kind == BulkKind::Cluster).then(|| {
+                let (unit, at) = shared_place(global);
+                Spot { unit, at }
+            });
+            if source.is_some_and(|s| s.unit >= blocks.len() || s.at + total > size) {
+                return Err("the source lies outside shared memory".into());
+            }
+            let clock = self.clock;
+            self.clock += 1;
+            let mut vc = self.vc.clone();
+            vc[self.index as usize] = self.clock;
+            let copy = BulkCopy { pieces, source, mbarriers, warp: self.index, lane: lane as u32, clock, vc };
+            if env.options.lazy {
+                common.copies.push(copy);
+            } else {
+                land(&copy, env, blocks, &mut common.events);
+            }
+        } else {
+            let copy = StoreCopy { lane: lane as u32, group: self.copies.bulk_groups[lane], kind: x.kind, pieces };
+            if env.options.lazy {
+                self.copies.bulk.push(copy);
+            } else {
+                store_out(&copy, env, blocks);
+            }
+        }
+        Ok(())
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn watch_global(
+        &self,
+        g: Spot,
+        bytes: usize,
+        load: bool,
+        pc: u32,
+        lane: usize,
+        env: &Env,
+        sink: &mut Sink,
+        blocks: &[Block],
+        common: &Common,
+    ) {
+        let side = Side { cluster: common.id, known: &common.known, actor: self.actor(pc) };
+        let shadow = &env.shadows[g.unit];
+        let clash = if load {
+            shadow.read(g.at, bytes, lane as u32, false, &side)
+        } else {
+            shadow.write(g.at, bytes, lane as u32, false, false, &side)
+        };
+        if let Some(c) = clash.filter(|&c| env.options.uninitialised || c != GlobalClash::Uninitialised) {
+            self.global_clash(c, g, !load, pc, lane, env, sink, blocks, common);
+        }
+        let t = &mut sink.traffic[g.unit];
+        // Neighbouring pieces share a sector: count it with its first.
+        let sector = u64::from(g.at.is_multiple_of(32));
+        if load {
+            t.read_bytes += bytes as u64;
+            t.read_sectors += sector;
+        } else {
+            t.write_bytes += bytes as u64;
+            t.write_sectors += sector;
+        }
+        sink.pcs[pc as usize].sectors += sector;
+    }
+
+    fn tensor_map(&self, address: u64, env: &Env) -> Result<TensorMap, String> {
+        let bad = || "the tensor map can't be read: make it by TensorMap::encode".to_string();
+        let mut bytes = [0u8; 128];
+        let at = (address & ((1 << 56) - 1)) as usize;
+        match window_of(address) {
+            Space::Param => bytes.copy_from_slice(env.params.get(at..at + 128).ok_or_else(bad)?),
+            Space::Const => bytes.copy_from_slice(env.constants.get(at..at + 128).ok_or_else(bad)?),
+            _ => {
+                let (unit, at) = locate(address);
+                let b = env.memory.buffers.get(unit).ok_or_else(bad)?;
+                if at < 0 || at as usize + 128 > b.bytes {
+                    return Err(bad());
+                }
+                b.read(at as usize, &mut bytes);
+            }
+        }
+        TensorMap::decode(&bytes).ok_or_else(bad)
+    }
+
+    pub fn bulk_commit(&mut self, mask: u32) {
+        for lane in lanes(mask) {
+            self.copies.bulk_groups[lane] += 1;
+        }
+    }
+
+    pub fn bulk_wait(&mut self, keep: u32, mask: u32, env: &Env, blocks: &[Block]) {
+        let pending = std::mem::take(&mut self.copies.bulk);
+        for c in pending {
+            let lane = c.lane as usize;
+            if mask >> lane & 1 == 1 && c.group + keep < self.copies.bulk_groups[lane] {
+                store_out(&c, env, blocks);
+            } else {
+                self.copies.bulk.push(c);
+            }
+        }
+    }
+}

@@ -1,0 +1,192 @@
+//! mbarriers: barriers in shared memory that count arrivals and bytes.
+//!
+//! Their state is kept beside memory, by address.  A state token is the phase it was taken in (upper half) and what was
+//! pending (lower half).
+
+use super::cluster::{Block, Common};
+use super::memory::{shared_place, window_of};
+use super::trouble::shared_name;
+use super::warp::{Flow, Warp};
+use super::{Env, Sink, lanes};
+use crate::check::Kind;
+use crate::check::global::join;
+use crate::isa::{MbarrierKind, MbarrierOp};
+use crate::parse::ast::Space;
+
+pub(crate) struct Mbarrier {
+    at: usize,
+    expected: u32,
+    pending: u32,
+    /// Bytes that must still come; may be negative for a moment.
+    bytes: i64,
+    phase: u64,
+    vc: Vec<u32>,
+    done: Vec<u32>,
+}
+
+impl Mbarrier {
+    pub fn is_at(&self, at: usize) -> bool {
+        self.at == at
+    }
+
+    fn advance(&mut self, events: &mut u64) {
+        if self.pending == 0 && self.bytes == 0 {
+            self.phase += 1;
+            self.pending = self.expected;
+            self.done = std::mem::take(&mut self.vc);
+            *events += 1;
+        }
+    }
+}
+
+/// Bytes of a copy have come; false if there is no mbarrier.
+pub(crate) fn complete(blocks: &mut [Block], place: (usize, usize), bytes: i64, vc: &[u32], events: &mut u64) -> bool {
+    let Some(b) = blocks.get_mut(place.0).and_then(|b| b.mbarriers.iter_mut().find(|m| m.at == place.1)) else {
+        return false;
+    };
+    b.bytes -= bytes;
+    join(&mut b.vc, vc);
+    b.advance(events);
+    true
+}
+
+impl Warp {
+    #[allow(clippy::too_many_arguments)]
+    pub fn mbarrier(
+        &mut self,
+        x: &MbarrierOp,
+        pc: u32,
+        mask: u32,
+        env: &Env,
+        sink: &mut Sink,
+        blocks: &mut [Block],
+        common: &mut Common,
+    ) -> Flow {
+        let value = |w: &Warp, lane: usize| x.value.map(|v| w.regs[v as usize][lane]);
+        if x.kind == MbarrierKind::PendingCount {
+            let mut out = [0; 32];
+            for lane in lanes(mask) {
+                out[lane] = value(self, lane).unwrap_or(0) & 0xffff_ffff;
+            }
+            if let Some(d) = x.dst {
+                self.put(d, mask, &out);
+            }
+            return Flow::Next;
+        }
+        if let MbarrierKind::AsyncArrive { .. } = x.kind {
+            self.wait_copies(None, mask, env, blocks);
+        }
+        if matches!(x.kind, MbarrierKind::Arrive { .. } | MbarrierKind::AsyncArrive { .. }) {
+            self.clock += 1;
+        }
+        let a = self.addresses(x.address, x.offset);
+        let mut passed = 0;
+        for lane in lanes(mask) {
+            let place = shared_place(a[lane]);
+            let trouble = if x.space == Space::Generic && window_of(a[lane]) != Space::Shared {
+                Some("its address is not in shared memory".to_string())
+            } else if !place.1.is_multiple_of(8) {
+                Some("it must lie at a multiple of 8 bytes".to_string())
+            } else if blocks.get(place.0).is_none_or(|b| place.1 + 8 > b.shared.bytes.len()) {
+                Some("it lies outside shared memory".to_string())
+            } else {
+                None
+            };
+            let trouble = trouble.or_else(|| self.mbarrier_lane(x, lane, place, blocks, common, &mut passed));
+            if let Some(text) = trouble {
+                let text = || format!("{}: {text}", shared_name(env, place.1));
+                self.find(env, sink, blocks, common, Kind::Mbarrier, pc, lane as u32, Some(a[lane]), text);
+            }
+        }
+        if let MbarrierKind::Test { .. } = x.kind {
+            if let Some(p) = x.p {
+                self.put_pred(p, mask, passed);
+            }
+            if passed & mask == 0 {
+                return Flow::Asked;
+            }
+        }
+        Flow::Next
+    }
+
+    /// One lane's operation; what is wrong with it.
+    fn mbarrier_lane(
+        &mut self,
+        x: &MbarrierOp,
+        lane: usize,
+        place: (usize, usize),
+        blocks: &mut [Block],
+        common: &mut Common,
+        passed: &mut u32,
+    ) -> Option<String> {
+        let value = x.value.map(|v| self.regs[v as usize][lane]);
+        let bytes = x.bytes.map(|v| i64::from(self.regs[v as usize][lane] as u32));
+        let all = &mut blocks[place.0].mbarriers;
+        let index = all.iter().position(|m| m.at == place.1);
+        if x.kind == MbarrierKind::Init {
+            let expected = value.unwrap_or(0) as u32;
+            if expected == 0 || expected >= 1 << 20 {
+                return Some(format!("it can't wait for {expected} arrivals"));
+            }
+            let new =
+                Mbarrier { at: place.1, expected, pending: expected, bytes: 0, phase: 0, vc: vec![], done: vec![] };
+            match index {
+                Some(i) => all[i] = new,
+                None => all.push(new),
+            }
+            return None;
+        }
+        let Some(i) = index else { return Some("there is no mbarrier: mbarrier.init must come first".into()) };
+        let b = &mut all[i];
+        match x.kind {
+            MbarrierKind::Inval => {
+                all.swap_remove(i);
+            }
+            MbarrierKind::ExpectTx => b.bytes += bytes.unwrap_or(0),
+            MbarrierKind::CompleteTx => {
+                b.bytes -= bytes.unwrap_or(0);
+                b.advance(&mut common.events);
+            }
+            MbarrierKind::AsyncArrive { noinc: false } => {
+                // One more is expected and comes at once.
+                join(&mut b.vc, &self.vc);
+                join(&mut b.vc, &own(self.index, self.clock));
+            }
+            MbarrierKind::Arrive { .. } | MbarrierKind::AsyncArrive { .. } => {
+                let count = if x.bytes.is_some() { 1 } else { value.unwrap_or(1) as u32 };
+                b.bytes += bytes.unwrap_or(0);
+                let token = b.phase << 32 | u64::from(b.pending);
+                if count > b.pending {
+                    return Some(format!("{count} arrive where {} are still expected", b.pending));
+                }
+                if x.kind == (MbarrierKind::Arrive { drop: true }) {
+                    b.expected -= count.min(b.expected);
+                }
+                b.pending -= count;
+                join(&mut b.vc, &self.vc);
+                join(&mut b.vc, &own(self.index, self.clock));
+                b.advance(&mut common.events);
+                if let Some(d) = x.dst {
+                    self.regs[d as usize][lane] = token;
+                }
+            }
+            MbarrierKind::Test { parity, .. } => {
+                let v = value.unwrap_or(0);
+                let done = if parity { b.phase & 1 != v & 1 } else { b.phase > v >> 32 };
+                if done {
+                    *passed |= 1 << lane;
+                    join(&mut self.vc, &b.done);
+                }
+            }
+            MbarrierKind::Init | MbarrierKind::PendingCount => {}
+        }
+        None
+    }
+}
+
+/// A warp's own entry.
+fn own(index: u32, clock: u32) -> Vec<u32> {
+    let mut vc = vec![0; index as usize + 1];
+    vc[index as usize] = clock;
+    vc
+}

@@ -1,0 +1,269 @@
+//! `wgmma`: products of a warp group of four warps with operands in shared memory.
+//!
+//! Every warp makes its own 16 of the 64 rows, so the four need not meet.  A product happens when it is issued (eager) or
+//! when its group is waited for (lazy); then D holds NaN until the wait.  Sums are made as those of `mma`.
+//!
+//! A descriptor's element lies, for operands whose k is contiguous, in rows of the swizzle's width (8 rows to a block,
+//! blocks of rows `stride` apart); without swizzle in blocks of 8 rows by 16 bytes, `leading` apart along k.  Transposed
+//! operands have runs of the swizzle's width along m or n, 8 k to a block: `leading` apart along m or n, `stride` along k
+//! (without swizzle the other way round).
+
+use super::cluster::{Block, Common};
+use super::matrix::element;
+use super::memory::{Spot, shared_place};
+use super::tensor_map::Swizzle;
+use super::warp::{Flow, Warp};
+use super::{Env, Sink};
+use crate::check::Kind;
+use crate::isa::{Lanes, MmaTy, Op, Wgmma};
+use half::f16;
+
+#[derive(Default)]
+pub(crate) struct Pending {
+    /// Instructions issued and not waited for: (pc, A's registers, descriptors, scale of D, group).
+    issued: Vec<Issue>,
+    group: u32,
+    /// D's registers as they were before the first pending product wrote them.
+    saved: Vec<(u32, Lanes)>,
+}
+
+struct Issue {
+    pc: u32,
+    a: Vec<Lanes>,
+    b: u64,
+    keep_d: bool,
+    group: u32,
+}
+
+/// A matrix in shared memory.
+struct Operand {
+    unit: usize,
+    start: usize,
+    leading: usize,
+    stride: usize,
+    swizzle: Swizzle,
+    transposed: bool,
+    element: usize,
+}
+
+impl Operand {
+    fn new(bits: u64, rank: usize, transposed: bool, element: usize) -> Operand {
+        let field = |from: u32| (bits >> from & 0x3fff) as usize * 16;
+        Operand {
+            unit: rank,
+            start: field(0),
+            leading: field(16),
+            stride: field(32),
+            swizzle: match bits >> 62 {
+                0 => Swizzle::None,
+                1 => Swizzle::B128,
+                2 => Swizzle::B64,
+                _ => Swizzle::B32,
+            },
+            transposed,
+            element,
+        }
+    }
+
+    /// Byte of an element: `r` along m or n, `k` along k.
+    fn place(&self, r: usize, k: usize) -> usize {
+        let width = match self.swizzle {
+            Swizzle::None => 16,
+            Swizzle::B32 => 32,
+            Swizzle::B64 => 64,
+            Swizzle::B128 => 128,
+        };
+        let e = self.element;
+        let offset = if self.transposed {
+            let run = width / e;
+            let (along, across) =
+                if self.swizzle == Swizzle::None { (self.stride, self.leading) } else { (self.leading, self.stride) };
+            r % run * e + k % 8 * width + r / run * along + k / 8 * across
+        } else if self.swizzle == Swizzle::None {
+            r % 8 * 16 + r / 8 * self.stride + k * e / 16 * self.leading + k * e % 16
+        } else {
+            r % 8 * width + r / 8 * self.stride + k * e
+        };
+        self.swizzle.apply(self.start + offset)
+    }
+}
+
+impl Warp {
+    #[allow(clippy::too_many_arguments)]
+    pub fn wgmma(
+        &mut self,
+        op: &Op,
+        pc: u32,
+        mask: u32,
+        env: &Env,
+        sink: &mut Sink,
+        blocks: &mut [Block],
+        common: &mut Common,
+    ) -> Flow {
+        let all = [u64::from(self.threads); 32];
+        if self.gather(all, pc, mask, env, sink, blocks, common).is_none() {
+            return Flow::Again;
+        }
+        match op {
+            Op::Wgmma(w) => {
+                let a = if w.a_in_shared {
+                    vec![self.regs[w.a[0] as usize]]
+                } else {
+                    w.a.iter().map(|r| self.regs[*r as usize]).collect()
+                };
+                let issue = Issue {
+                    pc,
+                    a,
+                    b: self.regs[w.b as usize][0],
+                    keep_d: w.scale_d.mask(&self.preds) & 1 == 1,
+                    group: self.wgmma.group,
+                };
+                if env.options.lazy {
+                    for r in &w.d {
+                        if self.wgmma.saved.iter().all(|s| s.0 != *r) {
+                            self.wgmma.saved.push((*r, self.regs[*r as usize]));
+                            self.regs[*r as usize] = [u64::from(u32::MAX); 32];
+                        }
+                    }
+                    self.wgmma.issued.push(issue);
+                } else {
+                    self.multiply(w, &issue, env, sink, blocks, common);
+                }
+            }
+            Op::WgmmaCommit => self.wgmma.group += 1,
+            Op::WgmmaWait { keep } => {
+                let due = |i: &Issue, group: u32| i.group + keep < group;
+                if self.wgmma.issued.iter().any(|i| due(i, self.wgmma.group)) {
+                    // All that is pending goes on in order; what is not due becomes unreadable again only if it is
+                    // issued anew: a wait for some groups shows their D.
+                    for (r, old) in std::mem::take(&mut self.wgmma.saved) {
+                        self.regs[r as usize] = old;
+                    }
+                    for i in std::mem::take(&mut self.wgmma.issued) {
+                        if let Op::Wgmma(w) = &env.program.code[i.pc as usize].op {
+                            self.multiply(w, &i, env, sink, blocks, common);
+                        }
+                    }
+                }
+            }
+            _ => {}
+        }
+        Flow::Next
+    }
+
+    fn multiply(
+        &mut self,
+        w: &Wgmma,
+        issue: &Issue,
+        env: &Env,
+        sink: &mut Sink,
+        blocks: &mut [Block],
+        common: &mut Common,
+    ) {
+        let (n, k) = (w.n as usize, w.k as usize);
+        let size = if w.a_ty == MmaTy::Tf32 { 4 } else { 2 };
+        let rank = self.block as usize;
+        let mut a = vec![0f32; 16 * k];
+        if w.a_in_shared {
+            let from = Operand::new(issue.a[0][0], rank, w.transpose_a, size);
+            let first = 16 * (self.within as usize % 4);
+            self.gather_operand(&from, first, 16, k, w.a_ty, &mut a, issue.pc, env, sink, blocks, common);
+        } else {
+            let e = 4 / size;
+            for (i, reg) in issue.a.iter().enumerate() {
+                for (l, &v) in reg.iter().enumerate() {
+                    for j in 0..e {
+                        let bits = (v >> (32 / e * j)) as u32;
+                        a[(l / 4 + 8 * (i % 2)) * k + e * (l % 4) + 4 * e * (i / 2) + j] = element(bits, w.a_ty);
+                    }
+                }
+            }
+        }
+        let mut b = vec![0f32; n * k];
+        let from = Operand::new(issue.b, rank, w.transpose_b, size);
+        self.gather_operand(&from, 0, n, k, w.b_ty, &mut b, issue.pc, env, sink, blocks, common);
+        let sign = if w.negate_a != w.negate_b { -1.0 } else { 1.0 };
+        // B by rows of k, so that the inner loop runs along n.
+        let mut bt = vec![0f32; n * k];
+        for j in 0..n {
+            for i in 0..k {
+                bt[i * n + j] = sign * b[j * k + i];
+            }
+        }
+        let mut acc = vec![0f32; 16 * n];
+        let spot = |l: usize, j: usize, i: usize| (l / 4 + 8 * (i / 2)) * n + 8 * j + l % 4 * 2 + i % 2;
+        if issue.keep_d {
+            for (r, reg) in w.d.iter().enumerate() {
+                let v = self.regs[*reg as usize];
+                for (l, &v) in v.iter().enumerate() {
+                    if w.half_out {
+                        let (j, i) = (r / 2, r % 2 * 2);
+                        acc[spot(l, j, i)] = f16::from_bits(v as u16).to_f32();
+                        acc[spot(l, j, i + 1)] = f16::from_bits((v >> 16) as u16).to_f32();
+                    } else {
+                        acc[spot(l, r / 4, r % 4)] = f32::from_bits(v as u32);
+                    }
+                }
+            }
+        }
+        for row in 0..16 {
+            let sums = &mut acc[row * n..(row + 1) * n];
+            for i in 0..k {
+                let x = a[row * k + i];
+                for (s, y) in sums.iter_mut().zip(&bt[i * n..(i + 1) * n]) {
+                    *s += x * y;
+                }
+            }
+        }
+        for (r, reg) in w.d.iter().enumerate() {
+            self.regs[*reg as usize] = std::array::from_fn(|l| {
+                if w.half_out {
+                    let (j, i) = (r / 2, r % 2 * 2);
+                    let h = |x: f32| u64::from(f16::from_f32(x).to_bits());
+                    h(acc[spot(l, j, i)]) | h(acc[spot(l, j, i + 1)]) << 16
+                } else {
+                    u64::from(acc[spot(l, r / 4, r % 4)].to_bits())
+                }
+            });
+        }
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn gather_operand(
+        &self,
+        from: &Operand,
+        first: usize,
+        rows: usize,
+        k: usize,
+        ty: MmaTy,
+        out: &mut [f32],
+        pc: u32,
+        env: &Env,
+        sink: &mut Sink,
+        blocks: &mut [Block],
+        common: &mut Common,
+    ) {
+        let bytes = blocks[from.unit].shared.bytes.len();
+        let mut clash = None;
+        for r in 0..rows {
+            for i in 0..k {
+                let (_, at) = shared_place(from.place(first + r, i) as u64);
+                if at + from.element > bytes {
+                    let text = || format!("an operand reaches byte {at} of {bytes} bytes of shared memory");
+                    self.find(env, sink, blocks, common, Kind::OutOfBounds, pc, 0, Some(at as u64), text);
+                    return;
+                }
+                let memory = &mut blocks[from.unit].shared;
+                let actor = self.actor(pc);
+                if let Some(c) = memory.async_read(at, from.element, 0, &actor, &common.proxied) {
+                    clash = clash.or(Some((c, Spot { unit: from.unit, at })));
+                }
+                out[r * k + i] = element(memory.load(at, from.element as u8) as u32, ty);
+            }
+        }
+        if let Some((c, spot)) = clash {
+            let who = self.who(env, blocks, common, 0);
+            self.shared_clash(c, spot, false, pc, 0, env, sink, who);
+        }
+    }
+}
