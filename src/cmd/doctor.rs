@@ -29,11 +29,7 @@ struct Finding {
 
 /// Runs the verb.
 pub fn run(a: &Doctor, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
-<<<<<<< HEAD
-    let all = [cpu(&pool), vectors(), memory(), kernels(&pool), rates(&pool), temporary(), terminal(), gpu()];
-=======
-    let all = [cpu(&pool), simd(), memory(), kernels(&pool), rates(&pool), temporary(), terminal(), gpu(), nvrtc()];
->>>>>>> ebc18d2 (A simulator runs PTX on the CPU and watches it; NVRTC compiles its tests; rambac simulate)
+    let all = [cpu(&pool), vectors(), memory(), kernels(&pool), rates(&pool), temporary(), terminal(), gpu(), nvrtc()];
     for f in &all {
         let state = match f.state {
             State::Good => "ok",
