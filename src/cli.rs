@@ -101,9 +101,13 @@ pub struct Simulate {
     /// Bytes of dynamic shared memory
     #[arg(long, default_value_t = 0)]
     pub shared: u32,
-    /// An argument, in order: y=f32[1024] is written, x=f32[1024]:iota is read, z=f32[64]:zero:rw is both, n=i32:1024
-    /// is a number; contents are zero, iota, random, a number, @FILE
-    #[arg(long = "arg", value_name = "SPEC")]
+    /// The kernel's arguments, in order.
+    #[arg(
+        long = "arg",
+        value_name = "SPEC",
+        help = "An argument, in order: y=f32[1024] is written, x=f32[1024]:iota is read, z=f32[64]:zero:rw is both, \
+                n=i32:1024 is a number; contents are zero, iota, random, a number, @FILE"
+    )]
     pub args: Vec<String>,
     /// Write a buffer's bytes after the first run
     #[arg(long, value_name = "NAME=FILE")]

@@ -52,13 +52,14 @@ impl Decoder<'_> {
             "bar" | "barrier" => (self.barrier(name, m, x)?, Class::Barrier),
             "membar" => {
                 let proxy = m.take("proxy");
-                let wide = m.one_of(&["gl", "sys", "cta", "alias", "async"]).is_some_and(|s| s == "gl" || s == "sys");
+                let wide = m.one_of(&["gl", "sys", "cta", "alias"]).is_some_and(|s| s == "gl" || s == "sys");
                 (Op::Fence { wide, proxy }, Class::Barrier)
             }
             "fence" => {
                 let proxy = m.take("proxy");
                 m.one_of(&["sc", "acq_rel", "acquire", "release", "mbarrier_init", "alias"]);
                 m.find(|s| s.starts_with("async").then_some(()));
+                m.one_of(&["global", "shared::cta", "shared::cluster"]);
                 m.find(|s| s.starts_with("tensormap").then_some(()));
                 m.find(|s| s.starts_with("sync_restrict").then_some(()));
                 let mut wide = false;

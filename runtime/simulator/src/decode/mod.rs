@@ -1,8 +1,8 @@
 //! A kernel and the functions it calls → [`Program`].  Everything unknown is reported, with its line, before anything
 //! runs; after this the executor meets no instruction it can't do.
 //!
-//! [`alu`] and [`compare`]: arithmetic; [`control`]: jumps, calls, barriers, warp exchange; [`memory`]: loads, stores, atomics;
-//! [`tensor`]: matrices and asynchronous copies; [`operand`]: names → slots.
+//! `alu` and `compare`: arithmetic; `control`: jumps, calls, barriers, warp exchange; `memory`: loads, stores, atomics;
+//! `tensor`: matrices and asynchronous copies; `operand`: names → slots.
 //!
 //! Deliberately absent: recursion (frames are laid out once), indirect calls, textures, 128-bit registers.
 

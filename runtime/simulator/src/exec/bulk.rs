@@ -147,9 +147,9 @@ impl Warp {
             }
             let coords: Vec<i32> = x.coords.iter().map(|c| self.regs[*c as usize][lane] as i32).collect();
             let mut list = map.pieces(&coords);
-            // Swizzling goes by addresses, not by offsets in the box.
+            // Swizzling goes by addresses, not by offsets in the box; it moves nothing below a multiple of 128.
             for p in &mut list {
-                p.0 = map.swizzle.apply(base + p.0) - base.min(map.swizzle.apply(base + p.0));
+                p.0 = map.swizzle.apply(base + p.0) - base;
             }
             if list.iter().any(|p| p.2.is_none()) && !into {
                 list.retain(|p| p.2.is_some());

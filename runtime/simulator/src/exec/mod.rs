@@ -1,5 +1,5 @@
-//! Runs launches.  [`launch`]: spreads clusters of blocks over threads; [`cluster`]: blocks that run together and their
-//! scheduler; [`warp`]: paths of threads and the instruction loop; the rest is one file per family of instructions.
+//! Runs launches.  `launch`: spreads clusters of blocks over threads; `cluster`: blocks that run together and their
+//! scheduler; `warp`: paths of threads and the instruction loop; the rest is one file per family of instructions.
 //!
 //! A block is no thread of ours but a value that can be put aside: so blocks that wait for other blocks make progress on
 //! any number of threads.

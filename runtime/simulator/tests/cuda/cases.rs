@@ -3,6 +3,7 @@
 use crate::support::{Bench, Case, close, same};
 use half::{bf16, f16};
 use rambac_simulator::device::{Arg, Extent};
+use rambac_simulator::exec::tensor_map::{Swizzle, TensorMap};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -46,6 +47,9 @@ cases! {
     transposed_loads: "async80.cu", "compute_80", "transposed";
     products: "async80.cu", "compute_80", "products";
     gemm_bf16: "gemm_bf16.cu", "compute_80", "gemm_bf16";
+    bulk_copies: "hopper.cu", "sm_90a", "bulk";
+    cluster_pair: "hopper.cu", "sm_90a", "pair";
+    gemm_wgmma: "hopper.cu", "sm_90a", "gemm";
 }
 
 fn rng() -> ChaCha8Rng {
@@ -415,4 +419,38 @@ fn gemm_bf16(b: &mut Bench) -> Result {
     // Copies write two rows of 64 bytes per quarter warp, 80 bytes apart: they share four banks.  ldmatrix has none.
     let quarters = (m / 64) * (n / 64) * (k / 32) * 2 * 256 / 8;
     same("conflicts", &[counts.shared_conflicts], &[quarters as u64])
+}
+
+fn bulk_copies(b: &mut Bench) -> Result {
+    let stages = 5;
+    let x = real(256 * stages, -1.0, 1.0);
+    let (y, a) = (b.output::<f32>("y", 256 * stages), b.input("x", &x));
+    b.launch(Extent::line(1, 96), &[y.into(), a.into(), Arg::from(stages as i32)])?;
+    same("y", &b.get(y), &x.iter().map(|v| 2.0 * v).collect::<Vec<f32>>())
+}
+
+fn cluster_pair(b: &mut Bench) -> Result {
+    let x = real(4 * 64, -1.0, 1.0);
+    let (y, a) = (b.output::<f32>("y", 4 * 64), b.input("x", &x));
+    b.launch(Extent { cluster: [2, 1, 1], ..Extent::line(4, 64) }, &[y.into(), a.into()])?;
+    let want: Vec<f32> = (0..4 * 64).map(|i| x[((i / 64) ^ 1) * 64 + 63 - i % 64] + x[i]).collect();
+    same("y", &b.get(y), &want)
+}
+
+fn gemm_wgmma(b: &mut Bench) -> Result {
+    let (m, n, k) = (64, 64, 192);
+    let half = |v: Vec<f32>| v.into_iter().map(|x| bf16::from_f32(x).to_bits()).collect::<Vec<u16>>();
+    let (x, z) = (half(real(m * k, -1.0, 1.0)), half(real(n * k + 5, -1.0, 1.0)[5..].to_vec()));
+    let (c, a, w) = (b.output::<f32>("c", m * n), b.input("a", &x), b.input("b", &z));
+    let map = |address: u64, rows: usize| -> std::result::Result<Arg, String> {
+        let map = TensorMap::new(address, 2, &[k as u32, rows as u32], &[2 * k as u64], &[64, 64], Swizzle::B128)?;
+        Ok(Arg::Bytes(map.encode().to_vec()))
+    };
+    let (ma, mb) = (map(b.sim.address(a), m)?, map(b.sim.address(w), n)?);
+    b.launch(Extent::line(1, 128), &[c.into(), ma, mb, Arg::from(k as i32)])?;
+    let at = |v: &[u16], i: usize| bf16::from_bits(v[i]).to_f64();
+    let want: Vec<f64> =
+        (0..m * n).map(|i| (0..k).map(|j| at(&x, i / n * k + j) * at(&z, i % n * k + j)).sum()).collect();
+    close("c", &b.get::<f32>(c), &want, 1e-5)?;
+    same("FLOPs", &[b.counts().tensor_flops], &[2 * (m * n * k) as u64])
 }

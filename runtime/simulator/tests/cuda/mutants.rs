@@ -88,6 +88,10 @@ fn judge(m: &Mutant, n: &Nvrtc) -> Verdict {
 }
 
 pub fn run(n: &Nvrtc) -> Result<String, String> {
+    // A defect is only found if the program without it passes.
+    for case in ALL {
+        crate::support::run(case, std::slice::from_ref(n)).map_err(|e| format!("{} fails as it is: {e}", case.name))?;
+    }
     let all = mutants();
     let verdicts: Vec<Verdict> = all.par_iter().map(|m| judge(m, n)).collect();
     let errors: Vec<String> = verdicts.iter().filter_map(|v| v.error.clone()).collect();
