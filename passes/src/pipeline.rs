@@ -8,7 +8,7 @@ use rambac_ir::Graph;
 pub struct Options {
     /// Compute a layer's activations again for its backward instead of keeping them.
     pub recompute: bool,
-    /// Keep the weights of products and the embedding table in bf16, see [`narrow`](crate::narrow).
+    /// Keep the weights of products and the embedding table in bf16, see `narrow`.
     pub bf16_weights: bool,
 }
 
