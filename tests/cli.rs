@@ -207,3 +207,78 @@ fn bench_and_doctor_measure() {
     assert!(ok(&["doctor"]).contains("CPU only"));
     assert!(json_lines(&["doctor", "--json"]).iter().all(|l| l["state"] != "broken"));
 }
+
+/// y[i] = 2·x[i] for i < n.
+const TWICE: &str = "
+.version 8.0
+.target sm_80
+.address_size 64
+.visible .entry twice(.param .u64 y, .param .u64 x, .param .u32 n) {
+    .reg .pred %p<2>;
+    .reg .b32 %r<6>;
+    .reg .f32 %f<3>;
+    .reg .b64 %rd<6>;
+    ld.param.u64 %rd1, [y];
+    ld.param.u64 %rd2, [x];
+    ld.param.u32 %r1, [n];
+    mov.u32 %r2, %ctaid.x;
+    mov.u32 %r3, %ntid.x;
+    mov.u32 %r4, %tid.x;
+    mad.lo.s32 %r5, %r2, %r3, %r4;
+    setp.ge.u32 %p1, %r5, %r1;
+    @%p1 bra $end;
+    mul.wide.u32 %rd3, %r5, 4;
+    add.s64 %rd4, %rd1, %rd3;
+    add.s64 %rd5, %rd2, %rd3;
+    ld.global.f32 %f1, [%rd5];
+    add.f32 %f2, %f1, %f1;
+    st.global.f32 [%rd4], %f2;
+$end:
+    ret;
+}
+";
+
+#[test]
+fn simulate_runs_a_kernel_and_says_what_is_wrong() {
+    let dir = TempDir::new().unwrap();
+    let (ptx, saved) = (at(&dir, "twice.ptx"), at(&dir, "y"));
+    std::fs::write(&ptx, TWICE).unwrap();
+    let save = format!("y={saved}");
+    let right =
+        ["simulate", &ptx, "--grid", "4", "--arg", "y=f32[100]", "--arg", "x=f32[100]:iota", "--arg", "n=i32:100"];
+    let out = ok(&[&right[..], &["--save", &save, "--report"]].concat());
+    for part in ["0 findings", "0 2 4 6", "equal results in all schedules", "B written"] {
+        assert!(out.contains(part), "no {part:?} in {out}");
+    }
+    let want: Vec<u8> = (0..100).flat_map(|i| (2.0 * i as f32).to_le_bytes()).collect();
+    assert_eq!(std::fs::read(&saved).unwrap(), want);
+    // A bound too far: a finding, and status 1.
+    let r = rambac(&[
+        "simulate",
+        &ptx,
+        "--grid",
+        "4",
+        "--arg",
+        "y=f32[100]",
+        "--arg",
+        "x=f32[101]:1",
+        "--arg",
+        "n=i32:101",
+    ]);
+    assert_eq!(r.code, Some(1), "{}", r.err);
+    assert!(r.out.contains("buffer \"y\" (400 bytes), 0 bytes past its end"), "{}", r.out);
+    let line = 1 + TWICE.lines().position(|l| l.contains("st.global")).unwrap();
+    assert!(
+        r.out.contains(&format!("PTX line {line},")) && r.out.contains("block (3, 0, 0), thread (4, 0, 0)"),
+        "{}",
+        r.out
+    );
+    let all = json_lines(&[&right[..], &["--json"]].concat());
+    assert_eq!((all.len(), &all[0]["findings"]), (2, &Value::from(0)));
+    fails(&["simulate", &ptx], &["twice takes 3 arguments, 0 came: twice(u64, u64, u32)"]);
+    fails(&["simulate", &ptx, "--kernel", "thrice"], &["there is no kernel \"thrice\"", "it has twice"]);
+    fails(&["simulate", &ptx, "--arg", "y=q7[3]"], &["\"q7\" is no type"]);
+    fails(&["simulate", &at(&dir, "none.ptx")], &["can't be read"]);
+    let narrow = ["simulate", &ptx, "--arg", "y=f32[1]", "--arg", "x=f32[1]:1", "--arg", "n=i64:1"];
+    fails(&narrow, &["parameter 2 of twice is 4 bytes wide"]);
+}
