@@ -1,0 +1,29 @@
+// Asynchronous copies from global to shared memory (cp.async), 16 bytes each.
+#pragma once
+#include "mma.cuh"
+
+namespace rambac {
+
+// Copies 16 bytes; where `valid` is false, writes zeros and reads nothing.
+__device__ __forceinline__ void copy16_async(void* to, const void* from, bool valid = true) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0) : "memory");
+}
+__device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until at most N of the groups that this thread committed are under way; a barrier then shows them to others.
+template <int N> __device__ __forceinline__ void copies_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+
+// ROWS rows of COLS elements to shared rows PITCH apart, by THREADS threads; rows from `rows` on become zeros.  Global
+// rows are `stride` elements apart and 16-byte aligned.
+template <int THREADS, int ROWS, int COLS, int PITCH, class T>
+__device__ __forceinline__ void copy_rows_async(T* to, const T* from, i64 stride, int rows) {
+    constexpr int EACH = 16 / sizeof(T), PER_ROW = COLS / EACH;
+    static_assert(COLS % EACH == 0 && PITCH % EACH == 0, "rows are whole 16-byte pieces");
+#pragma unroll
+    for (int i = threadIdx.x; i < ROWS * PER_ROW; i += THREADS) {
+        int row = i / PER_ROW, col = i % PER_ROW * EACH;
+        bool valid = row < rows;
+        copy16_async(to + row * PITCH + col, from + (valid ? row * stride + col : 0), valid);
+    }
+}
+
+}  // namespace rambac

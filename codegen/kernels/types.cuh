@@ -1,0 +1,88 @@
+// Numbers: fixed-width names, the two 16-bit float formats with f32 arithmetic, and 16-byte vectors of any of them.
+//
+// No header of CUDA is included: NVRTC then needs no include path, and a kernel compiles in milliseconds.
+#pragma once
+
+namespace rambac {
+
+using u8 = unsigned char;
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+using i32 = int;
+using i64 = long long;
+
+struct bf16 {
+    u16 bits;
+};
+struct f16 {
+    u16 bits;
+};
+
+__device__ __forceinline__ float to_f32(float x) { return x; }
+__device__ __forceinline__ float to_f32(i32 x) { return (float)x; }
+__device__ __forceinline__ float to_f32(u8 x) { return (float)x; }
+__device__ __forceinline__ float to_f32(bf16 x) { return __uint_as_float((u32)x.bits << 16); }
+__device__ __forceinline__ float to_f32(f16 x) {
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+    return y;
+}
+
+// Rounds to nearest even; to i32 truncates.
+template <class T> __device__ __forceinline__ T from_f32(float x);
+template <> __device__ __forceinline__ float from_f32<float>(float x) { return x; }
+template <> __device__ __forceinline__ i32 from_f32<i32>(float x) { return (i32)x; }
+template <> __device__ __forceinline__ u8 from_f32<u8>(float x) { return x != 0.f; }
+template <> __device__ __forceinline__ bf16 from_f32<bf16>(float x) {
+    bf16 y;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+    return y;
+}
+template <> __device__ __forceinline__ f16 from_f32<f16>(float x) {
+    f16 y;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+    return y;
+}
+
+// Two values in a register, the first in the low half.
+template <class T> __device__ __forceinline__ u32 pack2(float lo, float hi);
+template <> __device__ __forceinline__ u32 pack2<bf16>(float lo, float hi) {
+    u32 y;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(hi), "f"(lo));
+    return y;
+}
+template <> __device__ __forceinline__ u32 pack2<f16>(float lo, float hi) {
+    u32 y;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(hi), "f"(lo));
+    return y;
+}
+
+// N values that are loaded and stored at once; at most 16 bytes.
+template <class T, int N> struct alignas(sizeof(T) * N) Vec {
+    static_assert(sizeof(T) * N <= 16, "a vector is at most 16 bytes");
+    T v[N];
+    __device__ __forceinline__ T& operator[](int i) { return v[i]; }
+    __device__ __forceinline__ const T& operator[](int i) const { return v[i]; }
+};
+template <class T, int N> __device__ __forceinline__ Vec<T, N> load(const T* p) {
+    return *reinterpret_cast<const Vec<T, N>*>(p);
+}
+template <class T, int N> __device__ __forceinline__ void store(T* p, const Vec<T, N>& x) {
+    *reinterpret_cast<Vec<T, N>*>(p) = x;
+}
+
+template <class A> __device__ __forceinline__ constexpr A min_of(A a, A b) { return a < b ? a : b; }
+template <class A> __device__ __forceinline__ constexpr A max_of(A a, A b) { return a > b ? a : b; }
+__device__ __forceinline__ constexpr i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
+
+constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
+
+// 2^x: the special function unit's, within 2 ulp.
+__device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+}  // namespace rambac

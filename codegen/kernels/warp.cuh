@@ -1,0 +1,40 @@
+// Sums and extremes over the lanes of a warp and over a block, in a fixed order: same input, same bits.
+#pragma once
+#include "types.cuh"
+
+namespace rambac {
+
+constexpr u32 ALL_LANES = 0xffffffffu;
+
+__device__ __forceinline__ int lane_id() { return threadIdx.x & 31; }
+__device__ __forceinline__ int warp_id() { return threadIdx.x >> 5; }
+
+// Over groups of N neighbouring lanes (a power of two); every lane gets the result.
+template <int N = 32> __device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+    for (int d = N / 2; d > 0; d /= 2) x += __shfl_xor_sync(ALL_LANES, x, d);
+    return x;
+}
+template <int N = 32> __device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+    for (int d = N / 2; d > 0; d /= 2) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, d));
+    return x;
+}
+
+// Over a block of THREADS threads; every thread gets the result.  `scratch` holds a float per warp and is free again
+// after the next barrier.
+template <int THREADS> __device__ __forceinline__ float block_sum(float x, float* scratch) {
+    constexpr int WARPS = THREADS / 32;
+    x = warp_sum(x);
+    if constexpr (WARPS > 1) {
+        if (lane_id() == 0) scratch[warp_id()] = x;
+        __syncthreads();
+        x = 0.f;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) x += scratch[w];
+        __syncthreads();
+    }
+    return x;
+}
+
+}  // namespace rambac
