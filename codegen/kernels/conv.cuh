@@ -67,7 +67,7 @@ template <class C>
 __device__ __forceinline__ void causal_conv(const typename C::T* x, i64 x_stride, const typename C::T* w, const typename C::T* bias,
                                             const typename C::T* s0, typename C::T* y, i64 y_stride, typename C::T* s, i32 l) {
     using T = typename C::T;
-    constexpr int V = C::vec, K = C::k, H = K - 1, BATCH = min_of(8, C::steps);
+    constexpr int V = C::vec, K = C::k, H = K - 1, BATCH = min_of(4, C::steps);
     const int c = (blockIdx.y * C::lanes + threadIdx.x % C::lanes) * V;
     const int t0 = (blockIdx.x * C::rows + threadIdx.x / C::lanes) * C::steps;
     const int t1 = min_of(t0 + C::steps, l);
