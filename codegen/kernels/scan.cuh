@@ -35,12 +35,9 @@
 
 namespace rambac {
 
-// How a walk goes and what it keeps: constants for ScanWalk's second argument.
-struct ScanForward {
-    static constexpr bool outputs = true, reverse = false, record = false;
-};
-struct ScanStates {
-    static constexpr bool outputs = false, reverse = false, record = false;
+// How a walk goes: whether it makes y, from which end, whether it writes down its states.
+template <bool OUTPUTS, bool REVERSE, bool RECORD> struct ScanWay {
+    static constexpr bool outputs = OUTPUTS, reverse = REVERSE, record = RECORD;
 };
 
 // Per-step factors of a block of a head, in shared memory.
@@ -208,14 +205,7 @@ template <class C, class Way> struct ScanWalk {
                         float lo = s <= t ? cb[j][2 * i] * (scan_between<EXACT>(decay, t, s) * decay.dt[s]) : 0.f;
                         float hi = s + 1 <= t ? cb[j][2 * i + 1] * (scan_between<EXACT>(decay, t, s + 1) * decay.dt[s + 1]) : 0.f;
                         // MUT scan_diagonal: float hi = s + 1 < t ? cb[j][2 * i + 1] * (scan_between<EXACT>(decay, t, s + 1) * decay.dt[s + 1]) : 0.f;
-                        T* to = sh.g[m] + t * G_PITCH;
-                        if constexpr (sizeof(T) == 2) {
-                            *reinterpret_cast<u32*>(to + s) = pack2<T>(lo, hi);
-                        } else {
-                            // Columns in the order that load_b_kn's pairs have.
-                            to[s - s % 8 + s % 8 / 2] = lo;
-                            to[s - s % 8 + s % 8 / 2 + 4] = hi;
-                        }
+                        store_spread(sh.g[m] + t * G_PITCH, s, lo, hi);
                     }
                 }
             }
@@ -280,24 +270,10 @@ template <class C, class Way> struct ScanWalk {
                     out[0] = fmaf(skip, xs[0], acc[i][j][2 * e]);
                     out[1] = fmaf(skip, xs[1], acc[i][j][2 * e + 1]);
                     finish(t0 + t, m, p, out);
-                    if constexpr (sizeof(T) == 2) {
-                        // Rows of 32 bytes; the two halves change places in every second group of 4 rows, for the banks.
-                        u32* to = reinterpret_cast<u32*>(sh.out[warp_id()]) + (row() + 8 * e) * 8;
-                        to[4 * (j ^ (row() / 4 % 2)) + lane_id() % 4] = pack2<T>(out[0], out[1]);
-                    } else if (t0 + t < end) {
-                        store_f32(y + (t0 + t) * y_stride + m * P + p, out);
-                    }
+                    acc[i][j][2 * e] = out[0], acc[i][j][2 * e + 1] = out[1];
                 }
-            if constexpr (sizeof(T) == 2) {
-                __syncwarp();
-                // MUT scan_out_ready: ;
-                const int t = lane_id() / 2, part = lane_id() % 2;
-                const Vec<T, 8> v = load<T, 8>(sh.out[warp_id()] + t * 16 + 8 * (part ^ (t / 4 % 2)));
-                if (t0 + 16 * i + t < end)
-                    store_words<4>(y + (t0 + 16 * i + t) * y_stride + m * P + slice() + 8 * part, reinterpret_cast<const u32*>(&v));
-                __syncwarp();
-                // MUT scan_out_free: ;
-            }
+            const int t = t0 + 16 * i;
+            store_tile(sh.out[warp_id()], acc[i], y + t * y_stride + m * P + slice(), y_stride, end - t);
         }
     }
 
@@ -446,7 +422,7 @@ template <class C, class Finish = ScanAsIs>
 __device__ __forceinline__ void selective_scan(const typename C::T* x, i64 x_stride, const typename C::T* dt, i64 dt_stride, const typename C::T* a,
                                                const typename C::T* b, i64 b_stride, const typename C::T* c, i64 c_stride, const typename C::T* d,
                                                const typename C::T* h0, typename C::T* y, i64 y_stride, typename C::T* h, i32 l, Finish finish = {}) {
-    using Walk = ScanWalk<C, ScanForward>;
+    using Walk = ScanWalk<C, ScanWay<true, false, false>>;
     Walk w;
     scan_place<Walk, C>(w, x, x_stride, dt, dt_stride, a, b, b_stride, l, l);
     const i64 row = (i64)blockIdx.z * l;
@@ -459,12 +435,12 @@ __device__ __forceinline__ void selective_scan(const typename C::T* x, i64 x_str
     w.store_state(h + at);
 }
 
-// First of three passes: each segment from zero → its last state and exp of its sum of dt a, in
+// First of three passes: each segment from zero, forward or in reverse → its last state and exp of its sum of dt a, in
 // ends [N, segments, heads, P, R] and decays [N, segments, heads].
 template <class C>
 __device__ __forceinline__ void scan_states(const typename C::T* x, i64 x_stride, const typename C::T* dt, i64 dt_stride, const typename C::T* a,
                                             const typename C::T* b, i64 b_stride, float* ends, float* decays, i32 l, i32 segment) {
-    using Walk = ScanWalk<C, ScanStates>;
+    using Walk = ScanWalk<C, ScanWay<false, C::reverse, false>>;
     Walk w;
     scan_place<Walk, C>(w, x, x_stride, dt, dt_stride, a, b, b_stride, l, segment);
 #pragma unroll
@@ -506,7 +482,7 @@ template <class C, class Finish = ScanAsIs>
 __device__ __forceinline__ void scan_outputs(const typename C::T* x, i64 x_stride, const typename C::T* dt, i64 dt_stride, const typename C::T* a,
                                              const typename C::T* b, i64 b_stride, const typename C::T* c, i64 c_stride, const typename C::T* d,
                                              const float* starts, typename C::T* y, i64 y_stride, i32 l, i32 segment, Finish finish = {}) {
-    using Walk = ScanWalk<C, ScanForward>;
+    using Walk = ScanWalk<C, ScanWay<true, false, false>>;
     Walk w;
     scan_place<Walk, C>(w, x, x_stride, dt, dt_stride, a, b, b_stride, l, segment);
     const i64 row = (i64)blockIdx.z * l;

@@ -5,7 +5,7 @@
 // A CTA owns 32 columns of a row.  Its LANES warps take every LANES-th slot each and are added in order, so the order
 // depends on `count` alone.  One pass over the slots, coalesced; what limits it is their bytes.
 //
-// C: T of out, lanes.  Grid (ceil(cols / 32), rows), 32 * lanes threads.
+// C: T of out, lanes.  Grid (ceil(cols / 32) · rows), 32 · lanes threads.
 #pragma once
 #include "types.cuh"
 
@@ -15,11 +15,11 @@ template <class C>
 __device__ __forceinline__ void sum_slots(const float* slots, i32 count, i64 slot_stride, i64 cols, typename C::T* out, i64 row_stride, i64 col_stride) {
     __shared__ float parts[C::lanes][32];
     const int lane = threadIdx.x % 32, part = threadIdx.x / 32;
-    const i64 col = (i64)blockIdx.x * 32 + lane;
+    const i64 tiles = ceil_div(cols, 32), row = blockIdx.x / tiles, col = blockIdx.x % tiles * 32 + lane;
     const bool mine = col < cols;
     float sum = 0.f;
     if (mine) {
-        const float* p = slots + blockIdx.y * cols + col;
+        const float* p = slots + row * cols + col;
 #pragma unroll 4
         for (int s = part; s < count; s += C::lanes) sum += p[s * slot_stride];
     }
@@ -31,7 +31,7 @@ __device__ __forceinline__ void sum_slots(const float* slots, i32 count, i64 slo
 #pragma unroll
         for (int i = 0; i < C::lanes; i++) sum += parts[i][lane];
         // MUT slots_last: for (int i = 0; i < C::lanes - 1; i++) sum += parts[i][lane];
-        out[blockIdx.y * row_stride + col * col_stride] = from_f32<typename C::T>(sum);
+        out[row * row_stride + col * col_stride] = from_f32<typename C::T>(sum);
     }
 }
 
