@@ -161,8 +161,9 @@ template <class T> __device__ __forceinline__ void store_tile(T* scratch, const 
         // MUT tile_ready: ;
         const int r = lane / 2, part = lane % 2;
         const uint4 v = *reinterpret_cast<const uint4*>(scratch + r * 16 + 8 * (part ^ (r / 4 % 2)));
-        if (r < rows) *reinterpret_cast<uint4*>(to + r * stride + 8 * part) = v;
-        // MUT tile_rows: *reinterpret_cast<uint4*>(to + r * stride + 8 * part) = v;
+        const u32 words[4] = {v.x, v.y, v.z, v.w};
+        if (r < rows) store_words<4>(to + r * stride + 8 * part, words);
+        // MUT tile_rows: store_words<4>(to + r * stride + 8 * part, words);
         __syncwarp();
         // MUT tile_free: ;
     } else {
@@ -170,7 +171,10 @@ template <class T> __device__ __forceinline__ void store_tile(T* scratch, const 
         for (int j = 0; j < 2; j++)
 #pragma unroll
             for (int e = 0; e < 2; e++)
-                if (row + 8 * e < rows) *reinterpret_cast<float2*>(to + (row + 8 * e) * stride + 8 * j + 2 * q) = float2{d[j][2 * e], d[j][2 * e + 1]};
+                if (row + 8 * e < rows) {
+                    const u32 words[2] = {__float_as_uint(d[j][2 * e]), __float_as_uint(d[j][2 * e + 1])};
+                    store_words<2>(to + (row + 8 * e) * stride + 8 * j + 2 * q, words);
+                }
     }
 }
 

@@ -99,7 +99,7 @@ template <class C> struct ScanGrad {
     // One head's g into shared memory, E's sums, and partial sums over rows and columns of F.
     __device__ __forceinline__ void inside(const Stage& in, const ScanDecay<Q>& decay, Partial& partial, const float (&cb)[OWN_Q][2][4], float (&e_sum)[OWN_Q][2][4]) {
         float m[OWN_Q][2][4] = {};
-#pragma unroll
+#pragma unroll (sizeof(T) == 2 ? 4 : 1)
         for (int k = 0; k < P; k += K) {
             u32 fa[4], fb[4];
             load_a(fa, in.dy + 16 * wr * P_PITCH + k, P_PITCH);
@@ -155,7 +155,7 @@ template <class C> struct ScanGrad {
 
     __device__ __forceinline__ void write_dx(const Stage& in, const ScanDecay<Q>& decay, float skip, T* dx, i64 stride, int rows) {
         float acc[OWN_P][2][4] = {};
-#pragma unroll 4
+#pragma unroll (sizeof(T) == 2 ? 4 : 1)
         for (int k = 0; k < R; k += K) {
             u32 fa[4], fb[4];
             load_a(fa, sh.b + 16 * wr * R_PITCH + k, R_PITCH);
@@ -176,6 +176,7 @@ template <class C> struct ScanGrad {
             for (int i = 0; i < 2; i++)
 #pragma unroll
                 for (int e = 0; e < 4; e++) acc[j][i][e] *= scale[e / 2];
+#pragma unroll 1
         for (int k = 16 * wr; k < Q; k += K) {
             // MUT grad_triangle: for (int k = 16 * wr + 16; k < Q; k += K) {
             u32 fa[4], fb[4];
@@ -370,7 +371,7 @@ __device__ __forceinline__ void scan_grad(const typename C::T* x, i64 x_stride, 
 
     // c·bᵀ is the same for all heads.
     float cb[G::OWN_Q][2][4] = {}, e_sum[G::OWN_Q][2][4] = {}, dc_sum[G::OWN_R][2][4] = {}, db_sum[G::OWN_R][2][4] = {};
-#pragma unroll 4
+#pragma unroll (sizeof(T) == 2 ? 4 : 1)
     for (int k = 0; k < R; k += K) {
         u32 fa[4], fb[4];
         load_a(fa, sh.c + 16 * own.wr * G::R_PITCH + k, G::R_PITCH);
@@ -424,6 +425,7 @@ __device__ __forceinline__ void scan_grad(const typename C::T* x, i64 x_stride, 
     }
     __syncthreads();
     // MUT grad_e: ;
+#pragma unroll 1
     for (int k = 0; k < 16 * (own.wr + 1); k += K) {
         u32 fa[4], fb[4];
         load_a(fa, sh.g + 16 * own.wr * G::G_PITCH + k, G::G_PITCH);
@@ -435,6 +437,7 @@ __device__ __forceinline__ void scan_grad(const typename C::T* x, i64 x_stride, 
             Mma<T>::run(dc_sum[j][1], fa, fb[2], fb[3]);
         }
     }
+#pragma unroll 1
     for (int k = 16 * own.wr; k < Q; k += K) {
         u32 fa[4], fb[4];
         load_a_km<true>(fa, sh.g + k * G::G_PITCH + 16 * own.wr, G::G_PITCH);
