@@ -15,15 +15,15 @@
 // them): db and dc gather in registers over the heads, E over the heads before its two products, so nothing is added in
 // memory.  da and dd go to a slot per block, db and dc to a slot per part where there are parts (slots.cuh).
 //
-//   warp (wr, wc):  rows 16·wr of Q in every product; of its columns every second 16, from wc on
+//   warp (wr, wc):  rows 16·wr of Q in every product; of its columns every `columns`-th 16, from wc on
 //
 //     m = dy·xᵀ [Q, Q]    dx = b·Dᵀ, then + gᵀ·dy [Q, P]    z = dy·h, v = x·D [Q, R]    at the end E·b, Eᵀ·c [Q, R]
 //
 // Traffic per head and block: x, dy, dx and two states in T (2·P·R); the states are written once before.  Limits: the
 // products' operands from shared memory, about as long as the traffic.
 //
-// C: T, heads, groups, head_dim (P), state (R), block (Q), stages, parts (of a group's heads), shared (bytes, checked).
-// 4·Q threads.  Grid (max(blocks, 1), groups · parts, N).
+// C: T, heads, groups, head_dim (P), state (R), block (Q), stages, columns, parts (of a group's heads), shared (bytes, checked).
+// 2·Q·columns threads.  Grid (max(blocks, 1), groups · parts, N).
 #pragma once
 #include "scan.cuh"
 
@@ -61,13 +61,13 @@ template <class C> struct ScanGrad {
     using T = typename C::T;
     static constexpr int P = C::head_dim, R = C::state, Q = C::block, STAGES = C::stages, HEADS = C::heads / C::groups / C::parts;
     static constexpr int K = Mma<T>::K, PAD = 16 / sizeof(T);
-    static constexpr int ROWS = Q / 16, COLS = 2, WARPS = ROWS * COLS, THREADS = 32 * WARPS;
+    static constexpr int ROWS = Q / 16, COLS = C::columns, WARPS = ROWS * COLS, THREADS = 32 * WARPS;
     static constexpr int P_PITCH = P + PAD, R_PITCH = R + PAD, G_PITCH = Q + PAD, DT_PITCH = HEADS;
     // h is read by columns alone, in f32 in the order k, k + 4: that wants 8 banks between rows.
     static constexpr int H_PITCH = R + 8;
     static constexpr bool EXACT = sizeof(T) == 4;
     // 16-column pieces that a warp owns.
-    static constexpr int OWN_Q = (Q / 16 + 1) / 2, OWN_P = (P / 16 + 1) / 2, OWN_R = (R / 16 + 1) / 2;
+    static constexpr int OWN_Q = (Q / 16 + COLS - 1) / COLS, OWN_P = (P / 16 + COLS - 1) / COLS, OWN_R = (R / 16 + COLS - 1) / COLS;
     static_assert(P % 16 == 0 && R % 16 == 0, "head_dim and state are multiples of 16");
     static_assert(Q == 16 || Q == 32 || Q == 64, "a block is 16, 32 or 64 tokens");
     static_assert(C::heads / C::groups % C::parts == 0, "parts are equal");

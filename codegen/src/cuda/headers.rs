@@ -10,6 +10,7 @@ macro_rules! headers {
 headers! {
     "types", "warp", "mma", "copy",
     "map", "move", "reduce", "cross_entropy", "embedding",
+    "slots", "conv", "rms_norm", "rotary", "scan", "scan_backward", "scan_step",
 }
 
 /// The headers that `source` includes, and those that they include, in the order of [`HEADERS`].
