@@ -13,7 +13,7 @@
 //
 // Deterministic, no workspace.  Traffic: q, o once; K and V once per block and chunk of its union, from L2.
 #pragma once
-#include "tile.cuh"
+#include "chunk_softmax.cuh"
 
 namespace rambac {
 
@@ -23,9 +23,7 @@ template <class C> struct QueryTile {
     using T = typename C::T;
     static constexpr int D = C::head_dim, G = C::heads_per_kv, ROWS = 16 * C::warps, THREADS = 32 * C::warps;
     static constexpr int TOKENS = ROWS % G == 0 ? ROWS / G : G % ROWS == 0 ? 1 : (ROWS + G - 2) / G + 1;
-    static constexpr int BLOCKS = C::chunk / C::keys, P = PITCH<T, D>;
-    static_assert(D % 16 == 0 && C::keys % 16 == 0, "tiles of 16");
-    static_assert(C::chunk % C::keys == 0, "blocks of keys fill a chunk");
+    static constexpr int PARTS = C::chunk / C::keys, P = PITCH<T, D>;
     static_assert(TOKENS <= 32, "a lane holds the choices of a token");
 
     T q[ROWS * P];
@@ -134,75 +132,34 @@ __device__ __forceinline__ void attend_query_tile(typename C::T* o, i64 o_stride
         float w[2] = {__shfl_sync(ALL_LANES, weight, low), __shfl_sync(ALL_LANES, weight, high)};
         bool active = chosen_by & watch;
         int following = -1;
-        // Of a chunk in several parts: its own output, largest logit and sum so far.
-        float part_out[S::BLOCKS > 1 ? D / 8 : 1][4], top[2] = {-3e38f, -3e38f}, sum[2] = {0.f, 0.f};
-        clear(part_out);
+        ChunkSoftmax<C> softmax;
+        softmax.start();
 #pragma unroll 1
-        for (int part = 0; part < S::BLOCKS; part++, stage ^= 1) {
+        for (int part = 0; part < S::PARTS; part++, stage ^= 1) {
             copies_wait<0>();
             __syncthreads();
-            if (part + 1 < S::BLOCKS) {
+            if (part + 1 < S::PARTS) {
                 fetch(stage ^ 1, chunk, part + 1);
             } else {
                 following = merge.pop(weight, chosen_by);
                 if (following >= 0) fetch(stage ^ 1, following, 0);
             }
             copies_commit();
-            if (!active) continue;
-
-            float logits[C::keys / 8][4];
-            clear(logits);
-            add_product_nt<T, D, C::keys>(logits, RowsA<T>{s.q + warp * 16 * S::P, S::P}, s.kv[stage][0], S::P);
-            constexpr float FACTOR = C::scale * LOG2E;
-            float before[2] = {top[0], top[1]}, more[2];
-            row_max(top, logits);
-            row_exp2(more, logits, top, FACTOR);
-            if constexpr (S::BLOCKS > 1) {
-                float shrink[2] = {exp2_fast((before[0] - top[0]) * FACTOR), exp2_fast((before[1] - top[1]) * FACTOR)};
-                row_scale(part_out, shrink);
-                sum[0] = fmaf(sum[0], shrink[0], more[0]), sum[1] = fmaf(sum[1], shrink[1], more[1]);
-                add_product_nn<T, C::keys, D>(part_out, ProductA<T>{logits}, s.kv[stage][1], S::P);
-            } else {
-                float by[2];
-#pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    if (C::off_by_one != 0.f) more[i] += C::off_by_one * exp2_fast(-top[i] * FACTOR);
-                    by[i] = w[i] / more[i];
-                }
-                row_scale(logits, by);
-                add_product_nn<T, C::keys, D>(out, ProductA<T>{logits}, s.kv[stage][1], S::P);
-            }
+            if (active)
+                softmax.add(out, w, RowsA<T>{s.q + warp * 16 * S::P, S::P}, s.kv[stage][0], s.kv[stage][1]);
         }
-        if constexpr (S::BLOCKS > 1) {
-            constexpr float FACTOR = C::scale * LOG2E;
-            if (active) {
-#pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    if (C::off_by_one != 0.f) sum[i] += C::off_by_one * exp2_fast(-top[i] * FACTOR);
-                    sum[i] = w[i] / sum[i];
-                }
-                row_scale(part_out, sum);
-#pragma unroll
-                for (int i = 0; i < D / 8; i++)
-#pragma unroll
-                    for (int j = 0; j < 4; j++) out[i][j] += part_out[i][j];
-            }
-        }
+        if (active) softmax.finish(out, w);
         chunk = following;
     }
 
-    // Store by whole rows, through the place of this warp's queries.
-    copies_wait<0>();
-    __syncthreads();
-    store_d(s.q + warp * 16 * S::P, S::P, out);
-    __syncwarp();
     T* o0 = o + sequence * l * o_stride + (i64)kv_head * G * D;
+    T* at[2];
 #pragma unroll
-    for (int i = lane; i < 16 * (D / PIECE); i += 32) {
-        int row = i / (D / PIECE), col = i % (D / PIECE) * PIECE, r = row0 + warp * 16 + row;
-        if (warp * 16 + row < rows)
-            store_global(o0 + r / G * o_stride + r % G * D + col, load<T, PIECE>(s.q + (warp * 16 + row) * S::P + col));
+    for (int i = 0; i < 2; i++) {
+        int row = warp * 16 + lane / 4 + 8 * i, r = row0 + row;
+        at[i] = row < rows ? o0 + r / G * o_stride + r % G * D : nullptr;
     }
+    store_d_global(at[0], at[1], out);
 }
 
 }  // namespace rambac

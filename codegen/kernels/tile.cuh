@@ -134,4 +134,29 @@ template <class T, int TILES> __device__ __forceinline__ void store_d(T* tile, i
     }
 }
 
+// A D tile to global rows of T: `low` is where this lane's first row begins, `high` the row eight below, null where there is
+// none.  A quad writes whole 32-byte sectors: neighbours swap a half of two tiles where T has 16 bits.
+template <class T, int TILES>
+__device__ __forceinline__ void store_d_global(T* low, T* high, const float (&d)[TILES][4]) {
+    static_assert(TILES % 2 == 0, "tiles in pairs");
+    int c = lane_id() % 4;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        T* to = half ? high : low;
+#pragma unroll
+        for (int i = 0; i < TILES; i += 2) {
+            const float *a = d[i] + 2 * half, *b = d[i + 1] + 2 * half;
+            if constexpr (sizeof(T) == 2) {
+                u32 mine[2] = {pack2<T>(a[0], a[1]), pack2<T>(b[0], b[1])};
+                u32 other = __shfl_xor_sync(ALL_LANES, c & 1 ? mine[0] : mine[1], 1);
+                Vec<u32, 2> x = c & 1 ? Vec<u32, 2>{{other, mine[1]}} : Vec<u32, 2>{{mine[0], other}};
+                if (to) store_global((u32*)(to + 8 * (i + (c & 1)) + 4 * (c / 2)), x);
+            } else if (to) {
+                store_global(to + 8 * i + 2 * c, Vec<float, 2>{{a[0], a[1]}});
+                store_global(to + 8 * i + 8 + 2 * c, Vec<float, 2>{{b[0], b[1]}});
+            }
+        }
+    }
+}
+
 }  // namespace rambac
