@@ -63,7 +63,7 @@ template <class C> struct Selecting {
         float scores[ROWS * 64];
     };
     // By slot, of the filled ones.  The pitch keeps apart what neighbouring threads write out.
-    static constexpr int PITCH_FOUND = ROWS + 4;
+    static constexpr int PITCH_FOUND = K > 32 ? ROWS : ROWS + 4;
     struct Found {
         i32 index[K][PITCH_FOUND];
         float score[K][PITCH_FOUND], weight[K][PITCH_FOUND];
