@@ -102,6 +102,8 @@ __device__ __forceinline__ constexpr i64 ceil_div(i64 a, i64 b) { return (a + b 
 
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 
+__device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
+
 // 2^x: the special function unit's, within 2 ulp.
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;

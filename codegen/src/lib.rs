@@ -4,8 +4,10 @@
 //! - [`mod@lower`]: makes one from an optimised graph.
 //! - [`traits`]: what each op's kernels accept, from the one list of ops.
 //! - [`mod@plan`]: addresses and the peak at concrete dims.
+//! - [`cuda`]: Program → GPU program: forms, launches, stubs over the templates of `kernels/`.
 //! - [`nvrtc`]: CUDA C++ → PTX and CUBIN, where NVIDIA's compiler library is installed.
 
+pub mod cuda;
 pub mod lower;
 pub mod nvrtc;
 pub mod plan;

@@ -444,7 +444,7 @@ fn rows_fit(op: &Op, ty: &Ty, cols: &Dim) -> bool {
 }
 
 /// Whether the broadcast is a scalar, or repeats a suffix of the shape, or each element along trailing axes.
-fn simple_broadcast(from: &[Dim], to: &[Dim]) -> bool {
+pub(crate) fn simple_broadcast(from: &[Dim], to: &[Dim]) -> bool {
     let lead = from.iter().take_while(|d| d.is_one()).count();
     let suffix = from[lead..] == to[to.len() - (from.len() - lead)..];
     let tail = from.iter().rev().take_while(|d| d.is_one()).count();

@@ -140,6 +140,10 @@ impl Dim {
     pub fn as_int(&self) -> Option<usize> {
         (self.syms.is_empty() && self.den == 1).then_some(self.num as usize)
     }
+    /// Whether it is a multiple of `n` whatever the symbols' values.
+    pub fn is_multiple_of(&self, n: u64) -> bool {
+        self.den == 1 && self.num.is_multiple_of(n)
+    }
     pub fn is_one(&self) -> bool {
         self.as_int() == Some(1)
     }

@@ -10,6 +10,7 @@ use crate::isa::{Param, Program};
 use crate::memory::{Buffer, GlobalMemory, MAX_BYTES, address_of};
 use crate::parse::ast::{Module, Space};
 use crate::parse::parse;
+use crate::product::Product;
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -19,7 +20,7 @@ pub struct ModuleId(usize);
 
 /// A buffer in global memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct BufferId(usize);
+pub struct BufferId(pub(crate) usize);
 
 /// A kernel's argument.
 #[derive(Clone, Debug, PartialEq)]
@@ -73,12 +74,16 @@ pub trait Device {
     fn load(&mut self, ptx: &str) -> Result<ModuleId, Self::Error>;
     /// A buffer of so many bytes, with no content.
     fn alloc(&mut self, name: &str, bytes: usize) -> Result<BufferId, Self::Error>;
+    /// Gives a buffer's memory back; it must not be used again.
+    fn free(&mut self, buffer: BufferId) -> Result<(), Self::Error>;
     /// Copies to a buffer from its byte `at` on.
     fn copy_in(&mut self, buffer: BufferId, at: usize, data: &[u8]) -> Result<(), Self::Error>;
     /// Copies from a buffer, from its byte `at` on.
     fn copy_out(&mut self, buffer: BufferId, at: usize, data: &mut [u8]) -> Result<(), Self::Error>;
     /// Starts a kernel.
     fn launch(&mut self, module: ModuleId, kernel: &str, extent: Extent, args: &[Arg]) -> Result<(), Self::Error>;
+    /// Starts a dense product of the library that belongs to the device.
+    fn product(&mut self, p: &Product) -> Result<(), Self::Error>;
     /// Waits for all launches.
     fn synchronise(&mut self) -> Result<(), Self::Error>;
 }
@@ -304,6 +309,16 @@ impl Device for Simulator {
         self.findings.extend(outcome.findings);
         self.counts.push(outcome.counts);
         Ok(())
+    }
+
+    fn free(&mut self, buffer: BufferId) -> Result<(), Error> {
+        let name = std::mem::take(&mut self.memory.buffers[buffer.0].name);
+        self.memory.buffers[buffer.0] = Buffer::new(&name, 0);
+        Ok(())
+    }
+
+    fn product(&mut self, p: &Product) -> Result<(), Error> {
+        crate::product::run(&mut self.memory, p)
     }
 
     fn synchronise(&mut self) -> Result<(), Error> {

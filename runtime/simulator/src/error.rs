@@ -31,6 +31,8 @@ pub enum Error {
     Launch { kernel: String, what: String },
     #[error("buffer \"{name}\" can't be made: {what}")]
     Buffer { name: String, what: String },
+    #[error("buffer \"{buffer}\", {kind}: {what}")]
+    Product { buffer: String, kind: &'static str, what: String },
     #[error("{0}")]
     Unknown(String),
 }

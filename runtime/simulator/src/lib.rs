@@ -47,6 +47,7 @@ pub mod exec;
 pub mod isa;
 pub mod memory;
 pub mod parse;
+pub mod product;
 pub mod program;
 pub mod report;
 

@@ -1,0 +1,24 @@
+// Moves elements without computing: transposes, pads, broadcasts that are no plain suffix or prefix.
+//
+// The stub unravels an element's index axis by axis and adds up where it comes from; here is one axis.
+#pragma once
+#include "map.cuh"
+
+namespace rambac {
+
+// Takes the last axis, of `size`, off `rest`; gives the position on it.
+__device__ __forceinline__ i64 take_axis(i64& rest, i64 size, i64 n) {
+    i64 position;
+    if (n < (1ll << 31)) {
+        u32 q = (u32)rest / (u32)size;
+        position = (u32)rest - q * (u32)size;
+        rest = q;
+    } else {
+        i64 q = rest / size;
+        position = rest - q * size;
+        rest = q;
+    }
+    return position;
+}
+
+}  // namespace rambac

@@ -1,0 +1,85 @@
+//! All steps of a Program as forms, with every kernel once.
+
+use super::form::{Form, Kernel};
+use super::ops::{Site, Unsupported, forms};
+use super::target::Target;
+use crate::Program;
+use rambac_ir::{Bindings, DimError};
+use std::collections::HashMap;
+
+/// A step that can't run on a GPU.
+#[derive(Debug, thiserror::Error)]
+#[error("{program}: step {step} ({op}, {types}) can't run on {arch}: {why}")]
+pub struct EmitError {
+    pub program: String,
+    pub step: usize,
+    pub op: &'static str,
+    pub types: String,
+    pub arch: &'static str,
+    pub why: Unsupported,
+}
+
+/// The ways a step can run, best first; the last has no conditions.
+#[derive(Clone, Debug)]
+pub struct GpuStep {
+    pub forms: Vec<Form>,
+}
+
+impl GpuStep {
+    /// The form that runs under `b`.
+    ///
+    /// # Errors
+    /// A dim without a value.
+    pub fn form(&self, b: &Bindings) -> Result<&Form, DimError> {
+        for f in &self.forms {
+            let holds = f.when.iter().map(|c| c.holds(b)).collect::<Result<Vec<_>, _>>()?;
+            if holds.iter().all(|&h| h) {
+                return Ok(f);
+            }
+        }
+        unreachable!("BUG: `emit` checks that the last form always runs")
+    }
+}
+
+/// A Program for GPUs.
+#[derive(Clone, Debug)]
+pub struct GpuProgram {
+    pub program: Program,
+    pub target: Target,
+    /// As many as the program has.
+    pub steps: Vec<GpuStep>,
+    /// Every kernel of every form, once.
+    pub kernels: Vec<Kernel>,
+}
+
+/// Chooses the forms of every step.
+///
+/// # Errors
+/// A step whose op, types or layout no kernel takes, with the reason.
+pub fn emit(program: Program, target: Target) -> Result<GpuProgram, EmitError> {
+    let (mut steps, mut kernels) = (vec![], Vec::<Kernel>::new());
+    let mut known: HashMap<String, usize> = HashMap::new();
+    for (i, s) in program.steps.iter().enumerate() {
+        let site = Site { inputs: &s.inputs, outputs: &s.outputs, target: &target };
+        let forms = forms(&s.op, &site).map_err(|why| EmitError {
+            program: program.name.clone(),
+            step: i,
+            op: s.op.mnemonic(),
+            types: s.inputs.iter().map(|v| v.ty.to_string()).collect::<Vec<_>>().join(", "),
+            arch: target.arch.name(),
+            why,
+        })?;
+        assert!(forms.last().is_some_and(|f| f.when.is_empty()), "BUG: {} has no form for all sizes", s.op.mnemonic());
+        for k in forms.iter().flat_map(Form::launches).map(|l| &l.kernel) {
+            match known.get(&k.name) {
+                Some(&at) => assert_eq!(kernels[at], *k, "BUG: two kernels have the name {}", k.name),
+                None => {
+                    known.insert(k.name.clone(), kernels.len());
+                    kernels.push(k.clone());
+                }
+            }
+        }
+        steps.push(GpuStep { forms });
+    }
+    Ok(GpuProgram { program, target, steps, kernels })
+}

@@ -1,0 +1,156 @@
+//! How a step runs on a GPU: kernels to compile, launches with sizes and arguments, workspace, library calls.
+
+use super::expr::Expr;
+use rambac_ir::{Bindings, DType, DimError};
+
+/// A kernel to compile: a short text that instantiates a template of `codegen/kernels`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Kernel {
+    /// Its `extern "C"` name.
+    pub name: String,
+    /// The stub.
+    pub source: String,
+    /// Threads of a block.
+    pub threads: u32,
+    /// Dynamic shared memory, in bytes.
+    pub shared: u32,
+    /// Blocks per multiprocessor that the choice of its tile counted on.
+    pub blocks_per_sm: u32,
+}
+
+/// What a call reads or writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Operand {
+    Input(usize),
+    Output(usize),
+    /// Of [`Form::workspace`].
+    Workspace(usize),
+}
+
+/// An argument of a kernel.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Param {
+    /// The address of the operand's first element.
+    Address(Operand),
+    /// An `i32`.
+    Int(Expr),
+    /// An `i64`, such as the distance of rows in elements.
+    Long(Expr),
+    /// An `f32`.
+    Float(f32),
+}
+
+/// One launch.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Launch {
+    pub kernel: Kernel,
+    pub grid: [Expr; 3],
+    pub params: Vec<Param>,
+}
+
+/// A matrix of a product: rows `ld` elements apart, matrices of a batch `step` apart.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GemmOperand {
+    pub at: Operand,
+    pub dtype: DType,
+    pub ld: Expr,
+    pub step: Expr,
+    /// Its last two axes are exchanged in the product.
+    pub trans: bool,
+}
+
+/// `c[i] = op(a[i]) · op(b[i])` for every matrix of a batch, row-major, with f32 sums.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Gemm {
+    pub batch: Expr,
+    pub m: Expr,
+    pub n: Expr,
+    pub k: Expr,
+    pub a: GemmOperand,
+    pub b: GemmOperand,
+    pub c: GemmOperand,
+}
+
+/// One call of a step, after the ones before it.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Call {
+    Launch(Launch),
+    /// A dense product by the vendor's library.
+    Gemm(Gemm),
+}
+
+/// Memory that a form needs while it runs.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Workspace {
+    pub name: &'static str,
+    pub dtype: DType,
+    pub elements: Expr,
+}
+
+/// `left >= right` or `left < right`, on sizes known when symbols are bound.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Condition {
+    AtLeast(Expr, Expr),
+    Below(Expr, Expr),
+}
+
+impl Condition {
+    /// Whether it holds under `b`.
+    ///
+    /// # Errors
+    /// As [`Expr::eval`].
+    pub fn holds(&self, b: &Bindings) -> Result<bool, DimError> {
+        Ok(match self {
+            Condition::AtLeast(x, y) => x.eval(b)? >= y.eval(b)?,
+            Condition::Below(x, y) => x.eval(b)? < y.eval(b)?,
+        })
+    }
+}
+
+impl std::fmt::Display for Condition {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        match self {
+            Condition::AtLeast(x, y) => write!(f, "{x} >= {y}"),
+            Condition::Below(x, y) => write!(f, "{x} < {y}"),
+        }
+    }
+}
+
+/// A way to run a step.  The first of a step's forms whose conditions all hold is taken.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Form {
+    pub name: &'static str,
+    /// Why this form and this tile, in a line that `explain` prints.
+    pub why: String,
+    pub when: Vec<Condition>,
+    pub workspace: Vec<Workspace>,
+    pub calls: Vec<Call>,
+}
+
+impl Form {
+    /// A form that always can run and needs nothing beside its operands.
+    pub fn new(name: &'static str, why: impl Into<String>, calls: Vec<Call>) -> Form {
+        Form { name, why: why.into(), when: vec![], workspace: vec![], calls }
+    }
+    pub fn when(mut self, c: Condition) -> Form {
+        self.when.push(c);
+        self
+    }
+    /// Adds workspace; operands name it by its place.
+    pub fn with(mut self, name: &'static str, dtype: DType, elements: impl Into<Expr>) -> Form {
+        self.workspace.push(Workspace { name, dtype, elements: elements.into() });
+        self
+    }
+    pub fn launches(&self) -> impl Iterator<Item = &Launch> {
+        self.calls.iter().filter_map(|c| match c {
+            Call::Launch(l) => Some(l),
+            Call::Gemm(_) => None,
+        })
+    }
+}
+
+impl From<Launch> for Call {
+    fn from(l: Launch) -> Call {
+        Call::Launch(l)
+    }
+}

@@ -1,0 +1,23 @@
+//! Program → GPU program: per step the forms it can run in, each a list of launches and library calls.
+//!
+//! - [`target`]: numbers of a GPU that choices depend on.  - [`expr`]: sizes of launches.  - [`form`]: kernels, launches,
+//!   forms.  - [`stub`]: writes the short texts that instantiate the templates of `codegen/kernels`.
+//! - [`ops`]: one file per family; **from the one list of ops**, so an op without an answer does not compile.
+//! - [`headers`]: the templates, compiled in.  - [`emit()`]: all steps of a Program.
+//!
+//! A kernel's text is a pure function of op, types and target.  Sizes that symbols decide are arguments, so nothing is
+//! compiled again for another batch or length.
+
+pub mod compile;
+mod emit;
+pub mod expr;
+pub mod form;
+pub mod headers;
+pub mod ops;
+pub mod stub;
+pub mod target;
+
+pub use emit::{EmitError, GpuProgram, GpuStep, emit};
+pub use expr::Expr;
+pub use form::{Call, Condition, Form, Gemm, GemmOperand, Kernel, Launch, Operand, Param, Workspace};
+pub use target::{Arch, Target};

@@ -1,0 +1,243 @@
+//! Elementwise ops: the region's arithmetic is written into the stub, reading and writing is `map.cuh`.
+
+use super::{Cuda, Site, Unsupported, because};
+use crate::View;
+use crate::cuda::expr::Expr;
+use crate::cuda::form::{Form, Operand};
+use crate::cuda::stub::{Stub, c_float, packed};
+use rambac_ir::ops::*;
+use rambac_ir::{DType, Dim};
+
+const THREADS: usize = 256;
+
+/// How an operand's place follows from an element's.
+#[derive(Clone, Debug, PartialEq)]
+enum Index {
+    Same,
+    Rows { cols: Dim, stride: Dim },
+    Suffix(Dim),
+    Prefix(Dim),
+    Scalar,
+}
+
+fn index(v: &View, shape: &[Dim]) -> Result<Index, Unsupported> {
+    let from = &v.ty.shape;
+    if from == shape || v.ty.elements() == Dim::product(shape) {
+        return Ok(match &v.strided {
+            None => Index::Same,
+            Some(s) => Index::Rows { cols: s.cols.clone(), stride: s.stride.clone() },
+        });
+    }
+    if v.strided.is_some() {
+        return because("an operand that broadcasts can't be strided");
+    }
+    let lead = from.iter().take_while(|d| d.is_one()).count();
+    let rest = &from[lead..];
+    if rest.is_empty() {
+        return Ok(Index::Scalar);
+    }
+    let cols = |d: &[Dim]| Dim::product(d).ok_or_else(|| Unsupported::Because("a size overflows".into()));
+    if shape.ends_with(rest) {
+        return Ok(Index::Suffix(cols(rest)?));
+    }
+    // A prefix of the shape, then ones.
+    let ones = from.iter().rev().take_while(|d| d.is_one()).count();
+    let full = from.len() == shape.len() && from[..from.len() - ones] == shape[..from.len() - ones];
+    if full {
+        return Ok(Index::Prefix(cols(&shape[shape.len() - ones..])?));
+    }
+    because(format!("an operand of shape {from:?} broadcasts to {shape:?} neither as a suffix nor as a prefix"))
+}
+
+/// A row's length as the template's number (0: it is the argument `name`) and as text.
+fn row_length(stub: &mut Stub, d: &Dim, name: &str) -> (usize, String) {
+    match d.as_int().filter(|&c| c > 0 && c < 1 << 31) {
+        Some(c) => (c, c.to_string()),
+        None => {
+            stub.add_i64(name, d);
+            (0, name.into())
+        }
+    }
+}
+
+/// A region: registers `v0..` are the operands, then one per instruction.
+struct Region<'a> {
+    shape: &'a [Dim],
+    body: &'a [MapInst],
+    outs: &'a [usize],
+    /// Registers of i32 operands stay integers.
+    ints: bool,
+}
+
+impl Region<'_> {
+    fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
+        let n = Expr::product(self.shape);
+        let indices = site.inputs.iter().map(|v| index(v, self.shape)).collect::<Result<Vec<_>, _>>()?;
+        let results = site.outputs.iter().map(|v| index(v, self.shape)).collect::<Result<Vec<_>, _>>()?;
+        let operands: Vec<Operand> = (0..site.inputs.len())
+            .filter(|&i| indices[i] != Index::Scalar)
+            .map(Operand::Input)
+            .chain((0..site.outputs.len()).map(Operand::Output))
+            .collect();
+        // 16 bytes of the widest element at a time, where all rows allow it.
+        let widest = operands.iter().map(|&at| site.dtype(at).size()).max().unwrap_or(4).max(2);
+        let even = |w: usize| {
+            let fits = |d: &Dim| d.is_multiple_of(w as u64);
+            let row = |i: &Index| match i {
+                Index::Suffix(c) | Index::Prefix(c) => fits(c),
+                _ => true,
+            };
+            Dim::product(self.shape).is_some_and(|d| fits(&d)) && indices.iter().chain(&results).all(row)
+        };
+        let mut w = site.vector(&operands, 16 / widest);
+        while w > 1 && !even(w) {
+            w /= 2;
+        }
+
+        let mut stub = Stub::new("map", "map", THREADS);
+        let mut body = vec![];
+        for (i, ix) in indices.iter().enumerate() {
+            let name = format!("x{i}");
+            stub = stub.read(&name, site.dtype(Operand::Input(i)), Operand::Input(i));
+            let load = match ix {
+                Index::Same => format!("load_same<{w}>({name}, i)"),
+                Index::Scalar => format!("load_scalar<{w}>({name})"),
+                Index::Suffix(d) => {
+                    let (c, arg) = row_length(&mut stub, d, &format!("c{i}"));
+                    format!("load_suffix<{w}, {c}>({name}, i, n, {arg})")
+                }
+                Index::Prefix(d) => {
+                    let (c, arg) = row_length(&mut stub, d, &format!("c{i}"));
+                    format!("load_prefix<{w}, {c}>({name}, i, n, {arg})")
+                }
+                Index::Rows { cols: d, stride } => {
+                    let (c, arg) = row_length(&mut stub, d, &format!("c{i}"));
+                    stub.add_i64(&format!("s{i}"), stride);
+                    format!("load_rows<{w}, {c}>({name}, s{i}, i, n, {arg})")
+                }
+            };
+            body.push(format!("auto a{i} = {load};"));
+        }
+        let kind = |o: usize| if self.integer(site, self.outs[o]) { "i32" } else { "float" };
+        for o in 0..self.outs.len() {
+            body.push(format!("Values<{}, {w}> r{o};", kind(o)));
+        }
+        let mut inner = vec![];
+        for i in 0..site.inputs.len() {
+            let ty = if self.integer(site, i) { "i32" } else { "float" };
+            inner.push(format!("{ty} v{i} = a{i}[e];"));
+        }
+        for (k, inst) in self.body.iter().enumerate() {
+            let r = site.inputs.len() + k;
+            let ty = if self.integer(site, r) { "i32" } else { "float" };
+            inner.push(format!("{ty} v{r} = {};", self.expression(site, inst)));
+        }
+        for (o, r) in self.outs.iter().enumerate() {
+            inner.push(format!("r{o}[e] = v{r};"));
+        }
+        let mut stores = vec![];
+        for (o, ix) in results.iter().enumerate() {
+            let name = format!("y{o}");
+            stub = stub.write(&name, site.dtype(Operand::Output(o)), Operand::Output(o));
+            stores.push(match ix {
+                Index::Rows { cols, stride } => {
+                    let (c, arg) = row_length(&mut stub, cols, &format!("d{o}"));
+                    stub.add_i64(&format!("t{o}"), stride);
+                    format!("store_rows<{w}, {c}>({name}, t{o}, i, n, {arg}, r{o});")
+                }
+                _ => format!("store_same<{w}>({name}, i, r{o});"),
+            });
+        }
+        stub = stub.i64("n", n.clone());
+        let mut text =
+            format!("    i64 i = ((i64)blockIdx.x * {THREADS} + threadIdx.x) * {w};\n    if (i >= n) return;\n");
+        text += &packed("    ", "    ", &body, " ", "");
+        text += &format!("#pragma unroll\n    for (int e = 0; e < {w}; e++) {{\n");
+        text += &packed("        ", "        ", &inner, " ", "");
+        text += "    }\n";
+        text += &packed("    ", "    ", &stores, " ", "");
+        let why = format!("{} instructions in one pass, {w} elements a thread", self.body.len());
+        let grid = (n.ceil_div(THREADS * w), 1, 1);
+        Ok(vec![Form::new("map", why, vec![stub.hashed().launch_body(grid, text).into()])])
+    }
+
+    fn integer(&self, site: &Site, r: usize) -> bool {
+        if !self.ints {
+            return false;
+        }
+        match r.checked_sub(site.inputs.len()) {
+            None => site.dtype(Operand::Input(r)) == DType::I32,
+            Some(k) => match self.body[k].f {
+                MapFn::Cast(d) => d == DType::I32,
+                MapFn::Binary(f) => !f.is_comparison() && self.integer(site, self.body[k].args[0] as usize),
+                MapFn::Where => self.integer(site, self.body[k].args[1] as usize),
+                MapFn::Unary(_) | MapFn::Const(_) => false,
+            },
+        }
+    }
+
+    fn expression(&self, site: &Site, inst: &MapInst) -> String {
+        let args: Vec<String> = inst.args.iter().map(|a| format!("v{a}")).collect();
+        let call = |f: &str| format!("fn::{f}({})", args.join(", "));
+        match inst.f {
+            MapFn::Unary(f) => call(f.name()),
+            MapFn::Binary(f) => call(f.name()),
+            MapFn::Where => call("where"),
+            MapFn::Cast(DType::Bool) => call("truth"),
+            MapFn::Cast(DType::I32) if self.ints => format!("(i32){}", args[0]),
+            MapFn::Cast(DType::I32) => call("trunc"),
+            MapFn::Cast(_) if self.integer(site, inst.args[0] as usize) => format!("(float){}", args[0]),
+            MapFn::Cast(_) => args[0].clone(),
+            MapFn::Const(c) => c_float(c),
+        }
+    }
+}
+
+impl Cuda for FusedMap {
+    fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
+        Region { shape: &self.shape, body: &self.body, outs: &self.outs, ints: false }.forms(site)
+    }
+}
+
+/// A region of one instruction on whole operands.
+fn single(site: &Site, f: MapFn) -> Result<Vec<Form>, Unsupported> {
+    let n = site.inputs.len();
+    let body = [MapInst { f, args: (0..n as u32).collect() }];
+    Region { shape: &site.outputs[0].ty.shape, body: &body, outs: &[n], ints: true }.forms(site)
+}
+
+/// A region without instructions: the operand as it is, broadcast if it is smaller.
+pub(super) fn copy(site: &Site) -> Result<Vec<Form>, Unsupported> {
+    Region { shape: &site.outputs[0].ty.shape, body: &[], outs: &[0], ints: true }.forms(site)
+}
+
+impl Cuda for Unary {
+    fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
+        single(site, MapFn::Unary(self.f))
+    }
+}
+impl Cuda for Binary {
+    fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
+        single(site, MapFn::Binary(self.f))
+    }
+}
+impl Cuda for Where {
+    fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
+        single(site, MapFn::Where)
+    }
+}
+impl Cuda for Cast {
+    fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
+        single(site, MapFn::Cast(self.to))
+    }
+}
+impl Cuda for Constant {
+    fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
+        let mut body = vec![MapInst { f: MapFn::Const(self.value), args: vec![] }];
+        if site.dtype(Operand::Output(0)) == DType::I32 {
+            body.push(MapInst { f: MapFn::Cast(DType::I32), args: vec![0] });
+        }
+        let outs = [body.len() - 1];
+        Region { shape: &site.outputs[0].ty.shape, body: &body, outs: &outs, ints: true }.forms(site)
+    }
+}

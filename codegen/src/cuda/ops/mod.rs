@@ -1,0 +1,130 @@
+//! How each op runs on a GPU: one file per family, one answer per op of the list.
+
+mod map;
+mod matmul;
+mod move_;
+mod reduce;
+mod rows;
+
+use super::expr::Expr;
+use super::form::{Form, Operand};
+use super::stub::c_type;
+use super::target::Target;
+use crate::View;
+use rambac_ir::ops::*;
+use rambac_ir::{DType, Dim, for_each_op};
+
+/// Why no kernel takes a step.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Unsupported {
+    #[error("there is no GPU kernel for it")]
+    NoKernel,
+    #[error("{0}")]
+    Because(String),
+}
+
+pub(crate) fn because<T>(why: impl Into<String>) -> Result<T, Unsupported> {
+    Err(Unsupported::Because(why.into()))
+}
+
+/// Where a step stands: its operands and results, and the GPU.
+pub struct Site<'a> {
+    pub inputs: &'a [View],
+    pub outputs: &'a [View],
+    pub target: &'a Target,
+}
+
+impl Site<'_> {
+    pub fn view(&self, at: Operand) -> &View {
+        match at {
+            Operand::Input(i) => &self.inputs[i],
+            Operand::Output(i) => &self.outputs[i],
+            Operand::Workspace(_) => panic!("BUG: workspace has no view"),
+        }
+    }
+    /// Size of an axis that must be an integer.
+    pub fn int(&self, at: Operand, axis: usize) -> Result<usize, Unsupported> {
+        let ty = &self.view(at).ty;
+        match ty.shape[axis].as_int() {
+            Some(v) => Ok(v),
+            None => because(format!("axis {axis} of {ty} must have an integer size")),
+        }
+    }
+    /// The distance, in elements, of rows that hold axes `axis..` of the operand.
+    pub fn row_stride(&self, at: Operand, axis: usize) -> Result<Expr, Unsupported> {
+        let v = self.view(at);
+        let cols = Expr::product(&v.ty.shape[axis..]);
+        match &v.strided {
+            None => Ok(cols),
+            Some(s) if Expr::from(&s.cols) == cols => Ok(Expr::from(&s.stride)),
+            Some(s) => because(format!("rows of {cols} wanted, the view has rows of {}", s.cols)),
+        }
+    }
+    /// Refuses a strided operand.
+    pub fn contiguous(&self, at: Operand) -> Result<(), Unsupported> {
+        match &self.view(at).strided {
+            None => Ok(()),
+            Some(s) => because(format!("a contiguous operand is wanted, this one has rows of {}", s.cols)),
+        }
+    }
+    /// The largest number of elements, a power of two of at most `most`, that every row and row distance is a multiple of:
+    /// so many can be moved at once.
+    pub fn vector(&self, all: &[Operand], most: usize) -> usize {
+        let fits = |w: usize| {
+            all.iter().all(|&at| {
+                let v = self.view(at);
+                let even = |d: &Dim| d.is_multiple_of(w as u64);
+                let rows = match &v.strided {
+                    None => true,
+                    Some(s) => even(&s.cols) && even(&s.stride),
+                };
+                rows && even(&v.offset)
+            })
+        };
+        std::iter::successors(Some(most.max(1)), |w| (*w > 1).then_some(w / 2)).find(|&w| fits(w)).unwrap_or(1)
+    }
+    pub fn dtype(&self, at: Operand) -> DType {
+        self.view(at).ty.dtype
+    }
+    pub fn c_type(&self, at: Operand) -> &'static str {
+        c_type(self.dtype(at))
+    }
+}
+
+/// Implemented for every op.
+pub trait Cuda {
+    /// The ways to run it, best first; the last has no conditions.
+    ///
+    /// # Errors
+    /// No kernel takes these types or this layout.
+    fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported>;
+}
+
+macro_rules! dispatch {
+    ($($op:ident),* $(,)?) => {
+        /// The ways to run any op.
+        ///
+        /// # Errors
+        /// As [`Cuda::forms`].
+        pub fn forms(op: &Op, site: &Site) -> Result<Vec<Form>, Unsupported> {
+            match op { $(Op::$op(o) => o.forms(site)),* }
+        }
+    };
+}
+for_each_op!(dispatch);
+
+macro_rules! none_yet {
+    ($($op:ident),* $(,)?) => {
+        $(impl Cuda for $op {
+            fn forms(&self, _: &Site) -> Result<Vec<Form>, Unsupported> {
+                Err(Unsupported::NoKernel)
+            }
+        })*
+    };
+}
+// Ops that have no kernel: a source is no step, and what fusion should have removed holds values of L×C.
+none_yet! { Source, Score, ScoreGrad, Select, Weigh, WeighGrad, Attend, AttendGrad, Aggregate, AggregateGrad, Summarise }
+none_yet! {
+    RmsNorm, RmsNormGrad, Rotary, CausalConv1d, CausalConv1dGrad, SelectiveScan, SelectiveScanGrad, Attention,
+    AttentionGrad, Selection, SelectionGrad, ChunkAttention, ChunkAttentionGrad,
+}

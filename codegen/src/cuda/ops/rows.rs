@@ -1,0 +1,112 @@
+//! Ops on whole rows that need no tensor cores: cross-entropy, embedding and their gradients.
+
+use super::reduce::rows_of;
+use super::{Cuda, Site, Unsupported, because};
+use crate::cuda::expr::Expr;
+use crate::cuda::form::{Form, Operand};
+use crate::cuda::stub::Stub;
+use rambac_ir::DType;
+use rambac_ir::ops::*;
+
+/// A block per row: long rows are read by more threads.
+fn row_threads(cols: usize) -> usize {
+    cols.div_ceil(8).next_power_of_two().clamp(32, 1024)
+}
+
+fn labelled(site: &Site, template: &'static str, ignore: i64) -> Result<(Stub, usize, Expr), Unsupported> {
+    let (z, labels) = (Operand::Input(0), Operand::Input(1));
+    site.contiguous(labels)?;
+    let shape = &site.inputs[0].ty.shape;
+    let cols = site.int(z, shape.len() - 1)?;
+    let threads = row_threads(cols);
+    let Ok(ignore) = i32::try_from(ignore) else { return because(format!("the ignored label {ignore} is no i32")) };
+    let stub = Stub::new("cross_entropy", template, threads)
+        .element("T", site.dtype(z))
+        .int("threads", threads)
+        .line(format!("static constexpr i32 ignore = {ignore};"))
+        .tag(threads)
+        .tag(format!("i{}", ignore as u32))
+        .read("z", site.dtype(z), z)
+        .i64("stride", site.row_stride(z, shape.len() - 1)?)
+        .read("labels", DType::I32, labels);
+    Ok((stub, cols, rows_of(shape)))
+}
+
+impl Cuda for CrossEntropy {
+    fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
+        let y = Operand::Output(0);
+        site.contiguous(y)?;
+        let (stub, cols, rows) = labelled(site, "cross_entropy", self.ignore)?;
+        let l = stub.write("y", site.dtype(y), y).i32("cols", cols).launch((rows, 1, 1));
+        Ok(vec![Form::new("cross_entropy", format!("a block per row of {cols}"), vec![l.into()])])
+    }
+}
+
+impl Cuda for CrossEntropyGrad {
+    fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
+        let (g, y) = (Operand::Input(2), Operand::Output(0));
+        site.contiguous(g)?;
+        let (stub, cols, rows) = labelled(site, "cross_entropy_grad", self.ignore)?;
+        let axis = site.inputs[0].ty.shape.len() - 1;
+        let l = stub
+            .read("dloss", site.dtype(g), g)
+            .write("dz", site.dtype(y), y)
+            .i64("dz_stride", site.row_stride(y, axis)?)
+            .i32("cols", cols)
+            .launch((rows, 1, 1));
+        Ok(vec![Form::new("cross_entropy_grad", format!("a block per row of {cols}"), vec![l.into()])])
+    }
+}
+
+impl Cuda for Embedding {
+    fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
+        const THREADS: usize = 256;
+        let (ids, table, y) = (Operand::Input(0), Operand::Input(1), Operand::Output(0));
+        [ids, table, y].into_iter().try_for_each(|at| site.contiguous(at))?;
+        if site.dtype(table) != site.dtype(y) {
+            return because("the table and the result must have one type");
+        }
+        let (vocab, cols) = (site.int(table, 0)?, site.int(table, 1)?);
+        let most = 16 / site.dtype(y).size();
+        let w = (0..).map(|k| most >> k).find(|&w| w <= 1 || cols.is_multiple_of(w)).unwrap_or(1);
+        let n = Expr::product(&site.inputs[0].ty.shape);
+        let l = Stub::new("embedding", "embedding", THREADS)
+            .element("T", site.dtype(y))
+            .int("threads", THREADS)
+            .int("w", w)
+            .tag(w)
+            .read("ids", DType::I32, ids)
+            .read("table", site.dtype(table), table)
+            .write("y", site.dtype(y), y)
+            .i64("n", n.clone())
+            .i32("cols", cols)
+            .i32("vocab", vocab)
+            .launch(((n * cols).ceil_div(THREADS * w), 1, 1));
+        Ok(vec![Form::new("embedding", format!("{w} elements a thread"), vec![l.into()])])
+    }
+}
+
+impl Cuda for EmbeddingGrad {
+    fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
+        const ROWS: usize = 32;
+        let (ids, dy, y) = (Operand::Input(0), Operand::Input(1), Operand::Output(0));
+        [ids, y].into_iter().try_for_each(|at| site.contiguous(at))?;
+        let (vocab, cols) = (site.int(y, 0)?, site.int(y, 1)?);
+        let threads = cols.next_power_of_two().clamp(32, 128);
+        let l = Stub::new("embedding", "embedding_grad", threads)
+            .element("T", site.dtype(y))
+            .int("threads", threads)
+            .int("rows", ROWS)
+            .tag(threads)
+            .read("ids", DType::I32, ids)
+            .read("dy", site.dtype(dy), dy)
+            .i64("stride", site.row_stride(dy, site.inputs[1].ty.shape.len() - 1)?)
+            .write("dtable", site.dtype(y), y)
+            .i64("n", Expr::product(&site.inputs[0].ty.shape))
+            .i32("cols", cols)
+            .i32("vocab", vocab)
+            .launch((vocab.div_ceil(ROWS), cols.div_ceil(threads), 1));
+        let why = format!("a block owns {ROWS} rows of the table, no atomics");
+        Ok(vec![Form::new("embedding_grad", why, vec![l.into()])])
+    }
+}

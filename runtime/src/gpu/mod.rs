@@ -1,0 +1,13 @@
+//! Runs GPU programs on any device that takes PTX: the simulator, and what else implements its [`Device`].
+//!
+//! [`Code`] is what a program's kernels were compiled to; [`GpuExecutor`] owns the device's memory and runs steps; [`Bytes`] is
+//! what goes in and comes out.
+
+mod bytes;
+mod code;
+mod executor;
+
+pub use bytes::Bytes;
+pub use code::Code;
+pub use executor::{GpuError, GpuExecutor, Placement};
+pub use rambac_simulator::device::Device;

@@ -1,0 +1,201 @@
+//! Maps, copies, products and reductions: single ops, and whole grown graphs.
+
+use crate::harness::Case;
+use crate::rig::{Check, Input, Rig};
+use rambac_ir::ops::*;
+use rambac_ir::testing::Rng;
+use rambac_ir::{Bindings, DType, Dim, Ty};
+
+pub const ALL: &[Case] = &[
+    ("map_functions", functions),
+    ("map_types_and_rows", types_and_rows),
+    ("map_broadcasts", broadcasts),
+    ("map_integers", integers),
+    ("moves", moves),
+    ("reductions", reductions),
+    ("products", products),
+];
+
+fn dims(n: usize, l: usize) -> Bindings {
+    Bindings::new([("N", n), ("L", l)])
+}
+
+fn ty(d: DType, shape: &[Dim]) -> Ty {
+    Ty::new(d, shape.iter().cloned())
+}
+
+fn sym(s: &str) -> Dim {
+    Dim::sym(s)
+}
+
+/// Every function of a map, over its domain.
+fn functions(rig: &Rig) -> Result<String, String> {
+    let mut rng = Rng(1);
+    let d = dims(3, 37);
+    let shape = [sym("N"), sym("L")];
+    let mut worst = 0f64;
+    for &f in UnaryFn::ALL {
+        let positive = matches!(f, UnaryFn::Log | UnaryFn::Sqrt | UnaryFn::Rsqrt);
+        let (lo, hi) = if positive { (0.01, 20.0) } else { (-20.0, 20.0) };
+        let x = Input::new(&mut rng, ty(DType::F32, &shape), &d, lo, hi);
+        let op = FusedMap {
+            shape: shape.to_vec(),
+            body: vec![MapInst { f: MapFn::Unary(f), args: vec![0] }],
+            outs: vec![1],
+            dtypes: vec![DType::F32],
+        };
+        worst = worst.max(rig.check(&Check::new(op, vec![x], &d, 1e-6))?.worst);
+    }
+    for &f in BinaryFn::ALL {
+        let x = Input::new(&mut rng, ty(DType::F32, &shape), &d, -3.0, 3.0);
+        let y = Input::new(&mut rng, ty(DType::F32, &shape), &d, 0.5, 3.0);
+        let dtype = if f.is_comparison() { DType::Bool } else { DType::F32 };
+        let op = FusedMap {
+            shape: shape.to_vec(),
+            body: vec![MapInst { f: MapFn::Binary(f), args: vec![0, 1] }],
+            outs: vec![2],
+            dtypes: vec![dtype],
+        };
+        rig.check(&Check::new(op, vec![x, y], &d, 1e-6))?;
+    }
+    Ok(format!(", worst {worst:.1e}"))
+}
+
+fn silu_gate(shape: &[Dim], dtype: DType) -> FusedMap {
+    // v3 = silu(v0) · v1 + v2, and its square.
+    let inst = |f, args: &[u32]| MapInst { f, args: args.to_vec() };
+    FusedMap {
+        shape: shape.to_vec(),
+        body: vec![
+            inst(MapFn::Unary(UnaryFn::Silu), &[0]),
+            inst(MapFn::Binary(BinaryFn::Mul), &[3, 1]),
+            inst(MapFn::Binary(BinaryFn::Add), &[4, 2]),
+            inst(MapFn::Unary(UnaryFn::Square), &[5]),
+        ],
+        outs: vec![5, 6],
+        dtypes: vec![dtype, DType::F32],
+    }
+}
+
+/// bf16, f16 and f32; rows that are parts of wider ones; odd sizes.
+fn types_and_rows(rig: &Rig) -> Result<String, String> {
+    let mut rng = Rng(2);
+    for (dtype, tolerance) in [(DType::F32, 1e-6), (DType::BF16, 5e-3), (DType::F16, 6e-4)] {
+        for (cols, l) in [(64, 5), (24, 33), (7, 19), (1, 1)] {
+            for wide in [false, true] {
+                let d = dims(2, l);
+                let shape = [sym("N"), sym("L"), Dim::int(cols)];
+                let mut x: Vec<Input> =
+                    (0..3).map(|_| Input::new(&mut rng, ty(dtype, &shape), &d, -2.0, 2.0)).collect();
+                if wide {
+                    x[0].wide = Some(2);
+                    x[2].wide = Some(2);
+                }
+                rig.check(&Check::new(silu_gate(&shape, dtype), x, &d, tolerance))?;
+            }
+        }
+    }
+    Ok(String::new())
+}
+
+/// Scalars, suffixes, prefixes, with integer and with symbolic sizes.
+fn broadcasts(rig: &Rig) -> Result<String, String> {
+    let mut rng = Rng(3);
+    let d = dims(3, 21);
+    for cols in [64, 5] {
+        let shape = [sym("N"), sym("L"), Dim::int(cols)];
+        let forms: [&[Dim]; 6] = [
+            &[],
+            &[Dim::int(cols)],
+            &[sym("L"), Dim::int(cols)],
+            &[sym("N"), sym("L"), Dim::int(1)],
+            &[sym("N"), Dim::int(1), Dim::int(1)],
+            &[Dim::int(1), Dim::int(1), Dim::int(cols)],
+        ];
+        for f in forms {
+            let x = [&shape[..], f, f].map(|s| Input::new(&mut rng, ty(DType::F32, s), &d, -2.0, 2.0));
+            rig.check(&Check::new(silu_gate(&shape, DType::F32), x.to_vec(), &d, 1e-6))?;
+        }
+    }
+    Ok(String::new())
+}
+
+/// Integers keep all their bits.
+fn integers(rig: &Rig) -> Result<String, String> {
+    let mut rng = Rng(4);
+    let d = dims(2, 31);
+    let shape = [sym("N"), sym("L")];
+    let big = |rng: &mut Rng| Input::new(rng, ty(DType::I32, &shape), &d, -1e9, 1e9);
+    for f in [BinaryFn::Add, BinaryFn::Sub, BinaryFn::Max, BinaryFn::Min, BinaryFn::Lt, BinaryFn::Eq, BinaryFn::Ne] {
+        let x = vec![big(&mut rng), big(&mut rng)];
+        rig.check(&Check::new(Binary { f }, x, &d, 0.0))?;
+    }
+    let c = Input::new(&mut rng, ty(DType::Bool, &shape), &d, 0.0, 2.0);
+    let x = vec![c, big(&mut rng), big(&mut rng)];
+    rig.check(&Check::new(Where {}, x, &d, 0.0))?;
+    for to in [DType::F32, DType::I32, DType::Bool] {
+        let x = Input::new(&mut rng, ty(DType::F32, &shape), &d, -9.0, 9.0);
+        rig.check(&Check::new(Cast { to }, vec![x], &d, 0.0))?;
+        let x = Input::new(&mut rng, ty(DType::I32, &shape), &d, -9.0, 9.0);
+        rig.check(&Check::new(Cast { to }, vec![x], &d, 0.0))?;
+    }
+    for (value, dtype) in [(0.5, DType::F32), (-100.0, DType::I32), (1.0, DType::Bool), (0.25, DType::BF16)] {
+        rig.check(&Check::new(Constant { value, ty: ty(dtype, &shape) }, vec![], &d, 0.0))?;
+    }
+    rig.check(&Check::new(Iota { axis: 1, ty: ty(DType::I32, &shape) }, vec![], &d, 0.0))?;
+    Ok(String::new())
+}
+
+fn moves(rig: &Rig) -> Result<String, String> {
+    let mut rng = Rng(5);
+    let d = dims(3, 10);
+    for dtype in [DType::F32, DType::BF16, DType::I32, DType::Bool] {
+        let mut x = |shape: &[Dim]| Input::new(&mut rng, ty(dtype, shape), &d, 0.0, 9.0);
+        let cube = [sym("N"), sym("L"), Dim::int(6)];
+        let to = vec![sym("N"), sym("L"), Dim::int(6)];
+        let middle = x(&[sym("N"), Dim::int(1), Dim::int(6)]);
+        rig.check(&Check::new(Broadcast { shape: to.clone() }, vec![middle], &d, 0.0))?;
+        let last = x(&[Dim::int(6)]);
+        rig.check(&Check::new(Broadcast { shape: to }, vec![last], &d, 0.0))?;
+        let a = x(&cube);
+        rig.check(&Check::new(Transpose { perm: vec![2, 0, 1] }, vec![a], &d, 0.0))?;
+        let a = x(&cube);
+        rig.check(&Check::new(Pad { axis: 2, before: 2, after: 3 }, vec![a], &d, 0.0))?;
+        let a = x(&cube).wide(2);
+        rig.check(&Check::new(Reshape { shape: vec![sym("N"), Dim::int(6), sym("L")] }, vec![a], &d, 0.0))?;
+    }
+    Ok(String::new())
+}
+
+fn reductions(rig: &Rig) -> Result<String, String> {
+    let mut rng = Rng(6);
+    for (n, l) in [(2, 5), (1, 1), (3, 700), (1, 9000)] {
+        let d = dims(n, l);
+        let shape = [sym("N"), sym("L"), Dim::int(3)];
+        for f in [ReduceFn::Sum, ReduceFn::Max] {
+            for axes in [vec![0, 1], vec![0, 1, 2], vec![1], vec![2], vec![1, 2]] {
+                let x = Input::new(&mut rng, ty(DType::F32, &shape), &d, -1.0, 3.0);
+                rig.check(&Check::new(Reduce { f, axes, keep: false }, vec![x], &d, 2e-6))?;
+            }
+        }
+    }
+    Ok(String::new())
+}
+
+fn products(rig: &Rig) -> Result<String, String> {
+    let mut rng = Rng(7);
+    let d = dims(2, 13);
+    let (n, l) = (sym("N"), sym("L"));
+    for (dtype, tolerance) in [(DType::F32, 1e-6), (DType::BF16, 4e-3)] {
+        let mut x = |shape: &[Dim]| Input::new(&mut rng, ty(dtype, shape), &d, -1.0, 1.0);
+        // A linear layer on a part of wider rows, its gradients, and a batch.
+        let a = x(&[n.clone(), l.clone(), Dim::int(20)]).wide(2);
+        let w = x(&[Dim::int(9), Dim::int(20)]);
+        rig.check(&Check::new(MatMul { trans_a: false, trans_b: true }, vec![a, w], &d, tolerance))?;
+        let (a, b) = (x(&[l.clone(), Dim::int(20)]), x(&[l.clone(), Dim::int(9)]));
+        rig.check(&Check::new(MatMul { trans_a: true, trans_b: false }, vec![a, b], &d, tolerance))?;
+        let (a, b) = (x(&[n.clone(), l.clone(), Dim::int(5)]), x(&[n.clone(), l.clone(), Dim::int(5)]));
+        rig.check(&Check::new(MatMul { trans_a: false, trans_b: true }, vec![a, b], &d, tolerance))?;
+    }
+    Ok(String::new())
+}

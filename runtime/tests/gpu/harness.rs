@@ -1,0 +1,56 @@
+//! Runs tests that need NVRTC, in parallel, and reports as libtest does.
+
+use crate::rig::Rig;
+use rambac_codegen::nvrtc::{HELP, Nvrtc};
+use rayon::prelude::*;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::ExitCode;
+
+/// A test's name and what it does; the text is printed beside its name.
+pub type Case = (&'static str, fn(&Rig) -> Result<String, String>);
+
+pub fn run(families: &[&[Case]]) -> ExitCode {
+    // As libtest: a word chooses tests by part of their name; flags that it knows are no error here.
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&String> = args.iter().filter(|a| !a.starts_with('-')).collect();
+    let chosen = |name: &str| words.is_empty() || words.iter().any(|w| name.contains(w.as_str()));
+    let cases: Vec<Case> = families.iter().flat_map(|f| f.iter().copied()).filter(|c| chosen(c.0)).collect();
+    if args.iter().any(|a| a == "--list") {
+        cases.iter().for_each(|c| println!("{}: test", c.0));
+        return ExitCode::SUCCESS;
+    }
+    println!("\nrunning {} tests", cases.len());
+    let (mut passed, mut failed, mut skipped) = (0, 0, 0);
+    match Nvrtc::open_any() {
+        Err(e) => {
+            for (name, _) in &cases {
+                println!("test {name} ... ignored, skipped: {e}: cargo xtask cuda, or {HELP}");
+                skipped += 1;
+            }
+        }
+        Ok(nvrtc) => {
+            println!("NVRTC {}.{}: {}", nvrtc.version.0, nvrtc.version.1, nvrtc.path.display());
+            let rig = Rig::new(nvrtc);
+            let one = |(name, f): &Case| {
+                let result = catch_unwind(AssertUnwindSafe(|| f(&rig)));
+                (*name, result.unwrap_or_else(|_| Err("it panicked".into())))
+            };
+            let results: Vec<_> = cases.par_iter().map(one).collect();
+            for (name, r) in results {
+                match r {
+                    Ok(text) => {
+                        println!("test {name} ... ok{text}");
+                        passed += 1;
+                    }
+                    Err(e) => {
+                        println!("test {name} ... FAILED\n{e}\n");
+                        failed += 1;
+                    }
+                }
+            }
+        }
+    }
+    let word = if failed == 0 { "ok" } else { "FAILED" };
+    println!("\ntest result: {word}. {passed} passed; {failed} failed; {skipped} ignored; 0 measured; 0 filtered out");
+    if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}

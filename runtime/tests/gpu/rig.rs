@@ -1,0 +1,261 @@
+//! Runs one op on the simulator and compares it with its definition.
+
+use rambac_codegen::cuda::{Arch, GpuProgram, Kernel, Target, emit};
+use rambac_codegen::lower;
+use rambac_codegen::nvrtc::{Compiled, Nvrtc};
+use rambac_ir::ops::Op;
+use rambac_ir::testing::Rng;
+use rambac_ir::{Bindings, Builder, DType, Dim, HostArray, Ty, Value};
+use rambac_runtime::gpu::{Bytes, Code, GpuExecutor, Placement};
+use rambac_simulator::Options;
+use rambac_simulator::count::Counts;
+use rambac_simulator::device::Simulator;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex};
+
+/// The compiler and what it has compiled.
+pub struct Rig {
+    pub nvrtc: Nvrtc,
+    compiled: Mutex<HashMap<(String, Arch), Compiled>>,
+}
+
+/// An operand: its type with symbols, and its value.
+#[derive(Clone)]
+pub struct Input {
+    pub ty: Ty,
+    pub value: HostArray,
+    /// Given as a part of wider rows: axes from this one on are a row.
+    pub wide: Option<usize>,
+}
+
+/// One op on given operands.
+pub struct Check {
+    pub op: Op,
+    pub inputs: Vec<Input>,
+    pub dims: Bindings,
+    pub arch: Arch,
+    /// Largest difference from the definition, as a part of the largest magnitude of each result.
+    pub tolerance: f64,
+    /// Elements of results that are not compared: (result, element, values of all results) → skip.
+    pub skip: fn(usize, usize, &[HostArray]) -> bool,
+}
+
+/// What was seen.
+pub struct Seen {
+    pub program: GpuProgram,
+    pub code: Code,
+    /// Of every launch, in order.
+    pub counts: Vec<Counts>,
+    pub outputs: Vec<HostArray>,
+    /// The largest difference, as `tolerance` counts it.
+    pub worst: f64,
+}
+
+/// Schedules: warps and blocks in order or mixed, asynchronous copies early or late.
+pub fn schedules() -> Vec<Options> {
+    let o = Options::default();
+    vec![
+        Options { seed: 0, lazy: false, ..o },
+        Options { seed: 1, lazy: true, ..o },
+        Options { seed: 2, lazy: false, ..o },
+    ]
+}
+
+/// Numbers in `low..high`, rounded to the type.
+pub fn random(rng: &mut Rng, ty: &Ty, dims: &Bindings, low: f64, high: f64) -> HostArray {
+    let ty = ty.bind(dims).expect("the test binds every symbol");
+    let n = ty.elements();
+    let mut a = HostArray::from_f64(&ty, (0..n).map(|_| rng.uniform(low, high)).collect());
+    a.round_to_dtype();
+    a
+}
+
+impl Input {
+    pub fn new(rng: &mut Rng, ty: Ty, dims: &Bindings, low: f64, high: f64) -> Input {
+        let value = random(rng, &ty, dims, low, high);
+        Input { ty, value, wide: None }
+    }
+    pub fn of(ty: Ty, value: HostArray) -> Input {
+        Input { ty, value, wide: None }
+    }
+    /// See [`Input::wide`].
+    pub fn wide(mut self, axis: usize) -> Input {
+        self.wide = Some(axis);
+        self
+    }
+}
+
+/// Elements before and after a row that is a part of a wider one; multiples of 8 keep vectors whole.
+const MARGIN: [usize; 2] = [8, 16];
+
+impl Rig {
+    pub fn new(nvrtc: Nvrtc) -> Rig {
+        Rig { nvrtc, compiled: Mutex::new(HashMap::new()) }
+    }
+
+    /// Compiles kernels, each text once.
+    pub fn compile(&self, kernels: &[Kernel], target: &Target) -> Result<Code, String> {
+        let mut all = BTreeMap::new();
+        for k in kernels {
+            let key = (k.source.clone(), target.arch);
+            let known = self.compiled.lock().unwrap().get(&key).cloned();
+            let c = match known {
+                Some(c) => c,
+                None => {
+                    let code = Code::of(&self.nvrtc, std::slice::from_ref(k), target)
+                        .map_err(|e| format!("{e}\n{}", k.source))?;
+                    code.0.into_values().next().ok_or("BUG: a kernel gives code")?
+                }
+            };
+            for u in &c.usage {
+                if u.spill_stores + u.spill_loads > 0 {
+                    return Err(format!("{} spills {} bytes\n{}", k.name, u.spill_stores, k.source));
+                }
+                let fit = target.occupancy(k.threads as usize, u.registers as usize, (u.shared + k.shared) as usize);
+                if (fit as u32) < k.blocks_per_sm {
+                    let (r, s) = (u.registers, u.shared + k.shared);
+                    return Err(format!(
+                        "{}: {fit} blocks fit ({r} registers, {s} B shared), {} assumed",
+                        k.name, k.blocks_per_sm
+                    ));
+                }
+            }
+            self.compiled.lock().unwrap().insert(key, c.clone());
+            all.insert(k.name.clone(), c);
+        }
+        Ok(Code(all))
+    }
+
+    /// Runs `c` under every schedule: within tolerance of the definition, no finding, always the same bits.
+    pub fn check(&self, c: &Check) -> Result<Seen, String> {
+        let (graph, given) = c.graph();
+        let want = c.want();
+        let program = emit(lower(&graph), Target::of(c.arch)).map_err(|e| e.to_string())?;
+        let code = self.compile(&program.kernels, &program.target)?;
+        let program = Arc::new(program);
+        let mut first: Option<Vec<Bytes>> = None;
+        let mut counts = vec![];
+        for o in schedules() {
+            let at = format!("seed {}, lazy {}", o.seed, o.lazy);
+            let sim = Simulator::new(o);
+            let mut e = GpuExecutor::new(sim, program.clone(), &code, Placement::Apart).map_err(|e| e.to_string())?;
+            let inputs: Vec<(&str, &Bytes)> = given.iter().map(|(n, b)| (n.as_str(), b)).collect();
+            let out = e.run(&c.dims, &inputs).map_err(|e| format!("{at}: {e}"))?;
+            let findings = e.device.take_findings();
+            if let Some(f) = findings.first() {
+                return Err(format!("{at}: {} findings, first: {f}\n{}", findings.len(), c.describe()));
+            }
+            counts = e.device.take_counts();
+            let out: Vec<Bytes> = out.into_iter().map(|(_, b)| b).collect();
+            match &first {
+                None => first = Some(out),
+                Some(f) if *f == out => {}
+                Some(_) => return Err(format!("{at}: other bits than under the first schedule\n{}", c.describe())),
+            }
+        }
+        let outputs: Vec<HostArray> = first.unwrap_or_default().iter().map(Bytes::to_host).collect();
+        let worst = c.compare(&outputs, &want)?;
+        let program = Arc::unwrap_or_clone(program);
+        Ok(Seen { program, code, counts, outputs, worst })
+    }
+}
+
+impl Check {
+    pub fn new(op: impl Into<Op>, inputs: Vec<Input>, dims: &Bindings, tolerance: f64) -> Check {
+        Check { op: op.into(), inputs, dims: dims.clone(), arch: Arch::Sm80, tolerance, skip: |_, _, _| false }
+    }
+    pub fn on(mut self, arch: Arch) -> Check {
+        self.arch = arch;
+        self
+    }
+    pub fn skipping(mut self, skip: fn(usize, usize, &[HostArray]) -> bool) -> Check {
+        self.skip = skip;
+        self
+    }
+
+    /// The op alone, with its operands as inputs.
+    fn graph(&self) -> (rambac_ir::Graph, Vec<(String, Bytes)>) {
+        let syms: Vec<&str> = self.dims.iter().map(|(s, _)| s.as_str()).collect();
+        let mut b = Builder::new("check", &syms);
+        let (mut values, mut given): (Vec<Value>, _) = (vec![], vec![]);
+        for (i, x) in self.inputs.iter().enumerate() {
+            let name = format!("x{i}");
+            let Some(axis) = x.wide else {
+                values.push(b.input(&name, x.ty.clone()));
+                given.push((name, Bytes::from_host(&x.value)));
+                continue;
+            };
+            let cols: usize = x.value.shape[axis..].iter().product();
+            let rows: usize = x.value.shape[..axis].iter().product();
+            let whole = MARGIN[0] + cols + MARGIN[1];
+            let wide = |cols: usize| Ty::new(x.ty.dtype, x.ty.shape[..axis].iter().cloned().chain([Dim::int(cols)]));
+            let source = b.input(&name, wide(whole));
+            let part = b.slice(source, axis, MARGIN[0], MARGIN[0] + cols);
+            values.push(b.reshape(part, x.ty.shape.clone()));
+            let mut bound = x.value.shape[..axis].to_vec();
+            bound.push(whole);
+            let at = |i: usize| match (i % whole).checked_sub(MARGIN[0]).filter(|&j| j < cols) {
+                Some(j) => x.value.get(i / whole * cols + j),
+                // Must not matter.
+                None => 1e4,
+            };
+            let ty = rambac_ir::ty::ConcreteTy { dtype: x.ty.dtype, shape: bound };
+            let mut a = HostArray::from_f64(&ty, (0..rows * whole).map(at).collect());
+            a.round_to_dtype();
+            given.push((name, Bytes::from_host(&a)));
+        }
+        for (i, y) in b.push_all(self.op.clone(), &values).into_iter().enumerate() {
+            b.output(&format!("y{i}"), y);
+        }
+        (b.finish().expect("a check's operands fit its op"), given)
+    }
+
+    fn want(&self) -> Vec<HostArray> {
+        let tys: Vec<&Ty> = self.inputs.iter().map(|x| &x.ty).collect();
+        let y = self.op.def().infer(&tys).expect("a check's operands fit its op");
+        let y: Vec<_> = y.iter().map(|t| t.bind(&self.dims).expect("the test binds every symbol")).collect();
+        self.op.def().eval(&self.inputs.iter().map(|x| &x.value).collect::<Vec<_>>(), &y)
+    }
+
+    fn compare(&self, got: &[HostArray], want: &[HostArray]) -> Result<f64, String> {
+        let mut worst = 0f64;
+        for (r, (g, w)) in got.iter().zip(want).enumerate() {
+            if g.ty() != w.ty() {
+                return Err(format!("result {r} is {}, {} wanted", g.ty(), w.ty()));
+            }
+            let exact = matches!(w.dtype, DType::I32 | DType::Bool);
+            let finite = (0..w.len()).map(|i| w.get(i).abs()).filter(|v| v.is_finite());
+            let scale = finite.fold(0f64, f64::max).max(1e-30);
+            for i in 0..w.len() {
+                let (a, b) = (g.get(i), w.get(i));
+                if a == b || (a.is_nan() && b.is_nan()) || (self.skip)(r, i, want) {
+                    continue;
+                }
+                let off = (a - b).abs() / scale;
+                if exact || !(off <= self.tolerance) {
+                    let shape = &w.shape;
+                    return Err(format!(
+                        "result {r} {shape:?}, element {i}: {a}, {b} wanted ({off:.2e} of the largest, {:.1e} allowed)\n{}",
+                        self.tolerance,
+                        self.describe()
+                    ));
+                }
+                worst = worst.max(off);
+            }
+        }
+        Ok(worst)
+    }
+
+    pub fn describe(&self) -> String {
+        let tys: Vec<String> =
+            self.inputs.iter().map(|x| format!("{}{}", x.ty, if x.wide.is_some() { " (wide)" } else { "" })).collect();
+        format!(
+            "  {} {:?} of {} at {} on {}",
+            self.op.mnemonic(),
+            self.op.attrs(),
+            tys.join(", "),
+            self.dims,
+            self.arch
+        )
+    }
+}

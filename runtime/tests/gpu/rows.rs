@@ -1,0 +1,49 @@
+//! Cross-entropy, embedding and their gradients.
+
+use crate::harness::Case;
+use crate::rig::{Check, Input, Rig};
+use rambac_ir::ops::*;
+use rambac_ir::testing::Rng;
+use rambac_ir::{Bindings, DType, Dim, Ty};
+
+pub const ALL: &[Case] = &[("cross_entropy", cross_entropy), ("embedding", embedding)];
+
+fn cross_entropy(rig: &Rig) -> Result<String, String> {
+    let mut rng = Rng(1);
+    for (dtype, tolerance) in [(DType::F32, 2e-6), (DType::BF16, 8e-3)] {
+        for vocab in [7, 256, 1000] {
+            let d = Bindings::new([("N", 2), ("L", 5)]);
+            let rows = [Dim::sym("N"), Dim::sym("L")];
+            let ty = |t, more: &[Dim]| Ty::new(t, rows.iter().chain(more).cloned());
+            for wide in [None, Some(2)] {
+                let mut z = Input::new(&mut rng, ty(dtype, &[Dim::int(vocab)]), &d, -30.0, 30.0);
+                z.wide = wide;
+                let mut labels = Input::new(&mut rng, ty(DType::I32, &[]), &d, 0.0, vocab as f64);
+                if let rambac_ir::host::Data::Int(v) = &mut labels.value.data {
+                    v[3] = -100;
+                }
+                let g = Input::new(&mut rng, ty(dtype, &[]), &d, -1.0, 1.0);
+                rig.check(&Check::new(CrossEntropy { ignore: -100 }, vec![z.clone(), labels.clone()], &d, tolerance))?;
+                rig.check(&Check::new(CrossEntropyGrad { ignore: -100 }, vec![z, labels, g], &d, tolerance))?;
+            }
+        }
+    }
+    Ok(String::new())
+}
+
+fn embedding(rig: &Rig) -> Result<String, String> {
+    let mut rng = Rng(2);
+    for (dtype, tolerance) in [(DType::F32, 1e-6), (DType::F16, 1e-3)] {
+        for (vocab, cols, l) in [(5, 8, 3), (70, 33, 150), (256, 136, 40)] {
+            let d = Bindings::new([("N", 2), ("L", l)]);
+            let rows = [Dim::sym("N"), Dim::sym("L")];
+            let ids = Input::new(&mut rng, Ty::i32(rows.iter().cloned()), &d, 0.0, vocab as f64);
+            let table = Input::new(&mut rng, Ty::new(dtype, [Dim::int(vocab), Dim::int(cols)]), &d, -1.0, 1.0);
+            let dy_ty = Ty::new(dtype, rows.iter().cloned().chain([Dim::int(cols)]));
+            let dy = Input::new(&mut rng, dy_ty, &d, -1.0, 1.0).wide(2);
+            rig.check(&Check::new(Embedding {}, vec![ids.clone(), table], &d, 0.0))?;
+            rig.check(&Check::new(EmbeddingGrad { vocab: Dim::int(vocab) }, vec![ids, dy], &d, tolerance))?;
+        }
+    }
+    Ok(String::new())
+}
