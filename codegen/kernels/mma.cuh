@@ -119,6 +119,20 @@ template <bool PAIRED, class T> __device__ __forceinline__ void load_b_kn(u32 (&
     }
 }
 
+// A [16, K] from rows of k: `tile[k * pitch + m]`, with k in the order that `a_of_d` gives.
+template <class T> __device__ __forceinline__ void load_a_km(u32 (&a)[4], const T* tile, int pitch) {
+    int lane = threadIdx.x & 31;
+    if constexpr (sizeof(T) == 2) {
+        ldmatrix4_trans(a, shared_address(tile + (lane % 8 + lane / 16 * 8) * pitch) + lane / 8 % 2 * 16);
+    } else {
+        const T* at = tile + 2 * (lane % 4) * pitch + lane / 4;
+        a[0] = __float_as_uint(at[0]);
+        a[1] = __float_as_uint(at[8]);
+        a[2] = __float_as_uint(at[pitch]);
+        a[3] = __float_as_uint(at[pitch + 8]);
+    }
+}
+
 // D tiles that stand side by side become a fragment of A of one K-step, without leaving registers: K / 8 tiles from
 // `d` on.
 template <class T> __device__ __forceinline__ void a_of_d(u32 (&a)[4], const float (*d)[4]) {

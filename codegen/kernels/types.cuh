@@ -65,11 +65,35 @@ template <class T, int N> struct alignas(sizeof(T) * N) Vec {
     __device__ __forceinline__ T& operator[](int i) { return v[i]; }
     __device__ __forceinline__ const T& operator[](int i) const { return v[i]; }
 };
+// A type of so many bytes that one instruction moves: a struct of small parts would be moved part by part.
+template <int BYTES> struct Word;
+template <> struct Word<2> { using Type = u16; };
+template <> struct Word<4> { using Type = u32; };
+template <> struct Word<8> { using Type = uint2; };
+template <> struct Word<16> { using Type = uint4; };
 template <class T, int N> __device__ __forceinline__ Vec<T, N> load(const T* p) {
-    return *reinterpret_cast<const Vec<T, N>*>(p);
+    Vec<T, N> x;
+    auto word = *reinterpret_cast<const typename Word<sizeof(x)>::Type*>(p);
+    memcpy(&x, &word, sizeof(x));
+    return x;
 }
 template <class T, int N> __device__ __forceinline__ void store(T* p, const Vec<T, N>& x) {
-    *reinterpret_cast<Vec<T, N>*>(p) = x;
+    typename Word<sizeof(x)>::Type word;
+    memcpy(&word, &x, sizeof(x));
+    *reinterpret_cast<decltype(word)*>(p) = word;
+}
+
+// The same to global memory, by one instruction whatever the compiler thinks of the address.
+template <class T, int N> __device__ __forceinline__ void store_global(T* p, const Vec<T, N>& x) {
+    typename Word<sizeof(x)>::Type word;
+    memcpy(&word, &x, sizeof(x));
+    u64 at = __cvta_generic_to_global(p);
+    if constexpr (sizeof(x) == 16)
+        asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(word.x), "r"(word.y), "r"(word.z), "r"(word.w) : "memory");
+    else if constexpr (sizeof(x) == 8)
+        asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(at), "r"(word.x), "r"(word.y) : "memory");
+    else
+        *reinterpret_cast<decltype(word)*>(p) = word;
 }
 // 4, 8 or 16 bytes at once, whatever the compiler thinks: it may cut a struct's store into those of its members.
 template <int N> __device__ __forceinline__ void store_words(void* p, const u32* x) {
