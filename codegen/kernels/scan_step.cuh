@@ -13,8 +13,8 @@ template <class C>
 __device__ __forceinline__ void scan_step(const typename C::T* x, i64 x_stride, const typename C::T* dt, i64 dt_stride, const typename C::T* a,
                                           const typename C::T* b, i64 b_stride, const typename C::T* c, i64 c_stride, const typename C::T* d,
                                           const typename C::T* h0, typename C::T* y, i64 y_stride, typename C::T* h) {
-    constexpr int P = C::head_dim, R = C::state, V = C::vec, LANES = C::lanes, PIECES = R / (V * LANES), ROWS = C::heads * P;
-    static_assert(R % (V * LANES) == 0, "lanes have equal shares of a row");
+    constexpr int P = C::head_dim, R = C::state, V = C::vec, LANES = C::lanes, PIECES = (R + V * LANES - 1) / (V * LANES), ROWS = C::heads * P;
+    static_assert(R % V == 0, "rows are whole vectors");
     const i64 n = blockIdx.y;
     const int row = blockIdx.x * (C::threads / LANES) + threadIdx.x / LANES, lane = threadIdx.x % LANES;
     // Lanes of a row past the end take part in sums of their warp.
@@ -30,7 +30,7 @@ __device__ __forceinline__ void scan_step(const typename C::T* x, i64 x_stride, 
     for (int k = 0; k < PIECES; k++) {
         const int col = (k * LANES + lane) * V;
         float state[V], bs[V], cs[V];
-        if (mine) {
+        if (mine && (R % (V * LANES) == 0 || col < R)) {
             load_f32(state, h0 + at + k * LANES * V);
             load_f32(bs, b + n * b_stride + group * R + col);
             load_f32(cs, c + n * c_stride + group * R + col);
@@ -44,7 +44,7 @@ __device__ __forceinline__ void scan_step(const typename C::T* x, i64 x_stride, 
     }
     sum = warp_sum<LANES>(sum);
     if (mine && lane == 0) y[n * y_stride + row] = from_f32<typename C::T>(fmaf(to_f32(d[head]), xv, sum));
-    // MUT step_lane: if (mine && lane == 1) y[n * y_stride + row] = from_f32<typename C::T>(fmaf(to_f32(d[head]), xv, sum));
+    // MUT step_skip: if (mine && lane == 0) y[n * y_stride + row] = from_f32<typename C::T>(sum);
 }
 
 }  // namespace rambac

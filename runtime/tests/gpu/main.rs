@@ -3,13 +3,16 @@
 //!
 //! Without NVRTC nothing here can run: every test is then counted as ignored and the reason printed.
 
+mod conv;
 mod elementwise;
 mod harness;
+mod norm;
 mod rig;
 mod rows;
+mod scan;
 
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    harness::run(&[elementwise::ALL, rows::ALL])
+    harness::run(&[elementwise::ALL, rows::ALL, conv::ALL, norm::ALL, scan::ALL])
 }

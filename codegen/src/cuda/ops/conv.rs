@@ -47,28 +47,31 @@ struct Conv {
     channels: usize,
     k: usize,
     dtype: DType,
-    /// Channels that every row allows to move at once.
+    /// Channels that every operand allows to move at once.
     most: usize,
+    /// The weights begin at a multiple of 16 bytes.
+    aligned: bool,
     silu: bool,
 }
 
-const [X, W, BIAS, S0, DY, DS]: [Operand; 6] = [
-    Operand::Input(0),
-    Operand::Input(1),
-    Operand::Input(2),
-    Operand::Input(3),
-    Operand::Input(4),
-    Operand::Input(5),
-];
+const X: Operand = Operand::Input(0);
+const W: Operand = Operand::Input(1);
+const BIAS: Operand = Operand::Input(2);
+const S0: Operand = Operand::Input(3);
+const DY: Operand = Operand::Input(4);
+const DS: Operand = Operand::Input(5);
 
 impl Conv {
+    /// `contiguous` are vectors by channels.
     fn new(site: &Site, silu: bool, rows: &[Operand], contiguous: &[Operand]) -> Result<Conv, Unsupported> {
-        contiguous.iter().try_for_each(|&at| site.contiguous(at))?;
+        contiguous.iter().chain(&[W]).try_for_each(|&at| site.contiguous(at))?;
         let shape = &site.inputs[0].ty.shape;
         let (channels, k, dtype) = (site.int(X, 2)?, site.int(W, 2)?, site.dtype(X));
         let even = 1 << channels.max(1).trailing_zeros().min(4);
-        let most = site.vector(rows, even.min(16 / dtype.size()));
-        Ok(Conv { n: shape[0].clone(), l: shape[1].clone(), channels, k, dtype, most, silu })
+        let piece = 16 / dtype.size();
+        let most = site.vector(&[rows, contiguous].concat(), even.min(piece));
+        let aligned = site.vector(&[W], piece) == piece;
+        Ok(Conv { n: shape[0].clone(), l: shape[1].clone(), channels, k, dtype, most, aligned, silu })
     }
     fn stub(&self, template: &'static str, t: Tile, threads: usize) -> Stub {
         Stub::new("conv", template, threads)
@@ -79,8 +82,9 @@ impl Conv {
             .tag(format!("k{}", self.k))
             .flag("silu", self.silu)
             .tag(if self.silu { "silu" } else { "linear" })
+            .flag("aligned", self.aligned)
             .int("vec", t.vec)
-            .tag(format!("v{}", t.vec))
+            .tag(format!("v{}{}", t.vec, if self.aligned { "" } else { "u" }))
             .int("lanes", t.lanes)
             .int("rows", t.rows)
             .int("steps", t.steps)
@@ -105,7 +109,7 @@ const STEPS: [usize; 2] = [32, 8];
 impl Cuda for CausalConv1d {
     fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
         let (y, s) = (Operand::Output(0), Operand::Output(1));
-        let c = Conv::new(site, self.silu, &[X, y], &[W, BIAS, S0, s])?;
+        let c = Conv::new(site, self.silu, &[X, y], &[BIAS, S0, s])?;
         let (x_stride, y_stride) = (site.row_stride(X, 2)?, site.row_stride(y, 2)?);
         let operands = |stub: Stub| {
             stub.read("x", c.dtype, X)
@@ -124,10 +128,10 @@ impl Cuda for CausalConv1d {
             let stub = operands(c.stub("causal_conv_step", t, t.lanes));
             let l = stub.launch((c.blocks_of(t), &c.n, 1));
             let why = format!("one token: a thread has {} channels", t.vec);
-            let one = Form::new("causal_conv_step", why, vec![l.into()]);
-            forms.push(
-                one.when(Condition::AtLeast((&c.l).into(), 1.into())).when(Condition::Below((&c.l).into(), 2.into())),
-            );
+            let form = Form::new("causal_conv_step", why, vec![l.into()]);
+            let l = Expr::from(&c.l);
+            let one = Condition::AtLeast(l.clone(), Expr::int(1));
+            forms.push(form.when(one).when(Condition::Below(l, Expr::int(2))));
         }
         for steps in STEPS {
             let t = tile(steps);
@@ -144,7 +148,9 @@ impl Cuda for CausalConv1d {
 impl Cuda for CausalConv1dGrad {
     fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
         let [dx, dw, dbias, ds0] = [0, 1, 2, 3].map(Operand::Output);
-        let c = Conv::new(site, self.silu, &[X, DY, dx], &[W, BIAS, S0, DS, dw, dbias, ds0])?;
+        let c = Conv::new(site, self.silu, &[X, DY, dx], &[BIAS, S0, DS, ds0])?;
+        site.contiguous(dw)?;
+        site.contiguous(dbias)?;
         let slots = Operand::Workspace(0);
         let mut forms = vec![];
         for steps in STEPS {

@@ -41,13 +41,13 @@ struct Norm {
 }
 
 impl Norm {
-    fn new(site: &Site, eps: f64, strided: &[Operand], most: usize) -> Result<Norm, Unsupported> {
+    fn new(site: &Site, eps: f64, vectors: &[Operand], most: usize) -> Result<Norm, Unsupported> {
         let x = Operand::Input(0);
         let shape: &[Dim] = &site.inputs[0].ty.shape;
         let axis = shape.len() - 1;
         let (width, dtype) = (site.int(x, axis)?, site.dtype(x));
         let even = 1 << width.max(1).trailing_zeros().min(4);
-        let vec = site.vector(strided, even.min(16 / dtype.size()));
+        let vec = site.vector(vectors, even.min(16 / dtype.size()));
         let Some(lanes) = Lanes::choose(width.max(1), vec, most) else {
             return because(format!("rows of {width} are wider than the {} that a block holds", 1024 * most));
         };
@@ -78,7 +78,7 @@ impl Cuda for RmsNorm {
     fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
         let (x, w, y) = (Operand::Input(0), Operand::Input(1), Operand::Output(0));
         site.contiguous(w)?;
-        let n = Norm::new(site, self.eps, &[x, y], 32)?;
+        let n = Norm::new(site, self.eps, &[x, w, y], 32)?;
         let l = n
             .stub("rms_norm")
             .read("x", n.dtype, x)
@@ -98,7 +98,7 @@ impl Cuda for RmsNormGrad {
         let (dx, dw, slots) = (Operand::Output(0), Operand::Output(1), Operand::Workspace(0));
         site.contiguous(w)?;
         site.contiguous(dw)?;
-        let n = Norm::new(site, self.eps, &[x, dy, dx], 16)?;
+        let n = Norm::new(site, self.eps, &[x, w, dy, dx], 16)?;
         // Few slots: a block sums the weights' gradient over many rows.
         let blocks = n.rows.clone().ceil_div(n.lanes.rows()).min(4 * site.target.sms);
         let grad = n

@@ -18,6 +18,8 @@ pub(super) struct Scan {
     pub groups: usize,
     pub state: usize,
     pub dtype: DType,
+    /// head_dim and state are multiples of 16 and rows are whole pieces of 16 bytes; else elements are moved one by one.
+    pub whole: bool,
 }
 
 /// What a walk does beside carrying states.
@@ -47,16 +49,17 @@ impl Tile {
     fn shared(s: &Scan, walk: Walk, block: usize, stages: usize, heads: usize) -> usize {
         let size = s.dtype.size();
         let pad = 16 / size;
-        let (x, r) = (block * (heads * s.head_dim + pad), block * (s.state + pad));
+        let (p, state) = s.full();
+        let (x, r) = (block * (heads * p + pad), block * (state + pad));
         let outputs = walk == Walk::Outputs;
         let stage = x + r + if outputs { r } else { pad };
         let g = if outputs { heads * block * (block + pad) } else { pad };
         let out = match walk {
-            Walk::Record => 16 * (s.state + pad),
+            Walk::Record => 16 * (state + pad),
             Walk::Outputs if size == 2 => 256,
             _ => pad,
         };
-        let warps = heads * s.head_dim / 16;
+        let warps = heads * p / 16;
         size * (stages * stage + g + warps * out) + heads * 5 * block * 4
     }
 
@@ -64,8 +67,8 @@ impl Tile {
     /// copying ahead.
     fn choose(s: &Scan, walk: Walk, heads: usize, target: &Target) -> Option<Tile> {
         let blocks: &[usize] = if s.dtype.size() == 2 { &[64, 32, 16] } else { &[32, 16] };
-        let threads = 32 * heads * (s.head_dim / 16);
-        if threads > 1024 || (s.heads / s.groups) % heads != 0 {
+        let threads = 32 * heads * (s.full().0 / 16);
+        if threads > 1024 || !(s.heads / s.groups).is_multiple_of(heads) {
             return None;
         }
         let all = blocks.iter().flat_map(|&block| [2, 1].map(|stages| (block, stages)));
@@ -78,23 +81,21 @@ impl Tile {
 
     /// Heads side by side share c·bᵀ and copies of b and c; 8 warps are enough.
     fn heads(s: &Scan) -> usize {
-        let most = (8 / (s.head_dim / 16)).max(1);
-        (1..=most).rev().find(|h| (s.heads / s.groups) % h == 0).unwrap_or(1)
+        let most = (8 / (s.full().0 / 16)).max(1);
+        (1..=most).rev().find(|h| (s.heads / s.groups).is_multiple_of(*h)).unwrap_or(1)
     }
 }
 
 /// Tokens of a segment of the three passes: short ones for more blocks, long ones for fewer states.
 pub(super) const SEGMENTS: [usize; 2] = [1024, 256];
 
-pub(super) const [X, DT, A, B, C, D, H0]: [Operand; 7] = [
-    Operand::Input(0),
-    Operand::Input(1),
-    Operand::Input(2),
-    Operand::Input(3),
-    Operand::Input(4),
-    Operand::Input(5),
-    Operand::Input(6),
-];
+pub(super) const X: Operand = Operand::Input(0);
+pub(super) const DT: Operand = Operand::Input(1);
+pub(super) const A: Operand = Operand::Input(2);
+pub(super) const B: Operand = Operand::Input(3);
+pub(super) const C: Operand = Operand::Input(4);
+pub(super) const D: Operand = Operand::Input(5);
+pub(super) const H0: Operand = Operand::Input(6);
 
 impl Scan {
     /// `rows` are read or written in pieces of 16 bytes.
@@ -103,17 +104,20 @@ impl Scan {
         let shape = &site.inputs[0].ty.shape;
         let (heads, head_dim) = (site.int(X, 2)?, site.int(X, 3)?);
         let (groups, state, dtype) = (site.int(B, 2)?, site.int(B, 3)?, site.dtype(X));
-        if head_dim == 0 || state == 0 || head_dim % 16 != 0 || state % 16 != 0 {
-            return because(format!("head_dim {head_dim} and state {state} must be multiples of 16"));
-        }
-        if head_dim > 256 || state > 256 {
-            return because(format!("head_dim {head_dim} and state {state} may be 256 at most"));
+        if head_dim == 0 || state == 0 || head_dim > 256 || state > 256 {
+            return because(format!("head_dim {head_dim} and state {state} must be 1 to 256"));
         }
         let piece = 16 / dtype.size();
-        if site.vector(rows, piece) < piece {
-            return because(format!("rows of x, b, c and y must begin at multiples of {piece} elements (16 bytes)"));
-        }
-        Ok(Scan { n: shape[0].clone(), l: shape[1].clone(), heads, head_dim, groups, state, dtype })
+        let whole = head_dim.is_multiple_of(16) && state.is_multiple_of(16) && site.vector(rows, piece) == piece;
+        Ok(Scan { n: shape[0].clone(), l: shape[1].clone(), heads, head_dim, groups, state, dtype, whole })
+    }
+    /// head_dim and state filled up to multiples of 16.
+    pub fn full(&self) -> (usize, usize) {
+        (self.head_dim.next_multiple_of(16), self.state.next_multiple_of(16))
+    }
+    /// The end of a form's reason where elements are moved one by one.
+    pub fn manner(&self) -> &'static str {
+        if self.whole { "" } else { "; elements one by one, since rows are no whole pieces of 16 bytes" }
     }
 
     /// Types and sizes that every kernel of the scan has.
@@ -127,6 +131,8 @@ impl Scan {
             .tag(format!("p{}", self.head_dim))
             .int("state", self.state)
             .tag(format!("r{}", self.state))
+            .flag("whole", self.whole)
+            .tag(if self.whole { "whole" } else { "ragged" })
     }
     pub fn walk(&self, header: &'static str, template: &'static str, t: Tile, reverse: bool) -> Stub {
         self.sized(Stub::new(header, template, t.threads))
@@ -181,6 +187,7 @@ impl Scan {
     ) -> Result<[Launch; 2], Unsupported> {
         const THREADS: usize = 128;
         let segments = self.segments(segment);
+        let vec = if self.whole { site.vector(&[first, last], 4) } else { 1 };
         let states = self
             .operands(site, self.walk("scan", "scan_states", t, reverse), x, b)?
             .write("ends", DType::F32, ends)
@@ -191,6 +198,8 @@ impl Scan {
         let combine = self
             .sized(Stub::new("scan", "scan_combine", THREADS))
             .int("threads", THREADS)
+            .int("vec", vec)
+            .tag(format!("v{vec}"))
             .flag("reverse", reverse)
             .tag(if reverse { "back" } else { "forth" })
             .write("ends", DType::F32, ends)
@@ -198,12 +207,13 @@ impl Scan {
             .read("h0", self.dtype, first)
             .write("h", self.dtype, last)
             .i32("segments", segments)
-            .launch(((self.head_dim * self.state).div_ceil(4 * THREADS), self.heads, &self.n));
+            .launch(((self.head_dim * self.state).div_ceil(vec * THREADS), self.heads, &self.n));
         Ok([states, combine])
     }
     /// A tile with blocks of another length.
     pub fn refit(&self, walk: Walk, t: Tile, block: usize, target: &Target) -> Result<Tile, Unsupported> {
-        let all = [2, 1].map(|stages| Tile { block, stages, shared: Tile::shared(self, walk, block, stages, t.heads), ..t });
+        let all =
+            [2, 1].map(|stages| Tile { block, stages, shared: Tile::shared(self, walk, block, stages, t.heads), ..t });
         match all.into_iter().find(|t| t.shared <= target.shared_per_block) {
             Some(t) => Ok(t),
             None => because(format!("walks in blocks of {block} need more than {} bytes", target.shared_per_block)),
@@ -229,12 +239,12 @@ impl SelectiveScan {
     fn one_token(&self, site: &Site, s: &Scan) -> Result<Form, Unsupported> {
         const THREADS: usize = 128;
         let (y, h) = (Operand::Output(0), Operand::Output(1));
-        let vec = 16 / s.dtype.size();
-        let vectors = s.state / vec;
-        let lanes = (1 << vectors.trailing_zeros()).min(32);
+        let vec = if s.whole { site.vector(&[H0, h], 16 / s.dtype.size()) } else { 1 };
+        let lanes = s.state.div_ceil(vec).next_power_of_two().min(32);
         let l = s
             .operands(site, s.sized(Stub::new("scan_step", "scan_step", THREADS)), X, B)?
             .int("vec", vec)
+            .tag(format!("v{vec}"))
             .int("lanes", lanes)
             .int("threads", THREADS)
             .read("c", s.dtype, C)
@@ -245,7 +255,7 @@ impl SelectiveScan {
             .i64("y_stride", site.row_stride(y, 2)?)
             .write("h", s.dtype, h)
             .launch(((s.heads * s.head_dim).div_ceil(THREADS / lanes), &s.n, 1));
-        let why = format!("one token: {lanes} lanes a row of the state");
+        let why = format!("one token: {lanes} lanes a row of the state{}", s.manner());
         let (l1, one) = (Expr::from(&s.l), Expr::int(1));
         let form = Form::new("scan_step", why, vec![l.into()]);
         Ok(form.when(Condition::AtLeast(l1.clone(), one)).when(Condition::Below(l1, Expr::int(2))))
@@ -265,13 +275,14 @@ impl SelectiveScan {
             None => stub.read("h0", s.dtype, H0),
         };
         let stub = stub.write("y", s.dtype, y).i64("y_stride", site.row_stride(y, 2)?);
-        Ok(if from.is_some() { stub } else { stub.write("h", s.dtype, h) }.i32("l", &s.l))
+        let stub = if from.is_some() { stub } else { stub.write("h", s.dtype, h) };
+        Ok(stub.i32("l", &s.l))
     }
 
     fn one_pass(&self, site: &Site, s: &Scan, heads: usize) -> Result<Form, Unsupported> {
         let t = s.tile(Walk::Outputs, heads, site.target)?;
         let l = self.outputs(site, s, t, None)?.launch(s.grid(1, heads));
-        let why = format!("{} blocks keep the states of {heads} heads each in registers", s.pairs(heads));
+        let why = format!("{} blocks keep the states of {heads} heads each in registers{}", s.pairs(heads), s.manner());
         Ok(Form::new("selective_scan", why, vec![l.into()]))
     }
 
@@ -285,7 +296,8 @@ impl SelectiveScan {
         let outputs = self.outputs(site, s, t, Some(ends))?.i32("segment", segment);
         let calls: Vec<Call> =
             vec![states.into(), combine.into(), outputs.launch(s.grid(s.segments(segment), heads)).into()];
-        let why = format!("{} heads are few: segments of {segment} tokens, their states added up", s.pairs(1));
+        let (all, manner) = (s.pairs(1), s.manner());
+        let why = format!("{all} heads are few: segments of {segment} tokens, their states added up{manner}");
         let count = Expr::from(&s.n) * s.segments(segment);
         let form = Form::new("scan_segments", why, calls);
         Ok(form.with("ends", DType::F32, count.clone() * s.states()).with("decays", DType::F32, count * s.heads))
@@ -302,9 +314,7 @@ impl Cuda for SelectiveScan {
         }
         let most = Tile::heads(&s);
         for heads in if most > 1 { vec![most, 1] } else { vec![1] } {
-            forms.push(
-                self.one_pass(site, &s, heads)?.when(Condition::AtLeast(s.pairs(heads), enough(site.target))),
-            );
+            forms.push(self.one_pass(site, &s, heads)?.when(Condition::AtLeast(s.pairs(heads), enough(site.target))));
         }
         // Short sequences: one walk is over before three have begun.
         let few = Expr::int(2 * SEGMENTS[1] + 1);
@@ -324,7 +334,7 @@ mod tests {
     use crate::cuda::target::Arch;
 
     fn scan(heads: usize, head_dim: usize, state: usize, dtype: DType) -> Scan {
-        Scan { n: Dim::sym("N"), l: Dim::sym("L"), heads, head_dim, groups: 1, state, dtype }
+        Scan { n: Dim::sym("N"), l: Dim::sym("L"), heads, head_dim, groups: 1, state, dtype, whole: true }
     }
 
     #[test]

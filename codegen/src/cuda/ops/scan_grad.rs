@@ -33,10 +33,10 @@ impl Tile {
         let pad = 16 / size;
         let (rows, heads) = (block / 16, s.heads / s.groups / parts);
         let warps = rows * columns;
-        let state = s.head_dim * (s.state + 8) + s.head_dim * (s.state + pad);
-        let stage = 2 * block * (s.head_dim + pad) + state;
+        let (p, r) = s.full();
+        let stage = 2 * block * (p + pad) + p * (r + 8) + p * (r + pad);
         let tiles = warps * if size == 2 { 256 } else { pad };
-        let elements = stages * stage + 2 * block * (s.state + pad) + block * (block + pad) + tiles + block * heads;
+        let elements = stages * stage + 2 * block * (r + pad) + block * (block + pad) + tiles + block * heads;
         let partial = (3 * columns + rows) * block + 2 * warps;
         (size * elements + 2 * 4 * (5 * block + partial)).next_multiple_of(16)
     }
@@ -44,8 +44,8 @@ impl Tile {
     /// As many tokens as registers and shared memory allow: what gathers over the heads, [block, R] of db and dc, lies in
     /// registers, and so more warps side by side share it where R or elements are larger.
     fn choose(s: &Scan, parts: usize, target: &Target) -> Option<Tile> {
-        let narrow = s.dtype.size() == 2;
-        let all: &[(usize, usize, usize)] = match (narrow, s.state <= 128, s.head_dim * s.state <= 64 * 128) {
+        let (narrow, (p, r)) = (s.dtype.size() == 2, s.full());
+        let all: &[(usize, usize, usize)] = match (narrow, r <= 128, p * r <= 64 * 128) {
             (true, true, _) => &[(64, 2, 2), (64, 2, 1), (32, 4, 1), (16, 8, 1)],
             (true, false, _) => &[(32, 4, 2), (32, 4, 1), (16, 8, 1)],
             (false, _, true) => &[(32, 4, 2), (32, 4, 1), (16, 8, 1)],
@@ -66,18 +66,19 @@ fn parts(s: &Scan) -> usize {
     (1..=8).rev().find(|p| heads.is_multiple_of(*p)).unwrap_or(1)
 }
 
-const [DY, DH]: [Operand; 2] = [Operand::Input(7), Operand::Input(8)];
-const [DX, DDT, DA, DB, DC, DD, DH0]: [Operand; 7] = [
-    Operand::Output(0),
-    Operand::Output(1),
-    Operand::Output(2),
-    Operand::Output(3),
-    Operand::Output(4),
-    Operand::Output(5),
-    Operand::Output(6),
-];
-const [STATES, GRADIENTS, DA_SLOTS, DD_SLOTS]: [Operand; 4] =
-    [Operand::Workspace(0), Operand::Workspace(1), Operand::Workspace(2), Operand::Workspace(3)];
+const DY: Operand = Operand::Input(7);
+const DH: Operand = Operand::Input(8);
+const DX: Operand = Operand::Output(0);
+const DDT: Operand = Operand::Output(1);
+const DA: Operand = Operand::Output(2);
+const DB: Operand = Operand::Output(3);
+const DC: Operand = Operand::Output(4);
+const DD: Operand = Operand::Output(5);
+const DH0: Operand = Operand::Output(6);
+const STATES: Operand = Operand::Workspace(0);
+const GRADIENTS: Operand = Operand::Workspace(1);
+const DA_SLOTS: Operand = Operand::Workspace(2);
+const DD_SLOTS: Operand = Operand::Workspace(3);
 
 /// Walks that write states down: over whole sequences, or over segments.
 #[derive(Clone, Copy, PartialEq)]
@@ -106,8 +107,7 @@ impl Plan<'_> {
             s.refit(walk, t, self.tile.block, site.target)
         };
         let t = own(Walk::Record)?;
-        let (over, first, last, to) =
-            if reverse { ((DY, C), DH, DH0, GRADIENTS) } else { ((X, B), H0, DH0, STATES) };
+        let (over, first, last, to) = if reverse { ((DY, C), DH, DH0, GRADIENTS) } else { ((X, B), H0, DH0, STATES) };
         let stub = |template, start: DType| {
             let stub = s.walk("scan_backward", template, t, reverse);
             s.operands(site, stub.line(format!("using Start = {};", c_type(start))), over.0, over.1)
@@ -193,7 +193,8 @@ impl Plan<'_> {
         let (s, site, t) = (self.s, self.site, self.tile);
         let n = Expr::from(&s.n);
         let slots = n.clone() * self.blocks().max(1);
-        let records = n.clone() * self.blocks() * s.states();
+        let (p, r) = s.full();
+        let records = n.clone() * self.blocks() * (s.heads * p * r);
         let mut work = vec![
             ("states", s.dtype, records.clone()),
             ("gradients", s.dtype, records),
@@ -240,7 +241,7 @@ impl Plan<'_> {
             Walks::Segments(segment) => format!("walks over segments of {segment} tokens write states"),
         };
         let heads = s.heads / s.groups / t.parts;
-        let why = format!("{walk}, then {} tokens a block go through {heads} heads", t.block);
+        let why = format!("{walk}, then {} tokens a block go through {heads} heads{}", t.block, s.manner());
         let calls: Vec<Call> = launches.into_iter().map(Call::from).collect();
         let name = if walks == Walks::Whole { "scan_grad" } else { "scan_grad_segments" };
         Ok(work.into_iter().fold(Form::new(name, why, calls), |f, (name, t, n)| f.with(name, t, n)))
@@ -291,6 +292,7 @@ mod tests {
             groups: 1,
             state,
             dtype,
+            whole: true,
         };
         let tile = |s: &Scan, parts, arch| {
             Tile::choose(s, parts, &Target::of(arch)).map(|t| (t.block, t.columns, t.stages, t.threads))
