@@ -10,6 +10,8 @@ pub enum Expr {
     /// Divided and rounded up.
     CeilDiv(Box<Expr>, u64),
     Add(Box<Expr>, Box<Expr>),
+    /// The difference, at least 0.
+    Sub(Box<Expr>, Box<Expr>),
     Mul(Box<Expr>, Box<Expr>),
     Min(Box<Expr>, Box<Expr>),
     Max(Box<Expr>, Box<Expr>),
@@ -36,6 +38,10 @@ impl Expr {
             },
         }
     }
+    /// What is left after taking `o` away, at least 0.
+    pub fn less(self, o: impl Into<Expr>) -> Expr {
+        Expr::Sub(Box::new(self), Box::new(o.into()))
+    }
     pub fn min(self, o: impl Into<Expr>) -> Expr {
         Expr::Min(Box::new(self), Box::new(o.into()))
     }
@@ -61,6 +67,7 @@ impl Expr {
             Expr::Dim(d) => d.eval(b),
             Expr::CeilDiv(x, n) => Ok(x.eval(b)?.div_ceil(*n as usize)),
             Expr::Add(x, y) => two(x, y).and_then(|(x, y)| fits(x.checked_add(y))),
+            Expr::Sub(x, y) => two(x, y).map(|(x, y)| x.saturating_sub(y)),
             Expr::Mul(x, y) => two(x, y).and_then(|(x, y)| fits(x.checked_mul(y))),
             Expr::Min(x, y) => two(x, y).map(|(x, y)| x.min(y)),
             Expr::Max(x, y) => two(x, y).map(|(x, y)| x.max(y)),
@@ -114,6 +121,7 @@ impl fmt::Display for Expr {
             Expr::Dim(d) => write!(f, "{d}"),
             Expr::CeilDiv(x, n) => write!(f, "ceil({x} / {n})"),
             Expr::Add(x, y) => write!(f, "({x} + {y})"),
+            Expr::Sub(x, y) => write!(f, "({x} - {y})"),
             Expr::Mul(x, y) => write!(f, "{x}·{y}"),
             Expr::Min(x, y) => write!(f, "min({x}, {y})"),
             Expr::Max(x, y) => write!(f, "max({x}, {y})"),

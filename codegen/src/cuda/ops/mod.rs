@@ -1,5 +1,6 @@
 //! How each op runs on a GPU: one file per family, one answer per op of the list.
 
+mod loss;
 mod map;
 mod matmul;
 mod move_;
