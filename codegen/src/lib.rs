@@ -4,10 +4,13 @@
 //! - [`mod@lower`]: makes one from an optimised graph.
 //! - [`traits`]: what each op's kernels accept, from the one list of ops.
 //! - [`mod@plan`]: addresses and the peak at concrete dims.
+//! - [`describe`]: a Program as JSON, for the executable file and its readers.
 //! - [`cuda`]: Program → GPU program: forms, launches, stubs over the templates of `kernels/`.
 //! - [`nvrtc`]: CUDA C++ → PTX and CUBIN, where NVIDIA's compiler library is installed.
 
 pub mod cuda;
+pub mod describe;
+pub mod hash;
 pub mod lower;
 pub mod nvrtc;
 pub mod plan;
