@@ -11,16 +11,22 @@ use std::collections::BTreeMap;
 pub struct Code(pub BTreeMap<String, Compiled>);
 
 impl Code {
-    /// Compiles every kernel of a program that `cache` does not hold, several at a time.
+    /// Compiles every kernel of some programs that `cache` does not hold, each once, several at a time.
     ///
     /// # Errors
     /// The first kernel that does not compile, with the compiler's log, its step and its text's place.
-    pub fn compile(nvrtc: &Nvrtc, program: &GpuProgram, cache: &Cache) -> Result<Code, CompileError> {
-        let one = |k: &Kernel| match cache.compile(nvrtc, k, program.target.arch) {
+    pub fn compile(nvrtc: &Nvrtc, programs: &[&GpuProgram], cache: &Cache) -> Result<Code, CompileError> {
+        let mut all: BTreeMap<&str, (&GpuProgram, &Kernel)> = BTreeMap::new();
+        for (p, k) in programs.iter().flat_map(|p| p.kernels.iter().map(|k| (*p, k))) {
+            let first = all.entry(&k.name).or_insert((p, k));
+            assert!(first.1 == k, "BUG: two kernels have the name {}", k.name);
+        }
+        let all: Vec<(&GpuProgram, &Kernel)> = all.into_values().collect();
+        let one = |(p, k): &(&GpuProgram, &Kernel)| match cache.compile(nvrtc, k, p.target.arch) {
             Ok(c) => Ok((k.name.clone(), c)),
-            Err(e) => Err(CompileError { step: step_of(program, k), ..e }),
+            Err(e) => Err(CompileError { step: step_of(p, k), ..e }),
         };
-        program.kernels.par_iter().map(one).collect::<Result<BTreeMap<_, _>, _>>().map(Code)
+        all.par_iter().map(one).collect::<Result<BTreeMap<_, _>, _>>().map(Code)
     }
 
     /// Compiles these kernels, without a cache.
