@@ -57,22 +57,23 @@ template <class C> struct Merge {
 };
 
 // q, o: rows of H·head_dim at their strides; k, v: rows of h·head_dim, `tokens_kv` per sequence; indices, weights
-// [N, L, h, K]; count [N, L, h].  One block per (sequence, key head, ROWS rows), in this order.
+// [N, L, h, K]; count [N, L, h]; all_rows is L·G.  One block per (sequence, key head, ROWS rows), in this order.
 template <class C>
 __device__ __forceinline__ void attend_query_tile(typename C::T* o, i64 o_stride, const typename C::T* q, i64 q_stride,
                                                   const typename C::T* k, i64 k_stride, const typename C::T* v,
                                                   i64 v_stride, const i32* indices, const i32* count,
-                                                  const typename C::T* weights, i32 l, i32 tokens_kv, i32 h) {
+                                                  const typename C::T* weights, i32 all_rows, i32 l, i32 tokens_kv, i32 h) {
     using S = QueryTile<C>;
     using T = typename C::T;
     constexpr int D = S::D, G = S::G, K = C::slots, PIECE = 16 / sizeof(T);
+    static_assert(sizeof(S) == C::shared, "the launch gives what the layout takes");
     extern __shared__ __align__(16) u8 shared[];
     S& s = *reinterpret_cast<S*>(shared);
 
-    int blocks = (int)ceil_div((i64)l * G, S::ROWS);
+    int blocks = (int)ceil_div(all_rows, S::ROWS);
     int block = blockIdx.x % blocks, kv_head = blockIdx.x / blocks % h;
     i64 sequence = blockIdx.x / blocks / h;
-    int row0 = block * S::ROWS, rows = min_of(S::ROWS, l * G - row0), token0 = row0 / G;
+    int row0 = block * S::ROWS, rows = min_of(S::ROWS, all_rows - row0), token0 = row0 / G;
     int tokens = (row0 + rows - 1) / G - token0 + 1;
     int lane = lane_id(), warp = warp_id();
 

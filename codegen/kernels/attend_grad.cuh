@@ -46,13 +46,14 @@ template <class C>
 __device__ __forceinline__ void attend_grad(typename C::T* slots, float* partial, float* delta, const float* log2_sum,
                                             const typename C::T* q, i64 q_stride, const typename C::T* k, i64 k_stride,
                                             const typename C::T* v, i64 v_stride, const typename C::T* weights,
-                                            const typename C::T* dy, i64 dy_stride, const u32* entries, const i32* offsets,
-                                            const i32* slab_first, const Slab* slabs, i32 l, i32 h, i32 chunks,
+                                            const typename C::T* dy, i64 dy_stride, const i32* entries, const i32* offsets,
+                                            const i32* slab_first, const i32* slabs, i32 l, i32 h, i32 chunks,
                                             i32 max_slabs) {
     using S = ChunkGrad<C>;
     using T = typename C::T;
-    constexpr int D = C::head_dim, G = C::heads_per_kv, K = C::slots, PARTS = C::chunk / C::keys, THREADS = 32 * C::warps;
+    constexpr int D = C::head_dim, G = C::heads_per_kv, PARTS = C::chunk / C::keys, THREADS = 32 * C::warps;
     constexpr float FACTOR = C::scale * LOG2E;
+    static_assert(sizeof(S) == C::shared, "the launch gives what the layout takes");
     extern __shared__ __align__(16) u8 shared[];
     S& s = *reinterpret_cast<S*>(shared);
     SlabWork<C> work;
@@ -68,8 +69,8 @@ __device__ __forceinline__ void attend_grad(typename C::T* slots, float* partial
     int rows = work.pairs * G, warp = warp_id(), own = 16 * warp, stage = 0;
     auto fetch = [&](int stage, int row) {
         if (row < rows) {
-            work.template gather<S::ROWS, THREADS>(s.q[stage], q, q_stride, s.pairs, row, l, threadIdx.x);
-            work.template gather<S::ROWS, THREADS>(s.dy[stage], dy, dy_stride, s.pairs, row, l, threadIdx.x);
+            work.template gather<S::ROWS, THREADS>(Pitched<T, D>(s.q[stage]), q, q_stride, s.pairs, row, l, threadIdx.x);
+            work.template gather<S::ROWS, THREADS>(Pitched<T, D>(s.dy[stage]), dy, dy_stride, s.pairs, row, l, threadIdx.x);
         }
         copies_commit();
     };
@@ -94,11 +95,8 @@ __device__ __forceinline__ void attend_grad(typename C::T* slots, float* partial
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             int r = row0 + own + lane_id() / 4 + 8 * i;
-            w[i] = 0.f, at[i] = -1;
-            if (r >= rows) continue;
-            u32 e = s.pairs.entry[r / G];
-            w[i] = s.pairs.weight[r / G];
-            at[i] = (((work.sequence * l + e / K) * h + work.kv_head) * K + e % K) * G + r % G;
+            w[i] = r < rows ? s.pairs.weight[(u32)r / G] : 0.f;
+            at[i] = work.number_at(s.pairs, r, l, h);
         }
         if constexpr (PARTS == 1) {
             float top[2] = {-3e38f, -3e38f}, sum[2];
@@ -180,12 +178,13 @@ template <class C>
 __device__ __forceinline__ void attend_grad_stats(float* log2_sum, float* delta, const typename C::T* q, i64 q_stride,
                                                   const typename C::T* k, i64 k_stride, const typename C::T* v, i64 v_stride,
                                                   const typename C::T* weights, const typename C::T* dy, i64 dy_stride,
-                                                  const u32* entries, const i32* offsets, const i32* slab_first,
-                                                  const Slab* slabs, i32 l, i32 h, i32 chunks, i32 max_slabs) {
+                                                  const i32* entries, const i32* offsets, const i32* slab_first,
+                                                  const i32* slabs, i32 l, i32 h, i32 chunks, i32 max_slabs) {
     using S = GradStats<C>;
     using T = typename C::T;
-    constexpr int D = C::head_dim, G = C::heads_per_kv, K = C::slots, PARTS = C::chunk / C::keys, THREADS = 32 * C::warps;
+    constexpr int D = C::head_dim, G = C::heads_per_kv, PARTS = C::chunk / C::keys, THREADS = 32 * C::warps;
     constexpr float FACTOR = C::scale * LOG2E;
+    static_assert(sizeof(S) == C::shared, "the launch gives what the layout takes");
     extern __shared__ __align__(16) u8 shared[];
     S& s = *reinterpret_cast<S*>(shared);
     SlabWork<C> work;
@@ -203,8 +202,8 @@ __device__ __forceinline__ void attend_grad_stats(float* log2_sum, float* delta,
                 copy_rows_async<THREADS, C::keys, D, S::P>(s.k, k + row_kv * k_stride + work.kv_head * D, k_stride, C::keys);
                 copy_rows_async<THREADS, C::keys, D, S::P>(s.v, v + row_kv * v_stride + work.kv_head * D, v_stride, C::keys);
             }
-            work.template gather<S::ROWS, THREADS>(s.q, q, q_stride, s.pairs, row0, l, threadIdx.x);
-            work.template gather<S::ROWS, THREADS>(s.dy, dy, dy_stride, s.pairs, row0, l, threadIdx.x);
+            work.template gather<S::ROWS, THREADS>(Pitched<T, D>(s.q), q, q_stride, s.pairs, row0, l, threadIdx.x);
+            work.template gather<S::ROWS, THREADS>(Pitched<T, D>(s.dy), dy, dy_stride, s.pairs, row0, l, threadIdx.x);
             copies_commit();
             copies_wait<0>();
             __syncthreads();
@@ -233,8 +232,7 @@ __device__ __forceinline__ void attend_grad_stats(float* log2_sum, float* delta,
                 s.top[r[i]] = top[i], s.sum[r[i]] = sum[i], s.delta[r[i]] = d[i];
                 if (part + 1 < PARTS) continue;
                 float all = C::off_by_one == 0.f ? sum[i] : fmaf(C::off_by_one, exp2_fast(-top[i] * FACTOR), sum[i]);
-                u32 e = s.pairs.entry[r[i] / G];
-                i64 at = (((work.sequence * l + e / K) * h + work.kv_head) * K + e % K) * G + r[i] % G;
+                i64 at = work.number_at(s.pairs, r[i], l, h);
                 log2_sum[at] = fmaf(top[i], FACTOR, __log2f(all));
                 delta[at] = d[i] / all;
             }

@@ -14,13 +14,11 @@
 
 namespace rambac {
 
-struct alignas(8) Slab {
-    i32 chunk, first;  // of its pairs, in entries
-};
-
-template <int K, int THREADS>
+// C says: slots (K), threads, slab (pairs of one).  slabs [lists, max_slabs, 2]: chunk, first of its pairs in entries.
+template <class C>
 __device__ __forceinline__ void index_count(i32* table, const i32* indices, const i32* count, i32 l, i32 h, i32 chunks,
                                             i32 block_tokens) {
+    constexpr int K = C::slots, THREADS = C::threads;
     int blocks = (int)ceil_div(l, block_tokens), block = blockIdx.x % blocks;
     i64 list = blockIdx.x / blocks;
     i32* row = table + (list * blocks + block) * chunks;
@@ -34,13 +32,14 @@ __device__ __forceinline__ void index_count(i32* table, const i32* indices, cons
     }
 }
 
-template <int SLAB, int THREADS>
-__device__ __forceinline__ void index_scan(i32* offsets, i32* slab_first, Slab* slabs, i32* table, i32 blocks, i32 chunks,
+template <class C>
+__device__ __forceinline__ void index_scan(i32* offsets, i32* slab_first, i32* slabs, i32* table, i32 blocks, i32 chunks,
                                            i32 max_slabs) {
+    constexpr int SLAB = C::slab, THREADS = C::threads;
     __shared__ u64 sums[THREADS / 32];
     i64 list = blockIdx.x;
     table += list * blocks * chunks, offsets += list * (chunks + 1), slab_first += list * (chunks + 1);
-    slabs += list * max_slabs;
+    slabs += list * max_slabs * 2;
     // Pairs in the low half, slabs in the high.
     u64 before = 0;
     for (int base = 0; base < chunks; base += THREADS) {
@@ -66,7 +65,7 @@ __device__ __forceinline__ void index_scan(i32* offsets, i32* slab_first, Slab* 
         if (c >= chunks) continue;
         i32 pair = (i32)at, slab = (i32)(at >> 32), position = pair;
         offsets[c] = pair, slab_first[c] = slab;
-        for (int i = 0; i * SLAB < total; i++) store(&slabs[slab + i].chunk, Vec<i32, 2>{{c, pair + i * SLAB}});
+        for (int i = 0; i * SLAB < total; i++) store_global(slabs + 2 * (i64)(slab + i), Vec<i32, 2>{{c, pair + i * SLAB}});
         for (int b = 0; b < blocks; b++) {
             i32& cell = table[(i64)b * chunks + c];
             i32 n = cell;
@@ -76,15 +75,17 @@ __device__ __forceinline__ void index_scan(i32* offsets, i32* slab_first, Slab* 
     if (threadIdx.x == 0) offsets[chunks] = (i32)before, slab_first[chunks] = (i32)(before >> 32);
 }
 
-template <int K, int WARPS>
-__device__ __forceinline__ void index_fill(u32* entries, i32* table, const i32* indices, const i32* count, i32 n_lists,
-                                           i32 l, i32 h, i32 chunks, i32 block_tokens) {
+// `pairs` is L·K.
+template <class C>
+__device__ __forceinline__ void index_fill(i32* entries, i32* table, const i32* indices, const i32* count, i32 pairs,
+                                           i32 n_lists, i32 l, i32 h, i32 chunks, i32 block_tokens) {
+    constexpr int K = C::slots, WARPS = C::threads / 32;
     int blocks = (int)ceil_div(l, block_tokens);
     i64 work = (i64)blockIdx.x * WARPS + warp_id(), list = work / blocks;
     if (list >= n_lists) return;
     int block = (int)(work % blocks), token0 = block * block_tokens, tokens = min_of(block_tokens, l - token0);
     i32* row = table + work * chunks;
-    entries += list * l * K;
+    entries += list * pairs;
     i64 first = (list / h * l + token0) * h + list % h;
     for (int i = lane_id(); i - lane_id() < tokens * K; i += 32) {
         i64 at = first + (i64)(i / K) * h;
@@ -97,7 +98,7 @@ __device__ __forceinline__ void index_fill(u32* entries, i32* table, const i32* 
         __syncwarp();
         if (filled && rank == 0) row[chunk] = position + __popc(same);
         __syncwarp();
-        if (filled) entries[position + rank] = (u32)(token0 * K + i);
+        if (filled) entries[position + rank] = token0 * K + i;
     }
 }
 

@@ -126,6 +126,7 @@ __device__ __forceinline__ void select(i32* indices, i32* count, typename C::T* 
     using S = Selecting<C>;
     using T = typename C::T;
     constexpr int K = C::slots, ROWS = S::ROWS, P = S::P, COLS = C::tile / 2, PER_ROW = S::DEPTH / S::PIECE;
+    static_assert(sizeof(S) == C::shared, "the launch gives what the layout takes");
     extern __shared__ __align__(16) u8 shared[];
     S& s = *reinterpret_cast<S*>(shared);
     int blocks = (int)ceil_div(l, ROWS), token0 = blockIdx.x % blocks * ROWS, head = blockIdx.x / blocks % h;

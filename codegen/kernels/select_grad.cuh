@@ -34,8 +34,11 @@ template <Weigh RULE> __device__ __forceinline__ void weigh_grad(float* g, float
 }
 
 // scores, dweights, ds [rows, K], count [rows].  THREADS rows per block; unfilled slots become 0.
-template <Weigh RULE, int K, int THREADS, class T>
-__device__ __forceinline__ void select_grad_scores(float* ds, const T* scores, const T* dweights, const i32* count, i64 rows) {
+// C says: T, slots (K), rule, threads.
+template <class C>
+__device__ __forceinline__ void select_grad_scores(float* ds, const typename C::T* scores, const typename C::T* dweights,
+                                                   const i32* count, i64 rows) {
+    constexpr int K = C::slots, THREADS = C::threads;
     // Rows of the pitch hold a slot of all threads' rows.
     constexpr int PITCH_ROW = THREADS + 4;
     extern __shared__ __align__(16) u8 shared[];
@@ -49,7 +52,7 @@ __device__ __forceinline__ void select_grad_scores(float* ds, const T* scores, c
     __syncthreads();
     if (threadIdx.x < n) {
         int filled = count[row0 + threadIdx.x];
-        weigh_grad<RULE>(g + threadIdx.x, w + threadIdx.x, s + threadIdx.x, PITCH_ROW, filled);
+        weigh_grad<C::rule>(g + threadIdx.x, w + threadIdx.x, s + threadIdx.x, PITCH_ROW, filled);
         for (int i = filled; i < K; i++) g[i * PITCH_ROW + threadIdx.x] = 0.f;
     }
     __syncthreads();
@@ -92,8 +95,8 @@ template <class C> struct LandmarkGrad {
 // partial [lists, max_slabs, r] in f32.  One block per (list, slab).
 template <class C>
 __device__ __forceinline__ void select_grad_landmarks(float* partial, const typename C::T* q, i64 q_stride, const float* ds,
-                                                      const u32* entries, const i32* offsets, const i32* slab_first,
-                                                      const Slab* slabs, i32 l, i32 h, i32 chunks, i32 max_slabs) {
+                                                      const i32* entries, const i32* offsets, const i32* slab_first,
+                                                      const i32* slabs, i32 l, i32 h, i32 chunks, i32 max_slabs) {
     using S = LandmarkGrad<C>;
     using T = typename C::T;
     constexpr int R = C::width, K = C::slots, PIECE = S::PIECE;
@@ -101,7 +104,7 @@ __device__ __forceinline__ void select_grad_landmarks(float* partial, const type
     i64 list = blockIdx.x / max_slabs, sequence = list / h;
     int slab = blockIdx.x % max_slabs, head = (int)(list % h);
     if (slab >= slab_first[list * (chunks + 1) + chunks]) return;
-    auto found = load<i32, 2>(&slabs[list * max_slabs + slab].chunk);
+    auto found = load<i32, 2>(slabs + (list * max_slabs + slab) * 2);
     int end = min_of(found[1] + C::slab, offsets[list * (chunks + 1) + found[0] + 1]);
     int group = threadIdx.x / S::ACROSS, across = threadIdx.x % S::ACROSS;
     const T* q0 = q + sequence * l * q_stride + head * R;
@@ -111,7 +114,7 @@ __device__ __forceinline__ void select_grad_landmarks(float* partial, const type
         if (group < S::GROUPS && col < R) {
 #pragma unroll 4
             for (int i = found[1] + group; i < end; i += S::GROUPS) {
-                u32 e = entries[list * l * K + i];
+                i32 e = entries[list * l * K + i];
                 float by = ds[((sequence * l + e / K) * h + head) * K + e % K];
                 auto x = load<T, PIECE>(q0 + e / K * q_stride + col);
 #pragma unroll

@@ -142,7 +142,9 @@ __device__ __forceinline__ void store_d_global(T* low, T* high, const float (&d)
     int c = lane_id() % 4;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        T* to = half ? high : low;
+        T* row = half ? high : low;
+        // Where this lane begins: 16-bit neighbours take a tile each.
+        u64 to = __cvta_generic_to_global(row + (sizeof(T) == 2 ? 8 * (c & 1) + 4 * (c / 2) : 2 * c));
 #pragma unroll
         for (int i = 0; i < TILES; i += 2) {
             const float *a = d[i] + 2 * half, *b = d[i + 1] + 2 * half;
@@ -150,10 +152,10 @@ __device__ __forceinline__ void store_d_global(T* low, T* high, const float (&d)
                 u32 mine[2] = {pack2<T>(a[0], a[1]), pack2<T>(b[0], b[1])};
                 u32 other = __shfl_xor_sync(ALL_LANES, c & 1 ? mine[0] : mine[1], 1);
                 Vec<u32, 2> x = c & 1 ? Vec<u32, 2>{{other, mine[1]}} : Vec<u32, 2>{{mine[0], other}};
-                if (to) store_global((u32*)(to + 8 * (i + (c & 1)) + 4 * (c / 2)), x);
-            } else if (to) {
-                store_global(to + 8 * i + 2 * c, Vec<float, 2>{{a[0], a[1]}});
-                store_global(to + 8 * i + 8 + 2 * c, Vec<float, 2>{{b[0], b[1]}});
+                if (row) store_global(to + i * 16, x);
+            } else if (row) {
+                store_global(to + i * 32, Vec<float, 2>{{a[0], a[1]}});
+                store_global(to + i * 32 + 32, Vec<float, 2>{{b[0], b[1]}});
             }
         }
     }

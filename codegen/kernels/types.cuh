@@ -67,6 +67,7 @@ template <class T, int N> struct alignas(sizeof(T) * N) Vec {
 };
 // A type of so many bytes that one instruction moves: a struct of small parts would be moved part by part.
 template <int BYTES> struct Word;
+template <> struct Word<1> { using Type = u8; };
 template <> struct Word<2> { using Type = u16; };
 template <> struct Word<4> { using Type = u32; };
 template <> struct Word<8> { using Type = uint2; };
@@ -84,16 +85,20 @@ template <class T, int N> __device__ __forceinline__ void store(T* p, const Vec<
 }
 
 // The same to global memory, by one instruction whatever the compiler thinks of the address.
-template <class T, int N> __device__ __forceinline__ void store_global(T* p, const Vec<T, N>& x) {
+template <class T, int N> __device__ __forceinline__ void store_global(u64 at, const Vec<T, N>& x) {
     typename Word<sizeof(x)>::Type word;
     memcpy(&word, &x, sizeof(x));
-    u64 at = __cvta_generic_to_global(p);
     if constexpr (sizeof(x) == 16)
         asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(word.x), "r"(word.y), "r"(word.z), "r"(word.w) : "memory");
     else if constexpr (sizeof(x) == 8)
         asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(at), "r"(word.x), "r"(word.y) : "memory");
+    else if constexpr (sizeof(x) == 4)
+        asm volatile("st.global.b32 [%0], %1;" ::"l"(at), "r"(word) : "memory");
     else
-        *reinterpret_cast<decltype(word)*>(p) = word;
+        asm volatile("st.global.b16 [%0], %1;" ::"l"(at), "h"(word) : "memory");
+}
+template <class T, int N> __device__ __forceinline__ void store_global(T* p, const Vec<T, N>& x) {
+    store_global((u64)__cvta_generic_to_global(p), x);
 }
 // 4, 8 or 16 bytes at once, whatever the compiler thinks: it may cut a struct's store into those of its members.
 template <int N> __device__ __forceinline__ void store_words(void* p, const u32* x) {

@@ -3,6 +3,7 @@
 //!
 //! Without NVRTC nothing here can run: every test is then counted as ignored and the reason printed.
 
+mod attend;
 mod conv;
 mod elementwise;
 mod harness;
@@ -14,5 +15,5 @@ mod scan;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    harness::run(&[elementwise::ALL, rows::ALL, conv::ALL, norm::ALL, scan::ALL])
+    harness::run(&[elementwise::ALL, rows::ALL, attend::ALL, conv::ALL, norm::ALL, scan::ALL])
 }

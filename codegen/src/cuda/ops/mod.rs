@@ -1,6 +1,10 @@
 //! How each op runs on a GPU: one file per family, one answer per op of the list.
 
+mod attention;
+mod chunk_attention;
 mod conv;
+mod inverted_index;
+mod loss;
 mod map;
 mod matmul;
 mod move_;
@@ -9,6 +13,7 @@ mod reduce;
 mod rows;
 mod scan;
 mod scan_grad;
+mod selection;
 mod slots;
 
 use super::expr::Expr;
@@ -129,6 +134,3 @@ macro_rules! none_yet {
 }
 // Ops that have no kernel: a source is no step, and what fusion should have removed holds values of L×C.
 none_yet! { Source, Score, ScoreGrad, Select, Weigh, WeighGrad, Attend, AttendGrad, Aggregate, AggregateGrad, Summarise }
-none_yet! {
-    Attention, AttentionGrad, Selection, SelectionGrad, ChunkAttention, ChunkAttentionGrad,
-}
