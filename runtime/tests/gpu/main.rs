@@ -6,11 +6,12 @@
 mod attend;
 mod elementwise;
 mod harness;
+mod mutants;
 mod rig;
 mod rows;
 
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    harness::run(&[elementwise::ALL, rows::ALL, attend::ALL])
+    harness::run(&[elementwise::ALL, rows::ALL, attend::ALL, mutants::ALL])
 }

@@ -43,10 +43,12 @@ pub struct AttentionSizes {
 impl AttentionSizes {
     /// Registers of a thread, from above: accumulators and logits, and what addresses and fragments take (seen).
     fn registers(&self, pass: Pass, keys: usize) -> usize {
-        let own = if self.element == 4 { 104 } else { 88 };
+        let wide = self.element == 4;
+        let own = if wide && pass != Pass::Keys { 136 } else { 104 };
         own + match pass {
             Pass::Forward => (self.head_dim + keys) / 2 + 16,
             Pass::Rows => self.head_dim / 2 + keys,
+            Pass::Keys if wide => self.head_dim + keys * 5 / 4,
             Pass::Keys => self.head_dim + keys,
         }
     }
@@ -63,9 +65,12 @@ impl AttentionSizes {
     /// As many warps as a sequence fills, and all its keys at once where registers hold them.
     pub fn tile(&self, target: &Target, pass: Pass) -> Option<AttentionTile> {
         let all = self.tokens.map(|t| t.next_multiple_of(16));
-        let warps = self.tokens.map_or(4, |t| (t * self.group).div_ceil(16).clamp(1, 8));
+        // Of f32, dk and dv of more rows at a time need more registers than there are.
+        let most = if pass == Pass::Keys && self.element == 4 { 4 } else { 8 };
+        let warps = self.tokens.map_or(4, |t| (t * self.group).div_ceil(16).clamp(1, most));
         let sizes = all.filter(|&k| k <= 96).into_iter().chain([64, 48, 32, 16]);
-        let tiles = sizes.filter(|&k| all.is_none_or(|a| k <= a));
+        let most = if pass == Pass::Keys && self.element == 4 && self.head_dim > 64 { 32 } else { 96 };
+        let tiles = sizes.filter(|&k| k <= most && all.is_none_or(|a| k <= a));
         let tiles = tiles.flat_map(|k| [warps, 4, 2, 1].into_iter().filter(|&w| w <= warps).map(move |w| (k, w)));
         for (keys, warps) in tiles {
             // A warp has a tile of keys.
