@@ -72,7 +72,8 @@ pub struct Compiled {
 }
 
 /// What a kernel takes, as ptxas says.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Usage {
     pub kernel: String,
     /// Per thread.

@@ -12,8 +12,8 @@ use crate::chunk_store::{ChunkStore, Geometry, Part, Precision, StoreError, Stor
 use crate::executor::{ExecError, Executor};
 use crate::store::Store;
 use crate::tensor::{Data, Tensor, TensorRef};
-use rambac_codegen::lower;
 use rambac_codegen::program::SourceSlot;
+use rambac_codegen::{Program, lower};
 use rambac_ir::ops::SourceKind;
 use rambac_ir::{Bindings, DType, Graph};
 use rambac_passes::{Options, optimise};
@@ -22,22 +22,53 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// The parts of a model, and the sizes that the session itself must know.
-pub struct SessionGraphs {
+pub struct SessionParts<T> {
     /// `input_ids` → `hidden`.
-    pub lower: Graph,
+    pub lower: T,
     /// `hidden` → `k`, `v`, `landmarks`; `None` for a plain Mamba-2.
-    pub chunks: Option<Graph>,
+    pub chunks: Option<T>,
     /// `hidden`, `start`, `k`, `v`, `landmarks` → `upper`.
-    pub upper: Option<Graph>,
+    pub upper: Option<T>,
     /// `hidden` → `upper`, without retrieval and attention.
-    pub upper_flash: Option<Graph>,
+    pub upper_flash: Option<T>,
     /// `upper` → `logits`.
-    pub head: Graph,
+    pub head: T,
     pub chunk_size: usize,
     pub hidden_size: usize,
     /// `[heads, dim]` of keys and values, and of landmarks.
     pub kv: [usize; 2],
     pub landmark: [usize; 2],
+}
+
+/// Parts that are not compiled yet.
+pub type SessionGraphs = SessionParts<Graph>;
+
+impl<T> SessionParts<T> {
+    /// The same with every part changed.
+    pub fn map<U>(&self, mut f: impl FnMut(&T) -> U) -> SessionParts<U> {
+        SessionParts {
+            lower: f(&self.lower),
+            chunks: self.chunks.as_ref().map(&mut f),
+            upper: self.upper.as_ref().map(&mut f),
+            upper_flash: self.upper_flash.as_ref().map(&mut f),
+            head: f(&self.head),
+            chunk_size: self.chunk_size,
+            hidden_size: self.hidden_size,
+            kv: self.kv,
+            landmark: self.landmark,
+        }
+    }
+    /// The parts that there are, with their names.
+    pub fn named(&self) -> Vec<(&'static str, &T)> {
+        let all = [
+            ("lower", Some(&self.lower)),
+            ("chunks", self.chunks.as_ref()),
+            ("upper", self.upper.as_ref()),
+            ("upper_flash", self.upper_flash.as_ref()),
+            ("head", Some(&self.head)),
+        ];
+        all.into_iter().filter_map(|(name, part)| Some((name, part?))).collect()
+    }
 }
 
 /// Where a session keeps its chunks.
@@ -159,7 +190,20 @@ impl Session {
         pool: Arc<rayon::ThreadPool>,
         options: &SessionOptions,
     ) -> Result<Self, SessionError> {
-        let compile = |g: &Graph| Executor::new(lower(&optimise(g, &options.passes)), pool.clone());
+        Self::compiled(&g.map(|g| lower(&optimise(g, &options.passes))), params, pool, options)
+    }
+
+    /// As [`new`](Self::new), of parts that are compiled already.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn compiled(
+        g: &SessionParts<Program>,
+        params: Store,
+        pool: Arc<rayon::ThreadPool>,
+        options: &SessionOptions,
+    ) -> Result<Self, SessionError> {
+        let compile = |p: &Program| Executor::new(p.clone(), pool.clone());
         let halves = match (&g.chunks, &g.upper, &g.upper_flash) {
             (Some(c), Some(u), Some(f)) => Some(Halves { chunks: compile(c), upper: compile(u), flash: compile(f) }),
             _ => None,

@@ -75,12 +75,6 @@ fn has_kernel(mnemonic: &str) -> bool {
         "causal_conv1d_grad",
         "selective_scan",
         "selective_scan_grad",
-        "attention",
-        "attention_grad",
-        "selection",
-        "selection_grad",
-        "chunk_attention",
-        "chunk_attention_grad",
     ];
     !NONE.contains(&mnemonic)
 }

@@ -5,19 +5,21 @@ use crate::support::{as_f32, config, run_cpu, values, with_gradients};
 use proptest::prelude::*;
 use rambac_ir::ops::*;
 use rambac_ir::testing::{Grown, Rng, grown, grown_differentiable};
-use rambac_ir::{Builder, DType, Graph, HostArray, Value};
+use rambac_ir::{Builder, DType, Graph, HostArray, Value, text};
 use rambac_passes::train_step::{AdamW, train_step};
-use rambac_passes::{Options, narrow, optimise};
+use rambac_passes::{Options, Recompute, narrow, optimise};
 
 fn check_graph(g: &Graph, like: &Grown) -> Result<(), TestCaseError> {
     let run = |g: &Graph, like: &Grown| run_cpu(g, like).map_err(|e| e.to_string());
-    each_op::check_graph(&Run { run: &run, slack: 1.0 }, g, like)
+    each_op::check_graph(&Run { run: &run, slack: 1.0 }, g, like)?;
+    prop_assert_eq!(rambac_cpu::par::heap_peak(), 0, "a kernel took more scratch than it told\n{}", text::print(g));
+    Ok(())
 }
 
 fn every_form(g: &Graph, like: &Grown) -> Result<(), TestCaseError> {
     check_graph(g, like)?;
     check_graph(&optimise(g, &Options::default()), like)?;
-    check_graph(&optimise(g, &Options { recompute: true, ..Options::default() }), like)
+    check_graph(&optimise(g, &Options { recompute: Recompute::All, ..Options::default() }), like)
 }
 
 /// Turns some outputs into updates: of sources of their type, of each other's sources, of sources that are outputs too.

@@ -4,11 +4,14 @@
 //!   forms.  - [`stub`]: writes the short texts that instantiate the templates of `codegen/kernels`.
 //! - [`ops`]: one file per family; **from the one list of ops**, so an op without an answer does not compile.
 //! - [`headers`]: the templates, compiled in.  - [`emit()`]: all steps of a Program.
+//! - [`cache`]: what was compiled once.  - [`describe()`]: a GPU program as JSON.
 //!
 //! A kernel's text is a pure function of op, types and target.  Sizes that symbols decide are arguments, so nothing is
 //! compiled again for another batch or length.
 
+pub mod cache;
 pub mod compile;
+mod describe;
 mod emit;
 pub mod expr;
 pub mod form;
@@ -17,6 +20,8 @@ pub mod ops;
 pub mod stub;
 pub mod target;
 
+pub use cache::{Cache, CompileError};
+pub use describe::{describe, kernel};
 pub use emit::{EmitError, GpuProgram, GpuStep, emit};
 pub use expr::Expr;
 pub use form::{Call, Condition, Form, Gemm, GemmOperand, Kernel, Launch, Operand, Param, Workspace};

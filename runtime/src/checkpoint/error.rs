@@ -170,7 +170,7 @@ impl fmt::Display for Mismatch {
 
 impl CheckpointError {
     /// Wraps an error of the system on `path`.
-    pub(super) fn io(path: impl AsRef<Path>, action: &'static str) -> impl FnOnce(io::Error) -> Self {
+    pub(crate) fn io(path: impl AsRef<Path>, action: &'static str) -> impl FnOnce(io::Error) -> Self {
         let path = path.as_ref().to_path_buf();
         move |source| CheckpointError::Io { path, action, source }
     }

@@ -148,6 +148,11 @@ impl TensorFile {
         self.tensors.get(name)
     }
 
+    /// The raw header, with the eight bytes of its length before it.
+    pub(crate) fn header(&self) -> &[u8] {
+        &self.map[..self.data]
+    }
+
     /// The strings under `__metadata__`.
     pub fn metadata(&self) -> &BTreeMap<String, String> {
         &self.metadata

@@ -1,7 +1,7 @@
 //! What a program's kernels were compiled to.
 
 use rambac_codegen::cuda::compile::compile;
-use rambac_codegen::cuda::{GpuProgram, Kernel, Target};
+use rambac_codegen::cuda::{Cache, CompileError, Form, GpuProgram, Kernel, Target};
 use rambac_codegen::nvrtc::{Compiled, Nvrtc, NvrtcError};
 use rayon::prelude::*;
 use std::collections::BTreeMap;
@@ -11,20 +11,39 @@ use std::collections::BTreeMap;
 pub struct Code(pub BTreeMap<String, Compiled>);
 
 impl Code {
-    /// Compiles every kernel of a program, several at a time.
+    /// Compiles every kernel of some programs that `cache` does not hold, each once, several at a time.
+    ///
+    /// # Errors
+    /// The first kernel that does not compile, with the compiler's log, its step and its text's place.
+    pub fn compile(nvrtc: &Nvrtc, programs: &[&GpuProgram], cache: &Cache) -> Result<Code, CompileError> {
+        let mut all: BTreeMap<&str, (&GpuProgram, &Kernel)> = BTreeMap::new();
+        for (p, k) in programs.iter().flat_map(|p| p.kernels.iter().map(|k| (*p, k))) {
+            let first = all.entry(&k.name).or_insert((p, k));
+            assert!(first.1 == k, "BUG: two kernels have the name {}", k.name);
+        }
+        let all: Vec<(&GpuProgram, &Kernel)> = all.into_values().collect();
+        let one = |(p, k): &(&GpuProgram, &Kernel)| match cache.compile(nvrtc, k, p.target.arch) {
+            Ok(c) => Ok((k.name.clone(), c)),
+            Err(e) => Err(CompileError { step: step_of(p, k), ..e }),
+        };
+        all.par_iter().map(one).collect::<Result<BTreeMap<_, _>, _>>().map(Code)
+    }
+
+    /// Compiles these kernels, without a cache.
     ///
     /// # Errors
     /// The first kernel that does not compile, with the compiler's log.
-    pub fn compile(nvrtc: &Nvrtc, program: &GpuProgram) -> Result<Code, NvrtcError> {
-        Code::of(nvrtc, &program.kernels, &program.target)
-    }
-
-    /// Compiles these kernels.
-    ///
-    /// # Errors
-    /// As [`compile`](Self::compile).
     pub fn of(nvrtc: &Nvrtc, kernels: &[Kernel], target: &Target) -> Result<Code, NvrtcError> {
         let one = |k: &Kernel| Ok((k.name.clone(), compile(nvrtc, k, target.arch)?));
         kernels.par_iter().map(one).collect::<Result<BTreeMap<_, _>, _>>().map(Code)
     }
+}
+
+/// The first step that launches a kernel: `loss: step 3 (rms_norm of f32[N, L])`.
+fn step_of(p: &GpuProgram, k: &Kernel) -> Option<String> {
+    let launches = |f: &Form| f.launches().any(|l| l.kernel.name == k.name);
+    let i = p.steps.iter().position(|s| s.forms.iter().any(launches))?;
+    let s = &p.program.steps[i];
+    let tys: Vec<String> = s.inputs.iter().map(|v| v.ty.to_string()).collect();
+    Some(format!("{}: step {i} ({} of {})", p.program.name, s.op.mnemonic(), tys.join(", ")))
 }

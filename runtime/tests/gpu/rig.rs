@@ -39,6 +39,8 @@ pub struct Check {
     pub inputs: Vec<Input>,
     pub dims: Bindings,
     pub arch: Arch,
+    /// Multiprocessors of the target, where the choice of a form is meant to see others.
+    pub sms: Option<usize>,
     /// Largest difference from the definition, as a part of the largest magnitude of each result.
     pub tolerance: f64,
     /// The form to run, whatever its conditions; else the one that would be chosen.
@@ -152,7 +154,9 @@ impl Rig {
     pub fn check(&self, c: &Check) -> Result<Seen, String> {
         let (graph, given) = c.graph();
         let want = c.want();
-        let mut program = emit(lower(&graph), Target::of(c.arch)).map_err(|e| e.to_string())?;
+        let mut target = Target::of(c.arch);
+        target.sms = c.sms.unwrap_or(target.sms);
+        let mut program = emit(lower(&graph), target).map_err(|e| e.to_string())?;
         if let Some(name) = c.form {
             let op = program.program.steps.iter().position(|s| s.op.mnemonic() == c.op.mnemonic());
             let forms = &mut program.steps[op.ok_or("the op is no step")?].forms;
@@ -203,6 +207,7 @@ impl Check {
             inputs,
             dims: dims.clone(),
             arch: Arch::Sm80,
+            sms: None,
             tolerance,
             form: None,
             skip: |_, _, _| false,
@@ -214,6 +219,10 @@ impl Check {
     }
     pub fn in_form(mut self, name: &'static str) -> Check {
         self.form = Some(name);
+        self
+    }
+    pub fn sms(mut self, sms: usize) -> Check {
+        self.sms = Some(sms);
         self
     }
     pub fn skipping(mut self, skip: fn(usize, usize, &[HostArray]) -> bool) -> Check {

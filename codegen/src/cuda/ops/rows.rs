@@ -13,19 +13,34 @@ fn row_threads(cols: &Dim) -> usize {
     cols.as_int().map_or(256, |c| c.div_ceil(8).next_power_of_two().clamp(32, 1024))
 }
 
+/// What the two kernels of `cross_entropy.cuh` have in common.
+pub(super) struct CrossEntropyStub<'a> {
+    pub template: &'static str,
+    pub dtype: DType,
+    pub cols: &'a Dim,
+    pub ignore: i64,
+}
+
+/// A stub without its parameters.
+pub(super) fn cross_entropy(s: &CrossEntropyStub) -> Result<Stub, Unsupported> {
+    let threads = row_threads(s.cols);
+    let Ok(ignore) = i32::try_from(s.ignore) else {
+        return because(format!("the ignored label {} is no i32", s.ignore));
+    };
+    Ok(Stub::new("cross_entropy", s.template, threads)
+        .element("T", s.dtype)
+        .int("threads", threads)
+        .line(format!("static constexpr i32 ignore = {ignore};"))
+        .tag(threads)
+        .tag(format!("i{}", ignore as u32)))
+}
+
 fn labelled(site: &Site, template: &'static str, ignore: i64) -> Result<(Stub, Dim, Expr), Unsupported> {
     let (z, labels) = (Operand::Input(0), Operand::Input(1));
     site.contiguous(labels)?;
     let shape = &site.inputs[0].ty.shape;
     let cols = shape[shape.len() - 1].clone();
-    let threads = row_threads(&cols);
-    let Ok(ignore) = i32::try_from(ignore) else { return because(format!("the ignored label {ignore} is no i32")) };
-    let stub = Stub::new("cross_entropy", template, threads)
-        .element("T", site.dtype(z))
-        .int("threads", threads)
-        .line(format!("static constexpr i32 ignore = {ignore};"))
-        .tag(threads)
-        .tag(format!("i{}", ignore as u32))
+    let stub = cross_entropy(&CrossEntropyStub { template, dtype: site.dtype(z), cols: &cols, ignore })?
         .read("z", site.dtype(z), z)
         .i64("stride", site.row_stride(z, shape.len() - 1)?)
         .read("labels", DType::I32, labels);

@@ -1,0 +1,144 @@
+//! The executable: one safetensors file with all that a run needs.
+//!
+//! Tensors are the weights under their checkpoint names, `kernel.NAME.ARCH.cubin` and `.ptx` as bytes, and perhaps
+//! `tokenizer.json`.  `__metadata__` holds strings:
+//!
+//! | key | value |
+//! |---|---|
+//! | `hash` | SHA-256 of the header, its length's eight bytes before it, with 64 zeros in the hash's own place; the first key |
+//! | `rambac_executable` | the form's version |
+//! | `compiler`, `model`, `mode`, `settings` | who made it of what for what |
+//! | `config`  | config.json of the model, where it is one |
+//! | `parts`, `targets` | JSON lists of names: `["step"]`, `["sm_80"]` |
+//! | `ir.PART.before`, `ir.PART.after` | the graph before and after the passes, as text |
+//! | `program.PART` | the Program as JSON, see [`rambac_codegen::describe`] |
+//! | `gpu.PART.ARCH` | the GPU program as JSON, see [`rambac_codegen::cuda::describe`] |
+//! | `kernels.ARCH` | JSON: per kernel threads, shared memory, stub, registers and spills |
+//! | `hashes` | JSON: SHA-256 of every tensor |
+//!
+//! **Loading trusts nothing.**  The header is what was written (its hash), the graph is verified, and what was made of it is
+//! made again and compared: no buffer, operand or kernel that the file names is used, only what lowering its graph gives,
+//! and a file whose program differs in anything is refused.  So a Program needs no way back from JSON.  Weights are
+//! compared with their hash when they are read; all else before [`Executable::open`] returns.
+//!
+//! Deliberately absent: signatures.  The hashes tell damage, not malice; a file that was forged whole is as safe to load as
+//! any graph in text form.
+
+mod error;
+mod read;
+mod write;
+
+pub use error::ExecutableError;
+pub use read::{Executable, KernelInfo};
+pub use write::{Contents, Written, write};
+
+use rambac_codegen::cuda::{Arch, GpuProgram, Target, emit};
+use rambac_codegen::{Program, lower};
+use rambac_ir::{Graph, text};
+use rambac_passes::{Options, optimise};
+use std::sync::Arc;
+
+/// Of the file's form.
+pub const VERSION: u32 = 1;
+
+/// What an executable is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// One part, `step`: loss, gradients, clipping, AdamW.
+    Train,
+    /// The parts of a [`Session`](crate::Session): reading a text and writing on.
+    Infer,
+    /// One part, `graph`: a graph as it was written.
+    Graph,
+}
+
+impl Mode {
+    const ALL: [Mode; 3] = [Mode::Train, Mode::Infer, Mode::Graph];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Mode::Train => "train",
+            Mode::Infer => "infer",
+            Mode::Graph => "graph",
+        }
+    }
+    fn from_name(s: &str) -> Option<Mode> {
+        Mode::ALL.into_iter().find(|m| m.name() == s)
+    }
+    /// Whether parts of these names, in this order, are what it needs.
+    fn takes(self, parts: &[&str]) -> bool {
+        match self {
+            Mode::Train => parts == ["step"],
+            Mode::Graph => parts == ["graph"],
+            Mode::Infer => parts == ["lower", "head"] || parts == ["lower", "chunks", "upper", "upper_flash", "head"],
+        }
+    }
+}
+
+/// A graph and what it was compiled to.
+#[derive(Clone, Debug)]
+pub struct Part {
+    pub name: String,
+    /// The graph before the passes, as text.
+    pub before: String,
+    /// The graph after the passes, as text.
+    pub after: String,
+    pub program: Arc<Program>,
+    /// One per GPU target, in their order.
+    pub gpu: Vec<Arc<GpuProgram>>,
+}
+
+impl Part {
+    /// Runs the passes and lowers.
+    ///
+    /// # Errors
+    /// A step that can't run on one of the targets.
+    pub fn compile(name: &str, graph: &Graph, options: &Options, targets: &[Arch]) -> Result<Part, ExecutableError> {
+        let before = text::print(graph);
+        let after = text::print(&optimise(graph, options));
+        // From the text, as the reader will.
+        let graph = text::parse(&after).map_err(|e| ExecutableError::unprintable(name, &e))?;
+        Part::lowered(name, before, after, &graph, targets)
+    }
+
+    fn lowered(
+        name: &str,
+        before: String,
+        after: String,
+        graph: &Graph,
+        targets: &[Arch],
+    ) -> Result<Part, ExecutableError> {
+        let program = lower(graph);
+        let gpu = targets.iter().map(|a| Ok(Arc::new(emit(program.clone(), Target::of(*a))?)));
+        let gpu = gpu.collect::<Result<Vec<_>, ExecutableError>>()?;
+        Ok(Part { name: name.into(), before, after, program: Arc::new(program), gpu })
+    }
+}
+
+fn ptx_name(kernel: &str, arch: Arch) -> String {
+    format!("kernel.{kernel}.{arch}.ptx")
+}
+
+fn cubin_name(kernel: &str, arch: Arch) -> String {
+    format!("kernel.{kernel}.{arch}.cubin")
+}
+
+/// The tensor that holds the model's tokenizer.
+const TOKENIZER: &str = "tokenizer.json";
+
+/// What stands before the digits of the hash in every header.
+const HASH_AT: &[u8] = b"{\"__metadata__\":{\"hash\":\"";
+
+/// Digits of a hash.
+const DIGITS: usize = 64;
+
+/// The hash of a header whose own hash lies at its place.
+fn header_hash(header: &[u8]) -> Option<String> {
+    let at = 8 + HASH_AT.len();
+    if header.get(8..at)? != HASH_AT || header.len() < at + DIGITS {
+        return None;
+    }
+    let mut p = rambac_codegen::hash::Pieces::default();
+    p.add(&header[..at]).add(&[b'0'; DIGITS]).add(&header[at + DIGITS..]);
+    Some(p.finish())
+}
