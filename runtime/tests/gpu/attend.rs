@@ -16,6 +16,7 @@ pub const ALL: &[Case] = &[
     ("selection_chooses_what_its_definition_does", selection),
     ("selection_grad", selection_grad),
     ("attention_and_its_gradient", attention),
+    ("attention_and_selection_of_any_size", any_size),
 ];
 
 /// One case of attention to chunks.
@@ -441,4 +442,32 @@ pub fn quick_attention(rig: &Rig) -> Result<(), String> {
     let mut rng = Rng(17);
     check_attention(rig, &mut rng, DType::F16, [1, 130, 1, 1, 16], true, false)?;
     check_attention(rig, &mut rng, DType::BF16, [2, 7, 1, 2, 16], false, true)
+}
+
+/// Sizes that no tile takes: a warp per row.
+fn any_size(rig: &Rig) -> Result<String, String> {
+    use DType::{BF16, F16, F32};
+    let mut rng = Rng(9);
+    for s in [
+        shape(F32, [2, 5, 3, 1], [2, 3], 7, 3, 4),
+        shape(BF16, [1, 9, 4, 0], [1, 2], 40, 16, 2),
+        shape(F16, [1, 3, 2, 2], [1, 1], 144, 1, 3),
+    ] {
+        attend(rig, Arch::Sm80, &mut rng, &s, s.n == 1, "any_size")?;
+        rig.check(&check_grad(&mut rng, &s).in_form("any_size"))?;
+    }
+    for (dtype, sizes, causal) in [(F32, [2, 5, 2, 3, 7], true), (BF16, [1, 20, 1, 1, 40], false)] {
+        check_attention(rig, &mut rng, dtype, sizes, causal, false)?;
+    }
+    for case in [
+        (F32, [2, 9, 7, 3, 5], 2, 3, vec![4, 9], Order::Recent, Weighting::StickBreaking),
+        (BF16, [1, 4, 70, 1, 3], 1, 70, vec![66], Order::Score, Weighting::Softmax),
+    ] {
+        rig.check(&check_selection(&mut rng, case).in_form("any_size"))?;
+    }
+    for (s, r) in [(shape(F32, [2, 9, 5, 0], [3, 1], 16, 16, 4), 5), (shape(BF16, [1, 12, 3, 0], [1, 1], 16, 16, 2), 3)]
+    {
+        rig.check(&check_selection_grad(&mut rng, &s, r, Weighting::StickBreaking).in_form("any_size"))?;
+    }
+    Ok(String::new())
 }

@@ -5,6 +5,7 @@
 //! by query tiles 2·chunk rows of keys and values, shared by as many pairs of the tile as chose the chunk, for which we take
 //! [`SHARED_BY`].  Where tokens are so few that most multiprocessors would idle, every pair has a block.
 
+use super::any_size::AnyAttention;
 use super::inverted_index::InvertedIndex;
 use super::{Cuda, Site, Unsupported, because};
 use crate::cuda::expr::Expr;
@@ -400,93 +401,113 @@ impl Attending {
     }
 }
 
+/// What tiles do not take runs a warp per row.
+fn or_any_size(
+    tiled: Result<Vec<Form>, Unsupported>,
+    site: &Site,
+    (chunk, scale, off_by_one): (usize, f64, f64),
+    dy: Option<Operand>,
+) -> Result<Vec<Form>, Unsupported> {
+    tiled.or_else(|why| {
+        AnyAttention { site, chunk: Some(chunk), scale, off_by_one, causal: false, dy, why: why.to_string() }.forms()
+    })
+}
+
 impl Cuda for ChunkAttention {
     fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
-        let o = Operand::Output(0);
-        let a = Attending::new(site, self.chunk, self.scale, self.off_by_one, &[Q, K, V, o])?;
-        let o_stride = site.row_stride(o, 2)?;
-        let Some(t) = a.sizes.query_tile(site.target) else { return a.does_not_fit(site.target) };
-        let blocks = (Expr::from(&a.l) * a.sizes.group).ceil_div(16 * t.warps) * a.lists();
-        let mut forms: Vec<Form> = a.pairs(site.target, blocks, o_stride.clone()).into_iter().collect();
-        if let Some(from) = a.sizes.chunk_major_from() {
-            forms.extend(a.chunk_major(site.target, from, o_stride.clone()));
-        }
-        forms.push(a.query_tile(&t, o_stride));
-        Ok(forms)
+        or_any_size(forward(self, site), site, (self.chunk, self.scale, self.off_by_one), None)
     }
 }
 
 impl Cuda for ChunkAttentionGrad {
     fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
-        let [dq, dk, dv, dw] = [0, 1, 2, 3].map(Operand::Output);
-        let a = Attending::new(site, self.chunk, self.scale, self.off_by_one, &[Q, K, V, DY, dq, dk, dv])?;
-        site.contiguous(dw)?;
-        let s = &a.sizes;
-        let (template, t, shared) = match (s.grad_hopper(site.target), s.grad(site.target)) {
-            (Some(t), _) => (("attend_chunks_hopper", "attend_grad_hopper"), t, t.shared),
-            (None, Some(t)) => (("attend_grad", "attend_grad"), t, s.grad_bytes(t.warps, t.keys)),
-            (None, None) => return a.does_not_fit(site.target),
-        };
-        let parts = s.chunk / t.keys;
-        let index = a.index(0);
-        let [slots, partial, delta, log2_sum] = [0, 1, 2, 3].map(|i| Operand::Workspace(InvertedIndex::WORKSPACES + i));
-        let rows = |stub: Stub| -> Result<Stub, Unsupported> {
-            let stub = a.read_qkv(stub).read("weights", a.dtype, WEIGHTS).read("dy", a.dtype, DY);
-            Ok(index.read(stub.i64("dy_stride", site.row_stride(DY, 2)?)))
-        };
-        let mut calls = index.calls(INDICES, COUNT);
-        let slabs = index.lists() * index.max_slabs();
-        if parts > 1 {
-            let shared = s.stats_bytes(t.warps, t.keys);
-            let stub = a.tiled("attend_grad", "attend_grad_stats", &Tile { blocks_per_sm: 1, ..t }, shared, s.slab());
-            let stub = stub.write("log2_sum", DType::F32, log2_sum).write("delta", DType::F32, delta);
-            calls.push(rows(stub)?.launch((slabs.clone(), 1, 1)).into());
-        }
-        let stub = a
-            .tiled(template.0, template.1, &t, shared, s.slab())
-            .write("slots", a.dtype, slots)
-            .write("partial", DType::F32, partial)
-            .write("delta", DType::F32, delta)
-            .read("log2_sum", DType::F32, log2_sum);
-        calls.push(rows(stub)?.launch((slabs * parts, 1, 1)).into());
-        calls.push(a.reduce_slots(dq, site.row_stride(dq, 2)?, slots, parts));
-        let weights = a.lists() * &a.l * s.slots;
-        calls.push(
-            a.stub("attend_grad", "attend_grad_heads", ADD_THREADS)
-                .write("dw", a.dtype, dw)
-                .read("delta", DType::F32, delta)
-                .read("count", DType::I32, COUNT)
-                .i64("lists_tokens", a.lists() * &a.l)
-                .launch((weights.clone().ceil_div(ADD_THREADS), 1, 1))
-                .into(),
-        );
-        let stub = a
-            .stub("attend_grad", "attend_grad_chunks", ADD_THREADS)
-            .int("chunk", s.chunk)
-            .int("keys", t.keys)
-            .write("dk", a.dtype, dk)
-            .i64("dk_stride", site.row_stride(dk, 2)?)
-            .write("dv", a.dtype, dv)
-            .i64("dv_stride", site.row_stride(dv, 2)?)
-            .read("partial", DType::F32, partial);
-        calls.push(index.read_slabs(stub).launch((a.lists() * &a.chunks, 1, 1)).into());
-        let why = format!(
-            "chunk by chunk, {} products; {} pairs a slab, {} warps, {} keys at a time, {} blocks per SM",
-            if parts > 1 { 7 } else { 5 },
-            index.slab,
-            t.warps,
-            t.keys,
-            t.blocks_per_sm
-        );
-        let rows = weights * s.group;
-        let form = index
-            .reserve(Form::new("chunk_major", why, calls))
-            .with("slots", a.dtype, a.slots_elements(parts))
-            .with("partial", DType::F32, index.lists() * index.max_slabs() * (2 * s.chunk * s.head_dim))
-            .with("delta", DType::F32, rows.clone())
-            .with("log2_sum", DType::F32, if parts > 1 { rows } else { Expr::int(0) });
-        Ok(vec![form])
+        or_any_size(gradient(self, site), site, (self.chunk, self.scale, self.off_by_one), Some(DY))
     }
+}
+
+fn forward(op: &ChunkAttention, site: &Site) -> Result<Vec<Form>, Unsupported> {
+    let o = Operand::Output(0);
+    let a = Attending::new(site, op.chunk, op.scale, op.off_by_one, &[Q, K, V, o])?;
+    let o_stride = site.row_stride(o, 2)?;
+    let Some(t) = a.sizes.query_tile(site.target) else { return a.does_not_fit(site.target) };
+    let blocks = (Expr::from(&a.l) * a.sizes.group).ceil_div(16 * t.warps) * a.lists();
+    let mut forms: Vec<Form> = a.pairs(site.target, blocks, o_stride.clone()).into_iter().collect();
+    if let Some(from) = a.sizes.chunk_major_from() {
+        forms.extend(a.chunk_major(site.target, from, o_stride.clone()));
+    }
+    forms.push(a.query_tile(&t, o_stride));
+    Ok(forms)
+}
+
+fn gradient(op: &ChunkAttentionGrad, site: &Site) -> Result<Vec<Form>, Unsupported> {
+    let [dq, dk, dv, dw] = [0, 1, 2, 3].map(Operand::Output);
+    let a = Attending::new(site, op.chunk, op.scale, op.off_by_one, &[Q, K, V, DY, dq, dk, dv])?;
+    site.contiguous(dw)?;
+    let s = &a.sizes;
+    let (template, t, shared) = match (s.grad_hopper(site.target), s.grad(site.target)) {
+        (Some(t), _) => (("attend_chunks_hopper", "attend_grad_hopper"), t, t.shared),
+        (None, Some(t)) => (("attend_grad", "attend_grad"), t, s.grad_bytes(t.warps, t.keys)),
+        (None, None) => return a.does_not_fit(site.target),
+    };
+    let parts = s.chunk / t.keys;
+    let index = a.index(0);
+    let [slots, partial, delta, log2_sum] = [0, 1, 2, 3].map(|i| Operand::Workspace(InvertedIndex::WORKSPACES + i));
+    let rows = |stub: Stub| -> Result<Stub, Unsupported> {
+        let stub = a.read_qkv(stub).read("weights", a.dtype, WEIGHTS).read("dy", a.dtype, DY);
+        Ok(index.read(stub.i64("dy_stride", site.row_stride(DY, 2)?)))
+    };
+    let mut calls = index.calls(INDICES, COUNT);
+    let slabs = index.lists() * index.max_slabs();
+    if parts > 1 {
+        let shared = s.stats_bytes(t.warps, t.keys);
+        let stub = a.tiled("attend_grad", "attend_grad_stats", &Tile { blocks_per_sm: 1, ..t }, shared, s.slab());
+        let stub = stub.write("log2_sum", DType::F32, log2_sum).write("delta", DType::F32, delta);
+        calls.push(rows(stub)?.launch((slabs.clone(), 1, 1)).into());
+    }
+    let stub = a
+        .tiled(template.0, template.1, &t, shared, s.slab())
+        .write("slots", a.dtype, slots)
+        .write("partial", DType::F32, partial)
+        .write("delta", DType::F32, delta)
+        .read("log2_sum", DType::F32, log2_sum);
+    calls.push(rows(stub)?.launch((slabs * parts, 1, 1)).into());
+    calls.push(a.reduce_slots(dq, site.row_stride(dq, 2)?, slots, parts));
+    let weights = a.lists() * &a.l * s.slots;
+    calls.push(
+        a.stub("attend_grad", "attend_grad_heads", ADD_THREADS)
+            .write("dw", a.dtype, dw)
+            .read("delta", DType::F32, delta)
+            .read("count", DType::I32, COUNT)
+            .i64("lists_tokens", a.lists() * &a.l)
+            .launch((weights.clone().ceil_div(ADD_THREADS), 1, 1))
+            .into(),
+    );
+    let stub = a
+        .stub("attend_grad", "attend_grad_chunks", ADD_THREADS)
+        .int("chunk", s.chunk)
+        .int("keys", t.keys)
+        .write("dk", a.dtype, dk)
+        .i64("dk_stride", site.row_stride(dk, 2)?)
+        .write("dv", a.dtype, dv)
+        .i64("dv_stride", site.row_stride(dv, 2)?)
+        .read("partial", DType::F32, partial);
+    calls.push(index.read_slabs(stub).launch((a.lists() * &a.chunks, 1, 1)).into());
+    let why = format!(
+        "chunk by chunk, {} products; {} pairs a slab, {} warps, {} keys at a time, {} blocks per SM",
+        if parts > 1 { 7 } else { 5 },
+        index.slab,
+        t.warps,
+        t.keys,
+        t.blocks_per_sm
+    );
+    let rows = weights * s.group;
+    let form = index
+        .reserve(Form::new("chunk_major", why, calls))
+        .with("slots", a.dtype, a.slots_elements(parts))
+        .with("partial", DType::F32, index.lists() * index.max_slabs() * (2 * s.chunk * s.head_dim))
+        .with("delta", DType::F32, rows.clone())
+        .with("log2_sum", DType::F32, if parts > 1 { rows } else { Expr::int(0) });
+    Ok(vec![form])
 }
 
 #[cfg(test)]
