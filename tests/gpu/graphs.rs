@@ -68,13 +68,6 @@ fn has_kernel(mnemonic: &str) -> bool {
         "attend_grad",
         "aggregate",
         "aggregate_grad",
-        "rms_norm",
-        "rms_norm_grad",
-        "rotary",
-        "causal_conv1d",
-        "causal_conv1d_grad",
-        "selective_scan",
-        "selective_scan_grad",
     ];
     !NONE.contains(&mnemonic)
 }
