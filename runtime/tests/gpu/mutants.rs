@@ -1,9 +1,9 @@
 //! Seeded defects in the templates: `// MUT name: code` replaces the line above it.  Each must be found, by a check of the
 //! simulator or by comparison with the op's definition.
 
-use crate::attend;
 use crate::harness::Case;
 use crate::rig::Rig;
+use crate::{attend, conv, norm, scan};
 use rambac_codegen::cuda::headers::HEADERS;
 use rayon::prelude::*;
 
@@ -20,6 +20,14 @@ const FAMILIES: &[(&str, fn(&Rig) -> Result<(), String>)] = &[
     ("select.cuh", attend::quick_selection),
     ("select_grad.cuh", attend::quick_selection_grad),
     ("attention.cuh", attend::quick_attention),
+    ("conv.cuh", conv::quick),
+    ("slots.cuh", conv::quick),
+    ("rms_norm.cuh", norm::quick),
+    ("rotary.cuh", norm::quick_rotary),
+    ("mma.cuh", scan::quick_forward),
+    ("scan.cuh", scan::quick_forward),
+    ("scan_backward.cuh", scan::quick_grad),
+    ("scan_step.cuh", scan::quick_step),
 ];
 
 type Check = fn(&Rig) -> Result<(), String>;
