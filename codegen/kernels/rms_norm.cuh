@@ -161,19 +161,22 @@ __device__ __forceinline__ void norm_rows_grad(const typename C::T* x, i64 x_str
 
     // Groups of lanes add up one after another.
     if constexpr (R::GROUPS > 1) {
-        for (int turn = 0; turn < R::GROUPS; turn++) {
+        auto place = [&](int p, int i) -> float& { return sums[(p * C::vec + i) * C::lanes + lane]; };
+        if (group == 0) {
+#pragma unroll
+            for (int p = 0; p < R::PIECES; p++)
+#pragma unroll
+                for (int i = 0; i < C::vec; i++) place(p, i) = dw[p][i];
+        }
+        for (int turn = 1; turn < R::GROUPS; turn++) {
+            __syncthreads();
+            // MUT norm_turns: ;
             if (turn == group) {
 #pragma unroll
                 for (int p = 0; p < R::PIECES; p++)
 #pragma unroll
-                    for (int i = 0; i < C::vec; i++) {
-                        float& sum = sums[(p * C::vec + i) * C::lanes + lane];
-                        if (turn > 0) dw[p][i] += sum;
-                        sum = dw[p][i];
-                    }
+                    for (int i = 0; i < C::vec; i++) place(p, i) = dw[p][i] += place(p, i);
             }
-            __syncthreads();
-            // MUT norm_turns: ;
         }
     }
     if (group == R::GROUPS - 1) {

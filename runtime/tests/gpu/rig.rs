@@ -161,16 +161,15 @@ impl Rig {
             let op = program.program.steps.iter().position(|s| s.op.mnemonic() == c.op.mnemonic());
             let forms = &mut program.steps[op.ok_or("the op is no step")?].forms;
             forms.retain(|f| f.name == name);
-            let f = forms.first_mut().ok_or_else(|| format!("there is no form {name}\n{}", c.describe()))?;
-            f.when.clear();
-            program.kernels = program
-                .steps
-                .iter()
-                .flat_map(|s| &s.forms)
-                .flat_map(Form::launches)
-                .map(|l| l.kernel.clone())
-                .collect();
+            forms.first_mut().ok_or_else(|| format!("there is no form {name}\n{}", c.describe()))?.when.clear();
         }
+        // Forms that these sizes don't take need not be compiled.
+        for s in &mut program.steps {
+            let taken = s.form(&c.dims).map_err(|e| e.to_string())?.clone();
+            s.forms = vec![Form { when: vec![], ..taken }];
+        }
+        program.kernels =
+            program.steps.iter().flat_map(|s| &s.forms).flat_map(Form::launches).map(|l| l.kernel.clone()).collect();
         let code = self.compile(&program.kernels, &program.target)?;
         let program = Arc::new(program);
         let mut first: Option<Vec<Bytes>> = None;
