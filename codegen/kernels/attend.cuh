@@ -49,6 +49,7 @@ template <class C> struct Merge {
         // A chunk chosen twice counts twice.
         while (head == chunk && head >= 0) {
             weight += s.weight[next++][lane_id()];
+            // MUT query_twice: weight = s.weight[next++][lane_id()];
             look();
         }
         chosen_by = __ballot_sync(ALL_LANES, mine);
@@ -98,6 +99,7 @@ __device__ __forceinline__ void attend_query_tile(typename C::T* o, i64 o_stride
         for (int j = 0; j < n; j++) {
             int other = s.given[j][token];
             rank += other > mine || (other == mine && j < slot);
+            // MUT query_ties: rank += other > mine;
         }
         s.chunk[rank][token] = mine;
         s.weight[rank][token] = to_f32(weights[at * K + slot]);
@@ -110,6 +112,7 @@ __device__ __forceinline__ void attend_query_tile(typename C::T* o, i64 o_stride
     if (mine <= last) {
         int from = mine / G - token0, to = last / G - token0;
         watch = (ALL_LANES >> (31 - to)) & (ALL_LANES << from);
+        // MUT query_watch: watch = 1u << from;
     }
     int low = min_of((mine + lane / 4) / G - token0, 31), high = min_of((mine + lane / 4 + 8) / G - token0, 31);
 
@@ -138,12 +141,15 @@ __device__ __forceinline__ void attend_query_tile(typename C::T* o, i64 o_stride
 #pragma unroll 1
         for (int part = 0; part < S::PARTS; part++, stage ^= 1) {
             copies_wait<0>();
+            // MUT query_wait: ;
             __syncthreads();
+            // MUT query_ready: ;
             if (part + 1 < S::PARTS) {
                 fetch(stage ^ 1, chunk, part + 1);
             } else {
                 following = merge.pop(weight, chosen_by);
                 if (following >= 0) fetch(stage ^ 1, following, 0);
+                // MUT query_stage: if (following >= 0) fetch(stage, following, 0);
             }
             copies_commit();
             if (active)
@@ -158,6 +164,7 @@ __device__ __forceinline__ void attend_query_tile(typename C::T* o, i64 o_stride
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         int row = warp * 16 + lane / 4 + 8 * i, r = row0 + row;
+        // MUT query_rows: int row = warp * 16 + lane / 4 + 8 * i, r = row0 + (row ^ 8);
         at[i] = row < rows ? o0 + r / G * o_stride + r % G * D : nullptr;
     }
     store_d_global(at[0], at[1], out);

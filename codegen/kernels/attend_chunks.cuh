@@ -6,6 +6,7 @@
 //      K, V [chunk, D] once     Q rows of 16/G pairs, gathered     P = w·softmax(Q·Kᵀ) in registers     P·V → slots[token, slot]
 //
 // A slot's part of o is written by one row alone, in T; `attend_reduce_slots` adds a token's slots in order.  Deterministic.
+// Where tokens are few, `attend_pairs` gives every pair a block of its own and needs no index.
 // Traffic per pair: G·D of Q (from L2), of the slot written and of it read; K and V once per slab.
 #pragma once
 #include "chunk_softmax.cuh"
@@ -35,6 +36,7 @@ template <class C> struct SlabWork {
         auto found = load<i32, 2>(slabs + (list * max_slabs + slab) * 2);
         chunk = found[0];
         pairs = min_of(C::slab, offsets[list * (chunks + 1) + chunk + 1] - found[1]);
+        // MUT chunks_end: pairs = offsets[list * (chunks + 1) + chunk + 1] - found[1] > 0;
         first = found[1];
         return true;
     }
@@ -44,6 +46,12 @@ template <class C> struct SlabWork {
             to.entry[i] = e;
             to.weight[i] = to_f32(weights[((sequence * l + e / K) * h + kv_head) * K + e % K]);
         }
+    }
+    // The one pair of row (sequence, token, key head) `row` and a slot.
+    __device__ __forceinline__ void take(i64 row, int slot, int chosen, T weight, Pairs& to, i32 l, i32 h) {
+        kv_head = (int)(row % h), sequence = row / h / l, list = sequence * h + kv_head;
+        chunk = chosen, pairs = 1, slab = 0, first = 0;
+        if (threadIdx.x == 0) to.entry[0] = (u32)(row / h % l) * K + slot, to.weight[0] = to_f32(weight);
     }
     // ROWS rows from row `row0` of the slab on, of an operand [N, L, H·D], by LANES threads, to a tile of `Layout`.
     template <int ROWS, int LANES, class Layout>
@@ -69,6 +77,7 @@ template <class C> struct SlabWork {
     // Where a row's part of a slot is, in [N, L, K · parts, H, D]; null beyond the slab.
     __device__ __forceinline__ T* slot_at(T* slots, const Pairs& p, int row, i32 l, i32 h, int parts, int part) const {
         if (row >= pairs * G) return nullptr;
+        // MUT chunks_last: row = min_of(row, C::slab * G - 1);
         T* base = slots + ((sequence * l * K * parts + part) * h + kv_head) * G * D;
         return base + (i64)p.entry[(u32)row / G] * (parts * h * G * D) + (u32)row % G * D;
     }
@@ -100,25 +109,18 @@ template <class C> struct ChunkMajor {
     typename SlabWork<C>::Pairs pairs;
 };
 
+// The slab's pairs are in shared memory, or on their way there.
 template <class C>
-__device__ __forceinline__ void attend_chunks(typename C::T* slots, const typename C::T* q, i64 q_stride,
-                                              const typename C::T* k, i64 k_stride, const typename C::T* v, i64 v_stride,
-                                              const typename C::T* weights, const i32* entries, const i32* offsets,
-                                              const i32* slab_first, const i32* slabs, i32 l, i32 h, i32 chunks,
-                                              i32 max_slabs) {
+__device__ __forceinline__ void attend_slab(ChunkMajor<C>& s, const SlabWork<C>& work, typename C::T* slots,
+                                            const typename C::T* q, i64 q_stride, const typename C::T* k, i64 k_stride,
+                                            const typename C::T* v, i64 v_stride, i32 l, i32 h, i32 chunks) {
     using S = ChunkMajor<C>;
     using T = typename C::T;
     constexpr int D = C::head_dim, G = C::heads_per_kv, PARTS = ChunkSoftmax<C>::PARTS, THREADS = 32 * C::warps;
     static_assert(sizeof(S) == C::shared, "the launch gives what the layout takes");
-    extern __shared__ __align__(16) u8 shared[];
-    S& s = *reinterpret_cast<S*>(shared);
-    SlabWork<C> work;
-    if (!work.find(blockIdx.x, offsets, slab_first, slabs, h, chunks, max_slabs)) return;
-
     i64 row_kv = (work.sequence * chunks + work.chunk) * C::chunk;
     copy_rows_async<THREADS, C::chunk, D, S::P>(s.k, k + row_kv * k_stride + work.kv_head * D, k_stride, C::chunk);
     copy_rows_async<THREADS, C::chunk, D, S::P>(s.v, v + row_kv * v_stride + work.kv_head * D, v_stride, C::chunk);
-    work.load_pairs(s.pairs, entries, weights, l, h);
     __syncthreads();
 
     int rows = work.pairs * G, warp = warp_id(), stage = 0;
@@ -132,6 +134,7 @@ __device__ __forceinline__ void attend_chunks(typename C::T* slots, const typena
     for (int row = 16 * warp; row < rows; row += 16 * C::warps, stage ^= 1) {
         fetch(stage ^ 1, row + 16 * C::warps);
         copies_wait<1>();
+        // MUT chunks_wait: copies_wait<2>();
         __syncwarp();
         float out[D / 8][4], w[2];
         T* at[2];
@@ -156,6 +159,36 @@ __device__ __forceinline__ void attend_chunks(typename C::T* slots, const typena
     }
 }
 
+template <class C>
+__device__ __forceinline__ void attend_chunks(typename C::T* slots, const typename C::T* q, i64 q_stride,
+                                              const typename C::T* k, i64 k_stride, const typename C::T* v, i64 v_stride,
+                                              const typename C::T* weights, const i32* entries, const i32* offsets,
+                                              const i32* slab_first, const i32* slabs, i32 l, i32 h, i32 chunks,
+                                              i32 max_slabs) {
+    extern __shared__ __align__(16) u8 shared[];
+    ChunkMajor<C>& s = *reinterpret_cast<ChunkMajor<C>*>(shared);
+    SlabWork<C> work;
+    if (!work.find(blockIdx.x, offsets, slab_first, slabs, h, chunks, max_slabs)) return;
+    work.load_pairs(s.pairs, entries, weights, l, h);
+    attend_slab<C>(s, work, slots, q, q_stride, k, k_stride, v, v_stride, l, h, chunks);
+}
+
+// One block per (token, key head, slot), in this order.
+template <class C>
+__device__ __forceinline__ void attend_pairs(typename C::T* slots, const typename C::T* q, i64 q_stride,
+                                             const typename C::T* k, i64 k_stride, const typename C::T* v, i64 v_stride,
+                                             const i32* indices, const i32* count, const typename C::T* weights, i32 l,
+                                             i32 h, i32 chunks) {
+    extern __shared__ __align__(16) u8 shared[];
+    ChunkMajor<C>& s = *reinterpret_cast<ChunkMajor<C>*>(shared);
+    i64 row = blockIdx.x / C::slots;
+    int slot = blockIdx.x % C::slots;
+    if (slot >= count[row]) return;
+    SlabWork<C> work;
+    work.take(row, slot, indices[blockIdx.x], weights[blockIdx.x], s.pairs, l, h);
+    attend_slab<C>(s, work, slots, q, q_stride, k, k_stride, v, v_stride, l, h, chunks);
+}
+
 // out[N, L, H, D] = the sum of a token's filled slots in [N, L, K · parts, H, D], in order.  16 bytes of a row per thread.
 // C says: T, head_dim, heads_per_kv, slots, parts.
 template <class C>
@@ -168,6 +201,7 @@ __device__ __forceinline__ void attend_reduce_slots(typename C::T* out, i64 stri
     int col = (int)(i % width) * PIECE;
     if (token >= tokens) return;
     int n = count[token * h + col / (G * D)] * PARTS;
+    // MUT chunks_count: int n = C::slots * PARTS;
     const T* at = slots + token * C::slots * PARTS * h * G * D + col;
     float sum[PIECE] = {};
 #pragma unroll 4

@@ -72,6 +72,7 @@ __device__ __forceinline__ void attend_chunks_hopper(typename C::T* slots, const
         shared_to_products();
         // The group has the tile and has done with the one before, whose place is free.
         warpgroup_sync(group);
+        // MUT hopper_ready: ;
         fetch(stage ^ 1, row0 + 64 * GROUPS);
 
         const Panels<64> queries(s.q[group][stage]);
@@ -89,6 +90,7 @@ __device__ __forceinline__ void attend_chunks_hopper(typename C::T* slots, const
             at[i] = work.slot_at(slots, s.pairs, r, l, h, 1, 0);
         }
         products_wait<0>();
+        // MUT hopper_logits: ;
         in_flight(logits);
         row_max(top, logits);
         row_exp2(by, logits, top, ChunkSoftmax<C>::FACTOR);
@@ -217,7 +219,9 @@ __device__ __forceinline__ void attend_grad_hopper(typename C::T* slots, float* 
                 store_shared(to + sizeof(s.p), x);
             }
         shared_to_products();
+        // MUT hopper_exchanged: ;
         __syncthreads();
+        // MUT hopper_barrier: ;
 
         float dq[D / 8][4];
         products_begin();
@@ -236,6 +240,7 @@ __device__ __forceinline__ void attend_grad_hopper(typename C::T* slots, float* 
         for (int i = 0; i < 2; i++)
             to[i] = work.slot_at(slots, s.pairs, row0 + own + lane_id() / 4 + 8 * i, l, h, 1, 0);
         products_wait<1>();
+        // MUT hopper_dq: ;
         in_flight(dq);
         store_d_global(to[0], to[1], dq);
         products_wait<0>();

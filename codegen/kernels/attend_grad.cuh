@@ -126,10 +126,12 @@ __device__ __forceinline__ void attend_grad(typename C::T* slots, float* partial
                 for (int j = 0; j < 4; j++) p[i][j] = exp2_fast(fmaf(p[i][j], FACTOR, -sum[j / 2]));
         }
         row_scale(p, w);
+        // MUT grad_weight: ;
 #pragma unroll
         for (int i = 0; i < C::keys / 8; i++)
 #pragma unroll
             for (int j = 0; j < 4; j++) ds[i][j] = C::scale * p[i][j] * (ds[i][j] - d[j / 2]);
+            // MUT grad_delta: for (int j = 0; j < 4; j++) ds[i][j] = C::scale * p[i][j] * ds[i][j];
         store_d(s.p + own * S::PP, S::PP, p);
         store_d(s.ds + own * S::PP, S::PP, ds);
         float dq[D / 8][4];
@@ -141,6 +143,7 @@ __device__ __forceinline__ void attend_grad(typename C::T* slots, float* partial
             to[i] = work.slot_at(slots, s.pairs, row0 + own + lane_id() / 4 + 8 * i, l, h, PARTS, part);
         store_d_global(to[0], to[1], dq);
         __syncthreads();
+        // MUT grad_exchanged: ;
 
         // By keys.
 #pragma unroll
@@ -229,6 +232,7 @@ __device__ __forceinline__ void attend_grad_stats(float* log2_sum, float* delta,
                 if (lane_id() % 4 != 0 || r[i] >= rows) continue;
                 float shrink = exp2_fast((before[i] - top[i]) * FACTOR);
                 if (part > 0) sum[i] = fmaf(s.sum[r[i]], shrink, sum[i]), d[i] = fmaf(s.delta[r[i]], shrink, d[i]);
+                // MUT grad_parts: ;
                 s.top[r[i]] = top[i], s.sum[r[i]] = sum[i], s.delta[r[i]] = d[i];
                 if (part + 1 < PARTS) continue;
                 float all = C::off_by_one == 0.f ? sum[i] : fmaf(C::off_by_one, exp2_fast(-top[i] * FACTOR), sum[i]);
@@ -250,6 +254,7 @@ __device__ __forceinline__ void attend_grad_heads(typename C::T* dw, const float
     if ((int)(i % C::slots) < count[row])
 #pragma unroll 4
         for (int g = 0; g < C::heads_per_kv; g++) sum += delta[i * C::heads_per_kv + g];
+        // MUT grad_heads: for (int g = 1; g < C::heads_per_kv; g++) sum += delta[i * C::heads_per_kv + g];
     dw[i] = from_f32<typename C::T>(sum);
 }
 
@@ -271,6 +276,7 @@ __device__ __forceinline__ void attend_grad_chunks(typename C::T* dk, i64 dk_str
         float sum[EACH] = {};
 #pragma unroll 4
         for (int slab = from; slab < to; slab++, at += 2 * SIZE) {
+        // MUT grad_slabs: for (int slab = from + 1; slab < to; slab++, at += 2 * SIZE) {
             auto x = load<float, EACH>(at);
 #pragma unroll
             for (int j = 0; j < EACH; j++) sum[j] += x[j];

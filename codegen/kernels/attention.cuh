@@ -55,6 +55,7 @@ template <class C> struct Attention {
             for (int j = 0; j < 4; j++) {
                 int at = key + 8 * i + lane_id() % 4 * 2 + j % 2, token = (row + j / 2 * 8) / G;
                 if (at >= t || (C::causal && at > token)) logits[i][j] = __uint_as_float(0xff800000u);
+                // MUT attention_mask: if (at > t || (C::causal && at > token)) logits[i][j] = __uint_as_float(0xff800000u);
             }
     }
     // How many keys some row up to `last` sees.
@@ -106,6 +107,7 @@ __device__ __forceinline__ void attention(typename C::T* o, i64 o_stride, const 
 #pragma unroll 1
     for (int key = 0, stage = 0; key < keys; key += KEYS, stage ^= A::STAGES - 1) {
         copies_wait<0>();
+        // MUT attention_wait: ;
         __syncthreads();
         if (!C::whole && key + KEYS < keys) fetch(stage ^ 1, key + KEYS);
         copies_commit();
@@ -122,6 +124,7 @@ __device__ __forceinline__ void attention(typename C::T* o, i64 o_stride, const 
             sum[i] = fmaf(sum[i], shrink[i], more[i]);
         }
         if (!C::whole) row_scale(out, shrink);
+        // MUT attention_shrink: ;
         add_product_nn<T, KEYS, D>(out, ProductA<T>{logits}, s.kv[stage][1], P);
     }
     float by[2] = {1.f / sum[0], 1.f / sum[1]};
@@ -166,6 +169,7 @@ __device__ __forceinline__ void attention_grad_rows(typename C::T* dq, i64 dq_st
     for (int i = 0; i < (C::whole ? 1 : 2 * parts); i++, stage ^= A::STAGES - 1) {
         int key = i % parts * KEYS;
         bool second = C::whole || i >= parts;
+        // MUT attention_second: bool second = C::whole || i > parts;
         copies_wait<0>();
         __syncthreads();
         if (!C::whole && i + 1 < 2 * parts) fetch(stage ^ 1, (i + 1) % parts * KEYS);
@@ -245,6 +249,7 @@ __device__ __forceinline__ void attention_grad_keys(typename C::T* dk, i64 dk_st
     i64 heads = (i64)at.kv_head * A::G * D, token = at.sequence * t, rows = (at.sequence * h + at.kv_head) * all_rows;
     // Rows before see none of these keys.
     int first = C::causal ? key * A::G / A::ROWS * A::ROWS : 0;
+    // MUT attention_first: int first = C::causal ? (key + KEYS) * A::G / A::ROWS * A::ROWS : 0;
     copy_rows_async<A::THREADS, KEYS, D, P>(s.k, k + (token + key) * k_stride + at.kv_head * D, k_stride, t - key);
     copy_rows_async<A::THREADS, KEYS, D, P>(s.v, v + (token + key) * v_stride + at.kv_head * D, v_stride, t - key);
     auto fetch = [&](int stage, int row0) {
@@ -284,6 +289,7 @@ __device__ __forceinline__ void attention_grad_keys(typename C::T* dk, i64 dk_st
         store_d(s.p + own * PP, PP, p);
         store_d(s.ds + own * PP, PP, ds);
         __syncthreads();
+        // MUT attention_exchanged: ;
         if (own < KEYS) {
             add_product_nn<T, A::ROWS, D>(gv, ColumnsA<T>{s.p + own, PP}, s.dy[stage], P);
             add_product_nn<T, A::ROWS, D>(gk, ColumnsA<T>{s.ds + own, PP}, s.q[stage], P);

@@ -28,6 +28,7 @@ template <class C> struct ChunkSoftmax {
 #pragma unroll
         for (int i = 0; i < 2; i++)
             by[i] = w[i] / (C::off_by_one == 0.f ? sum[i] : fmaf(C::off_by_one, exp2_fast(-top[i] * FACTOR), sum[i]));
+            // MUT softmax_off: by[i] = w[i] / sum[i];
     }
     // The next part's keys and values, tiles [keys, D].
     template <class A>
@@ -45,6 +46,7 @@ template <class C> struct ChunkSoftmax {
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 by[i] = exp2_fast((before[i] - top[i]) * FACTOR);
+                // MUT softmax_shrink: by[i] = 1.f;
                 sum[i] = fmaf(sum[i], by[i], more[i]);
             }
             row_scale(out, by);
@@ -55,6 +57,7 @@ template <class C> struct ChunkSoftmax {
         if constexpr (PARTS > 1) {
             float by[2];
             share(by, w, sum, top);
+            // MUT softmax_finish: share(by, sum, sum, top);
 #pragma unroll
             for (int i = 0; i < D / 8; i++) {
                 total[i][0] = fmaf(out[i][0], by[0], total[i][0]), total[i][1] = fmaf(out[i][1], by[0], total[i][1]);

@@ -21,9 +21,6 @@
 
 namespace rambac {
 
-// 1 / (1 + e^-x).
-__device__ __forceinline__ float sigmoid_fast(float x) { return __fdividef(1.f, 1.f + exp2_fast(-LOG2E * x)); }
-
 // What a thread knows of its channels: the weights, and where rows of the padded input are.
 template <class C> struct ConvThread {
     using T = typename C::T;

@@ -29,6 +29,7 @@ __device__ __forceinline__ void index_count(i32* table, const i32* indices, cons
     for (int i = threadIdx.x; i < tokens * K; i += THREADS) {
         i64 at = first + (i64)(i / K) * h;
         if (i % K < count[at]) atomicAdd(row + indices[at * K + i % K], 1);
+        // MUT index_filled: atomicAdd(row + indices[at * K + i % K], 1);
     }
 }
 
@@ -58,9 +59,11 @@ __device__ __forceinline__ void index_scan(i32* offsets, i32* slab_first, i32* s
 #pragma unroll
         for (int w = 0; w < THREADS / 32; w++) {
             at += w < warp_id() ? sums[w] : 0;
+            // MUT index_warps: ;
             all += sums[w];
         }
         before += all;
+        // MUT index_tiles: ;
         __syncthreads();
         if (c >= chunks) continue;
         i32 pair = (i32)at, slab = (i32)(at >> 32), position = pair;
@@ -70,6 +73,7 @@ __device__ __forceinline__ void index_scan(i32* offsets, i32* slab_first, i32* s
             i32& cell = table[(i64)b * chunks + c];
             i32 n = cell;
             cell = position, position += n;
+            // MUT index_blocks: cell = position;
         }
     }
     if (threadIdx.x == 0) offsets[chunks] = (i32)before, slab_first[chunks] = (i32)(before >> 32);
@@ -93,11 +97,13 @@ __device__ __forceinline__ void index_fill(i32* entries, i32* table, const i32* 
         int chunk = filled ? indices[at * K + i % K] : -1;
         u32 same = __match_any_sync(ALL_LANES, chunk);
         int rank = __popc(same & ((1u << lane_id()) - 1));
+        // MUT index_rank: int rank = 0;
         int position = filled ? row[chunk] : 0;
         // All have read before one writes, and it has written before any reads again.
         __syncwarp();
         if (filled && rank == 0) row[chunk] = position + __popc(same);
         __syncwarp();
+        // MUT index_written: ;
         if (filled) entries[position + rank] = token0 * K + i;
     }
 }

@@ -174,8 +174,12 @@ template <class T> __device__ __forceinline__ void store_tile(T* scratch, const 
         __syncwarp();
         // MUT tile_ready: ;
         const int r = lane / 2, part = lane % 2;
-        const uint4 v = *reinterpret_cast<const uint4*>(scratch + r * 16 + 8 * (part ^ (r / 4 % 2)));
-        const u32 words[4] = {v.x, v.y, v.z, v.w};
+        // 16 bytes at once, whatever the compiler thinks.
+        u32 words[4];
+        asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                     : "r"(shared_address(scratch + r * 16 + 8 * (part ^ (r / 4 % 2))))
+                     : "memory");
         if (r < rows) store_words<4>(to + r * stride + 8 * part, words);
         // MUT tile_rows: store_words<4>(to + r * stride + 8 * part, words);
         __syncwarp();

@@ -1,13 +1,15 @@
-// Root-mean-square normalisation of rows, and its gradient.
+// Root-mean-square normalisation of rows, and its gradient; with a gate or without.
 //
-//   r = 1 / sqrt(mean(x²) + eps)     y = w x r     dx = r (w dy - x r² mean(w dy x))     dw = sum over rows of dy x r
+//   u = x, or gated x silu(z)         r = 1 / sqrt(mean(u²) + eps)       y = w u r
+//   du = r (w dy - u r² mean(w dy u))       dw = sum over rows of dy u r
+//   dx = du (+ base), or gated du silu(z), dz = du x silu'(z)
 //
 // `lanes` threads own a row and hold it in registers: part of a warp, a warp, or the whole CTA for wide rows.
 //
 //   row   | lane 0: vec | lane 1: vec | … | lane 0: vec | …      `pieces` vectors a lane
 //
-// Traffic: x and y once; backward x, dy, dx once, and per CTA a slot of dw [width] in f32 (slots.cuh adds them).
-// Memory limits both.
+// Traffic: x (and z) and y once; backward x (and z), dy, dx (and dz) once, and per CTA a slot of dw [width] in f32
+// (slots.cuh adds them).  Memory limits both.  y may lie over x, dx over dy: a row is read whole before it is written.
 //
 // C: T, width, eps, vec, lanes, threads.  Grid (ceil(rows / (threads / lanes))); backward fewer, CTAs then take every
 // grid-th group of rows.
@@ -22,6 +24,7 @@ template <class C> struct NormRow {
     static constexpr int GROUPS = C::threads / LANES;
     static_assert(C::width % V == 0, "rows are whole vectors");
     static_assert(LANES <= 32 || LANES == C::threads, "a row belongs to lanes of a warp or to all of a CTA");
+    using Values = float[PIECES][V];
 
     static __device__ __forceinline__ int column(int piece) { return (piece * LANES + threadIdx.x % LANES) * V; }
     // Whether this lane has such a piece: the last may be short.
@@ -31,20 +34,49 @@ template <class C> struct NormRow {
         if constexpr (LANES <= 32) return warp_sum<LANES>(x);
         else return block_sum<LANES>(x, scratch);
     }
+    static __device__ __forceinline__ void load(Values& v, int piece, const T* row) { load_f32(v[piece], row + column(piece)); }
 };
 
-template <class C>
-__device__ __forceinline__ void rms_norm(const typename C::T* x, i64 x_stride, const typename C::T* w, typename C::T* y, i64 y_stride, i64 rows) {
+// Hooks: what the row is multiplied by before the norm (nothing, or silu(z)), and what is added to its gradient.
+struct NoGate {
+    static constexpr bool on = false;
+};
+template <class T> struct SiluGate {
+    static constexpr bool on = true;
+    const T* z;
+    i64 z_stride;
+    T* dz;
+    i64 dz_stride;
+};
+struct NoBase {
+    static constexpr bool on = false;
+};
+template <class T> struct RowBase {
+    static constexpr bool on = true;
+    const T* base;
+    i64 stride;
+};
+
+template <class C, class Gate>
+__device__ __forceinline__ void norm_rows(const typename C::T* x, i64 x_stride, const typename C::T* w, typename C::T* y, i64 y_stride, i64 rows, const Gate& gate) {
     using R = NormRow<C>;
     __shared__ float scratch[max_of(C::threads / 32, 1)];
     const i64 row = (i64)blockIdx.x * R::GROUPS + threadIdx.x / C::lanes;
     // Lanes of a row past the end take part in sums of their warp.
     const bool mine = row < rows;
-    float v[R::PIECES][C::vec] = {};
+    typename R::Values v = {};
     float squares = 0.f;
 #pragma unroll
     for (int p = 0; p < R::PIECES; p++) {
-        if (mine && R::has(p)) load_f32(v[p], x + row * x_stride + R::column(p));
+        if (mine && R::has(p)) {
+            R::load(v, p, x + row * x_stride);
+            if constexpr (Gate::on) {
+                float z[C::vec];
+                load_f32(z, gate.z + row * gate.z_stride + R::column(p));
+#pragma unroll
+                for (int i = 0; i < C::vec; i++) v[p][i] *= z[i] * sigmoid_fast(z[i]);
+            }
+        }
 #pragma unroll
         for (int i = 0; i < C::vec; i++) squares = fmaf(v[p][i], v[p][i], squares);
     }
@@ -61,29 +93,38 @@ __device__ __forceinline__ void rms_norm(const typename C::T* x, i64 x_stride, c
     }
 }
 
-template <class C>
-__device__ __forceinline__ void rms_norm_grad(const typename C::T* x, i64 x_stride, const typename C::T* w, const typename C::T* dy, i64 dy_stride,
-                                              typename C::T* dx, i64 dx_stride, float* slots, i64 rows) {
+template <class C, class Gate, class Base>
+__device__ __forceinline__ void norm_rows_grad(const typename C::T* x, i64 x_stride, const typename C::T* w, const typename C::T* dy, i64 dy_stride,
+                                               typename C::T* dx, i64 dx_stride, float* slots, i64 rows, const Gate& gate, const Base& base) {
     using R = NormRow<C>;
     __shared__ float scratch[max_of(C::threads / 32, 1)];
     __shared__ float sums[R::GROUPS > 1 ? R::PIECES * C::vec * C::lanes : 1];
     const int lane = threadIdx.x % C::lanes, group = threadIdx.x / C::lanes;
 
-    float weight[R::PIECES][C::vec] = {}, dw[R::PIECES][C::vec] = {};
+    typename R::Values weight = {}, dw = {};
 #pragma unroll
     for (int p = 0; p < R::PIECES; p++)
-        if (R::has(p)) load_f32(weight[p], w + R::column(p));
+        if (R::has(p)) R::load(weight, p, w);
 
     for (i64 at = (i64)blockIdx.x * R::GROUPS; at < rows; at += (i64)gridDim.x * R::GROUPS) {
         const i64 row = at + group;
         const bool mine = row < rows;
-        float v[R::PIECES][C::vec] = {}, g[R::PIECES][C::vec] = {};
+        // u, and under a gate x and z beside it.
+        typename R::Values v = {}, g = {}, xs = {}, zs = {};
         float squares = 0.f, dot = 0.f;
 #pragma unroll
         for (int p = 0; p < R::PIECES; p++) {
             if (mine && R::has(p)) {
-                load_f32(v[p], x + row * x_stride + R::column(p));
-                load_f32(g[p], dy + row * dy_stride + R::column(p));
+                R::load(v, p, x + row * x_stride);
+                R::load(g, p, dy + row * dy_stride);
+                if constexpr (Gate::on) {
+                    R::load(zs, p, gate.z + row * gate.z_stride);
+#pragma unroll
+                    for (int i = 0; i < C::vec; i++) {
+                        xs[p][i] = v[p][i];
+                        v[p][i] *= zs[p][i] * sigmoid_fast(zs[p][i]);
+                    }
+                }
             }
 #pragma unroll
             for (int i = 0; i < C::vec; i++) {
@@ -96,31 +137,46 @@ __device__ __forceinline__ void rms_norm_grad(const typename C::T* x, i64 x_stri
         // MUT norm_mean: const float m = R::sum(dot, scratch) * (1.f / C::width) * r;
 #pragma unroll
         for (int p = 0; p < R::PIECES; p++) {
-            float d[C::vec];
+            float d[C::vec], dz[C::vec], more[C::vec] = {};
+            if constexpr (Base::on)
+                if (mine && R::has(p)) load_f32(more, base.base + row * base.stride + R::column(p));
 #pragma unroll
             for (int i = 0; i < C::vec; i++) {
                 d[i] = r * fmaf(weight[p][i], g[p][i], -v[p][i] * m);
                 dw[p][i] = fmaf(g[p][i], v[p][i] * r, dw[p][i]);
+                if constexpr (Gate::on) {
+                    const float z = zs[p][i], s = sigmoid_fast(z);
+                    dz[i] = d[i] * xs[p][i] * s * fmaf(z, 1.f - s, 1.f);
+                    // MUT norm_gate: dz[i] = d[i] * xs[p][i] * s;
+                    d[i] *= z * s;
+                }
+                if constexpr (Base::on) d[i] += more[i];
             }
-            if (mine && R::has(p)) store_f32(dx + row * dx_stride + R::column(p), d);
+            if (mine && R::has(p)) {
+                store_f32(dx + row * dx_stride + R::column(p), d);
+                if constexpr (Gate::on) store_f32(gate.dz + row * gate.dz_stride + R::column(p), dz);
+            }
         }
     }
 
     // Groups of lanes add up one after another.
     if constexpr (R::GROUPS > 1) {
-        for (int turn = 0; turn < R::GROUPS; turn++) {
+        auto place = [&](int p, int i) -> float& { return sums[(p * C::vec + i) * C::lanes + lane]; };
+        if (group == 0) {
+#pragma unroll
+            for (int p = 0; p < R::PIECES; p++)
+#pragma unroll
+                for (int i = 0; i < C::vec; i++) place(p, i) = dw[p][i];
+        }
+        for (int turn = 1; turn < R::GROUPS; turn++) {
+            __syncthreads();
+            // MUT norm_turns: ;
             if (turn == group) {
 #pragma unroll
                 for (int p = 0; p < R::PIECES; p++)
 #pragma unroll
-                    for (int i = 0; i < C::vec; i++) {
-                        float& sum = sums[(p * C::vec + i) * C::lanes + lane];
-                        if (turn > 0) dw[p][i] += sum;
-                        sum = dw[p][i];
-                    }
+                    for (int i = 0; i < C::vec; i++) place(p, i) = dw[p][i] += place(p, i);
             }
-            __syncthreads();
-            // MUT norm_turns: ;
         }
     }
     if (group == R::GROUPS - 1) {
@@ -128,6 +184,33 @@ __device__ __forceinline__ void rms_norm_grad(const typename C::T* x, i64 x_stri
         for (int p = 0; p < R::PIECES; p++)
             if (R::has(p)) store_f32(slots + (i64)blockIdx.x * C::width + R::column(p), dw[p]);
     }
+}
+
+template <class C>
+__device__ __forceinline__ void rms_norm(const typename C::T* x, i64 x_stride, const typename C::T* w, typename C::T* y, i64 y_stride, i64 rows) {
+    norm_rows<C>(x, x_stride, w, y, y_stride, rows, NoGate{});
+}
+template <class C>
+__device__ __forceinline__ void gated_rms_norm(const typename C::T* x, i64 x_stride, const typename C::T* z, i64 z_stride, const typename C::T* w,
+                                               typename C::T* y, i64 y_stride, i64 rows) {
+    norm_rows<C>(x, x_stride, w, y, y_stride, rows, SiluGate<typename C::T>{z, z_stride, nullptr, 0});
+}
+template <class C>
+__device__ __forceinline__ void rms_norm_grad(const typename C::T* x, i64 x_stride, const typename C::T* w, const typename C::T* dy, i64 dy_stride,
+                                              typename C::T* dx, i64 dx_stride, float* slots, i64 rows) {
+    norm_rows_grad<C>(x, x_stride, w, dy, dy_stride, dx, dx_stride, slots, rows, NoGate{}, NoBase{});
+}
+// dx is the norm's gradient plus `base`.
+template <class C>
+__device__ __forceinline__ void rms_norm_grad_add(const typename C::T* x, i64 x_stride, const typename C::T* w, const typename C::T* dy, i64 dy_stride,
+                                                  const typename C::T* base, i64 base_stride, typename C::T* dx, i64 dx_stride, float* slots, i64 rows) {
+    norm_rows_grad<C>(x, x_stride, w, dy, dy_stride, dx, dx_stride, slots, rows, NoGate{}, RowBase<typename C::T>{base, base_stride});
+}
+template <class C>
+__device__ __forceinline__ void gated_rms_norm_grad(const typename C::T* x, i64 x_stride, const typename C::T* z, i64 z_stride, const typename C::T* w,
+                                                    const typename C::T* dy, i64 dy_stride, typename C::T* dx, i64 dx_stride, typename C::T* dz,
+                                                    i64 dz_stride, float* slots, i64 rows) {
+    norm_rows_grad<C>(x, x_stride, w, dy, dy_stride, dx, dx_stride, slots, rows, SiluGate<typename C::T>{z, z_stride, dz, dz_stride}, NoBase{});
 }
 
 }  // namespace rambac

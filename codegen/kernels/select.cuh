@@ -6,13 +6,14 @@
 // A block owns ROWS tokens of one head and walks the visible landmarks, TILE at a time; scores never leave it:
 //
 //              landmarks  TILE x 128 B  ┐ stages of cp.async along r         scores [ROWS, 64] in shared memory,
-//   q  ROWS x 128 B                     ┘ → 8 warps (4 x 2), mma         →   swizzled; a thread per row rejects against its
-//                                                                            K-th best and inserts the rest
+//   q  ROWS x 128 B                     ┘ → 8 warps (4 x 2) by mma, or   →   swizzled; a thread per row rejects against its
+//                                           2 warpgroups by wgmma            K-th best and inserts the rest
 //
 // A candidate is a u64: the score's bits in an order that integers keep, then the complement of the chunk, so that one
-// comparison settles ties.  Memory O(L·K).  Traffic: landmarks once per block, q once per tile of landmarks, both from L2.
+// comparison settles ties.  Where tokens are few and chunks many, blocks share the chunks (`select_part`) and their bests are
+// merged (`select_merge`).  Memory O(L·K).  Traffic: landmarks once per block, q once per tile of landmarks, both from L2.
 #pragma once
-#include "tile.cuh"
+#include "wgmma.cuh"
 
 namespace rambac {
 
@@ -23,6 +24,7 @@ enum class Order { RECENT, SCORE };
 __device__ __forceinline__ u32 ordered(float x) {
     u32 b = __float_as_uint(x);
     return b >> 31 ? ~b : b | 0x80000000u;
+    // MUT select_negative: return b | 0x80000000u;
 }
 __device__ __forceinline__ float of_ordered(u32 x) { return __uint_as_float(x >> 31 ? x & 0x7fffffffu : ~x); }
 __device__ __forceinline__ u64 candidate(float score, int chunk) { return (u64)ordered(score) << 32 | ~(u32)chunk; }
@@ -36,6 +38,7 @@ template <Weigh RULE> __device__ __forceinline__ void weigh(float* w, const floa
         float used = 0.f;
         for (int i = 0; i < n; i++) {
             used += softplus(s[i * pitch]);
+            // MUT select_stick: used += i ? softplus(s[(i - 1) * pitch]) : 0.f;
             w[i * pitch] = exp_fast(s[i * pitch] - used);
         }
     } else if constexpr (RULE == Weigh::SOFTMAX) {
@@ -48,12 +51,13 @@ template <Weigh RULE> __device__ __forceinline__ void weigh(float* w, const floa
     }
 }
 
-// C says: T, width (r), chunk, slots (K), scale, order, rule; of the choice: tile (64 or 128 landmarks), stages.
+// C says: T, width (r), chunk, slots (K), scale, order, rule; of the choice: tile (64 or 128 landmarks), stages, warpgroups
+// (whether these make the products: 16 bits, Hopper).
 template <class C> struct Selecting {
     using T = typename C::T;
     static constexpr int ROWS = 128, THREADS = 256, K = C::slots, PIECE = 16 / sizeof(T);
     // A step along r: 128 bytes of a row.
-    static constexpr int DEPTH = 4 * Mma<T>::K, STEPS = (int)ceil_div(C::width, DEPTH), P = PITCH<T, DEPTH>;
+    static constexpr int DEPTH = 4 * Mma<T>::K, STEPS = (int)ceil_div(C::width, DEPTH), P = C::warpgroups ? DEPTH : PITCH<T, DEPTH>;
     static_assert(C::tile == 64 || C::tile == 128, "a warp has 32 or 64 columns");
     static_assert(C::width % PIECE == 0, "rows are whole 16-byte pieces");
     static_assert(K <= 64, "at most 64 slots");
@@ -81,6 +85,88 @@ template <class C> struct Selecting {
         return col ^ ((row & 1) | (row >> 1 & 3) << 3 | (row >> 3 & 3) << 1);
     }
 };
+
+// Scores of a tile by mma.sync: a warp has 32 rows and half of the columns.
+template <class C> struct WarpScores {
+    using S = Selecting<C>;
+    using T = typename C::T;
+    static constexpr int COLS = C::tile / 2, P = S::P;
+    float acc[2][COLS / 8][4];
+    int row0 = warp_id() / 2 * 32, col0 = warp_id() % 2 * COLS;
+
+    static __device__ __forceinline__ u32 place(u32 stage, u32 row, u32 piece) { return stage + row * (P * sizeof(T)) + piece * 16; }
+    __device__ __forceinline__ void start() { clear(acc[0]), clear(acc[1]); }
+    __device__ __forceinline__ void before_barrier() {}
+    __device__ __forceinline__ void step(const T* stage) {
+        const T *a = stage + row0 * P, *b = stage + (S::ROWS + col0) * P;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            u32 fa[2][4];
+            load_a(fa[0], a + i * Mma<T>::K, P);
+            load_a(fa[1], a + 16 * P + i * Mma<T>::K, P);
+#pragma unroll
+            for (int n = 0; n < COLS; n += 16) {
+                u32 fb[4];
+                load_b_nk(fb, b + n * P + i * Mma<T>::K, P);
+#pragma unroll
+                for (int m = 0; m < 2; m++) {
+                    Mma<T>::run(acc[m][n / 8], fa[m], fb[0], fb[1]);
+                    Mma<T>::run(acc[m][n / 8 + 1], fa[m], fb[2], fb[3]);
+                }
+            }
+        }
+    }
+    __device__ __forceinline__ void finish() {}
+    // Calls f(row, column of 64, product) for what the warp has of columns 64·part on.
+    template <class F> __device__ __forceinline__ void each(int part, F f) const {
+        if (C::tile == 128 && warp_id() % 2 != part) return;
+#pragma unroll
+        for (int m = 0; m < 2; m++)
+#pragma unroll
+            for (int n = 0; n < COLS / 8; n++)
+#pragma unroll
+                for (int j = 0; j < 4; j++)
+                    f(row0 + 16 * m + lane_id() / 4 + j / 2 * 8, (col0 + 8 * n + lane_id() % 4 * 2 + j % 2) % 64, acc[m][n][j]);
+    }
+};
+
+// The same by wgmma: a warpgroup has 64 rows and all columns.
+template <class C> struct GroupScores {
+    using S = Selecting<C>;
+    using T = typename C::T;
+    float acc[C::tile / 8][4];
+    bool fresh;
+
+    static __device__ __forceinline__ u32 place(u32 stage, u32 row, u32 piece) { return Panels<1>(stage).at(row, piece); }
+    __device__ __forceinline__ void start() { fresh = true; }
+    // The stage before is free when the barrier is passed, and what was copied is seen by wgmma.
+    __device__ __forceinline__ void before_barrier() {
+        products_wait<0>();
+        shared_to_products();
+    }
+    __device__ __forceinline__ void step(const T* stage) {
+        const Panels<64> queries(stage + warp_id() / 4 * 64 * S::P), landmarks(stage + S::ROWS * S::P);
+        products_begin();
+#pragma unroll
+        for (int i = 0; i < 4; i++) Wgmma<T, C::tile, 0, 0>::run(acc, queries.along_rows(i), landmarks.along_rows(i), !fresh || i > 0);
+        products_commit();
+        fresh = false;
+    }
+    __device__ __forceinline__ void finish() {
+        products_wait<0>();
+        in_flight(acc);
+    }
+    template <class F> __device__ __forceinline__ void each(int part, F f) const {
+#pragma unroll
+        for (int n = 0; n < 8; n++)
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+                f(16 * warp_id() + lane_id() / 4 + j / 2 * 8, 8 * n + lane_id() % 4 * 2 + j % 2, acc[8 * part + n][j]);
+    }
+};
+
+template <class C, bool GROUPS> struct ScoresOf { using Type = WarpScores<C>; };
+template <class C> struct ScoresOf<C, true> { using Type = GroupScores<C>; };
 
 // The K best so far of a row, best first, for the thread that owns it: in registers while a tile is looked through where
 // they are few.
@@ -117,94 +203,90 @@ template <class C> struct Best {
     }
 };
 
-// q: rows of h·r at its stride; landmarks [N, C, h, r] at its stride; start [N].  Results [N, L, h, K] and count [N, L, h].
-// One block per (sequence, head, ROWS tokens), in this order.
+// Where a block's tokens are, and what they see.
+template <class C> struct SelectRows {
+    using T = typename C::T;
+    i64 sequence;
+    int head, token0, tokens, position;
+
+    __device__ __forceinline__ SelectRows(i64 block, const i32* start, i32 l, i32 h) {
+        int blocks = (int)ceil_div(l, Selecting<C>::ROWS);
+        token0 = (int)(block % blocks) * Selecting<C>::ROWS, head = (int)(block / blocks % h), sequence = block / blocks / h;
+        tokens = min_of(Selecting<C>::ROWS, l - token0), position = start[sequence] + token0;
+    }
+    // Chunks that end at a row's position or before.
+    __device__ __forceinline__ int visible(int row, int chunks) const {
+        return max_of(0, min_of(chunks, (position + row) / C::chunk));
+        // MUT select_visible: return max_of(0, min_of(chunks, (position + row + 1) / C::chunk));
+    }
+    // A row's place among those of [N, L, h].
+    __device__ __forceinline__ i64 place(int row, i32 l, i32 h) const { return (sequence * l + token0 + row) * h + head; }
+};
+
+// Fills s.best from tiles from `tile0` on, before `tile1`, and lets all threads see it.
 template <class C>
-__device__ __forceinline__ void select(i32* indices, i32* count, typename C::T* weights, typename C::T* scores,
-                                       const typename C::T* q, i64 q_stride, const typename C::T* landmarks,
-                                       i64 landmark_stride, const i32* start, i32 l, i32 h, i32 chunks) {
+__device__ __forceinline__ void find_best(Selecting<C>& s, const SelectRows<C>& at, const typename C::T* q, i64 q_stride,
+                                          const typename C::T* landmarks, i64 landmark_stride, i32 l, i32 chunks, int tile0,
+                                          int tile1) {
     using S = Selecting<C>;
     using T = typename C::T;
-    constexpr int K = C::slots, ROWS = S::ROWS, P = S::P, COLS = C::tile / 2, PER_ROW = S::DEPTH / S::PIECE;
-    static_assert(sizeof(S) == C::shared, "the launch gives what the layout takes");
-    extern __shared__ __align__(16) u8 shared[];
-    S& s = *reinterpret_cast<S*>(shared);
-    int blocks = (int)ceil_div(l, ROWS), token0 = blockIdx.x % blocks * ROWS, head = blockIdx.x / blocks % h;
-    i64 sequence = blockIdx.x / blocks / h;
-    int tokens = min_of(ROWS, l - token0), lane = lane_id(), warp = warp_id(), row0 = warp / 2 * 32, col0 = warp % 2 * COLS;
-    int own = threadIdx.x;
-    // Chunks that a row sees: those that end at its position or before.
-    int position = start[sequence] + token0;
-    int visible = own < tokens ? max_of(0, min_of(chunks, (position + own) / C::chunk)) : 0;
-    int most = max_of(0, min_of(chunks, (position + tokens - 1) / C::chunk)), tiles = (int)ceil_div(most, C::tile);
+    using Scores = typename ScoresOf<C, C::warpgroups>::Type;
+    constexpr int K = C::slots, ROWS = S::ROWS, PER_ROW = S::DEPTH / S::PIECE, STEP = S::THREADS / PER_ROW;
+    int own = threadIdx.x, tokens = at.tokens, visible = own < tokens ? at.visible(own, chunks) : 0;
+    int most = at.visible(tokens - 1, chunks), tiles = min_of(tile1, (int)ceil_div(most, C::tile));
     if (own < ROWS)
         for (int i = 0; i < K; i++) s.best[i][own] = 0;
 
-    const T* q0 = q + (sequence * l + token0) * q_stride + head * C::width;
-    const T* landmark0 = landmarks + sequence * chunks * landmark_stride + head * C::width;
+    // A thread copies one 16-byte piece of every STEP-th row.
+    const T* q0 = q + (at.sequence * l + at.token0) * q_stride + at.head * C::width;
+    const T* landmark0 = landmarks + at.sequence * chunks * landmark_stride + at.head * C::width;
+    const int first = own / PER_ROW, col = own % PER_ROW * S::PIECE;
+    const T* q_at = q0 + first * q_stride + col;
     auto fetch = [&](int step) {
         if (step < tiles * S::STEPS) {
-            T* to = s.search.stage[step % C::stages];
-            int chunk0 = step / S::STEPS * C::tile, k0 = step % S::STEPS * S::DEPTH;
-#pragma unroll
-            for (int i = threadIdx.x; i < (ROWS + C::tile) * PER_ROW; i += S::THREADS) {
-                int row = i / PER_ROW, col = i % PER_ROW * S::PIECE, chunk = chunk0 + row - ROWS;
-                bool query = row < ROWS, valid = (query ? row < tokens : chunk < most) && k0 + col < C::width;
-                const T* from = query ? q0 + row * q_stride : landmark0 + chunk * landmark_stride;
-                copy16_async(to + row * P + col, valid ? from + k0 + col : q0, valid);
+            int chunk = step / S::STEPS * C::tile + first, k = step % S::STEPS * S::DEPTH;
+            bool inside = C::width % S::DEPTH == 0 || k + col < C::width;
+            u32 to = Scores::place(shared_address(s.search.stage[step % C::stages]), first, own % PER_ROW);
+            const T* landmark_at = landmark0 + chunk * landmark_stride + col + k;
+#pragma unroll 2
+            for (int i = 0; i < ROWS; i += STEP) {
+                bool valid = inside && first + i < tokens;
+                copy16_async(to + i * (u32)(S::P * sizeof(T)), valid ? q_at + i * q_stride + k : q0, valid);
+            }
+#pragma unroll 2
+            for (int i = 0; i < C::tile; i += STEP) {
+                bool valid = inside && chunk + i < most;
+                copy16_async(to + (ROWS + i) * (u32)(S::P * sizeof(T)), valid ? landmark_at + i * landmark_stride : q0, valid);
             }
         }
         copies_commit();
     };
 
 #pragma unroll
-    for (int i = 0; i < C::stages - 1; i++) fetch(i);
-    int step = 0;
+    for (int i = 0; i < C::stages - 1; i++) fetch(tile0 * S::STEPS + i);
+    int step = tile0 * S::STEPS;
 #pragma unroll 1
-    for (int tile = 0; tile < tiles; tile++) {
-        float acc[2][COLS / 8][4];
-        clear(acc[0]), clear(acc[1]);
+    for (int tile = tile0; tile < tiles; tile++) {
+        Scores products;
+        products.start();
 #pragma unroll 1
         for (int k = 0; k < S::STEPS; k++, step++) {
             copies_wait<C::stages - 2>();
+            // MUT select_wait: copies_wait<C::stages - 1>();
+            products.before_barrier();
             __syncthreads();
             fetch(step + C::stages - 1);
-            const T* a = s.search.stage[step % C::stages] + row0 * P;
-            const T* b = s.search.stage[step % C::stages] + (ROWS + col0) * P;
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                u32 fa[2][4];
-                load_a(fa[0], a + i * Mma<T>::K, P);
-                load_a(fa[1], a + 16 * P + i * Mma<T>::K, P);
-#pragma unroll
-                for (int n = 0; n < COLS; n += 16) {
-                    u32 fb[4];
-                    load_b_nk(fb, b + n * P + i * Mma<T>::K, P);
-#pragma unroll
-                    for (int m = 0; m < 2; m++) {
-                        Mma<T>::run(acc[m][n / 8], fa[m], fb[0], fb[1]);
-                        Mma<T>::run(acc[m][n / 8 + 1], fa[m], fb[2], fb[3]);
-                    }
-                }
-            }
+            products.step(s.search.stage[step % C::stages]);
         }
+        products.finish();
         // Look through 64 columns at a time; the barriers of the next step keep the scores until all have.
 #pragma unroll
         for (int part = 0; part < C::tile / 64; part++) {
             if (part > 0) __syncthreads();
-            if (C::tile == 64 || warp % 2 == part) {
-#pragma unroll
-                for (int m = 0; m < 2; m++)
-#pragma unroll
-                    for (int n = 0; n < COLS / 8; n++)
-#pragma unroll
-                        for (int j = 0; j < 4; j++) {
-                            int row = row0 + 16 * m + lane / 4 + j / 2 * 8;
-                            int col = (col0 + 8 * n + lane % 4 * 2 + j % 2) % 64;
-                            s.search.scores[row * 64 + S::swizzle(row, col)] = acc[m][n][j] * C::scale;
-                        }
-            }
+            // MUT select_part: ;
+            products.each(part, [&](int row, int col, float x) { s.search.scores[row * 64 + S::swizzle(row, col)] = x * C::scale; });
             __syncthreads();
+            // MUT select_scores: ;
             int chunk0 = tile * C::tile + part * 64, n = min_of(64, visible - chunk0);
             if (own < ROWS && n > 0) {
                 Best<C> best(s, own);
@@ -224,6 +306,24 @@ __device__ __forceinline__ void select(i32* indices, i32* count, typename C::T* 
     }
     copies_wait<0>();
     __syncthreads();
+    // MUT select_best: ;
+}
+
+// q: rows of h·r at its stride; landmarks [N, C, h, r] at its stride; start [N].  Results [N, L, h, K] and count [N, L, h].
+// One block per (sequence, head, ROWS tokens), in this order.
+template <class C>
+__device__ __forceinline__ void select(i32* indices, i32* count, typename C::T* weights, typename C::T* scores,
+                                       const typename C::T* q, i64 q_stride, const typename C::T* landmarks,
+                                       i64 landmark_stride, const i32* start, i32 l, i32 h, i32 chunks) {
+    using S = Selecting<C>;
+    using T = typename C::T;
+    constexpr int K = C::slots, ROWS = S::ROWS;
+    static_assert(sizeof(S) == C::shared, "the launch gives what the layout takes");
+    extern __shared__ __align__(1024) u8 panels[];
+    S& s = *reinterpret_cast<S*>(panels);
+    SelectRows<C> at(blockIdx.x, start, l, h);
+    int own = threadIdx.x;
+    find_best<C>(s, at, q, q_stride, landmarks, landmark_stride, l, chunks, 0, 0x7fffffff);
 
     // Order, weights.
     for (int i = threadIdx.x; i < ROWS * K; i += S::THREADS) {
@@ -236,6 +336,7 @@ __device__ __forceinline__ void select(i32* indices, i32* count, typename C::T* 
             for (int j = 0; j < K; j++) {
                 u64 other = s.best[j][row];
                 to += other != 0 && (u32)other < (u32)key;
+                // MUT select_order: to += other != 0 && (u32)other > (u32)key;
             }
         }
         s.found.index[to][row] = (i32) ~(u32)key;
@@ -249,16 +350,87 @@ __device__ __forceinline__ void select(i32* indices, i32* count, typename C::T* 
         weigh<C::rule>(&s.found.weight[0][own], &s.found.score[0][own], S::PITCH_FOUND, n);
     }
     __syncthreads();
-    i64 first = (sequence * l + token0) * h + head;
-    for (int i = threadIdx.x; i < tokens * K; i += S::THREADS) {
+    for (int i = threadIdx.x; i < at.tokens * K; i += S::THREADS) {
         int row = i / K, slot = i % K;
         bool filled = slot < s.count[row];
-        i64 at = (first + (i64)row * h) * K + slot;
-        indices[at] = filled ? s.found.index[slot][row] : 0;
-        weights[at] = from_f32<T>(filled ? s.found.weight[slot][row] : 0.f);
-        scores[at] = from_f32<T>(filled ? s.found.score[slot][row] : 0.f);
+        i64 to = at.place(row, l, h) * K + slot;
+        indices[to] = filled ? s.found.index[slot][row] : 0;
+        weights[to] = from_f32<T>(filled ? s.found.weight[slot][row] : 0.f);
+        scores[to] = from_f32<T>(filled ? s.found.score[slot][row] : 0.f);
     }
-    if (own < tokens) count[first + (i64)own * h] = s.count[own];
+    if (own < at.tokens) count[at.place(own, l, h)] = s.count[own];
+}
+
+// The best of `tiles_each` tiles of landmarks: keys [segments, N·L·h, K], two words each.  A block per (what `select` has a
+// block for, segment).
+template <class C>
+__device__ __forceinline__ void select_part(i32* keys, const typename C::T* q, i64 q_stride, const typename C::T* landmarks,
+                                            i64 landmark_stride, const i32* start, i32 l, i32 h, i32 chunks, i32 segments,
+                                            i32 tiles_each, i64 rows) {
+    using S = Selecting<C>;
+    static_assert(sizeof(S) == C::shared, "the launch gives what the layout takes");
+    extern __shared__ __align__(1024) u8 panels[];
+    S& s = *reinterpret_cast<S*>(panels);
+    SelectRows<C> at(blockIdx.x / segments, start, l, h);
+    int segment = blockIdx.x % segments;
+    find_best<C>(s, at, q, q_stride, landmarks, landmark_stride, l, chunks, segment * tiles_each, (segment + 1) * tiles_each);
+    for (int i = threadIdx.x; i < at.tokens * C::slots; i += S::THREADS) {
+        u64 key = s.best[i % C::slots][i / C::slots];
+        store_global(keys + ((segment * rows + at.place(i / C::slots, l, h)) * C::slots + i % C::slots) * 2,
+                     Vec<i32, 2>{{(i32)key, (i32)(key >> 32)}});
+    }
+}
+
+// The best of all segments, their order and weights.  A block of C::threads threads per row.
+template <class C>
+__device__ __forceinline__ void select_merge(i32* indices, i32* count, typename C::T* weights, typename C::T* scores,
+                                             const i32* keys, i32 segments, i64 rows) {
+    using T = typename C::T;
+    constexpr int K = C::slots, WARPS = C::threads / 32;
+    __shared__ u64 most[2][WARPS], best[K];
+    __shared__ float score[K], weight[K];
+    __shared__ i32 index[K];
+    const i64 row = blockIdx.x;
+    const int own = threadIdx.x;
+    u64 before = ~0ull;
+    int n = 0;
+    // The largest, then the largest below it; no two are equal.
+    for (; n < K; n++) {
+        u64 mine = 0;
+        for (int i = own; i < segments * K; i += C::threads) {
+            auto x = load<u32, 2>((const u32*)keys + ((i / K * rows + row) * K + i % K) * 2);
+            u64 key = (u64)x[1] << 32 | x[0];
+            if (key < before) mine = max_of(mine, key);
+        }
+#pragma unroll
+        for (int d = 16; d > 0; d /= 2) mine = max_of(mine, (u64)__shfl_xor_sync(ALL_LANES, mine, d));
+        if (lane_id() == 0) most[n % 2][warp_id()] = mine;
+        __syncthreads();
+        // MUT select_merged: ;
+        before = 0;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) before = max_of(before, most[n % 2][w]);
+        if (before == 0) break;
+        if (own == 0) best[n] = before;
+    }
+    __syncthreads();
+    for (int i = own; i < n; i += C::threads) {
+        int to = i;
+        if constexpr (C::order == Order::RECENT) {
+            to = 0;
+            for (int j = 0; j < n; j++) to += (u32)best[j] < (u32)best[i];
+        }
+        index[to] = (i32) ~(u32)best[i];
+        score[to] = of_ordered((u32)(best[i] >> 32));
+    }
+    __syncthreads();
+    if (own == 0) weigh<C::rule>(weight, score, 1, n), count[row] = n;
+    __syncthreads();
+    for (int i = own; i < K; i += C::threads) {
+        indices[row * K + i] = i < n ? index[i] : 0;
+        weights[row * K + i] = from_f32<T>(i < n ? weight[i] : 0.f);
+        scores[row * K + i] = from_f32<T>(i < n ? score[i] : 0.f);
+    }
 }
 
 }  // namespace rambac

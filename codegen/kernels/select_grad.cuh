@@ -21,6 +21,7 @@ template <Weigh RULE> __device__ __forceinline__ void weigh_grad(float* g, float
         for (int i = n - 1; i >= 0; i--) {
             float wg = w[i * pitch] * g[i * pitch];
             tail += wg;
+            // MUT choice_tail: tail = wg;
             g[i * pitch] = wg - sigmoid(s[i * pitch]) * tail;
         }
     } else if constexpr (RULE == Weigh::SOFTMAX) {
@@ -33,7 +34,7 @@ template <Weigh RULE> __device__ __forceinline__ void weigh_grad(float* g, float
     }
 }
 
-// scores, dweights, ds [rows, K], count [rows].  THREADS rows per block; unfilled slots become 0.
+// scores, dweights, ds [rows, K], count [rows].  THREADS rows per block; nobody reads ds of unfilled slots.
 // C says: T, slots (K), rule, threads.
 template <class C>
 __device__ __forceinline__ void select_grad_scores(float* ds, const typename C::T* scores, const typename C::T* dweights,
@@ -51,9 +52,7 @@ __device__ __forceinline__ void select_grad_scores(float* ds, const typename C::
     }
     __syncthreads();
     if (threadIdx.x < n) {
-        int filled = count[row0 + threadIdx.x];
-        weigh_grad<C::rule>(g + threadIdx.x, w + threadIdx.x, s + threadIdx.x, PITCH_ROW, filled);
-        for (int i = filled; i < K; i++) g[i * PITCH_ROW + threadIdx.x] = 0.f;
+        weigh_grad<C::rule>(g + threadIdx.x, w + threadIdx.x, s + threadIdx.x, PITCH_ROW, count[row0 + threadIdx.x]);
     }
     __syncthreads();
     for (int i = threadIdx.x; i < n * K; i += THREADS) ds[row0 * K + i] = g[i % K * PITCH_ROW + i / K];
@@ -106,6 +105,7 @@ __device__ __forceinline__ void select_grad_landmarks(float* partial, const type
     if (slab >= slab_first[list * (chunks + 1) + chunks]) return;
     auto found = load<i32, 2>(slabs + (list * max_slabs + slab) * 2);
     int end = min_of(found[1] + C::slab, offsets[list * (chunks + 1) + found[0] + 1]);
+    // MUT choice_end: int end = offsets[list * (chunks + 1) + found[0] + 1];
     int group = threadIdx.x / S::ACROSS, across = threadIdx.x % S::ACROSS;
     const T* q0 = q + sequence * l * q_stride + head * R;
     for (int col0 = 0; col0 < R; col0 += S::ACROSS * PIECE) {
@@ -126,6 +126,7 @@ __device__ __forceinline__ void select_grad_landmarks(float* partial, const type
 #pragma unroll
                 for (int j = 0; j < PIECE; j++) sums[((group - 1) * PIECE + j) * S::ACROSS + across] = sum[j];
             __syncthreads();
+            // MUT choice_groups: ;
             if (group == 0)
                 for (int g = 0; g < S::GROUPS - 1; g++)
 #pragma unroll

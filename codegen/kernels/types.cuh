@@ -154,4 +154,7 @@ __device__ __forceinline__ float exp2_fast(float x) {
     return y;
 }
 
+// 1 / (1 + e^-x), within a few ulp.
+__device__ __forceinline__ float sigmoid_fast(float x) { return __fdividef(1.f, 1.f + exp2_fast(-LOG2E * x)); }
+
 }  // namespace rambac

@@ -9,12 +9,14 @@ use rambac_ir::{Bindings, DType, Dim, HostArray, Ty};
 
 pub const ALL: &[Case] = &[
     ("chunk_attention_query_tiles", query_tiles),
+    ("chunk_attention_pairs", pairs),
     ("chunk_attention_chunk_major", chunk_major),
     ("chunk_attention_grad", grad),
     ("chunk_attention_at_the_370m_shape", full_shape),
     ("selection_chooses_what_its_definition_does", selection),
     ("selection_grad", selection_grad),
     ("attention_and_its_gradient", attention),
+    ("attention_and_selection_of_any_size", any_size),
 ];
 
 /// One case of attention to chunks.
@@ -49,17 +51,19 @@ fn dims(s: &Shape) -> Bindings {
     Bindings::new([("N", s.n), ("L", s.l), ("C", s.chunks)])
 }
 
-/// Choices: some rows full, some of fewer, some of none; in no order.
+/// Choices: some rows full, some of fewer, some of none; in no order, and of more slots than chunks some twice.
 fn choices(rng: &mut Rng, s: &Shape) -> (Vec<i32>, Vec<i32>) {
     let rows = s.n * s.l * s.h;
     let (mut index, mut count) = (vec![], vec![]);
     for _ in 0..rows {
-        let most = s.k.min(s.chunks);
+        let most = s.k;
         let n = if rng.uniform(0.0, 1.0) < 0.6 { most } else { rng.below(most + 1) };
         let mut all: Vec<i32> = (0..s.chunks as i32).collect();
         for i in 0..n {
-            let j = i + rng.below(s.chunks - i);
-            all.swap(i, j);
+            match s.chunks > i {
+                true => all.swap(i, i + rng.below(s.chunks - i)),
+                false => all.push(rng.below(s.chunks) as i32),
+            }
         }
         count.push(n as i32);
         index.extend((0..s.k).map(|i| if i < n { all[i] } else { 0 }));
@@ -103,13 +107,34 @@ fn operands(rng: &mut Rng, s: &Shape, wide: bool, dy: bool) -> Vec<Input> {
     x
 }
 
-/// Runs a shape; the form that ran must be the wanted one.
-fn attend(rig: &Rig, arch: Arch, rng: &mut Rng, s: &Shape, wide: bool, form: &str) -> Result<(), String> {
+/// Runs a shape in a form.
+fn attend(rig: &Rig, arch: Arch, rng: &mut Rng, s: &Shape, wide: bool, form: &'static str) -> Result<(), String> {
+    rig.check(&check_attend(rng, s, wide).on(arch).in_form(form)).map(|_| ())
+}
+
+fn check_attend(rng: &mut Rng, s: &Shape, wide: bool) -> Check {
     let op = ChunkAttention { chunk: s.chunk, scale: (s.d as f64).powf(-0.5), off_by_one: s.off };
-    let c = Check::new(op, operands(rng, s, wide, false), &dims(s), tolerance(s.dtype)).on(arch);
-    let seen = rig.check(&c)?;
-    let name = seen.program.steps.last().unwrap().form(&c.dims).map_err(|e| e.to_string())?.name;
-    if name == form { Ok(()) } else { Err(format!("{name} ran, {form} was to be tested\n{}", c.describe())) }
+    Check::new(op, operands(rng, s, wide, false), &dims(s), tolerance(s.dtype))
+}
+
+fn pairs(rig: &Rig) -> Result<String, String> {
+    let mut rng = Rng(8);
+    use DType::{BF16, F16, F32};
+    for s in [
+        // A token of each of two sequences, as decoding has them.
+        shape(BF16, [2, 1, 9, 0], [1, 16], 64, 64, 8),
+        shape(F32, [1, 3, 5, 1], [2, 4], 32, 32, 3),
+        shape(F16, [1, 2, 4, 0], [1, 1], 16, 128, 6),
+    ] {
+        attend(rig, Arch::Sm80, &mut rng, &s, s.n == 1, "pairs")?;
+        // It is what would be chosen.
+        let seen = rig.check(&check_attend(&mut rng, &s, false))?;
+        let name = seen.program.steps.last().unwrap().form(&dims(&s)).map_err(|e| e.to_string())?.name;
+        if name != "pairs" {
+            return Err(format!("{name} was chosen for {} tokens", s.l));
+        }
+    }
+    Ok(String::new())
 }
 
 fn query_tiles(rig: &Rig) -> Result<String, String> {
@@ -218,6 +243,21 @@ fn whole(rng: &mut Rng, ty: Ty, b: &Bindings, most: usize) -> Input {
     Input::of(ty, HostArray::from_f64(&bound, v))
 }
 
+type Selecting = (DType, [usize; 5], usize, usize, Vec<i32>, Order, Weighting);
+
+fn check_selection(rng: &mut Rng, case: Selecting) -> Check {
+    let (dtype, [n, l, c, h, r], chunk, k, start, order, rule) = case;
+    let b = Bindings::new([("N", n), ("L", l), ("C", c)]);
+    let ty = |len: &str| Ty::new(dtype, [Dim::sym("N"), Dim::sym(len), Dim::int(h), Dim::int(r)]);
+    let q = whole(rng, ty("L"), &b, 2);
+    let x = vec![
+        if n == 1 { q.wide(2) } else { q },
+        whole(rng, ty("C"), &b, 2),
+        Input::of(Ty::i32([Dim::sym("N")]), HostArray::i32(&[n], start)),
+    ];
+    Check::new(Selection { chunk, scale: 0.125, k, order, rule }, x, &b, tolerance(dtype))
+}
+
 fn selection(rig: &Rig) -> Result<String, String> {
     let mut rng = Rng(5);
     use DType::{BF16, F16, F32};
@@ -232,18 +272,44 @@ fn selection(rig: &Rig) -> Result<String, String> {
         // Nothing is complete.
         (BF16, [1, 3, 4, 1, 16], 64, 2, vec![0], Order::Recent, Softmax),
     ] {
-        let b = Bindings::new([("N", n), ("L", l), ("C", c)]);
-        let ty = |len: &str| Ty::new(dtype, [Dim::sym("N"), Dim::sym(len), Dim::int(h), Dim::int(r)]);
-        let q = whole(&mut rng, ty("L"), &b, 2);
-        let x = vec![
-            if n == 1 { q.wide(2) } else { q },
-            whole(&mut rng, ty("C"), &b, 2),
-            Input::of(Ty::i32([Dim::sym("N")]), HostArray::i32(&[n], start)),
-        ];
-        let op = Selection { chunk, scale: 0.125, k, order, rule };
-        rig.check(&Check::new(op, x, &b, tolerance(dtype)))?;
+        let case = check_selection(&mut rng, (dtype, [n, l, c, h, r], chunk, k, start, order, rule));
+        for form in ["split", "select_64", "select_128"] {
+            // A form for few tokens is slow with many; 64 slots leave no place for 128 landmarks.
+            if (form != "split" || l < 50) && (form != "select_128" || k < 64) {
+                rig.check(&case.clone().in_form(form))?;
+            }
+        }
+    }
+    // Products of warpgroups.
+    for (form, case) in [
+        ("select_64", (BF16, [1, 200, 70, 1, 192], 3, 8, vec![5], Order::Recent, StickBreaking)),
+        ("select_128", (F16, [1, 40, 260, 2, 48], 1, 16, vec![240], Order::Score, Sigmoid)),
+        ("split", (BF16, [2, 1, 300, 1, 64], 1, 8, vec![299, 150], Order::Recent, StickBreaking)),
+        ("select_64", (F32, [1, 20, 30, 1, 16], 1, 20, vec![12], Order::Recent, Softmax)),
+    ] {
+        rig.check(&check_selection(&mut rng, case).on(Arch::Sm90a).in_form(form))?;
     }
     Ok(String::new())
+}
+
+fn check_selection_grad(rng: &mut Rng, s: &Shape, r: usize, rule: Weighting) -> Check {
+    let b = dims(s);
+    let (index, count) = choices(rng, s);
+    let [n, l] = [Dim::sym("N"), Dim::sym("L")];
+    let ty = |len: &Dim, cols: &[usize]| {
+        Ty::new(s.dtype, [n.clone(), len.clone()].into_iter().chain(cols.iter().map(|&c| Dim::int(c))))
+    };
+    let slots = ty(&l, &[s.h, s.k]);
+    let x = vec![
+        Input::new(rng, ty(&l, &[s.h, r]), &b, -1.0, 1.0).wide(2),
+        Input::new(rng, ty(&Dim::sym("C"), &[s.h, r]), &b, -1.0, 1.0),
+        Input::of(slots.with_dtype(DType::I32), HostArray::i32(&[s.n, s.l, s.h, s.k], index)),
+        Input::of(ty(&l, &[s.h]).with_dtype(DType::I32), HostArray::i32(&[s.n, s.l, s.h], count)),
+        Input::new(rng, slots.clone(), &b, -2.0, 2.0),
+        Input::new(rng, slots.clone(), &b, 0.0, 1.0),
+        Input::new(rng, slots, &b, -1.0, 1.0),
+    ];
+    Check::new(SelectionGrad { scale: (r as f64).powf(-0.5), rule }, x, &b, tolerance(s.dtype))
 }
 
 fn selection_grad(rig: &Rig) -> Result<String, String> {
@@ -257,26 +323,36 @@ fn selection_grad(rig: &Rig) -> Result<String, String> {
         (shape(F32, [1, 20, 70, 0], [1, 1], 16, 16, 64), 16, StickBreaking),
         (shape(F32, [1, 20, 4, 0], [1, 1], 16, 16, 2), 8, One),
     ] {
-        let b = dims(&s);
-        let (index, count) = choices(&mut rng, &s);
-        let [n, l] = [Dim::sym("N"), Dim::sym("L")];
-        let ty = |len: &Dim, cols: &[usize]| {
-            Ty::new(s.dtype, [n.clone(), len.clone()].into_iter().chain(cols.iter().map(|&c| Dim::int(c))))
-        };
-        let slots = ty(&l, &[s.h, s.k]);
-        let x = vec![
-            Input::new(&mut rng, ty(&l, &[s.h, r]), &b, -1.0, 1.0).wide(2),
-            Input::new(&mut rng, ty(&Dim::sym("C"), &[s.h, r]), &b, -1.0, 1.0),
-            Input::of(slots.with_dtype(DType::I32), HostArray::i32(&[s.n, s.l, s.h, s.k], index)),
-            Input::of(ty(&l, &[s.h]).with_dtype(DType::I32), HostArray::i32(&[s.n, s.l, s.h], count)),
-            Input::new(&mut rng, slots.clone(), &b, -2.0, 2.0),
-            Input::new(&mut rng, slots.clone(), &b, 0.0, 1.0),
-            Input::new(&mut rng, slots, &b, -1.0, 1.0),
-        ];
-        let op = SelectionGrad { scale: (r as f64).powf(-0.5), rule };
-        rig.check(&Check::new(op, x, &b, tolerance(s.dtype)))?;
+        rig.check(&check_selection_grad(&mut rng, &s, r, rule))?;
     }
     Ok(String::new())
+}
+
+/// `sizes` are batch, tokens, key heads, query heads per key head, head_dim; `fixed`: the number of tokens is no symbol.
+fn check_attention(
+    rig: &Rig,
+    rng: &mut Rng,
+    dtype: DType,
+    sizes: [usize; 5],
+    causal: bool,
+    fixed: bool,
+) -> Result<(), String> {
+    let [b, t, h, group, d] = sizes;
+    let bindings = Bindings::new([("B", b), ("T", t)]);
+    let len = if fixed { Dim::int(t) } else { Dim::sym("T") };
+    let ty = |heads: usize| Ty::new(dtype, [Dim::sym("B"), len.clone(), Dim::int(heads), Dim::int(d)]);
+    let mut x: Vec<Input> = [h * group, h, h, h * group]
+        .into_iter()
+        .map(|heads| Input::new(rng, ty(heads), &bindings, -1.5, 1.5))
+        .collect();
+    if !fixed {
+        x.iter_mut().for_each(|x| x.wide = Some(2));
+    }
+    let scale = (d as f64).powf(-0.5);
+    let o = rambac_ir::ops::Attention { scale, causal };
+    rig.check(&Check::new(o, x[..3].to_vec(), &bindings, tolerance(dtype)))?;
+    rig.check(&Check::new(AttentionGrad { scale, causal }, x, &bindings, 1.5 * tolerance(dtype)))?;
+    Ok(())
 }
 
 fn attention(rig: &Rig) -> Result<String, String> {
@@ -292,20 +368,106 @@ fn attention(rig: &Rig) -> Result<String, String> {
         (BF16, [3, 7, 1, 4, 16], true, true),
         (F32, [1, 1, 2, 1, 128], false, false),
     ] {
-        let bindings = Bindings::new([("B", b), ("T", t)]);
-        let len = if fixed { Dim::int(t) } else { Dim::sym("T") };
-        let ty = |heads: usize| Ty::new(dtype, [Dim::sym("B"), len.clone(), Dim::int(heads), Dim::int(d)]);
-        let mut x: Vec<Input> = [h * group, h, h, h * group]
-            .into_iter()
-            .map(|heads| Input::new(&mut rng, ty(heads), &bindings, -1.5, 1.5))
-            .collect();
-        if !fixed {
-            x.iter_mut().for_each(|x| x.wide = Some(2));
+        check_attention(rig, &mut rng, dtype, [b, t, h, group, d], causal, fixed)?;
+    }
+    Ok(String::new())
+}
+
+// Small cases for templates with defects.
+
+pub fn quick_query_tiles(rig: &Rig) -> Result<(), String> {
+    use DType::{BF16, F16, F32};
+    let mut rng = Rng(11);
+    for s in [
+        shape(F16, [2, 3, 7, 2], [2, 4], 32, 32, 9),
+        shape(BF16, [1, 21, 70, 0], [1, 4], 32, 32, 3),
+        shape(F32, [1, 3, 7, 1], [1, 5], 32, 96, 2),
+    ] {
+        attend(rig, Arch::Sm80, &mut rng, &s, false, "query_tile")?;
+    }
+    Ok(())
+}
+
+pub fn quick_chunk_major(rig: &Rig) -> Result<(), String> {
+    let mut rng = Rng(12);
+    attend(rig, Arch::Sm80, &mut rng, &shape(DType::BF16, [1, 41, 3, 0], [1, 5], 16, 16, 2), true, "chunk_major")
+}
+
+pub fn quick_grad(rig: &Rig) -> Result<(), String> {
+    let mut rng = Rng(13);
+    for s in [shape(DType::BF16, [1, 41, 2, 0], [1, 5], 16, 16, 2), shape(DType::F32, [1, 4, 2, 1], [1, 5], 16, 96, 2)]
+    {
+        rig.check(&check_grad(&mut rng, &s))?;
+    }
+    Ok(())
+}
+
+pub fn quick_hopper(rig: &Rig) -> Result<(), String> {
+    let mut rng = Rng(14);
+    let s = shape(DType::BF16, [1, 41, 2, 0], [1, 8], 64, 64, 2);
+    attend(rig, Arch::Sm90a, &mut rng, &s, true, "chunk_major")?;
+    rig.check(&check_grad(&mut rng, &s).on(Arch::Sm90a)).map(|_| ())
+}
+
+pub fn quick_selection(rig: &Rig) -> Result<(), String> {
+    use DType::{BF16, F16, F32};
+    let mut rng = Rng(15);
+    for c in [
+        (BF16, [1, 40, 100, 1, 64], 1, 8, vec![80], Order::Recent, Weighting::StickBreaking),
+        (F16, [1, 20, 260, 1, 80], 1, 16, vec![250], Order::Score, Weighting::Softmax),
+        (F32, [2, 37, 9, 2, 16], 4, 3, vec![0, 20], Order::Recent, Weighting::Sigmoid),
+    ] {
+        let c = check_selection(&mut rng, c);
+        for form in ["select_128", "split"] {
+            rig.check(&c.clone().in_form(form))?;
         }
-        let scale = (d as f64).powf(-0.5);
-        let o = rambac_ir::ops::Attention { scale, causal };
-        rig.check(&Check::new(o, x[..3].to_vec(), &bindings, tolerance(dtype)))?;
-        rig.check(&Check::new(AttentionGrad { scale, causal }, x, &bindings, 1.5 * tolerance(dtype)))?;
+    }
+    Ok(())
+}
+
+pub fn quick_selection_grad(rig: &Rig) -> Result<(), String> {
+    use DType::{BF16, F32};
+    let mut rng = Rng(16);
+    for (s, r, rule) in [
+        (shape(F32, [1, 300, 3, 0], [1, 1], 16, 16, 2), 8, Weighting::StickBreaking),
+        (shape(BF16, [1, 70, 40, 0], [1, 1], 16, 16, 8), 48, Weighting::Softmax),
+        (shape(F32, [1, 20, 300, 0], [1, 1], 16, 16, 3), 8, Weighting::Sigmoid),
+    ] {
+        rig.check(&check_selection_grad(&mut rng, &s, r, rule))?;
+    }
+    Ok(())
+}
+
+pub fn quick_attention(rig: &Rig) -> Result<(), String> {
+    let mut rng = Rng(17);
+    check_attention(rig, &mut rng, DType::F16, [1, 130, 1, 1, 16], true, false)?;
+    check_attention(rig, &mut rng, DType::BF16, [2, 7, 1, 2, 16], false, true)
+}
+
+/// Sizes that no tile takes: a warp per row.
+fn any_size(rig: &Rig) -> Result<String, String> {
+    use DType::{BF16, F16, F32};
+    let mut rng = Rng(9);
+    for s in [
+        shape(F32, [2, 5, 3, 1], [2, 3], 7, 3, 4),
+        shape(BF16, [1, 9, 4, 0], [1, 2], 40, 16, 2),
+        shape(F16, [1, 3, 2, 2], [1, 1], 144, 1, 3),
+    ] {
+        attend(rig, Arch::Sm80, &mut rng, &s, s.n == 1, "any_size")?;
+        rig.check(&check_grad(&mut rng, &s).in_form("any_size"))?;
+    }
+    for (dtype, sizes, causal) in [(F32, [2, 5, 2, 3, 7], true), (BF16, [1, 20, 1, 1, 40], false)] {
+        check_attention(rig, &mut rng, dtype, sizes, causal, false)?;
+    }
+    for case in [
+        (F32, [2, 9, 7, 3, 5], 2, 3, vec![4, 9], Order::Recent, Weighting::StickBreaking),
+        (BF16, [1, 4, 70, 1, 3], 1, 70, vec![66], Order::Score, Weighting::Softmax),
+    ] {
+        rig.check(&check_selection(&mut rng, case).in_form("any_size"))?;
+    }
+    for (s, r) in [(shape(F32, [2, 9, 5, 0], [3, 1], 16, 16, 4), 5), (shape(BF16, [1, 12, 3, 0], [1, 1], 16, 16, 2), 3)]
+    {
+        rig.check(&check_selection_grad(&mut rng, &s, r, Weighting::StickBreaking).in_form("any_size"))?;
     }
     Ok(String::new())
 }

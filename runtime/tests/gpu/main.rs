@@ -7,6 +7,7 @@ mod attend;
 mod conv;
 mod elementwise;
 mod harness;
+mod mutants;
 mod norm;
 mod rig;
 mod rows;
@@ -15,5 +16,5 @@ mod scan;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    harness::run(&[elementwise::ALL, rows::ALL, attend::ALL, conv::ALL, norm::ALL, scan::ALL])
+    harness::run(&[elementwise::ALL, rows::ALL, conv::ALL, norm::ALL, scan::ALL, attend::ALL, mutants::ALL])
 }

@@ -1,8 +1,10 @@
 //! Runs one op on the simulator and compares it with its definition.
 
-use rambac_codegen::cuda::{Arch, GpuProgram, Kernel, Target, emit};
+use rambac_codegen::cuda::compile::{OPTIONS, compile};
+use rambac_codegen::cuda::headers::included;
+use rambac_codegen::cuda::{Arch, Form, GpuProgram, Kernel, Target, emit};
 use rambac_codegen::lower;
-use rambac_codegen::nvrtc::{Compiled, Nvrtc};
+use rambac_codegen::nvrtc::{Compiled, Nvrtc, NvrtcError};
 use rambac_ir::ops::Op;
 use rambac_ir::testing::Rng;
 use rambac_ir::{Bindings, Builder, DType, Dim, HostArray, Ty, Value};
@@ -16,6 +18,8 @@ use std::sync::{Arc, Mutex};
 /// The compiler and what it has compiled.
 pub struct Rig {
     pub nvrtc: Nvrtc,
+    /// A template with a defect: its name and text.
+    defect: Option<(&'static str, String)>,
     compiled: Mutex<HashMap<(String, Arch), Compiled>>,
 }
 
@@ -29,6 +33,7 @@ pub struct Input {
 }
 
 /// One op on given operands.
+#[derive(Clone)]
 pub struct Check {
     pub op: Op,
     pub inputs: Vec<Input>,
@@ -38,6 +43,8 @@ pub struct Check {
     pub sms: Option<usize>,
     /// Largest difference from the definition, as a part of the largest magnitude of each result.
     pub tolerance: f64,
+    /// The form to run, whatever its conditions; else the one that would be chosen.
+    pub form: Option<&'static str>,
     /// Elements of results that are not compared: (result, element, values of all results) → skip.
     pub skip: fn(usize, usize, &[HostArray]) -> bool,
 }
@@ -92,7 +99,25 @@ const MARGIN: [usize; 2] = [8, 16];
 
 impl Rig {
     pub fn new(nvrtc: Nvrtc) -> Rig {
-        Rig { nvrtc, compiled: Mutex::new(HashMap::new()) }
+        Rig { nvrtc, defect: None, compiled: Mutex::new(HashMap::new()) }
+    }
+
+    /// A rig whose kernels are made of a template with a defect; kernels without it are not compiled again.
+    pub fn with_defect(&self, header: &'static str, text: String) -> Result<Rig, String> {
+        let nvrtc = Nvrtc::open(&self.nvrtc.path).map_err(|e| e.to_string())?;
+        let mut compiled = self.compiled.lock().unwrap().clone();
+        compiled.retain(|(source, _), _| included(source).iter().all(|h| h.0 != header));
+        Ok(Rig { nvrtc, defect: Some((header, text)), compiled: Mutex::new(compiled) })
+    }
+
+    fn compile_one(&self, k: &Kernel, target: &Target) -> Result<Compiled, String> {
+        let failed = |e: NvrtcError| format!("{e}\n{}", k.source);
+        let Some((name, text)) = &self.defect else { return compile(&self.nvrtc, k, target.arch).map_err(failed) };
+        let headers: Vec<(&str, &str)> =
+            included(&k.source).into_iter().map(|h| if h.0 == *name { (h.0, text.as_str()) } else { h }).collect();
+        let arch = format!("--gpu-architecture={}", target.arch);
+        let options: Vec<&str> = std::iter::once(arch.as_str()).chain(OPTIONS.iter().copied()).collect();
+        self.nvrtc.compile(&format!("{}.cu", k.name), &k.source, &headers, &options).map_err(failed)
     }
 
     /// Compiles kernels, each text once.
@@ -103,13 +128,10 @@ impl Rig {
             let known = self.compiled.lock().unwrap().get(&key).cloned();
             let c = match known {
                 Some(c) => c,
-                None => {
-                    let code = Code::of(&self.nvrtc, std::slice::from_ref(k), target)
-                        .map_err(|e| format!("{e}\n{}", k.source))?;
-                    code.0.into_values().next().ok_or("BUG: a kernel gives code")?
-                }
+                None => self.compile_one(k, target)?,
             };
-            for u in &c.usage {
+            // What a defect makes of registers is not what it is there for.
+            for u in c.usage.iter().filter(|_| self.defect.is_none()) {
                 if u.spill_stores + u.spill_loads > 0 {
                     return Err(format!("{} spills {} bytes\n{}", k.name, u.spill_stores, k.source));
                 }
@@ -134,7 +156,20 @@ impl Rig {
         let want = c.want();
         let mut target = Target::of(c.arch);
         target.sms = c.sms.unwrap_or(target.sms);
-        let program = emit(lower(&graph), target).map_err(|e| e.to_string())?;
+        let mut program = emit(lower(&graph), target).map_err(|e| e.to_string())?;
+        if let Some(name) = c.form {
+            let op = program.program.steps.iter().position(|s| s.op.mnemonic() == c.op.mnemonic());
+            let forms = &mut program.steps[op.ok_or("the op is no step")?].forms;
+            forms.retain(|f| f.name == name);
+            forms.first_mut().ok_or_else(|| format!("there is no form {name}\n{}", c.describe()))?.when.clear();
+        }
+        // Forms that these sizes don't take need not be compiled.
+        for s in &mut program.steps {
+            let taken = s.form(&c.dims).map_err(|e| e.to_string())?.clone();
+            s.forms = vec![Form { when: vec![], ..taken }];
+        }
+        program.kernels =
+            program.steps.iter().flat_map(|s| &s.forms).flat_map(Form::launches).map(|l| l.kernel.clone()).collect();
         let code = self.compile(&program.kernels, &program.target)?;
         let program = Arc::new(program);
         let mut first: Option<Vec<Bytes>> = None;
@@ -173,11 +208,16 @@ impl Check {
             arch: Arch::Sm80,
             sms: None,
             tolerance,
+            form: None,
             skip: |_, _, _| false,
         }
     }
     pub fn on(mut self, arch: Arch) -> Check {
         self.arch = arch;
+        self
+    }
+    pub fn in_form(mut self, name: &'static str) -> Check {
+        self.form = Some(name);
         self
     }
     pub fn sms(mut self, sms: usize) -> Check {

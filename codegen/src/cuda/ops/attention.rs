@@ -1,5 +1,6 @@
 //! Softmax attention within short sequences, and its gradient in two launches.
 
+use super::any_size::AnyAttention;
 use super::{Cuda, Site, Unsupported, because};
 use crate::cuda::expr::Expr;
 use crate::cuda::form::{Form, Operand};
@@ -43,10 +44,12 @@ pub struct AttentionSizes {
 impl AttentionSizes {
     /// Registers of a thread, from above: accumulators and logits, and what addresses and fragments take (seen).
     fn registers(&self, pass: Pass, keys: usize) -> usize {
-        let own = if self.element == 4 { 104 } else { 88 };
+        let wide = self.element == 4;
+        let own = if wide && pass != Pass::Keys { 136 } else { 104 };
         own + match pass {
             Pass::Forward => (self.head_dim + keys) / 2 + 16,
             Pass::Rows => self.head_dim / 2 + keys,
+            Pass::Keys if wide => self.head_dim + keys * 5 / 4,
             Pass::Keys => self.head_dim + keys,
         }
     }
@@ -63,9 +66,12 @@ impl AttentionSizes {
     /// As many warps as a sequence fills, and all its keys at once where registers hold them.
     pub fn tile(&self, target: &Target, pass: Pass) -> Option<AttentionTile> {
         let all = self.tokens.map(|t| t.next_multiple_of(16));
-        let warps = self.tokens.map_or(4, |t| (t * self.group).div_ceil(16).clamp(1, 8));
+        // Of f32, dk and dv of more rows at a time need more registers than there are.
+        let most = if pass == Pass::Keys && self.element == 4 { 4 } else { 8 };
+        let warps = self.tokens.map_or(4, |t| (t * self.group).div_ceil(16).clamp(1, most));
         let sizes = all.filter(|&k| k <= 96).into_iter().chain([64, 48, 32, 16]);
-        let tiles = sizes.filter(|&k| all.is_none_or(|a| k <= a));
+        let most = if pass == Pass::Keys && self.element == 4 && self.head_dim > 64 { 32 } else { 96 };
+        let tiles = sizes.filter(|&k| k <= most && all.is_none_or(|a| k <= a));
         let tiles = tiles.flat_map(|k| [warps, 4, 2, 1].into_iter().filter(|&w| w <= warps).map(move |w| (k, w)));
         for (keys, warps) in tiles {
             // A warp has a tile of keys.
@@ -172,61 +178,83 @@ fn cut(t: &AttentionTile) -> String {
     format!("{} warps, {} keys at a time, {} blocks per SM", t.warps, t.keys, t.blocks_per_sm)
 }
 
+/// What tiles do not take runs a warp per row.
+fn or_any_size(
+    tiled: Result<Vec<Form>, Unsupported>,
+    site: &Site,
+    scale: f64,
+    causal: bool,
+    dy: Option<Operand>,
+) -> Result<Vec<Form>, Unsupported> {
+    tiled.or_else(|why| {
+        AnyAttention { site, chunk: None, scale, off_by_one: 0.0, causal, dy, why: why.to_string() }.forms()
+    })
+}
+
 impl Cuda for rambac_ir::ops::Attention {
     fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
-        let o = Operand::Output(0);
-        let a = Attending::new(site, self.scale, self.causal, &[0, 1, 2].map(Operand::Input))?;
-        if site.vector(&[o], 8) < 8 {
-            return because("rows of the result must begin at multiples of 16 bytes");
-        }
-        let t = a.tile(site.target, Pass::Forward)?;
-        let stub = a.stub("attention", &t).write("o", a.dtype, o).i64("o_stride", site.row_stride(o, 2)?);
-        let launch = a.sized(a.read_qkv(stub)).launch((a.by_rows(&t), 1, 1));
-        Ok(vec![Form::new("attention", cut(&t), vec![launch.into()])])
+        or_any_size(forward(site, self.scale, self.causal), site, self.scale, self.causal, None)
     }
 }
 
 impl Cuda for AttentionGrad {
     fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
-        let dy = Operand::Input(3);
-        let [dq, dk, dv] = [0, 1, 2].map(Operand::Output);
-        let inputs = [0, 1, 2, 3].map(Operand::Input);
-        let a = Attending::new(site, self.scale, self.causal, &inputs)?;
-        if site.vector(&[dq, dk, dv], 8) < 8 {
-            return because("rows of the results must begin at multiples of 16 bytes");
-        }
-        let [log2_sum, delta] = [0, 1].map(Operand::Workspace);
-        let (rows, keys) = (a.tile(site.target, Pass::Rows)?, a.tile(site.target, Pass::Keys)?);
-        let read = |s: Stub| -> Result<Stub, Unsupported> {
-            let s = a.read_qkv(s).read("dy", a.dtype, dy).i64("dy_stride", site.row_stride(dy, 2)?);
-            Ok(a.sized(s))
-        };
-        let by_rows = a
-            .stub("attention_grad_rows", &rows)
-            .write("dq", a.dtype, dq)
-            .i64("dq_stride", site.row_stride(dq, 2)?)
-            .write("log2_sum", DType::F32, log2_sum)
-            .write("delta", DType::F32, delta);
-        let by_keys = a
-            .stub("attention_grad_keys", &keys)
-            .write("dk", a.dtype, dk)
-            .i64("dk_stride", site.row_stride(dk, 2)?)
-            .write("dv", a.dtype, dv)
-            .i64("dv_stride", site.row_stride(dv, 2)?)
-            .read("log2_sum", DType::F32, log2_sum)
-            .read("delta", DType::F32, delta);
-        let calls = vec![
-            read(by_rows)?.launch((a.by_rows(&rows), 1, 1)).into(),
-            read(by_keys)?.launch((Expr::from(&a.t).ceil_div(keys.keys) * a.lists(), 1, 1)).into(),
-        ];
-        let why = format!("dq by rows ({}), then dk and dv by keys ({})", cut(&rows), cut(&keys));
-        let size = a.lists() * a.rows();
-        Ok(vec![Form::new("attention_grad", why, calls).with("log2_sum", DType::F32, size.clone()).with(
-            "delta",
-            DType::F32,
-            size,
-        )])
+        let dy = Some(Operand::Input(3));
+        or_any_size(gradient(site, self.scale, self.causal), site, self.scale, self.causal, dy)
     }
+}
+
+fn forward(site: &Site, scale: f64, causal: bool) -> Result<Vec<Form>, Unsupported> {
+    let o = Operand::Output(0);
+    let a = Attending::new(site, scale, causal, &[0, 1, 2].map(Operand::Input))?;
+    if site.vector(&[o], 16 / a.dtype.size()) < 16 / a.dtype.size() {
+        return because("rows of the result must begin at multiples of 16 bytes");
+    }
+    let t = a.tile(site.target, Pass::Forward)?;
+    let stub = a.stub("attention", &t).write("o", a.dtype, o).i64("o_stride", site.row_stride(o, 2)?);
+    let launch = a.sized(a.read_qkv(stub)).launch((a.by_rows(&t), 1, 1));
+    Ok(vec![Form::new("attention", cut(&t), vec![launch.into()])])
+}
+
+fn gradient(site: &Site, scale: f64, causal: bool) -> Result<Vec<Form>, Unsupported> {
+    let dy = Operand::Input(3);
+    let [dq, dk, dv] = [0, 1, 2].map(Operand::Output);
+    let inputs = [0, 1, 2, 3].map(Operand::Input);
+    let a = Attending::new(site, scale, causal, &inputs)?;
+    if site.vector(&[dq, dk, dv], 16 / a.dtype.size()) < 16 / a.dtype.size() {
+        return because("rows of the results must begin at multiples of 16 bytes");
+    }
+    let [log2_sum, delta] = [0, 1].map(Operand::Workspace);
+    let (rows, keys) = (a.tile(site.target, Pass::Rows)?, a.tile(site.target, Pass::Keys)?);
+    let read = |s: Stub| -> Result<Stub, Unsupported> {
+        let s = a.read_qkv(s).read("dy", a.dtype, dy).i64("dy_stride", site.row_stride(dy, 2)?);
+        Ok(a.sized(s))
+    };
+    let by_rows = a
+        .stub("attention_grad_rows", &rows)
+        .write("dq", a.dtype, dq)
+        .i64("dq_stride", site.row_stride(dq, 2)?)
+        .write("log2_sum", DType::F32, log2_sum)
+        .write("delta", DType::F32, delta);
+    let by_keys = a
+        .stub("attention_grad_keys", &keys)
+        .write("dk", a.dtype, dk)
+        .i64("dk_stride", site.row_stride(dk, 2)?)
+        .write("dv", a.dtype, dv)
+        .i64("dv_stride", site.row_stride(dv, 2)?)
+        .read("log2_sum", DType::F32, log2_sum)
+        .read("delta", DType::F32, delta);
+    let calls = vec![
+        read(by_rows)?.launch((a.by_rows(&rows), 1, 1)).into(),
+        read(by_keys)?.launch((Expr::from(&a.t).ceil_div(keys.keys) * a.lists(), 1, 1)).into(),
+    ];
+    let why = format!("dq by rows ({}), then dk and dv by keys ({})", cut(&rows), cut(&keys));
+    let size = a.lists() * a.rows();
+    Ok(vec![Form::new("attention_grad", why, calls).with("log2_sum", DType::F32, size.clone()).with(
+        "delta",
+        DType::F32,
+        size,
+    )])
 }
 
 #[cfg(test)]

@@ -3,8 +3,9 @@
 //! What decides: ρ = L·K / C, the pairs (token, slot) per chunk, which is how often a chunk that stays on chip is used.  Chunk
 //! by chunk a pair moves its queries, a slot written and the slot read, 3·G rows of d, and 2·chunk / ρ rows of keys and values;
 //! by query tiles 2·chunk rows of keys and values, shared by as many pairs of the tile as chose the chunk, for which we take
-//! [`SHARED_BY`].
+//! [`SHARED_BY`].  Where tokens are so few that most multiprocessors would idle, every pair has a block.
 
+use super::any_size::AnyAttention;
 use super::inverted_index::InvertedIndex;
 use super::{Cuda, Site, Unsupported, because};
 use crate::cuda::expr::Expr;
@@ -173,8 +174,9 @@ impl Sizes {
         if target.arch != Arch::Sm90a || self.element != 2 || self.head_dim != 64 || self.chunk != 64 {
             return None;
         }
-        // Eight tiles of 64 by 64; 168 registers.
-        Some(Tile { warps: 4, keys: 64, shared: 8 * 64 * 64 * 2 + self.pairs_bytes(), blocks_per_sm: 3 })
+        // Eight tiles of 64 by 64; 168 registers, more where rows must be divided to find their pair.
+        let blocks_per_sm = if self.group.is_power_of_two() { 3 } else { 2 };
+        Some(Tile { warps: 4, keys: 64, shared: 8 * 64 * 64 * 2 + self.pairs_bytes(), blocks_per_sm })
     }
 
     /// From how many pairs per chunk on the chunk-major form moves less; `None`: never.
@@ -274,13 +276,13 @@ impl Attending {
             .tag(format!("d{}_g{}_k{}", s.head_dim, s.group, s.slots))
             .hashed()
     }
-    fn tiled(&self, header: &'static str, template: &'static str, t: &Tile, shared: usize) -> Stub {
+    fn tiled(&self, header: &'static str, template: &'static str, t: &Tile, shared: usize, slab: usize) -> Stub {
         self.stub(header, template, 32 * t.warps)
             .int("chunk", self.sizes.chunk)
             .tag(format!("s{}", self.sizes.chunk))
             .int("warps", t.warps)
             .int("keys", t.keys)
-            .int("slab", self.sizes.slab())
+            .int("slab", slab)
             .int("shared", shared)
             .float("scale", self.scale)
             .float("off_by_one", self.off_by_one)
@@ -319,8 +321,10 @@ impl Attending {
     fn query_tile(&self, t: &Tile, o_stride: Expr) -> Form {
         let o = Operand::Output(0);
         let rows = Expr::from(&self.l) * self.sizes.group;
-        let stub =
-            self.tiled("attend", "attend_query_tile", t, t.shared).write("o", self.dtype, o).i64("o_stride", o_stride);
+        let stub = self
+            .tiled("attend", "attend_query_tile", t, t.shared, self.sizes.slab())
+            .write("o", self.dtype, o)
+            .i64("o_stride", o_stride);
         let launch = self
             .read_qkv(stub)
             .read("indices", DType::I32, INDICES)
@@ -345,6 +349,29 @@ impl Attending {
         Expr::from(&self.n) * self.h
     }
 
+    /// Every pair has a block of its own, where the blocks of query tiles would leave half of the multiprocessors idle.
+    fn pairs(&self, target: &Target, blocks: Expr, o_stride: Expr) -> Option<Form> {
+        let mut t = self.sizes.chunk_major(target)?;
+        t.shared -= self.sizes.pairs_bytes() - 8;
+        let slots = Operand::Workspace(0);
+        let stub = self.tiled("attend_chunks", "attend_pairs", &t, t.shared, 1).write("slots", self.dtype, slots);
+        let launch = self
+            .read_qkv(stub)
+            .read("indices", DType::I32, INDICES)
+            .read("count", DType::I32, COUNT)
+            .read("weights", self.dtype, WEIGHTS)
+            .i32("l", &self.l)
+            .i32("h", self.h)
+            .i32("chunks", &self.chunks)
+            .launch((self.lists() * &self.l * self.sizes.slots, 1, 1));
+        let calls = vec![launch.into(), self.reduce_slots(Operand::Output(0), o_stride, slots, 1)];
+        let why = format!("few tokens: a block per pair; {} warps, {} keys at a time", t.warps, t.keys);
+        let form = Form::new("pairs", why, calls)
+            .with("slots", self.dtype, self.slots_elements(1))
+            .when(Condition::Below(blocks * 2, Expr::int(target.sms)));
+        Some(form)
+    }
+
     fn chunk_major(&self, target: &Target, from: usize, o_stride: Expr) -> Option<Form> {
         let (template, t) = match self.sizes.chunk_major_hopper(target) {
             Some(t) => (("attend_chunks_hopper", "attend_chunks_hopper"), t),
@@ -353,7 +380,8 @@ impl Attending {
         let index = self.index(0);
         let slots = Operand::Workspace(InvertedIndex::WORKSPACES);
         let mut calls = index.calls(INDICES, COUNT);
-        let stub = self.tiled(template.0, template.1, &t, t.shared).write("slots", self.dtype, slots);
+        let stub =
+            self.tiled(template.0, template.1, &t, t.shared, self.sizes.slab()).write("slots", self.dtype, slots);
         let stub = self.read_qkv(stub).read("weights", self.dtype, WEIGHTS);
         calls.push(index.read(stub).launch((index.lists() * index.max_slabs(), 1, 1)).into());
         calls.push(self.reduce_slots(Operand::Output(0), o_stride, slots, 1));
@@ -373,94 +401,113 @@ impl Attending {
     }
 }
 
+/// What tiles do not take runs a warp per row.
+fn or_any_size(
+    tiled: Result<Vec<Form>, Unsupported>,
+    site: &Site,
+    (chunk, scale, off_by_one): (usize, f64, f64),
+    dy: Option<Operand>,
+) -> Result<Vec<Form>, Unsupported> {
+    tiled.or_else(|why| {
+        AnyAttention { site, chunk: Some(chunk), scale, off_by_one, causal: false, dy, why: why.to_string() }.forms()
+    })
+}
+
 impl Cuda for ChunkAttention {
     fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
-        let o = Operand::Output(0);
-        let a = Attending::new(site, self.chunk, self.scale, self.off_by_one, &[Q, K, V, o])?;
-        let o_stride = site.row_stride(o, 2)?;
-        let mut forms = vec![];
-        if let Some(from) = a.sizes.chunk_major_from() {
-            forms.extend(a.chunk_major(site.target, from, o_stride.clone()));
-        }
-        match a.sizes.query_tile(site.target) {
-            Some(t) => forms.push(a.query_tile(&t, o_stride)),
-            None => return a.does_not_fit(site.target),
-        }
-        Ok(forms)
+        or_any_size(forward(self, site), site, (self.chunk, self.scale, self.off_by_one), None)
     }
 }
 
 impl Cuda for ChunkAttentionGrad {
     fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
-        let [dq, dk, dv, dw] = [0, 1, 2, 3].map(Operand::Output);
-        let a = Attending::new(site, self.chunk, self.scale, self.off_by_one, &[Q, K, V, DY, dq, dk, dv])?;
-        site.contiguous(dw)?;
-        let s = &a.sizes;
-        let (template, t, shared) = match (s.grad_hopper(site.target), s.grad(site.target)) {
-            (Some(t), _) => (("attend_chunks_hopper", "attend_grad_hopper"), t, t.shared),
-            (None, Some(t)) => (("attend_grad", "attend_grad"), t, s.grad_bytes(t.warps, t.keys)),
-            (None, None) => return a.does_not_fit(site.target),
-        };
-        let parts = s.chunk / t.keys;
-        let index = a.index(0);
-        let [slots, partial, delta, log2_sum] = [0, 1, 2, 3].map(|i| Operand::Workspace(InvertedIndex::WORKSPACES + i));
-        let rows = |stub: Stub| -> Result<Stub, Unsupported> {
-            let stub = a.read_qkv(stub).read("weights", a.dtype, WEIGHTS).read("dy", a.dtype, DY);
-            Ok(index.read(stub.i64("dy_stride", site.row_stride(DY, 2)?)))
-        };
-        let mut calls = index.calls(INDICES, COUNT);
-        let slabs = index.lists() * index.max_slabs();
-        if parts > 1 {
-            let shared = s.stats_bytes(t.warps, t.keys);
-            let stub = a.tiled("attend_grad", "attend_grad_stats", &Tile { blocks_per_sm: 1, ..t }, shared);
-            let stub = stub.write("log2_sum", DType::F32, log2_sum).write("delta", DType::F32, delta);
-            calls.push(rows(stub)?.launch((slabs.clone(), 1, 1)).into());
-        }
-        let stub = a
-            .tiled(template.0, template.1, &t, shared)
-            .write("slots", a.dtype, slots)
-            .write("partial", DType::F32, partial)
-            .write("delta", DType::F32, delta)
-            .read("log2_sum", DType::F32, log2_sum);
-        calls.push(rows(stub)?.launch((slabs * parts, 1, 1)).into());
-        calls.push(a.reduce_slots(dq, site.row_stride(dq, 2)?, slots, parts));
-        let weights = a.lists() * &a.l * s.slots;
-        calls.push(
-            a.stub("attend_grad", "attend_grad_heads", ADD_THREADS)
-                .write("dw", a.dtype, dw)
-                .read("delta", DType::F32, delta)
-                .read("count", DType::I32, COUNT)
-                .i64("lists_tokens", a.lists() * &a.l)
-                .launch((weights.clone().ceil_div(ADD_THREADS), 1, 1))
-                .into(),
-        );
-        let stub = a
-            .stub("attend_grad", "attend_grad_chunks", ADD_THREADS)
-            .int("chunk", s.chunk)
-            .int("keys", t.keys)
-            .write("dk", a.dtype, dk)
-            .i64("dk_stride", site.row_stride(dk, 2)?)
-            .write("dv", a.dtype, dv)
-            .i64("dv_stride", site.row_stride(dv, 2)?)
-            .read("partial", DType::F32, partial);
-        calls.push(index.read_slabs(stub).launch((a.lists() * &a.chunks, 1, 1)).into());
-        let why = format!(
-            "chunk by chunk, {} products; {} pairs a slab, {} warps, {} keys at a time, {} blocks per SM",
-            if parts > 1 { 7 } else { 5 },
-            index.slab,
-            t.warps,
-            t.keys,
-            t.blocks_per_sm
-        );
-        let rows = weights * s.group;
-        let form = index
-            .reserve(Form::new("chunk_major", why, calls))
-            .with("slots", a.dtype, a.slots_elements(parts))
-            .with("partial", DType::F32, index.lists() * index.max_slabs() * (2 * s.chunk * s.head_dim))
-            .with("delta", DType::F32, rows.clone())
-            .with("log2_sum", DType::F32, if parts > 1 { rows } else { Expr::int(0) });
-        Ok(vec![form])
+        or_any_size(gradient(self, site), site, (self.chunk, self.scale, self.off_by_one), Some(DY))
     }
+}
+
+fn forward(op: &ChunkAttention, site: &Site) -> Result<Vec<Form>, Unsupported> {
+    let o = Operand::Output(0);
+    let a = Attending::new(site, op.chunk, op.scale, op.off_by_one, &[Q, K, V, o])?;
+    let o_stride = site.row_stride(o, 2)?;
+    let Some(t) = a.sizes.query_tile(site.target) else { return a.does_not_fit(site.target) };
+    let blocks = (Expr::from(&a.l) * a.sizes.group).ceil_div(16 * t.warps) * a.lists();
+    let mut forms: Vec<Form> = a.pairs(site.target, blocks, o_stride.clone()).into_iter().collect();
+    if let Some(from) = a.sizes.chunk_major_from() {
+        forms.extend(a.chunk_major(site.target, from, o_stride.clone()));
+    }
+    forms.push(a.query_tile(&t, o_stride));
+    Ok(forms)
+}
+
+fn gradient(op: &ChunkAttentionGrad, site: &Site) -> Result<Vec<Form>, Unsupported> {
+    let [dq, dk, dv, dw] = [0, 1, 2, 3].map(Operand::Output);
+    let a = Attending::new(site, op.chunk, op.scale, op.off_by_one, &[Q, K, V, DY, dq, dk, dv])?;
+    site.contiguous(dw)?;
+    let s = &a.sizes;
+    let (template, t, shared) = match (s.grad_hopper(site.target), s.grad(site.target)) {
+        (Some(t), _) => (("attend_chunks_hopper", "attend_grad_hopper"), t, t.shared),
+        (None, Some(t)) => (("attend_grad", "attend_grad"), t, s.grad_bytes(t.warps, t.keys)),
+        (None, None) => return a.does_not_fit(site.target),
+    };
+    let parts = s.chunk / t.keys;
+    let index = a.index(0);
+    let [slots, partial, delta, log2_sum] = [0, 1, 2, 3].map(|i| Operand::Workspace(InvertedIndex::WORKSPACES + i));
+    let rows = |stub: Stub| -> Result<Stub, Unsupported> {
+        let stub = a.read_qkv(stub).read("weights", a.dtype, WEIGHTS).read("dy", a.dtype, DY);
+        Ok(index.read(stub.i64("dy_stride", site.row_stride(DY, 2)?)))
+    };
+    let mut calls = index.calls(INDICES, COUNT);
+    let slabs = index.lists() * index.max_slabs();
+    if parts > 1 {
+        let shared = s.stats_bytes(t.warps, t.keys);
+        let stub = a.tiled("attend_grad", "attend_grad_stats", &Tile { blocks_per_sm: 1, ..t }, shared, s.slab());
+        let stub = stub.write("log2_sum", DType::F32, log2_sum).write("delta", DType::F32, delta);
+        calls.push(rows(stub)?.launch((slabs.clone(), 1, 1)).into());
+    }
+    let stub = a
+        .tiled(template.0, template.1, &t, shared, s.slab())
+        .write("slots", a.dtype, slots)
+        .write("partial", DType::F32, partial)
+        .write("delta", DType::F32, delta)
+        .read("log2_sum", DType::F32, log2_sum);
+    calls.push(rows(stub)?.launch((slabs * parts, 1, 1)).into());
+    calls.push(a.reduce_slots(dq, site.row_stride(dq, 2)?, slots, parts));
+    let weights = a.lists() * &a.l * s.slots;
+    calls.push(
+        a.stub("attend_grad", "attend_grad_heads", ADD_THREADS)
+            .write("dw", a.dtype, dw)
+            .read("delta", DType::F32, delta)
+            .read("count", DType::I32, COUNT)
+            .i64("lists_tokens", a.lists() * &a.l)
+            .launch((weights.clone().ceil_div(ADD_THREADS), 1, 1))
+            .into(),
+    );
+    let stub = a
+        .stub("attend_grad", "attend_grad_chunks", ADD_THREADS)
+        .int("chunk", s.chunk)
+        .int("keys", t.keys)
+        .write("dk", a.dtype, dk)
+        .i64("dk_stride", site.row_stride(dk, 2)?)
+        .write("dv", a.dtype, dv)
+        .i64("dv_stride", site.row_stride(dv, 2)?)
+        .read("partial", DType::F32, partial);
+    calls.push(index.read_slabs(stub).launch((a.lists() * &a.chunks, 1, 1)).into());
+    let why = format!(
+        "chunk by chunk, {} products; {} pairs a slab, {} warps, {} keys at a time, {} blocks per SM",
+        if parts > 1 { 7 } else { 5 },
+        index.slab,
+        t.warps,
+        t.keys,
+        t.blocks_per_sm
+    );
+    let rows = weights * s.group;
+    let form = index
+        .reserve(Form::new("chunk_major", why, calls))
+        .with("slots", a.dtype, a.slots_elements(parts))
+        .with("partial", DType::F32, index.lists() * index.max_slabs() * (2 * s.chunk * s.head_dim))
+        .with("delta", DType::F32, rows.clone())
+        .with("log2_sum", DType::F32, if parts > 1 { rows } else { Expr::int(0) });
+    Ok(vec![form])
 }
 
 #[cfg(test)]

@@ -44,6 +44,15 @@ impl InvertedIndex {
         Operand::Workspace(self.first + i)
     }
 
+    /// Offsets of every chunk's pairs, `[N·h, C + 1]`.
+    pub fn offsets(&self) -> Operand {
+        self.at(1)
+    }
+    /// The pairs, `[N·h, L·K]`.
+    pub fn entries(&self) -> Operand {
+        self.at(4)
+    }
+
     /// Adds its workspaces to a form that has `first` so far.
     pub fn reserve(&self, f: Form) -> Form {
         assert_eq!(f.workspace.len(), self.first, "BUG: the index's workspaces begin at {}", self.first);

@@ -1,5 +1,6 @@
 //! How each op runs on a GPU: one file per family, one answer per op of the list.
 
+mod any_size;
 mod attention;
 mod chunk_attention;
 mod conv;

@@ -74,49 +74,92 @@ impl Norm {
     }
 }
 
+/// Rows of operands: addresses and distances.
+impl Norm {
+    fn read(&self, site: &Site, stub: Stub, name: &str, at: Operand) -> Result<Stub, Unsupported> {
+        Ok(stub.read(name, self.dtype, at).i64(&format!("{name}_stride"), site.row_stride(at, self.axis)?))
+    }
+    fn write(&self, site: &Site, stub: Stub, name: &str, at: Operand) -> Result<Stub, Unsupported> {
+        Ok(stub.write(name, self.dtype, at).i64(&format!("{name}_stride"), site.row_stride(at, self.axis)?))
+    }
+}
+
+const X: Operand = Operand::Input(0);
+
+/// The norm of x, or of x·silu(z).
+fn forward(site: &Site, eps: f64, z: Option<Operand>, w: Operand) -> Result<Vec<Form>, Unsupported> {
+    let y = Operand::Output(0);
+    site.contiguous(w)?;
+    let vectors: Vec<Operand> = [X, w, y].into_iter().chain(z).collect();
+    let n = Norm::new(site, eps, &vectors, 32)?;
+    let name = if z.is_some() { "gated_rms_norm" } else { "rms_norm" };
+    let mut stub = n.read(site, n.stub(name), "x", X)?;
+    if let Some(z) = z {
+        stub = n.read(site, stub, "z", z)?;
+    }
+    let l = n.write(site, stub.read("w", n.dtype, w), "y", y)?.i64("rows", n.rows.clone()).launch((
+        n.rows.clone().ceil_div(n.lanes.rows()),
+        1,
+        1,
+    ));
+    Ok(vec![Form::new(name, n.who(), vec![l.into()])])
+}
+
+/// Operands of a norm's gradient beside x, and its results beside dx.
+struct Backward {
+    /// The gate and its gradient.
+    gate: Option<(Operand, Operand)>,
+    w: Operand,
+    dy: Operand,
+    /// Added to dx.
+    base: Option<Operand>,
+    dw: Operand,
+}
+
+fn backward(site: &Site, eps: f64, b: &Backward) -> Result<Vec<Form>, Unsupported> {
+    let (dx, slots) = (Operand::Output(0), Operand::Workspace(0));
+    site.contiguous(b.w)?;
+    site.contiguous(b.dw)?;
+    let more = b.gate.into_iter().flat_map(|(z, dz)| [z, dz]).chain(b.base);
+    let vectors: Vec<Operand> = [X, b.w, b.dy, dx].into_iter().chain(more).collect();
+    let n = Norm::new(site, eps, &vectors, 16)?;
+    let name = match (b.gate, b.base) {
+        (Some(_), _) => "gated_rms_norm_grad",
+        (None, Some(_)) => "rms_norm_grad_add",
+        (None, None) => "rms_norm_grad",
+    };
+    // Few slots: a block sums the weights' gradient over many rows.
+    let blocks = n.rows.clone().ceil_div(n.lanes.rows()).min(4 * site.target.sms);
+    let mut stub = n.read(site, n.stub(name), "x", X)?;
+    if let Some((z, _)) = b.gate {
+        stub = n.read(site, stub, "z", z)?;
+    }
+    stub = n.read(site, stub.read("w", n.dtype, b.w), "dy", b.dy)?;
+    if let Some(base) = b.base {
+        stub = n.read(site, stub, "base", base)?;
+    }
+    stub = n.write(site, stub, "dx", dx)?;
+    if let Some((_, dz)) = b.gate {
+        stub = n.write(site, stub, "dz", dz)?;
+    }
+    let grad = stub.write("slots", DType::F32, slots).i64("rows", n.rows.clone()).launch((blocks.clone(), 1, 1));
+    let sum = Slots::of_row(slots, blocks.clone(), n.width).sum(site, b.dw, 0, 1);
+    let why = format!("{}, {blocks} sums of the weight's gradient", n.who());
+    let form = Form::new(name, why, vec![grad.into(), sum.into()]);
+    Ok(vec![form.with("slots", DType::F32, blocks * n.width)])
+}
+
 impl Cuda for RmsNorm {
     fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
-        let (x, w, y) = (Operand::Input(0), Operand::Input(1), Operand::Output(0));
-        site.contiguous(w)?;
-        let n = Norm::new(site, self.eps, &[x, w, y], 32)?;
-        let l = n
-            .stub("rms_norm")
-            .read("x", n.dtype, x)
-            .i64("x_stride", site.row_stride(x, n.axis)?)
-            .read("w", n.dtype, w)
-            .write("y", n.dtype, y)
-            .i64("y_stride", site.row_stride(y, n.axis)?)
-            .i64("rows", n.rows.clone())
-            .launch((n.rows.clone().ceil_div(n.lanes.rows()), 1, 1));
-        Ok(vec![Form::new("rms_norm", n.who(), vec![l.into()])])
+        forward(site, self.eps, None, Operand::Input(1))
     }
 }
 
 impl Cuda for RmsNormGrad {
     fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
-        let [x, w, dy] = [0, 1, 2].map(Operand::Input);
-        let (dx, dw, slots) = (Operand::Output(0), Operand::Output(1), Operand::Workspace(0));
-        site.contiguous(w)?;
-        site.contiguous(dw)?;
-        let n = Norm::new(site, self.eps, &[x, w, dy, dx], 16)?;
-        // Few slots: a block sums the weights' gradient over many rows.
-        let blocks = n.rows.clone().ceil_div(n.lanes.rows()).min(4 * site.target.sms);
-        let grad = n
-            .stub("rms_norm_grad")
-            .read("x", n.dtype, x)
-            .i64("x_stride", site.row_stride(x, n.axis)?)
-            .read("w", n.dtype, w)
-            .read("dy", n.dtype, dy)
-            .i64("dy_stride", site.row_stride(dy, n.axis)?)
-            .write("dx", n.dtype, dx)
-            .i64("dx_stride", site.row_stride(dx, n.axis)?)
-            .write("slots", DType::F32, slots)
-            .i64("rows", n.rows.clone())
-            .launch((blocks.clone(), 1, 1));
-        let sum = Slots::of_row(slots, blocks.clone(), n.width).sum(site, dw, 0, 1);
-        let why = format!("{}, {blocks} sums of the weight's gradient", n.who());
-        let form = Form::new("rms_norm_grad", why, vec![grad.into(), sum.into()]);
-        Ok(vec![form.with("slots", DType::F32, blocks * n.width)])
+        let [w, dy, base] = [1, 2, 3].map(Operand::Input);
+        let base = (site.inputs.len() > 3).then_some(base);
+        backward(site, self.eps, &Backward { gate: None, w, dy, base, dw: Operand::Output(1) })
     }
 }
 

@@ -235,72 +235,74 @@ pub(super) fn enough(target: &Target) -> Expr {
     Expr::int((3 * target.sms).div_ceil(4))
 }
 
-impl SelectiveScan {
-    fn one_token(&self, site: &Site, s: &Scan) -> Result<Form, Unsupported> {
+/// Forms of the forward scan.
+impl Scan {
+    fn one_token(&self, site: &Site) -> Result<Form, Unsupported> {
         const THREADS: usize = 128;
         let (y, h) = (Operand::Output(0), Operand::Output(1));
-        let vec = if s.whole { site.vector(&[H0, h], 16 / s.dtype.size()) } else { 1 };
-        let lanes = s.state.div_ceil(vec).next_power_of_two().min(32);
-        let l = s
-            .operands(site, s.sized(Stub::new("scan_step", "scan_step", THREADS)), X, B)?
+        let vec = if self.whole { site.vector(&[H0, h], 16 / self.dtype.size()) } else { 1 };
+        let lanes = self.state.div_ceil(vec).next_power_of_two().min(32);
+        let l = self
+            .operands(site, self.sized(Stub::new("scan_step", "scan_step", THREADS)), X, B)?
             .int("vec", vec)
             .tag(format!("v{vec}"))
             .int("lanes", lanes)
             .int("threads", THREADS)
-            .read("c", s.dtype, C)
+            .read("c", self.dtype, C)
             .i64("c_stride", site.row_stride(C, 2)?)
-            .read("d", s.dtype, D)
-            .read("h0", s.dtype, H0)
-            .write("y", s.dtype, y)
+            .read("d", self.dtype, D)
+            .read("h0", self.dtype, H0)
+            .write("y", self.dtype, y)
             .i64("y_stride", site.row_stride(y, 2)?)
-            .write("h", s.dtype, h)
-            .launch(((s.heads * s.head_dim).div_ceil(THREADS / lanes), &s.n, 1));
-        let why = format!("one token: {lanes} lanes a row of the state{}", s.manner());
-        let (l1, one) = (Expr::from(&s.l), Expr::int(1));
+            .write("h", self.dtype, h)
+            .launch(((self.heads * self.head_dim).div_ceil(THREADS / lanes), &self.n, 1));
+        let why = format!("one token: {lanes} lanes a row of the state{}", self.manner());
+        let (l1, one) = (Expr::from(&self.l), Expr::int(1));
         let form = Form::new("scan_step", why, vec![l.into()]);
         Ok(form.when(Condition::AtLeast(l1.clone(), one)).when(Condition::Below(l1, Expr::int(2))))
     }
 
     /// `l` is given where a kernel needs no segment.
-    fn outputs(&self, site: &Site, s: &Scan, t: Tile, from: Option<Operand>) -> Result<Stub, Unsupported> {
+    fn outputs(&self, site: &Site, t: Tile, from: Option<Operand>) -> Result<Stub, Unsupported> {
         let (y, h) = (Operand::Output(0), Operand::Output(1));
         let template = if from.is_some() { "scan_outputs" } else { "selective_scan" };
-        let stub = s
-            .operands(site, s.walk("scan", template, t, false), X, B)?
-            .read("c", s.dtype, C)
+        let stub = self
+            .operands(site, self.walk("scan", template, t, false), X, B)?
+            .read("c", self.dtype, C)
             .i64("c_stride", site.row_stride(C, 2)?)
-            .read("d", s.dtype, D);
+            .read("d", self.dtype, D);
         let stub = match from {
             Some(at) => stub.read("starts", DType::F32, at),
-            None => stub.read("h0", s.dtype, H0),
+            None => stub.read("h0", self.dtype, H0),
         };
-        let stub = stub.write("y", s.dtype, y).i64("y_stride", site.row_stride(y, 2)?);
-        let stub = if from.is_some() { stub } else { stub.write("h", s.dtype, h) };
-        Ok(stub.i32("l", &s.l))
+        let stub = stub.write("y", self.dtype, y).i64("y_stride", site.row_stride(y, 2)?);
+        let stub = if from.is_some() { stub } else { stub.write("h", self.dtype, h) };
+        Ok(stub.i32("l", &self.l))
     }
 
-    fn one_pass(&self, site: &Site, s: &Scan, heads: usize) -> Result<Form, Unsupported> {
-        let t = s.tile(Walk::Outputs, heads, site.target)?;
-        let l = self.outputs(site, s, t, None)?.launch(s.grid(1, heads));
-        let why = format!("{} blocks keep the states of {heads} heads each in registers{}", s.pairs(heads), s.manner());
+    fn one_pass(&self, site: &Site, heads: usize) -> Result<Form, Unsupported> {
+        let t = self.tile(Walk::Outputs, heads, site.target)?;
+        let l = self.outputs(site, t, None)?.launch(self.grid(1, heads));
+        let why =
+            format!("{} blocks keep the states of {heads} heads each in registers{}", self.pairs(heads), self.manner());
         Ok(Form::new("selective_scan", why, vec![l.into()]))
     }
 
-    fn three_passes(&self, site: &Site, s: &Scan, segment: usize) -> Result<Form, Unsupported> {
-        let heads = Tile::heads(s);
+    fn three_passes(&self, site: &Site, segment: usize) -> Result<Form, Unsupported> {
+        let heads = Tile::heads(self);
         let (ends, decays) = (Operand::Workspace(0), Operand::Workspace(1));
-        let t = s.tile(Walk::States, heads, site.target)?;
+        let t = self.tile(Walk::States, heads, site.target)?;
         let [states, combine] =
-            s.segment_states(site, t, segment, (X, B), (H0, Operand::Output(1)), (ends, decays), false)?;
-        let t = s.tile(Walk::Outputs, heads, site.target)?;
-        let outputs = self.outputs(site, s, t, Some(ends))?.i32("segment", segment);
+            self.segment_states(site, t, segment, (X, B), (H0, Operand::Output(1)), (ends, decays), false)?;
+        let t = self.tile(Walk::Outputs, heads, site.target)?;
+        let outputs = self.outputs(site, t, Some(ends))?.i32("segment", segment);
         let calls: Vec<Call> =
-            vec![states.into(), combine.into(), outputs.launch(s.grid(s.segments(segment), heads)).into()];
-        let (all, manner) = (s.pairs(1), s.manner());
+            vec![states.into(), combine.into(), outputs.launch(self.grid(self.segments(segment), heads)).into()];
+        let (all, manner) = (self.pairs(1), self.manner());
         let why = format!("{all} heads are few: segments of {segment} tokens, their states added up{manner}");
-        let count = Expr::from(&s.n) * s.segments(segment);
+        let count = Expr::from(&self.n) * self.segments(segment);
         let form = Form::new("scan_segments", why, calls);
-        Ok(form.with("ends", DType::F32, count.clone() * s.states()).with("decays", DType::F32, count * s.heads))
+        Ok(form.with("ends", DType::F32, count.clone() * self.states()).with("decays", DType::F32, count * self.heads))
     }
 }
 
@@ -310,20 +312,20 @@ impl Cuda for SelectiveScan {
         let s = Scan::new(site, &[X, B, C, y], &[A, D, H0, h])?;
         let mut forms = vec![];
         if s.l.as_int().is_none_or(|l| l == 1) {
-            forms.push(self.one_token(site, &s)?);
+            forms.push(s.one_token(site)?);
         }
         let most = Tile::heads(&s);
         for heads in if most > 1 { vec![most, 1] } else { vec![1] } {
-            forms.push(self.one_pass(site, &s, heads)?.when(Condition::AtLeast(s.pairs(heads), enough(site.target))));
+            forms.push(s.one_pass(site, heads)?.when(Condition::AtLeast(s.pairs(heads), enough(site.target))));
         }
         // Short sequences: one walk is over before three have begun.
         let few = Expr::int(2 * SEGMENTS[1] + 1);
-        forms.push(self.one_pass(site, &s, 1)?.when(Condition::Below(Expr::from(&s.l), few)));
+        forms.push(s.one_pass(site, 1)?.when(Condition::Below(Expr::from(&s.l), few)));
         let [long, short] = SEGMENTS;
         let blocks = s.pairs(Tile::heads(&s)) * s.segments(long);
         let full = Expr::int(2 * site.target.sms);
-        forms.push(self.three_passes(site, &s, long)?.when(Condition::AtLeast(blocks, full)));
-        forms.push(self.three_passes(site, &s, short)?);
+        forms.push(s.three_passes(site, long)?.when(Condition::AtLeast(blocks, full)));
+        forms.push(s.three_passes(site, short)?);
         Ok(forms)
     }
 }

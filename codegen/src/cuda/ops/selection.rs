@@ -1,11 +1,12 @@
 //! The choice of chunks and its gradient.
 
+use super::any_size;
 use super::inverted_index::InvertedIndex;
 use super::{Cuda, Site, Unsupported, because};
 use crate::cuda::expr::Expr;
-use crate::cuda::form::{Condition, Form, Operand};
+use crate::cuda::form::{Call, Condition, Form, Operand};
 use crate::cuda::stub::Stub;
-use crate::cuda::target::Target;
+use crate::cuda::target::{Arch, Target};
 use rambac_ir::DType;
 use rambac_ir::ops::*;
 
@@ -15,6 +16,8 @@ const THREADS: usize = 256;
 /// Pairs whose part of a landmark's gradient one block adds up.
 const SLAB: usize = 64;
 const GRAD_WARPS: usize = 4;
+/// Parts that the chunks are cut in, at most, where tokens are few.
+const SEGMENTS: usize = 256;
 const ADD_THREADS: usize = 128;
 
 /// How the selection's tiles are cut.
@@ -24,6 +27,8 @@ pub struct SelectTile {
     pub landmarks: usize,
     /// Steps along r that are under way.
     pub stages: usize,
+    /// Warpgroups make the products (wgmma) in place of warps.
+    pub warpgroups: bool,
     /// Dynamic shared memory, in bytes.
     pub shared: usize,
     pub blocks_per_sm: usize,
@@ -32,9 +37,11 @@ pub struct SelectTile {
 impl SelectTile {
     /// Most blocks per multiprocessor (two hide each other's look through the scores), then three stages.
     pub fn choose(target: &Target, dtype: DType, slots: usize, landmarks: usize) -> Option<SelectTile> {
-        // Rows of a stage are 128 bytes and 16 more.
+        let warpgroups = target.arch == Arch::Sm90a && dtype != DType::F32;
+        // Rows of a stage are 128 bytes, and 16 more where no swizzle keeps banks apart.
+        let row = if warpgroups { 128 } else { 144 };
         let shared = |stages: usize| {
-            let search = stages * (ROWS + landmarks) * 144 + ROWS * 64 * 4;
+            let search = stages * (ROWS + landmarks) * row + ROWS * 64 * 4;
             let found = 3 * slots * (if slots > 32 { ROWS } else { ROWS + 4 }) * 4;
             search.max(found) + slots * ROWS * 8 + ROWS * 4
         };
@@ -46,14 +53,14 @@ impl SelectTile {
             .map(|stages| {
                 let shared = shared(stages);
                 let blocks = (target.shared_per_sm / (shared + Target::SHARED_RESERVED)).min(most);
-                SelectTile { landmarks, stages, shared, blocks_per_sm: blocks }
+                SelectTile { landmarks, stages, warpgroups, shared, blocks_per_sm: blocks }
             })
             .filter(|t| t.blocks_per_sm > 0)
             .max_by_key(|t| (t.blocks_per_sm, t.stages))
     }
 }
 
-fn rule(w: Weighting) -> String {
+pub(super) fn rule(w: Weighting) -> String {
     let name = match w {
         Weighting::StickBreaking => "STICK_BREAKING",
         Weighting::Softmax => "SOFTMAX",
@@ -76,148 +83,210 @@ fn width(site: &Site, slots: usize, rows: &[Operand]) -> Result<usize, Unsupport
     Ok(r)
 }
 
+/// dL/ds of the slots, `[ds, scores, dweights, count]`.
+pub(super) fn slot_gradients(r: Weighting, t: DType, slots: usize, at: [Operand; 4], rows: Expr) -> Call {
+    let [ds, scores, dweights, count] = at;
+    Stub::new("select_grad", "select_grad_scores", ADD_THREADS)
+        .element("T", t)
+        .int("slots", slots)
+        .int("threads", ADD_THREADS)
+        .line(rule(r))
+        .hashed()
+        .shared(3 * slots * (ADD_THREADS + 4) * 4)
+        .write("ds", DType::F32, ds)
+        .read("scores", t, scores)
+        .read("dweights", t, dweights)
+        .read("count", DType::I32, count)
+        .i64("rows", rows.clone())
+        .launch((rows.ceil_div(ADD_THREADS), 1, 1))
+        .into()
+}
+
 impl Cuda for Selection {
     fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
-        let (q, landmarks, start) = (Operand::Input(0), Operand::Input(1), Operand::Input(2));
-        let [indices, count, weights, scores] = [0, 1, 2, 3].map(Operand::Output);
-        let r = width(site, self.k, &[q, landmarks])?;
-        [start, indices, count, weights, scores].into_iter().try_for_each(|at| site.contiguous(at))?;
-        let (t, shape) = (site.dtype(q), &site.inputs[0].ty.shape);
-        let (h, chunks) = (site.int(q, 2)?, Expr::from(&site.inputs[1].ty.shape[1]));
-        let order = match self.order {
-            Order::Recent => "RECENT",
-            Order::Score => "SCORE",
-        };
-        let form = |tile: SelectTile| -> Result<Form, Unsupported> {
-            let launch = Stub::new("select", "select", THREADS)
-                .element("T", t)
-                .int("width", r)
-                .int("chunk", self.chunk)
-                .int("slots", self.k)
-                .int("tile", tile.landmarks)
-                .int("stages", tile.stages)
-                .int("shared", tile.shared)
-                .float("scale", self.scale)
-                .line(format!("static constexpr Order order = Order::{order};"))
-                .line(rule(self.rule))
-                .tag(format!("r{r}_s{}_k{}_c{}", self.chunk, self.k, tile.landmarks))
-                .hashed()
-                .shared(tile.shared)
-                .blocks_per_sm(tile.blocks_per_sm)
-                .write("indices", DType::I32, indices)
-                .write("count", DType::I32, count)
-                .write("weights", t, weights)
-                .write("scores", t, scores)
-                .read("q", t, q)
-                .i64("q_stride", site.row_stride(q, 2)?)
-                .read("landmarks", t, landmarks)
-                .i64("landmark_stride", site.row_stride(landmarks, 2)?)
-                .read("start", DType::I32, start)
-                .i32("l", &shape[1])
-                .i32("h", h)
-                .i32("chunks", chunks.clone())
-                .launch((Expr::from(&shape[1]).ceil_div(ROWS) * &shape[0] * h, 1, 1));
-            let why = format!(
-                "{ROWS} tokens score {} landmarks at a time; {} stages, {} blocks per SM",
-                tile.landmarks, tile.stages, tile.blocks_per_sm
-            );
-            let name = if tile.landmarks == 64 { "select_64" } else { "select_128" };
-            Ok(Form::new(name, why, vec![launch.into()]))
-        };
-        let mut forms = vec![];
-        // Few landmarks would leave half of a wide tile empty.
-        if let Some(wide) = SelectTile::choose(site.target, t, self.k, 128) {
-            forms.push(form(wide)?.when(Condition::AtLeast(chunks.clone(), Expr::int(256))));
-        }
-        match SelectTile::choose(site.target, t, self.k, 64) {
-            Some(tile) => forms.push(form(tile)?),
-            None => return because(format!("{} slots do not fit {} bytes", self.k, site.target.shared_per_block)),
-        }
-        Ok(forms)
+        tiled(self, site).or_else(|why| any_size::selection(self, site, why.to_string()))
     }
 }
 
 impl Cuda for SelectionGrad {
     fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
-        let [q, landmarks, indices, count, scores, weights, dweights] = [0, 1, 2, 3, 4, 5, 6].map(Operand::Input);
-        let [dq, dlandmarks] = [0, 1].map(Operand::Output);
-        let k = site.int(indices, 3)?;
-        let r = width(site, k, &[q, landmarks, dq, dlandmarks])?;
-        [indices, count, scores, weights, dweights].into_iter().try_for_each(|at| site.contiguous(at))?;
-        let (t, shape) = (site.dtype(q), &site.inputs[0].ty.shape);
-        let (h, chunks) = (site.int(q, 2)?, site.inputs[1].ty.shape[1].clone());
-        let index = InvertedIndex {
-            n: shape[0].clone(),
-            l: shape[1].clone(),
-            h,
-            k,
-            chunks: chunks.clone(),
-            slab: SLAB,
-            first: 0,
-        };
-        let [ds, partial] = [0, 1].map(|i| Operand::Workspace(InvertedIndex::WORKSPACES + i));
-        let rows = index.lists() * &shape[1];
-        let stub = |template, threads: usize| {
-            Stub::new("select_grad", template, threads)
-                .element("T", t)
-                .int("slots", k)
-                .tag(format!("r{r}_k{k}"))
-                .hashed()
-        };
-        let wide = |template, threads: usize| {
-            stub(template, threads)
-                .int("width", r)
-                .int("warps", GRAD_WARPS)
-                .int("slab", SLAB)
-                .float("scale", self.scale)
-        };
-        let mut calls = index.calls(indices, count);
-        calls.push(
-            stub("select_grad_scores", ADD_THREADS)
-                .int("threads", ADD_THREADS)
-                .line(rule(self.rule))
-                .shared(3 * k * (ADD_THREADS + 4) * 4)
-                .write("ds", DType::F32, ds)
-                .read("scores", t, scores)
-                .read("dweights", t, dweights)
-                .read("count", DType::I32, count)
-                .i64("rows", rows.clone())
-                .launch((rows.clone().ceil_div(ADD_THREADS), 1, 1))
-                .into(),
-        );
-        calls.push(
-            wide("select_grad_queries", 32 * GRAD_WARPS)
-                .write("dq", t, dq)
-                .i64("dq_stride", site.row_stride(dq, 2)?)
-                .read("landmarks", t, landmarks)
-                .i64("landmark_stride", site.row_stride(landmarks, 2)?)
-                .read("indices", DType::I32, indices)
-                .read("count", DType::I32, count)
-                .read("ds", DType::F32, ds)
-                .i64("rows", rows.clone())
-                .i32("l", &shape[1])
-                .i32("h", h)
-                .i32("chunks", &chunks)
-                .launch((rows.clone().ceil_div(GRAD_WARPS), 1, 1))
-                .into(),
-        );
-        let landmark_parts = wide("select_grad_landmarks", 32 * GRAD_WARPS)
-            .write("partial", DType::F32, partial)
-            .read("q", t, q)
+        sparse(self, site).or_else(|why| any_size::selection_grad(self, site, why.to_string()))
+    }
+}
+
+fn tiled(op: &Selection, site: &Site) -> Result<Vec<Form>, Unsupported> {
+    let (q, landmarks, start) = (Operand::Input(0), Operand::Input(1), Operand::Input(2));
+    let [indices, count, weights, scores] = [0, 1, 2, 3].map(Operand::Output);
+    let r = width(site, op.k, &[q, landmarks])?;
+    [start, indices, count, weights, scores].into_iter().try_for_each(|at| site.contiguous(at))?;
+    let (t, shape) = (site.dtype(q), &site.inputs[0].ty.shape);
+    let (h, chunks) = (site.int(q, 2)?, Expr::from(&site.inputs[1].ty.shape[1]));
+    let order = match op.order {
+        Order::Recent => "RECENT",
+        Order::Score => "SCORE",
+    };
+    let blocks = Expr::from(&shape[1]).ceil_div(ROWS) * &shape[0] * h;
+    let rows = Expr::from(&shape[0]) * &shape[1] * h;
+    let config = |stub: Stub, tile: &SelectTile| {
+        stub.element("T", t)
+            .int("width", r)
+            .int("chunk", op.chunk)
+            .int("slots", op.k)
+            .int("tile", tile.landmarks)
+            .int("stages", tile.stages)
+            .flag("warpgroups", tile.warpgroups)
+            .float("scale", op.scale)
+            .line(format!("static constexpr Order order = Order::{order};"))
+            .line(rule(op.rule))
+            .tag(format!("r{r}_s{}_k{}_c{}", op.chunk, op.k, tile.landmarks))
+            .hashed()
+    };
+    let search = |template, tile: &SelectTile| {
+        config(Stub::new("select", template, THREADS), tile)
+            .int("shared", tile.shared)
+            .shared(tile.shared)
+            .blocks_per_sm(tile.blocks_per_sm)
+    };
+    let read = |s: Stub| -> Result<Stub, Unsupported> {
+        Ok(s.read("q", t, q)
             .i64("q_stride", site.row_stride(q, 2)?)
-            .read("ds", DType::F32, ds);
-        calls.push(index.read(landmark_parts).launch((index.lists() * index.max_slabs(), 1, 1)).into());
-        let add = wide("select_grad_chunks", ADD_THREADS)
-            .write("dlandmarks", t, dlandmarks)
-            .i64("stride", site.row_stride(dlandmarks, 2)?)
-            .read("partial", DType::F32, partial);
-        calls.push(index.read_slabs(add).launch((index.lists() * &chunks, 1, 1)).into());
-        let why = format!("through the inverted index, {SLAB} pairs a block; no array has tokens by chunks");
-        let form = index.reserve(Form::new("sparse", why, calls)).with("ds", DType::F32, rows * k).with(
-            "partial",
-            DType::F32,
-            index.lists() * index.max_slabs() * r,
-        );
-        Ok(vec![form])
+            .read("landmarks", t, landmarks)
+            .i64("landmark_stride", site.row_stride(landmarks, 2)?)
+            .read("start", DType::I32, start)
+            .i32("l", &shape[1])
+            .i32("h", h)
+            .i32("chunks", chunks.clone()))
+    };
+    let write = |s: Stub| {
+        s.write("indices", DType::I32, indices)
+            .write("count", DType::I32, count)
+            .write("weights", t, weights)
+            .write("scores", t, scores)
+    };
+    let why = |tile: &SelectTile| {
+        format!(
+            "{ROWS} tokens score {} landmarks at a time by {}; {} stages, {} blocks per SM",
+            tile.landmarks,
+            if tile.warpgroups { "wgmma" } else { "mma" },
+            tile.stages,
+            tile.blocks_per_sm
+        )
+    };
+    let whole = |name, tile: SelectTile| -> Result<Form, Unsupported> {
+        let launch = read(write(search("select", &tile)))?.launch((blocks.clone(), 1, 1));
+        Ok(Form::new(name, why(&tile), vec![launch.into()]))
+    };
+    let Some(narrow) = SelectTile::choose(site.target, t, op.k, 64) else {
+        return because(format!("{} slots do not fit {} bytes", op.k, site.target.shared_per_block));
+    };
+    // Few tokens and many chunks: blocks share the chunks, at most SEGMENTS of them a row's.
+    let tiles_each = chunks.clone().ceil_div(64 * SEGMENTS).max(1);
+    let segments = chunks.clone().ceil_div(64).ceil_div_by(tiles_each.clone());
+    let keys = Operand::Workspace(0);
+    let part = read(search("select_part", &narrow).write("keys", DType::I32, keys))?
+        .i32("segments", segments.clone())
+        .i32("tiles_each", tiles_each)
+        .i64("rows", rows.clone())
+        .launch((blocks.clone() * segments.clone(), 1, 1));
+    let merge = write(config(Stub::new("select", "select_merge", ADD_THREADS), &narrow).int("threads", ADD_THREADS))
+        .read("keys", DType::I32, keys)
+        .i32("segments", segments.clone())
+        .i64("rows", rows.clone())
+        .launch((rows.clone(), 1, 1));
+    let reason = format!("few tokens, many chunks: blocks share the chunks, then merge; {}", why(&narrow));
+    let mut forms = vec![
+        Form::new("split", reason, vec![part.into(), merge.into()])
+            .with("keys", DType::I32, segments * rows * (2 * op.k))
+            .when(Condition::Below(blocks.clone() * 4, Expr::int(site.target.sms)))
+            .when(Condition::AtLeast(chunks.clone(), Expr::int(256))),
+    ];
+    // Few landmarks would leave half of a wide tile empty.
+    if let Some(wide) = SelectTile::choose(site.target, t, op.k, 128) {
+        forms.push(whole("select_128", wide)?.when(Condition::AtLeast(chunks.clone(), Expr::int(256))));
+    }
+    forms.push(whole("select_64", narrow)?);
+    Ok(forms)
+}
+
+fn sparse(op: &SelectionGrad, site: &Site) -> Result<Vec<Form>, Unsupported> {
+    let [q, landmarks, indices, count, scores, weights, dweights] = [0, 1, 2, 3, 4, 5, 6].map(Operand::Input);
+    let [dq, dlandmarks] = [0, 1].map(Operand::Output);
+    let k = site.int(indices, 3)?;
+    let r = width(site, k, &[q, landmarks, dq, dlandmarks])?;
+    [indices, count, scores, weights, dweights].into_iter().try_for_each(|at| site.contiguous(at))?;
+    let (t, shape) = (site.dtype(q), &site.inputs[0].ty.shape);
+    let (h, chunks) = (site.int(q, 2)?, site.inputs[1].ty.shape[1].clone());
+    let index =
+        InvertedIndex { n: shape[0].clone(), l: shape[1].clone(), h, k, chunks: chunks.clone(), slab: SLAB, first: 0 };
+    let [ds, partial] = [0, 1].map(|i| Operand::Workspace(InvertedIndex::WORKSPACES + i));
+    let rows = index.lists() * &shape[1];
+    let stub = |template, threads: usize| {
+        Stub::new("select_grad", template, threads).element("T", t).int("slots", k).tag(format!("r{r}_k{k}")).hashed()
+    };
+    let wide = |template, threads: usize| {
+        stub(template, threads).int("width", r).int("warps", GRAD_WARPS).int("slab", SLAB).float("scale", op.scale)
+    };
+    let mut calls = index.calls(indices, count);
+    calls.push(slot_gradients(op.rule, t, k, [ds, scores, dweights, count], rows.clone()));
+    calls.push(
+        wide("select_grad_queries", 32 * GRAD_WARPS)
+            .write("dq", t, dq)
+            .i64("dq_stride", site.row_stride(dq, 2)?)
+            .read("landmarks", t, landmarks)
+            .i64("landmark_stride", site.row_stride(landmarks, 2)?)
+            .read("indices", DType::I32, indices)
+            .read("count", DType::I32, count)
+            .read("ds", DType::F32, ds)
+            .i64("rows", rows.clone())
+            .i32("l", &shape[1])
+            .i32("h", h)
+            .i32("chunks", &chunks)
+            .launch((rows.clone().ceil_div(GRAD_WARPS), 1, 1))
+            .into(),
+    );
+    let landmark_parts = wide("select_grad_landmarks", 32 * GRAD_WARPS)
+        .write("partial", DType::F32, partial)
+        .read("q", t, q)
+        .i64("q_stride", site.row_stride(q, 2)?)
+        .read("ds", DType::F32, ds);
+    calls.push(index.read(landmark_parts).launch((index.lists() * index.max_slabs(), 1, 1)).into());
+    let add = wide("select_grad_chunks", ADD_THREADS)
+        .write("dlandmarks", t, dlandmarks)
+        .i64("stride", site.row_stride(dlandmarks, 2)?)
+        .read("partial", DType::F32, partial);
+    calls.push(index.read_slabs(add).launch((index.lists() * &chunks, 1, 1)).into());
+    let why = format!("through the inverted index, {SLAB} pairs a block; no array has tokens by chunks");
+    let form = index.reserve(Form::new("sparse", why, calls)).with("ds", DType::F32, rows * k).with(
+        "partial",
+        DType::F32,
+        index.lists() * index.max_slabs() * r,
+    );
+    Ok(vec![form])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tiles_of_the_370m_shape() {
+        let (a, h) = (Target::of(Arch::Sm80), Target::of(Arch::Sm90a));
+        let tile = |t: &Target, landmarks| SelectTile::choose(t, DType::BF16, 8, landmarks).unwrap();
+        // On an A100 one block takes the shared memory: then a third stage costs nothing.
+        let want = SelectTile { landmarks: 64, stages: 3, warpgroups: false, shared: 124416, blocks_per_sm: 1 };
+        assert_eq!(tile(&a, 64), want);
+        let want = SelectTile { landmarks: 128, stages: 2, warpgroups: true, shared: 107008, blocks_per_sm: 2 };
+        assert_eq!(tile(&h, 128), want);
+    }
+
+    #[test]
+    fn every_number_of_slots_fits() {
+        for (arch, slots) in Arch::ALL.into_iter().flat_map(|a| (1..=64).map(move |k| (a, k))) {
+            let t = Target::of(arch);
+            for dtype in [DType::F32, DType::BF16] {
+                let tile = SelectTile::choose(&t, dtype, slots, 64);
+                assert!(tile.is_some_and(|x| x.shared <= t.shared_per_block), "{slots} slots of {dtype} on {arch}");
+            }
+        }
     }
 }

@@ -1,0 +1,246 @@
+// Attention and selection of sizes that tiles do not take (any head_dim, chunk, width): a warp per row, no shared tiles.
+//
+//   any_stats   per row (token, query head) and slot: the largest logit, 1 / sum, and for gradients δ = Σ p·dp
+//   any_mix     o = Σ w·p·v, or dq = Σ ds·k                      a warp per row and 32 columns
+//   any_keys    dk = Σ ds·q, dv = Σ w·p·dy                       a warp per key and 32 columns
+//   any_heads   dw = Σ over heads of δ                           a thread per slot
+//
+// The same formulas and fixed orders as attend.cuh, attend_grad.cuh and attention.cuh; slow: every product is a warp's sum, read
+// again for every 32 columns.  A hook says what a row attends to: `Chosen` chunks or the `Whole` sequence.
+#pragma once
+#include "select_grad.cuh"
+
+namespace rambac {
+
+// Slots of a row of [N, L, h]; its keys' place, number and weight.
+template <class C> struct Chosen {
+    const i32 *indices, *count;
+    const typename C::T* weights;
+    __device__ __forceinline__ int slots(i64 row) const { return count[row]; }
+    __device__ __forceinline__ i64 first(i64 row, int slot) const { return (i64)indices[row * C::slots + slot] * C::chunk; }
+    __device__ __forceinline__ int keys(int) const { return C::chunk; }
+    __device__ __forceinline__ float weight(i64 row, int slot) const { return to_f32(weights[row * C::slots + slot]); }
+};
+template <class C> struct Whole {
+    i32 t;
+    __device__ __forceinline__ int slots(i64) const { return 1; }
+    __device__ __forceinline__ i64 first(i64, int) const { return 0; }
+    __device__ __forceinline__ int keys(int token) const { return C::causal ? token + 1 : t; }
+    __device__ __forceinline__ float weight(i64, int) const { return 1.f; }
+};
+
+// Operands: rows of heads at their strides.
+template <class C> struct AnyOperands {
+    using T = typename C::T;
+    const T *q, *k, *v, *dy;
+    i64 q_stride, k_stride, v_stride, dy_stride;
+    i32 l, tokens_kv, h, d;
+
+    __device__ __forceinline__ const T* query(i64 row) const { return q + row / heads() * q_stride + row % heads() * d; }
+    __device__ __forceinline__ const T* gradient(i64 row) const { return dy + row / heads() * dy_stride + row % heads() * d; }
+    __device__ __forceinline__ const T* key(i64 at, int kv_head) const { return k + at * k_stride + (i64)kv_head * d; }
+    __device__ __forceinline__ const T* value(i64 at, int kv_head) const { return v + at * v_stride + (i64)kv_head * d; }
+    __device__ __forceinline__ i64 heads() const { return (i64)h * C::heads_per_kv; }
+    // A warp's sum of a·b.
+    __device__ __forceinline__ float dot(const T* a, const T* b) const {
+        float x = 0.f;
+        for (int i = lane_id(); i < d; i += 32) x = fmaf(to_f32(a[i]), to_f32(b[i]), x);
+        return warp_sum(x);
+    }
+    __device__ __forceinline__ float logit(const T* a, const T* b) const { return dot(a, b) * (C::scale * LOG2E); }
+};
+
+// A query row: place of [N, L, h], first key of its sequence.
+template <class C> struct AnyRow {
+    i64 row, chooser, keys;
+    int token, kv_head;
+    __device__ __forceinline__ AnyRow(i64 row, const AnyOperands<C>& x) : row(row) {
+        i64 place = row / x.heads();
+        token = (int)(place % x.l), kv_head = (int)(row % x.heads()) / C::heads_per_kv;
+        chooser = place * x.h + kv_head, keys = place / x.l * x.tokens_kv;
+    }
+};
+
+__device__ __forceinline__ i64 any_warp() { return ((i64)blockIdx.x * blockDim.x + threadIdx.x) / 32; }
+
+template <class C, class From>
+__device__ __forceinline__ void any_stats(float* stats, const AnyOperands<C>& x, const From& from, i64 rows) {
+    if (any_warp() >= rows) return;
+    AnyRow<C> r(any_warp(), x);
+    for (int slot = 0; slot < from.slots(r.chooser); slot++) {
+        i64 first = r.keys + from.first(r.chooser, slot);
+        float top = -3e38f, sum = 0.f, delta = 0.f;
+        for (int j = 0; j < from.keys(r.token); j++) {
+            float z = x.logit(x.query(r.row), x.key(first + j, r.kv_head));
+            float more = fmaxf(top, z), shrink = exp2_fast(top - more), e = exp2_fast(z - more);
+            if constexpr (C::gradient) delta = fmaf(delta, shrink, e * x.dot(x.gradient(r.row), x.value(first + j, r.kv_head)));
+            sum = fmaf(sum, shrink, e), top = more;
+        }
+        if (C::off_by_one != 0.f) sum = fmaf(C::off_by_one, exp2_fast(-top), sum);
+        float* to = stats + (r.row * C::slots + slot) * 3;
+        if (lane_id() == 0) to[0] = top, to[1] = 1.f / sum, to[2] = delta / sum;
+    }
+}
+
+// p of a key, and its part of dq and dk.
+template <class C> struct AnyPair {
+    float p, ds;
+    __device__ __forceinline__ AnyPair(const AnyOperands<C>& x, const float* stats, i64 row, i64 key, int kv_head, float w) {
+        p = exp2_fast(x.logit(x.query(row), x.key(key, kv_head)) - stats[0]) * stats[1];
+        if constexpr (C::gradient) ds = C::scale * w * p * (x.dot(x.gradient(row), x.value(key, kv_head)) - stats[2]);
+    }
+};
+
+template <class C, class From>
+__device__ __forceinline__ void any_mix(typename C::T* out, i64 stride, const float* stats, const AnyOperands<C>& x, const From& from, i64 rows) {
+    int blocks = (int)ceil_div(x.d, 32), col = (int)(any_warp() % blocks) * 32 + lane_id();
+    if (any_warp() / blocks >= rows) return;
+    AnyRow<C> r(any_warp() / blocks, x);
+    float sum = 0.f;
+    for (int slot = 0; slot < from.slots(r.chooser); slot++) {
+        i64 first = r.keys + from.first(r.chooser, slot);
+        float w = from.weight(r.chooser, slot);
+        for (int j = 0; j < from.keys(r.token); j++) {
+            AnyPair<C> pair(x, stats + (r.row * C::slots + slot) * 3, r.row, first + j, r.kv_head, w);
+            if (col >= x.d) continue;
+            if constexpr (C::gradient) sum = fmaf(pair.ds, to_f32(x.key(first + j, r.kv_head)[col]), sum);
+            else sum = fmaf(w * pair.p, to_f32(x.value(first + j, r.kv_head)[col]), sum);
+        }
+    }
+    if (col < x.d) out[r.row / x.heads() * stride + r.row % x.heads() * x.d + col] = from_f32<typename C::T>(sum);
+}
+
+// entries and offsets: the inverted index of `Chosen`; a sequence of `Whole` needs none.
+template <class C, class From>
+__device__ __forceinline__ void any_keys(typename C::T* dk, i64 dk_stride, typename C::T* dv, i64 dv_stride, const float* stats,
+                                         const AnyOperands<C>& x, const From& from, const i32* entries, const i32* offsets,
+                                         i64 keys) {
+    constexpr int K = C::slots, G = C::heads_per_kv;
+    int blocks = (int)ceil_div(x.d, 32), col = (int)(any_warp() % blocks) * 32 + lane_id();
+    i64 at = any_warp() / blocks, key = at / x.h, sequence = key / max_of(x.tokens_kv, 1);
+    if (at >= keys) return;
+    int kv_head = (int)(at % x.h), place = (int)(key % x.tokens_kv);
+    i64 list = sequence * x.h + kv_head, begin = C::causal ? place : 0, end = x.l;
+    if constexpr (C::chunk > 0) {
+        const i32* of = offsets + list * (x.tokens_kv / C::chunk + 1) + place / C::chunk;
+        begin = of[0], end = of[1];
+    }
+    float sum_k = 0.f, sum_v = 0.f;
+    for (i64 i = begin; i < end; i++) {
+        i64 token = i;
+        int slot = 0;
+        if constexpr (C::chunk > 0) {
+            i32 e = entries[list * x.l * K + i];
+            token = e / K, slot = e % K;
+        }
+        i64 chooser = (sequence * x.l + token) * x.h + kv_head;
+        float w = from.weight(chooser, slot);
+        for (int g = 0; g < G; g++) {
+            i64 row = chooser * G + g;
+            AnyPair<C> pair(x, stats + (row * K + slot) * 3, row, key, kv_head, w);
+            if (col >= x.d) continue;
+            sum_k = fmaf(pair.ds, to_f32(x.query(row)[col]), sum_k);
+            sum_v = fmaf(w * pair.p, to_f32(x.gradient(row)[col]), sum_v);
+        }
+    }
+    if (col >= x.d) return;
+    dk[key * dk_stride + (i64)kv_head * x.d + col] = from_f32<typename C::T>(sum_k);
+    dv[key * dv_stride + (i64)kv_head * x.d + col] = from_f32<typename C::T>(sum_v);
+}
+
+template <class C>
+__device__ __forceinline__ void any_heads(typename C::T* dw, const float* stats, const i32* count, i64 choosers) {
+    i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x, chooser = i / C::slots;
+    int slot = (int)(i % C::slots);
+    if (chooser >= choosers) return;
+    float sum = 0.f;
+    if (slot < count[chooser])
+        for (int g = 0; g < C::heads_per_kv; g++) sum += stats[((chooser * C::heads_per_kv + g) * C::slots + slot) * 3 + 2];
+    dw[i] = from_f32<typename C::T>(sum);
+}
+
+// The choice of chunks, a warp per row of [N, L, h]: K times the best below the last.
+template <class C>
+__device__ __forceinline__ void any_select(i32* indices, i32* count, typename C::T* weights, typename C::T* scores,
+                                           const typename C::T* q, i64 q_stride, const typename C::T* landmarks,
+                                           i64 landmark_stride, const i32* start, i64 rows, i32 l, i32 h, i32 chunks, i32 r) {
+    using T = typename C::T;
+    constexpr int K = C::slots;
+    __shared__ u64 best[K];
+    __shared__ float score[K], weight[K];
+    __shared__ i32 index[K];
+    i64 row = blockIdx.x, token = row / h, sequence = token / l;
+    int head = (int)(row % h), visible = max_of(0, min_of(chunks, (start[sequence] + (int)(token % l)) / C::chunk)), n = 0;
+    const T* a = q + token * q_stride + (i64)head * r;
+    u64 before = ~0ull;
+    for (; n < K; n++) {
+        u64 most = 0;
+        for (int c = lane_id(); c < visible; c += 32) {
+            const T* b = landmarks + (sequence * chunks + c) * landmark_stride + (i64)head * r;
+            float x = 0.f;
+            for (int i = 0; i < r; i++) x = fmaf(to_f32(a[i]), to_f32(b[i]), x);
+            x *= C::scale;
+            u64 key = candidate(x, c);
+            if (key < before && x > __uint_as_float(0xff800000u)) most = max_of(most, key);
+        }
+#pragma unroll
+        for (int d = 16; d > 0; d /= 2) most = max_of(most, (u64)__shfl_xor_sync(ALL_LANES, most, d));
+        if (most == 0) break;
+        before = most;
+        if (lane_id() == 0) best[n] = most;
+    }
+    if (lane_id() != 0) return;
+    for (int i = 0; i < n; i++) {
+        int to = i;
+        if constexpr (C::order == Order::RECENT) {
+            to = 0;
+            for (int j = 0; j < n; j++) to += (u32)best[j] < (u32)best[i];
+        }
+        index[to] = (i32) ~(u32)best[i];
+        score[to] = of_ordered((u32)(best[i] >> 32));
+    }
+    weigh<C::rule>(weight, score, 1, n);
+    count[row] = n;
+    for (int i = 0; i < K; i++) {
+        indices[row * K + i] = i < n ? index[i] : 0;
+        weights[row * K + i] = from_f32<T>(i < n ? weight[i] : 0.f);
+        scores[row * K + i] = from_f32<T>(i < n ? score[i] : 0.f);
+    }
+}
+
+// dq of a thread's element.
+template <class C>
+__device__ __forceinline__ void any_select_queries(typename C::T* dq, i64 dq_stride, const typename C::T* landmarks,
+                                                   i64 landmark_stride, const i32* indices, const i32* count,
+                                                   const float* ds, i64 rows, i32 l, i32 h, i32 chunks, i32 r) {
+    i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x, row = i / r, token = row / h;
+    if (row >= rows) return;
+    i64 col = row % h * r + i % r;
+    float sum = 0.f;
+    for (int k = 0; k < count[row]; k++) {
+        i64 chunk = token / l * chunks + indices[row * C::slots + k];
+        sum = fmaf(ds[row * C::slots + k], to_f32(landmarks[chunk * landmark_stride + col]), sum);
+    }
+    dq[token * dq_stride + col] = from_f32<typename C::T>(C::scale * sum);
+}
+
+// dlandmark of a thread's element, through the inverted index.
+template <class C>
+__device__ __forceinline__ void any_select_landmarks(typename C::T* dlandmarks, i64 stride, const typename C::T* q, i64 q_stride,
+                                                     const float* ds, const i32* entries, const i32* offsets, i64 elements,
+                                                     i32 l, i32 h, i32 chunks, i32 r) {
+    constexpr int K = C::slots;
+    i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= elements) return;
+    i64 chunk = i / r / h, sequence = chunk / chunks, list = sequence * h + i / r % h, col = i % ((i64)h * r);
+    const i32* of = offsets + list * (chunks + 1) + chunk % chunks;
+    float sum = 0.f;
+    for (i32 p = of[0]; p < of[1]; p++) {
+        i32 e = entries[list * l * K + p];
+        i64 token = sequence * l + e / K;
+        sum = fmaf(ds[(token * h + i / r % h) * K + e % K], to_f32(q[token * q_stride + col]), sum);
+    }
+    dlandmarks[chunk * stride + col] = from_f32<typename C::T>(C::scale * sum);
+}
+
+}  // namespace rambac

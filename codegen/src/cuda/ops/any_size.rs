@@ -1,0 +1,246 @@
+//! Attention and selection of sizes that tiles do not take: a warp per row.  What asks for it gives the reason, which the form
+//! shows.
+
+use super::inverted_index::InvertedIndex;
+use super::selection::rule;
+use super::{Site, Unsupported};
+use crate::cuda::expr::Expr;
+use crate::cuda::form::{Call, Form, Operand};
+use crate::cuda::stub::Stub;
+use rambac_ir::ops::*;
+use rambac_ir::{DType, Dim};
+
+const THREADS: usize = 128;
+/// Pairs of a slab: nobody here works by slabs.
+const SLAB: usize = 1 << 20;
+
+fn input(i: usize) -> Operand {
+    Operand::Input(i)
+}
+
+/// Attention: to the chunks that operands 3, 4 and 5 choose, or within the sequence.
+pub(super) struct AnyAttention<'a> {
+    pub site: &'a Site<'a>,
+    /// Tokens of a chunk, if chunks are chosen.
+    pub chunk: Option<usize>,
+    pub scale: f64,
+    pub off_by_one: f64,
+    pub causal: bool,
+    /// Where the output's gradient is, if gradients are wanted.
+    pub dy: Option<Operand>,
+    pub why: String,
+}
+
+impl AnyAttention<'_> {
+    fn shape(&self, i: usize) -> &[Dim] {
+        &self.site.inputs[i].ty.shape
+    }
+    fn dtype(&self) -> DType {
+        self.site.dtype(input(0))
+    }
+    fn slots(&self) -> Result<usize, Unsupported> {
+        if self.chunk.is_some() { self.site.int(input(3), 3) } else { Ok(1) }
+    }
+    fn group(&self) -> Result<usize, Unsupported> {
+        Ok(self.site.int(input(0), 2)? / self.site.int(input(1), 2)?)
+    }
+    fn stub(&self, template: &'static str) -> Result<Stub, Unsupported> {
+        Ok(Stub::new("any_size", template, THREADS)
+            .element("T", self.dtype())
+            .int("heads_per_kv", self.group()?)
+            .int("slots", self.slots()?)
+            .int("chunk", self.chunk.unwrap_or(0))
+            .float("scale", self.scale)
+            .float("off_by_one", self.off_by_one)
+            .flag("causal", self.causal)
+            .flag("gradient", self.dy.is_some())
+            .hashed())
+    }
+    /// Launches `template` with `own` arguments, the operands, what is attended to, and `rest`.
+    fn launch(&self, s: Stub, template: &str, own: &str, rest: &str, warps: Expr) -> Result<Call, Unsupported> {
+        let (t, site) = (self.dtype(), self.site);
+        let mut s = s
+            .read("q", t, input(0))
+            .i64("q_stride", site.row_stride(input(0), 2)?)
+            .read("k", t, input(1))
+            .i64("k_stride", site.row_stride(input(1), 2)?)
+            .read("v", t, input(2))
+            .i64("v_stride", site.row_stride(input(2), 2)?);
+        let mut dy = ("nullptr", "0");
+        if let Some(at) = self.dy {
+            s = s.read("dy", t, at).i64("dy_stride", site.row_stride(at, 2)?);
+            dy = ("dy", "dy_stride");
+        }
+        s = s
+            .i32("l", &self.shape(0)[1])
+            .i32("tokens_kv", &self.shape(1)[1])
+            .i32("h", &self.shape(1)[2])
+            .i32("d", &self.shape(0)[3]);
+        let mut from = "Whole<Config>{l}";
+        if self.chunk.is_some() {
+            s = s.read("indices", DType::I32, input(3)).read("count", DType::I32, input(4)).read(
+                "weights",
+                t,
+                input(5),
+            );
+            from = "Chosen<Config>{indices, count, weights}";
+        }
+        let body = format!(
+            "    AnyOperands<Config> x{{q, k, v, {}, q_stride, k_stride, v_stride, {}, l, tokens_kv, h, d}};\n    \
+             {template}<Config>({own}, x, {from}{rest});\n",
+            dy.0, dy.1
+        );
+        Ok(s.launch_body(((warps * 32).ceil_div(THREADS), 1, 1), body).into())
+    }
+
+    pub fn forms(&self) -> Result<Vec<Form>, Unsupported> {
+        let site = self.site;
+        if self.chunk.is_some() {
+            (3..6).try_for_each(|i| site.contiguous(input(i)))?;
+        }
+        let (q, k) = (self.shape(0), self.shape(1));
+        let columns = Expr::from(&q[3]).ceil_div(32);
+        let rows = Expr::product(&q[..3]);
+        let out = Operand::Output(0);
+        let gradient = self.dy.is_some();
+        // The index comes first where it is needed.
+        let index = match self.chunk.filter(|_| gradient) {
+            Some(chunk) => Some(InvertedIndex {
+                n: q[0].clone(),
+                l: q[1].clone(),
+                h: site.int(input(1), 2)?,
+                k: self.slots()?,
+                chunks: k[1].checked_div(chunk as u64).ok_or(Unsupported::Because(self.why.clone()))?,
+                slab: SLAB,
+                first: 0,
+            }),
+            None => None,
+        };
+        let stats = Operand::Workspace(if index.is_some() { InvertedIndex::WORKSPACES } else { 0 });
+        let mut calls = index.as_ref().map_or(vec![], |x| x.calls(input(3), input(4)));
+        let s = self.stub("any_stats")?.write("stats", DType::F32, stats).i64("rows", rows.clone());
+        calls.push(self.launch(s, "any_stats", "stats", ", rows", rows.clone())?);
+        let s = self
+            .stub("any_mix")?
+            .write("out", self.dtype(), out)
+            .i64("stride", site.row_stride(out, 2)?)
+            .read("stats", DType::F32, stats)
+            .i64("rows", rows.clone());
+        calls.push(self.launch(s, "any_mix", "out, stride, stats", ", rows", rows.clone() * columns.clone())?);
+        if gradient {
+            let [dk, dv] = [1, 2].map(Operand::Output);
+            let keys = Expr::product(&k[..3]);
+            let mut s = self
+                .stub("any_keys")?
+                .write("dk", self.dtype(), dk)
+                .i64("dk_stride", site.row_stride(dk, 2)?)
+                .write("dv", self.dtype(), dv)
+                .i64("dv_stride", site.row_stride(dv, 2)?)
+                .read("stats", DType::F32, stats)
+                .i64("keys", keys.clone());
+            let mut rest = ", nullptr, nullptr, keys";
+            if let Some(x) = &index {
+                s = s.read("entries", DType::I32, x.entries()).read("offsets", DType::I32, x.offsets());
+                rest = ", entries, offsets, keys";
+            }
+            calls.push(self.launch(s, "any_keys", "dk, dk_stride, dv, dv_stride, stats", rest, keys * columns)?);
+        }
+        if gradient && self.chunk.is_some() {
+            let dw = Operand::Output(3);
+            site.contiguous(dw)?;
+            let choosers = Expr::product(&self.shape(4)[..3]);
+            let s = self
+                .stub("any_heads")?
+                .write("dw", self.dtype(), dw)
+                .read("stats", DType::F32, stats)
+                .read("count", DType::I32, input(4))
+                .i64("choosers", choosers.clone());
+            calls.push(s.launch(((choosers * self.slots()?).ceil_div(THREADS), 1, 1)).into());
+        }
+        let form = Form::new("any_size", format!("a warp per row, which is slow: {}", self.why), calls);
+        let form = match &index {
+            Some(x) => x.reserve(form),
+            None => form,
+        };
+        Ok(vec![form.with("stats", DType::F32, rows * (3 * self.slots()?))])
+    }
+}
+
+/// The choice of chunks.
+pub(super) fn selection(op: &Selection, site: &Site, why: String) -> Result<Vec<Form>, Unsupported> {
+    let (q, landmarks, start) = (input(0), input(1), input(2));
+    let [indices, count, weights, scores] = [0, 1, 2, 3].map(Operand::Output);
+    [start, indices, count, weights, scores].into_iter().try_for_each(|at| site.contiguous(at))?;
+    let (t, shape) = (site.dtype(q), &site.inputs[0].ty.shape);
+    let rows = Expr::product(&shape[..3]);
+    let order = match op.order {
+        Order::Recent => "RECENT",
+        Order::Score => "SCORE",
+    };
+    let launch = Stub::new("any_size", "any_select", 32)
+        .element("T", t)
+        .int("slots", op.k)
+        .int("chunk", op.chunk)
+        .float("scale", op.scale)
+        .line(format!("static constexpr Order order = Order::{order};"))
+        .line(rule(op.rule))
+        .hashed()
+        .write("indices", DType::I32, indices)
+        .write("count", DType::I32, count)
+        .write("weights", t, weights)
+        .write("scores", t, scores)
+        .read("q", t, q)
+        .i64("q_stride", site.row_stride(q, 2)?)
+        .read("landmarks", t, landmarks)
+        .i64("landmark_stride", site.row_stride(landmarks, 2)?)
+        .read("start", DType::I32, start)
+        .i64("rows", rows.clone())
+        .i32("l", &shape[1])
+        .i32("h", &shape[2])
+        .i32("chunks", &site.inputs[1].ty.shape[1])
+        .i32("r", &shape[3])
+        .launch((rows, 1, 1));
+    Ok(vec![Form::new("any_size", format!("a warp per row, which is slow: {why}"), vec![launch.into()])])
+}
+
+/// Its gradient.
+pub(super) fn selection_grad(op: &SelectionGrad, site: &Site, why: String) -> Result<Vec<Form>, Unsupported> {
+    let [q, landmarks, indices, count, scores, weights, dweights] = [0, 1, 2, 3, 4, 5, 6].map(input);
+    let [dq, dlandmarks] = [0, 1].map(Operand::Output);
+    [indices, count, scores, weights, dweights].into_iter().try_for_each(|at| site.contiguous(at))?;
+    let (t, shape, k) = (site.dtype(q), &site.inputs[0].ty.shape, site.int(indices, 3)?);
+    let (chunks, h) = (&site.inputs[1].ty.shape[1], site.int(q, 2)?);
+    let index =
+        InvertedIndex { n: shape[0].clone(), l: shape[1].clone(), h, k, chunks: chunks.clone(), slab: SLAB, first: 0 };
+    let ds = Operand::Workspace(InvertedIndex::WORKSPACES);
+    let rows = Expr::product(&shape[..3]);
+    let stub = |template| {
+        Stub::new("any_size", template, THREADS).element("T", t).int("slots", k).float("scale", op.scale).hashed()
+    };
+    let sized = |s: Stub| s.i32("l", &shape[1]).i32("h", h).i32("chunks", chunks).i32("r", &shape[3]);
+    let mut calls = index.calls(indices, count);
+    calls.push(super::selection::slot_gradients(op.rule, t, k, [ds, scores, dweights, count], rows.clone()));
+    let queries = stub("any_select_queries")
+        .write("dq", t, dq)
+        .i64("dq_stride", site.row_stride(dq, 2)?)
+        .read("landmarks", t, landmarks)
+        .i64("landmark_stride", site.row_stride(landmarks, 2)?)
+        .read("indices", DType::I32, indices)
+        .read("count", DType::I32, count)
+        .read("ds", DType::F32, ds)
+        .i64("rows", rows.clone());
+    calls.push(sized(queries).launch(((rows.clone() * &shape[3]).ceil_div(THREADS), 1, 1)).into());
+    let elements = Expr::product(&site.inputs[1].ty.shape);
+    let chunk_sums = stub("any_select_landmarks")
+        .write("dlandmarks", t, dlandmarks)
+        .i64("stride", site.row_stride(dlandmarks, 2)?)
+        .read("q", t, q)
+        .i64("q_stride", site.row_stride(q, 2)?)
+        .read("ds", DType::F32, ds)
+        .read("entries", DType::I32, index.entries())
+        .read("offsets", DType::I32, index.offsets())
+        .i64("elements", elements.clone());
+    calls.push(sized(chunk_sums).launch((elements.ceil_div(THREADS), 1, 1)).into());
+    let form = Form::new("any_size", format!("an element a thread, which is slow: {why}"), calls);
+    Ok(vec![index.reserve(form).with("ds", DType::F32, rows * k)])
+}

@@ -1,0 +1,82 @@
+//! Seeded defects in the templates: `// MUT name: code` replaces the line above it.  Each must be found, by a check of the
+//! simulator or by comparison with the op's definition.
+
+use crate::harness::Case;
+use crate::rig::Rig;
+use crate::{attend, conv, norm, scan};
+use rambac_codegen::cuda::headers::HEADERS;
+use rayon::prelude::*;
+
+pub const ALL: &[Case] = &[("seeded_defects", every_defect)];
+
+/// Templates and the checks that must find what is wrong with them.
+const FAMILIES: &[(&str, fn(&Rig) -> Result<(), String>)] = &[
+    ("attend.cuh", attend::quick_query_tiles),
+    ("chunk_softmax.cuh", attend::quick_query_tiles),
+    ("attend_chunks.cuh", attend::quick_chunk_major),
+    ("attend_grad.cuh", attend::quick_grad),
+    ("attend_chunks_hopper.cuh", attend::quick_hopper),
+    ("inverted_index.cuh", attend::quick_selection_grad),
+    ("select.cuh", attend::quick_selection),
+    ("select_grad.cuh", attend::quick_selection_grad),
+    ("attention.cuh", attend::quick_attention),
+    ("conv.cuh", conv::quick),
+    ("slots.cuh", conv::quick),
+    ("rms_norm.cuh", norm::quick),
+    ("rotary.cuh", norm::quick_rotary),
+    ("mma.cuh", scan::quick_forward),
+    ("scan.cuh", scan::quick_forward),
+    ("scan_backward.cuh", scan::quick_grad),
+    ("scan_step.cuh", scan::quick_step),
+];
+
+type Check = fn(&Rig) -> Result<(), String>;
+
+struct Mutant {
+    header: &'static str,
+    name: String,
+    text: String,
+    check: Check,
+}
+
+fn mutation(line: &str) -> Option<(&str, &str)> {
+    line.trim_start().strip_prefix("// MUT ")?.split_once(": ")
+}
+
+fn mutants() -> Vec<Mutant> {
+    let mut all = vec![];
+    for &(header, check) in FAMILIES {
+        let text = HEADERS.iter().find(|h| h.0 == header).expect("a family names a template").1;
+        let lines: Vec<&str> = text.lines().collect();
+        for (i, line) in lines.iter().enumerate() {
+            let Some((name, code)) = mutation(line) else { continue };
+            let at = (0..i).rev().find(|&k| mutation(lines[k]).is_none()).expect("code above a defect");
+            let mut lines = lines.clone();
+            lines[at] = code;
+            all.push(Mutant { header, name: name.into(), text: lines.join("\n"), check });
+        }
+    }
+    all
+}
+
+fn every_defect(rig: &Rig) -> Result<String, String> {
+    // A defect is only found if the template without it passes; this compiles the kernels, too.
+    for (header, check) in FAMILIES {
+        check(rig).map_err(|e| format!("{header} fails as it is: {e}"))?;
+    }
+    let all = mutants();
+    let judge = |m: &Mutant| -> Result<(bool, String), String> {
+        let how = (m.check)(&rig.with_defect(m.header, m.text.clone())?);
+        let first = how.as_ref().err().map(|e| e.lines().next().unwrap_or_default().to_string());
+        match first {
+            Some(e) if e.contains("does not compile") => Err(format!("{} {}: {}", m.header, m.name, how.unwrap_err())),
+            Some(e) => Ok((true, format!("    found  {:<26} {:<20} {e:.110}", m.header, m.name))),
+            None => Ok((false, format!("    MISSED {:<26} {}", m.header, m.name))),
+        }
+    };
+    let verdicts = all.par_iter().map(judge).collect::<Result<Vec<_>, _>>()?;
+    let found = verdicts.iter().filter(|v| v.0).count();
+    let lines: Vec<&str> = verdicts.iter().map(|v| v.1.as_str()).collect();
+    let text = format!("\n{}\n    {found} of {} seeded defects found", lines.join("\n"), all.len());
+    if found == all.len() { Ok(text) } else { Err(text) }
+}
