@@ -423,13 +423,14 @@ __device__ __forceinline__ void select_merge(i32* indices, i32* count, typename 
         index[to] = (i32) ~(u32)best[i];
         score[to] = of_ordered((u32)(best[i] >> 32));
     }
+    for (int i = n + own; i < K; i += C::threads) index[i] = 0, weight[i] = score[i] = 0.f;
     __syncthreads();
     if (own == 0) weigh<C::rule>(weight, score, 1, n), count[row] = n;
     __syncthreads();
     for (int i = own; i < K; i += C::threads) {
-        indices[row * K + i] = i < n ? index[i] : 0;
-        weights[row * K + i] = from_f32<T>(i < n ? weight[i] : 0.f);
-        scores[row * K + i] = from_f32<T>(i < n ? score[i] : 0.f);
+        indices[row * K + i] = index[i];
+        weights[row * K + i] = from_f32<T>(weight[i]);
+        scores[row * K + i] = from_f32<T>(score[i]);
     }
 }
 
