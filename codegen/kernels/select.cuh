@@ -20,14 +20,14 @@ namespace rambac {
 enum class Weigh { STICK_BREAKING, SOFTMAX, SIGMOID, ONE };
 enum class Order { RECENT, SCORE };
 
-// Keeps order: greater floats are greater integers, -0 below +0.
+// Keeps order: greater floats are greater integers.  (-0 would be below +0: a candidate's score has none.)
 __device__ __forceinline__ u32 ordered(float x) {
     u32 b = __float_as_uint(x);
     return b >> 31 ? ~b : b | 0x80000000u;
     // MUT select_negative: return b | 0x80000000u;
 }
 __device__ __forceinline__ float of_ordered(u32 x) { return __uint_as_float(x >> 31 ? x & 0x7fffffffu : ~x); }
-__device__ __forceinline__ u64 candidate(float score, int chunk) { return (u64)ordered(score) << 32 | ~(u32)chunk; }
+__device__ __forceinline__ u64 candidate(float score, int chunk) { return (u64)ordered(score + 0.f) << 32 | ~(u32)chunk; }
 __device__ __forceinline__ float exp_fast(float x) { return exp2_fast(x * LOG2E); }
 __device__ __forceinline__ float sigmoid(float x) { return 1.f / (1.f + exp_fast(-x)); }
 __device__ __forceinline__ float softplus(float x) { return fmaxf(x, 0.f) + LN2 * __log2f(1.f + exp_fast(-fabsf(x))); }
