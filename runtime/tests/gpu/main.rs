@@ -4,6 +4,7 @@
 //! Without NVRTC nothing here can run: every test is then counted as ignored and the reason printed.
 
 mod elementwise;
+mod executables;
 mod harness;
 mod rig;
 mod rows;
@@ -11,5 +12,5 @@ mod rows;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    harness::run(&[elementwise::ALL, rows::ALL])
+    harness::run(&[elementwise::ALL, executables::ALL, rows::ALL])
 }
