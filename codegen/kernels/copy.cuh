@@ -8,6 +8,10 @@ namespace rambac {
 __device__ __forceinline__ void copy16_async(void* to, const void* from, bool valid = true) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0) : "memory");
 }
+// The same to an address in shared memory.
+__device__ __forceinline__ void copy16_async(u32 to, const void* from, bool valid = true) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
+}
 __device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most N of the groups that this thread committed are under way; a barrier then shows them to others.
 template <int N> __device__ __forceinline__ void copies_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
@@ -18,11 +22,25 @@ template <int THREADS, int ROWS, int COLS, int PITCH, class T>
 __device__ __forceinline__ void copy_rows_async(T* to, const T* from, i64 stride, int rows) {
     constexpr int EACH = 16 / sizeof(T), PER_ROW = COLS / EACH;
     static_assert(COLS % EACH == 0 && PITCH % EACH == 0, "rows are whole 16-byte pieces");
+    if constexpr (THREADS % PER_ROW == 0) {
+        // A thread keeps its column and steps down: one address, not one per piece.
+        constexpr int STEP = THREADS / PER_ROW;
+        const int row = threadIdx.x / PER_ROW, col = threadIdx.x % PER_ROW * EACH;
+        const T* at = from + row * stride + col;
 #pragma unroll
-    for (int i = threadIdx.x; i < ROWS * PER_ROW; i += THREADS) {
-        int row = i / PER_ROW, col = i % PER_ROW * EACH;
-        bool valid = row < rows;
-        copy16_async(to + row * PITCH + col, from + (valid ? row * stride + col : 0), valid);
+        for (int i = 0; i < ROWS; i += STEP) {
+            if (ROWS % STEP != 0 && row + i >= ROWS) break;
+            bool valid = row + i < rows;
+            copy16_async(to + (row + i) * PITCH + col, valid ? at : from, valid);
+            at += STEP * stride;
+        }
+    } else {
+#pragma unroll
+        for (int i = threadIdx.x; i < ROWS * PER_ROW; i += THREADS) {
+            int row = i / PER_ROW, col = i % PER_ROW * EACH;
+            bool valid = row < rows;
+            copy16_async(to + row * PITCH + col, from + (valid ? row * stride + col : 0), valid);
+        }
     }
 }
 

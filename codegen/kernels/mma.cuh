@@ -82,6 +82,22 @@ template <class T> __device__ __forceinline__ void load_a(u32 (&a)[4], const T* 
     ldmatrix4(a, shared_address(tile + (lane % 16) * pitch) + lane / 16 * 16);
 }
 
+// A [16, K] from rows of k: `tile[k * pitch + m]`, in the order of k that load_b_kn<true> has.  With SPREAD, f32 columns lie
+// as `spread_column` says.
+template <bool SPREAD, class T> __device__ __forceinline__ void load_a_km(u32 (&a)[4], const T* tile, int pitch) {
+    int lane = threadIdx.x & 31;
+    if constexpr (sizeof(T) == 2) {
+        ldmatrix4_trans(a, shared_address(tile + (lane % 8 + lane / 16 * 8) * pitch + lane / 8 % 2 * 8));
+    } else {
+        int k = 2 * (lane % 4), m = lane / 4;
+        if (SPREAD) m = m / 2 + m % 2 * 4;
+        a[0] = __float_as_uint(tile[k * pitch + m]);
+        a[1] = __float_as_uint(tile[k * pitch + m + 8]);
+        a[2] = __float_as_uint(tile[(k + 1) * pitch + m]);
+        a[3] = __float_as_uint(tile[(k + 1) * pitch + m + 8]);
+    }
+}
+
 // Two B tiles (n 0..7 in b[0], b[1]; n 8..15 in b[2], b[3]) from rows of n: `tile[n * pitch + k]`.
 template <class T> __device__ __forceinline__ void load_b_nk(u32 (&b)[4], const T* tile, int pitch) {
     int lane = threadIdx.x & 31;
@@ -103,6 +119,20 @@ template <bool PAIRED, class T> __device__ __forceinline__ void load_b_kn(u32 (&
     }
 }
 
+// A [16, K] from rows of k: `tile[k * pitch + m]`, with k in the order that `a_of_d` gives.
+template <class T> __device__ __forceinline__ void load_a_km(u32 (&a)[4], const T* tile, int pitch) {
+    int lane = threadIdx.x & 31;
+    if constexpr (sizeof(T) == 2) {
+        ldmatrix4_trans(a, shared_address(tile + (lane % 8 + lane / 16 * 8) * pitch) + lane / 8 % 2 * 16);
+    } else {
+        const T* at = tile + 2 * (lane % 4) * pitch + lane / 4;
+        a[0] = __float_as_uint(at[0]);
+        a[1] = __float_as_uint(at[8]);
+        a[2] = __float_as_uint(at[pitch]);
+        a[3] = __float_as_uint(at[pitch + 8]);
+    }
+}
+
 // D tiles that stand side by side become a fragment of A of one K-step, without leaving registers: K / 8 tiles from
 // `d` on.
 template <class T> __device__ __forceinline__ void a_of_d(u32 (&a)[4], const float (*d)[4]) {
@@ -116,6 +146,49 @@ template <class T> __device__ __forceinline__ void a_of_d(u32 (&a)[4], const flo
         a[1] = __float_as_uint(d[0][2]);
         a[2] = __float_as_uint(d[0][1]);
         a[3] = __float_as_uint(d[0][3]);
+    }
+}
+
+// Two neighbouring results (columns col, col + 1; col even) to a tile that load_a and load_a_km<true> read.  In f32 the
+// columns of each group of 8 change places (0 2 4 6 1 3 5 7), so that load_a gives K in the order of load_b_kn<true>.
+template <class T> __device__ __forceinline__ void store_spread(T* row, int col, float lo, float hi) {
+    if constexpr (sizeof(T) == 2) {
+        *reinterpret_cast<u32*>(row + col) = pack2<T>(lo, hi);
+    } else {
+        row[col - col % 8 / 2] = lo;
+        row[col - col % 8 / 2 + 4] = hi;
+    }
+}
+
+// A tile [16, 16] of results (two D side by side) to rows in global memory, `rows` of them, in whole sectors.  16-bit types
+// go by way of `scratch`, 16 x 16 elements of the warp's own.
+template <class T> __device__ __forceinline__ void store_tile(T* scratch, const float (&d)[2][4], T* to, i64 stride, int rows) {
+    const int lane = threadIdx.x & 31, row = lane / 4, q = lane % 4;
+    if constexpr (sizeof(T) == 2) {
+        // Rows of 32 bytes; the two halves change places in every second group of 4 rows, for the banks.
+        u32* at = reinterpret_cast<u32*>(scratch) + row * 8 + q;
+#pragma unroll
+        for (int j = 0; j < 2; j++)
+#pragma unroll
+            for (int e = 0; e < 2; e++) at[64 * e + 4 * (j ^ (row / 4 % 2))] = pack2<T>(d[j][2 * e], d[j][2 * e + 1]);
+        __syncwarp();
+        // MUT tile_ready: ;
+        const int r = lane / 2, part = lane % 2;
+        const uint4 v = *reinterpret_cast<const uint4*>(scratch + r * 16 + 8 * (part ^ (r / 4 % 2)));
+        const u32 words[4] = {v.x, v.y, v.z, v.w};
+        if (r < rows) store_words<4>(to + r * stride + 8 * part, words);
+        // MUT tile_rows: store_words<4>(to + r * stride + 8 * part, words);
+        __syncwarp();
+        // MUT tile_free: ;
+    } else {
+#pragma unroll
+        for (int j = 0; j < 2; j++)
+#pragma unroll
+            for (int e = 0; e < 2; e++)
+                if (row + 8 * e < rows) {
+                    const u32 words[2] = {__float_as_uint(d[j][2 * e]), __float_as_uint(d[j][2 * e + 1])};
+                    store_words<2>(to + (row + 8 * e) * stride + 8 * j + 2 * q, words);
+                }
     }
 }
 

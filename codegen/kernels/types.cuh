@@ -65,11 +65,77 @@ template <class T, int N> struct alignas(sizeof(T) * N) Vec {
     __device__ __forceinline__ T& operator[](int i) { return v[i]; }
     __device__ __forceinline__ const T& operator[](int i) const { return v[i]; }
 };
+// A type of so many bytes that one instruction moves: a struct of small parts would be moved part by part.
+template <int BYTES> struct Word;
+template <> struct Word<2> { using Type = u16; };
+template <> struct Word<4> { using Type = u32; };
+template <> struct Word<8> { using Type = uint2; };
+template <> struct Word<16> { using Type = uint4; };
 template <class T, int N> __device__ __forceinline__ Vec<T, N> load(const T* p) {
-    return *reinterpret_cast<const Vec<T, N>*>(p);
+    Vec<T, N> x;
+    auto word = *reinterpret_cast<const typename Word<sizeof(x)>::Type*>(p);
+    memcpy(&x, &word, sizeof(x));
+    return x;
 }
 template <class T, int N> __device__ __forceinline__ void store(T* p, const Vec<T, N>& x) {
-    *reinterpret_cast<Vec<T, N>*>(p) = x;
+    typename Word<sizeof(x)>::Type word;
+    memcpy(&word, &x, sizeof(x));
+    *reinterpret_cast<decltype(word)*>(p) = word;
+}
+
+// The same to global memory, by one instruction whatever the compiler thinks of the address.
+template <class T, int N> __device__ __forceinline__ void store_global(u64 at, const Vec<T, N>& x) {
+    typename Word<sizeof(x)>::Type word;
+    memcpy(&word, &x, sizeof(x));
+    if constexpr (sizeof(x) == 16)
+        asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(word.x), "r"(word.y), "r"(word.z), "r"(word.w) : "memory");
+    else if constexpr (sizeof(x) == 8)
+        asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(at), "r"(word.x), "r"(word.y) : "memory");
+    else if constexpr (sizeof(x) == 4)
+        asm volatile("st.global.b32 [%0], %1;" ::"l"(at), "r"(word) : "memory");
+    else
+        asm volatile("st.global.b16 [%0], %1;" ::"l"(at), "h"(word) : "memory");
+}
+template <class T, int N> __device__ __forceinline__ void store_global(T* p, const Vec<T, N>& x) {
+    store_global((u64)__cvta_generic_to_global(p), x);
+}
+// 4, 8 or 16 bytes at once, whatever the compiler thinks: it may cut a struct's store into those of its members.
+template <int N> __device__ __forceinline__ void store_words(void* p, const u32* x) {
+    static_assert(N == 1 || N == 2 || N == 4, "a vector is 4, 8 or 16 bytes");
+    if constexpr (N == 4) asm volatile("st.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
+    else if constexpr (N == 2) asm volatile("st.v2.b32 [%0], {%1, %2};" ::"l"(p), "r"(x[0]), "r"(x[1]) : "memory");
+    else *reinterpret_cast<u32*>(p) = x[0];
+}
+
+// The most elements of N that are a vector: a power of two that divides N, of at most 16 bytes.
+template <class T, int N> constexpr int VECTOR = (N & -N) * sizeof(T) <= 16 ? (N & -N) : 16 / sizeof(T);
+
+// N values of any type as f32, and back; `p` is aligned to VECTOR elements.
+template <int N, class T> __device__ __forceinline__ void load_f32(float (&to)[N], const T* p) {
+    constexpr int EACH = VECTOR<T, N>;
+#pragma unroll
+    for (int i = 0; i < N; i += EACH) {
+        Vec<T, EACH> x = load<T, EACH>(p + i);
+#pragma unroll
+        for (int j = 0; j < EACH; j++) to[i + j] = to_f32(x[j]);
+    }
+}
+template <int N, class T> __device__ __forceinline__ void store_f32(T* p, const float (&from)[N]) {
+    constexpr int EACH = VECTOR<T, N>;
+#pragma unroll
+    for (int i = 0; i < N; i += EACH) {
+        if constexpr (sizeof(T) == 2 && EACH >= 2) {
+            u32 x[EACH / 2];
+#pragma unroll
+            for (int j = 0; j < EACH; j += 2) x[j / 2] = pack2<T>(from[i + j], from[i + j + 1]);
+            store_words<EACH / 2>(p + i, x);
+        } else {
+            Vec<T, EACH> x;
+#pragma unroll
+            for (int j = 0; j < EACH; j++) x[j] = from_f32<T>(from[i + j]);
+            store(p + i, x);
+        }
+    }
 }
 
 template <class A> __device__ __forceinline__ constexpr A min_of(A a, A b) { return a < b ? a : b; }

@@ -4,12 +4,14 @@
 //! - [`mod@lower`]: makes one from an optimised graph.
 //! - [`traits`]: what each op's kernels accept, from the one list of ops.
 //! - [`mod@plan`]: addresses and the peak at concrete dims.
+//! - [`mod@fit`]: what to compute again so that the peak stays below a limit.
 //! - [`describe`]: a Program as JSON, for the executable file and its readers.
 //! - [`cuda`]: Program → GPU program: forms, launches, stubs over the templates of `kernels/`.
 //! - [`nvrtc`]: CUDA C++ → PTX and CUBIN, where NVIDIA's compiler library is installed.
 
 pub mod cuda;
 pub mod describe;
+pub mod fit;
 pub mod hash;
 pub mod lower;
 pub mod nvrtc;
@@ -17,6 +19,7 @@ pub mod plan;
 pub mod program;
 pub mod traits;
 
+pub use fit::{Fit, FitError, Memory, fit};
 pub use lower::lower;
-pub use plan::{MemoryPlan, plan};
+pub use plan::{MemoryPlan, Scratch, no_scratch, plan, plan_with};
 pub use program::{Buffer, BufferId, BufferKind, Program, Step, View};

@@ -8,8 +8,10 @@ pub mod cse;
 pub mod dce;
 pub mod fold;
 pub mod fuse_attention;
+pub mod fuse_loss;
 pub mod fuse_map;
 pub mod fuse_selection;
+pub mod min_cut;
 pub mod narrow;
 pub mod pipeline;
 pub mod recompute;
@@ -19,3 +21,4 @@ pub mod train_step;
 
 pub use autodiff::{AutodiffError, gradients};
 pub use pipeline::{Options, PASSES, Pass, optimise};
+pub use recompute::{Recompute, Target};

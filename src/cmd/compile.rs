@@ -2,17 +2,18 @@
 
 use crate::cli::{Compile, Weights};
 use crate::cmd::explain::{ir_step, model_step};
-use crate::error::{Result, warn, wrap};
+use crate::error::{self, Result, warn, wrap};
 use crate::model::{self, Named};
 use crate::show::{self, Table};
 use miette::miette;
 use rambac_codegen::cuda::{Arch, Cache};
 use rambac_codegen::nvrtc::Nvrtc;
-use rambac_ir::Graph;
 use rambac_ir::ops::SourceKind;
+use rambac_ir::{Bindings, Graph};
 use rambac_models::{Config, InitRule};
 use rambac_passes::Options;
 use rambac_passes::train_step::AdamW;
+use rambac_runtime::cpu::scratch;
 use rambac_runtime::executable::{Contents, ExecutableError, Mode, Part, write};
 use rambac_runtime::gpu::Code;
 use rambac_runtime::{Store, Tensor};
@@ -42,8 +43,8 @@ fn compile(a: &Compile) -> Result<ExitCode> {
     targets.sort();
     targets.dedup();
     let adamw = AdamW { lr: a.lr, steps: a.steps, warmup: AdamW::default().warmup.min(a.steps), ..AdamW::default() };
-    let options = Options { recompute: a.recompute, ..a.weights.options() };
     let (mode, graphs) = graphs(a, &named, &adamw)?;
+    let options = options(a, &graphs)?;
     let parts = graphs.iter().map(|(name, g)| Part::compile(name, g, &options, &targets));
     let parts = parts.collect::<std::result::Result<Vec<Part>, _>>().map_err(|e| unsupported(a, e))?;
 
@@ -66,7 +67,7 @@ fn compile(a: &Compile) -> Result<ExitCode> {
     };
     let mut settings = json!({ "weights": if a.weights == Weights::Bf16 { "bf16" } else { "f32" } });
     if a.train {
-        settings = json!({ "recompute": a.recompute, "lr": a.lr, "steps": a.steps, "warmup": adamw.warmup });
+        settings = json!({ "recompute": a.memory.recompute, "memory_limit": a.memory.memory_limit, "lr": a.lr, "steps": a.steps, "warmup": adamw.warmup });
     }
     let json = config.map(Config::to_json);
     let contents = Contents {
@@ -170,6 +171,19 @@ fn graphs(a: &Compile, named: &Named, adamw: &AdamW) -> Result<(Mode, Vec<(&'sta
     })
 }
 
+/// How the passes run.
+fn options(a: &Compile, graphs: &[(&str, Graph)]) -> Result<Options> {
+    if !a.train {
+        if a.memory.recompute || a.memory.memory_limit.is_some() {
+            return Err(miette!("--recompute and --memory-limit are about training: add --train, or leave them out"));
+        }
+        return Ok(a.weights.options());
+    }
+    let dims = Bindings::new([("N", a.batch), ("L", a.len)]);
+    let memory = a.memory.choice(vec![dims]);
+    rambac_codegen::fit::options(&graphs[0].1, &memory, scratch, 0).map_err(error::unfit)
+}
+
 /// What to do about a step without a kernel.
 fn unsupported(a: &Compile, e: ExecutableError) -> miette::Report {
     match &e {
@@ -227,7 +241,7 @@ fn store(a: &Compile, config: Option<&Config>, weights: Option<&Path>, parts: &[
 pub fn drawn<'a>(params: impl Iterator<Item = (&'a str, &'a rambac_ir::Ty)>, seed: u64) -> Result<Store> {
     let mut store = Store::default();
     for (name, ty) in params {
-        let ty = ty.bind(&rambac_ir::Bindings::default()).map_err(wrap)?;
+        let ty = ty.bind(&Bindings::default()).map_err(wrap)?;
         if !ty.dtype.is_float() {
             return Err(miette!("the param {name:?} is {ty}: fresh ones are drawn for floats only"));
         }

@@ -4,6 +4,7 @@
 //! The same graphs are grown in every run (fixed seeds), so a failure is never a matter of luck.
 
 mod cpu;
+mod each_op;
 mod edges;
 mod models;
 mod passes;

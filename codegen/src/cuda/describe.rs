@@ -1,7 +1,7 @@
 //! A GPU program as JSON: forms with their conditions, launches with sizes and arguments as expressions of the symbols,
 //! workspace, library calls.
 //!
-//! An expression is a dim (`N*L/64`), `ceil(E / 4)`, `(E + E)`, `E·E`, `min(E, E)` or `max(E, E)`.  There is no way back,
+//! An expression is a dim (`N*L/64`), `ceil(E / 4)`, `(E + E)`, `(E - E)` (at least 0), `E·E`, `min(E, E)` or `max(E, E)`.  There is no way back,
 //! see [`describe`](crate::describe).
 //!
 //! ```json
@@ -53,7 +53,7 @@ fn operand(o: Operand) -> String {
 fn call(c: &Call) -> Value {
     let matrix = |m: &GemmOperand| {
         json!({
-            "at": operand(m.at), "type": m.dtype.name(), "row": m.ld.to_string(), "matrix": m.step.to_string(),
+            "at": operand(m.at), "first": m.first.to_string(), "type": m.dtype.name(), "row": m.ld.to_string(), "matrix": m.step.to_string(),
             "transposed": m.trans,
         })
     };
@@ -66,7 +66,7 @@ fn call(c: &Call) -> Value {
         Call::Gemm(g) => json!({
             "product": {
                 "batch": g.batch.to_string(), "m": g.m.to_string(), "n": g.n.to_string(), "k": g.k.to_string(),
-                "a": matrix(&g.a), "b": matrix(&g.b), "c": matrix(&g.c),
+                "a": matrix(&g.a), "b": matrix(&g.b), "c": matrix(&g.c), "add": g.add,
             }
         }),
     }
@@ -75,6 +75,7 @@ fn call(c: &Call) -> Value {
 fn param(p: &Param) -> Value {
     match p {
         Param::Address(o) => json!({ "address": operand(*o) }),
+        Param::Element { at, first, .. } => json!({ "address": operand(*at), "first": first.to_string() }),
         Param::Int(e) => json!({ "i32": e.to_string() }),
         Param::Long(e) => json!({ "i64": e.to_string() }),
         // JSON has no infinities.

@@ -3,7 +3,7 @@
 use super::form::{Form, Kernel};
 use super::ops::{Site, Unsupported, forms};
 use super::target::Target;
-use crate::Program;
+use crate::{MemoryPlan, Program, plan_with};
 use rambac_ir::{Bindings, DimError};
 use std::collections::HashMap;
 
@@ -50,6 +50,25 @@ pub struct GpuProgram {
     pub steps: Vec<GpuStep>,
     /// Every kernel of every form, once.
     pub kernels: Vec<Kernel>,
+}
+
+impl GpuProgram {
+    /// The form of every step under `b`.
+    ///
+    /// # Errors
+    /// A dim without a value.
+    pub fn forms(&self, b: &Bindings) -> Result<Vec<&Form>, DimError> {
+        self.steps.iter().map(|s| s.form(b)).collect()
+    }
+
+    /// The memory plan, with the workspace of the forms that run under `b`.
+    ///
+    /// # Errors
+    /// A dim without a value; more bytes in all than can be addressed.
+    pub fn plan(&self, b: &Bindings) -> Result<MemoryPlan, DimError> {
+        let taken = self.forms(b)?.iter().map(|f| f.workspace_bytes(b)).collect::<Result<_, _>>()?;
+        plan_with(&self.program, b, taken)
+    }
 }
 
 /// Chooses the forms of every step.

@@ -9,7 +9,11 @@ pub enum Expr {
     Dim(Dim),
     /// Divided and rounded up.
     CeilDiv(Box<Expr>, u64),
+    /// The same by a number that is known as late; by 0 it is 0.
+    CeilDivBy(Box<Expr>, Box<Expr>),
     Add(Box<Expr>, Box<Expr>),
+    /// The difference, at least 0.
+    Sub(Box<Expr>, Box<Expr>),
     Mul(Box<Expr>, Box<Expr>),
     Min(Box<Expr>, Box<Expr>),
     Max(Box<Expr>, Box<Expr>),
@@ -36,6 +40,18 @@ impl Expr {
             },
         }
     }
+    /// What is left after taking `o` away, at least 0.
+    pub fn less(self, o: impl Into<Expr>) -> Expr {
+        Expr::Sub(Box::new(self), Box::new(o.into()))
+    }
+    /// As [`ceil_div`](Self::ceil_div), by a number that is known as late.
+    pub fn ceil_div_by(self, o: impl Into<Expr>) -> Expr {
+        let o = o.into();
+        match o.as_int() {
+            Some(n) if n > 0 => self.ceil_div(n),
+            _ => Expr::CeilDivBy(Box::new(self), Box::new(o)),
+        }
+    }
     pub fn min(self, o: impl Into<Expr>) -> Expr {
         Expr::Min(Box::new(self), Box::new(o.into()))
     }
@@ -60,7 +76,9 @@ impl Expr {
         match self {
             Expr::Dim(d) => d.eval(b),
             Expr::CeilDiv(x, n) => Ok(x.eval(b)?.div_ceil(*n as usize)),
+            Expr::CeilDivBy(x, y) => two(x, y).map(|(x, y)| if y == 0 { 0 } else { x.div_ceil(y) }),
             Expr::Add(x, y) => two(x, y).and_then(|(x, y)| fits(x.checked_add(y))),
+            Expr::Sub(x, y) => two(x, y).map(|(x, y)| x.saturating_sub(y)),
             Expr::Mul(x, y) => two(x, y).and_then(|(x, y)| fits(x.checked_mul(y))),
             Expr::Min(x, y) => two(x, y).map(|(x, y)| x.min(y)),
             Expr::Max(x, y) => two(x, y).map(|(x, y)| x.max(y)),
@@ -113,7 +131,9 @@ impl fmt::Display for Expr {
         match self {
             Expr::Dim(d) => write!(f, "{d}"),
             Expr::CeilDiv(x, n) => write!(f, "ceil({x} / {n})"),
+            Expr::CeilDivBy(x, y) => write!(f, "ceil({x} / {y})"),
             Expr::Add(x, y) => write!(f, "({x} + {y})"),
+            Expr::Sub(x, y) => write!(f, "({x} - {y})"),
             Expr::Mul(x, y) => write!(f, "{x}·{y}"),
             Expr::Min(x, y) => write!(f, "min({x}, {y})"),
             Expr::Max(x, y) => write!(f, "max({x}, {y})"),

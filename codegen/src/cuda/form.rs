@@ -1,6 +1,7 @@
 //! How a step runs on a GPU: kernels to compile, launches with sizes and arguments, workspace, library calls.
 
 use super::expr::Expr;
+use crate::plan::ALIGN;
 use rambac_ir::{Bindings, DType, DimError};
 
 /// A kernel to compile: a short text that instantiates a template of `codegen/kernels`.
@@ -32,6 +33,8 @@ pub enum Operand {
 pub enum Param {
     /// The address of the operand's first element.
     Address(Operand),
+    /// The address of a later element.
+    Element { at: Operand, dtype: DType, first: Expr },
     /// An `i32`.
     Int(Expr),
     /// An `i64`, such as the distance of rows in elements.
@@ -52,6 +55,8 @@ pub struct Launch {
 #[derive(Clone, Debug, PartialEq)]
 pub struct GemmOperand {
     pub at: Operand,
+    /// The first element.
+    pub first: Expr,
     pub dtype: DType,
     pub ld: Expr,
     pub step: Expr,
@@ -59,7 +64,7 @@ pub struct GemmOperand {
     pub trans: bool,
 }
 
-/// `c[i] = op(a[i]) · op(b[i])` for every matrix of a batch, row-major, with f32 sums.
+/// `c[i] = op(a[i]) · op(b[i])` for every matrix of a batch, row-major, with f32 sums; `add`: plus what `c` held.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Gemm {
     pub batch: Expr,
@@ -69,6 +74,7 @@ pub struct Gemm {
     pub a: GemmOperand,
     pub b: GemmOperand,
     pub c: GemmOperand,
+    pub add: bool,
 }
 
 /// One call of a step, after the ones before it.
@@ -140,6 +146,28 @@ impl Form {
     pub fn with(mut self, name: &'static str, dtype: DType, elements: impl Into<Expr>) -> Form {
         self.workspace.push(Workspace { name, dtype, elements: elements.into() });
         self
+    }
+    /// Where every piece of workspace begins, in bytes, and the bytes in all.
+    ///
+    /// # Errors
+    /// A dim without a value, or a size that overflows.
+    pub fn workspace_places(&self, b: &Bindings) -> Result<(Vec<usize>, usize), DimError> {
+        let mut at = 0usize;
+        let mut places = vec![];
+        for w in &self.workspace {
+            places.push(at);
+            let bytes = w.elements.eval(b)?.checked_mul(w.dtype.size()).and_then(|n| n.checked_next_multiple_of(ALIGN));
+            let overflow = || DimError::Overflow { dim: w.elements.to_string(), bindings: b.to_string() };
+            at = bytes.and_then(|n| at.checked_add(n)).ok_or_else(overflow)?;
+        }
+        Ok((places, at))
+    }
+    /// Bytes of workspace.
+    ///
+    /// # Errors
+    /// As [`workspace_places`](Self::workspace_places).
+    pub fn workspace_bytes(&self, b: &Bindings) -> Result<usize, DimError> {
+        Ok(self.workspace_places(b)?.1)
     }
     pub fn launches(&self) -> impl Iterator<Item = &Launch> {
         self.calls.iter().filter_map(|c| match c {

@@ -9,6 +9,8 @@ macro_rules! headers {
 
 headers! {
     "types", "warp", "mma", "copy",
+    "tile", "chunk_softmax", "attend", "inverted_index", "attend_chunks", "attend_grad", "select", "select_grad",
+    "attention", "wgmma", "attend_chunks_hopper",
     "map", "move", "reduce", "cross_entropy", "embedding",
 }
 

@@ -121,6 +121,14 @@ impl Stub {
     pub fn read(self, name: &str, d: DType, at: Operand) -> Stub {
         self.param(format!("const {}*", c_type(d)), name, Param::Address(at))
     }
+    /// As [`read`](Self::read), from a later element on.
+    pub fn read_from(self, name: &str, d: DType, at: Operand, first: Expr) -> Stub {
+        self.param(format!("const {}*", c_type(d)), name, Param::Element { at, dtype: d, first })
+    }
+    /// As [`write`](Self::write), from a later element on.
+    pub fn write_from(self, name: &str, d: DType, at: Operand, first: Expr) -> Stub {
+        self.param(format!("{}*", c_type(d)), name, Param::Element { at, dtype: d, first })
+    }
     /// A pointer that is written.
     pub fn write(self, name: &str, d: DType, at: Operand) -> Stub {
         self.param(format!("{}*", c_type(d)), name, Param::Address(at))

@@ -21,6 +21,7 @@ macro_rules! for_each_op {
             Broadcast, Reshape, Transpose, Slice, Pad, Concat,
             Reduce, MatMul,
             RmsNorm, RmsNormGrad, Rotary, Embedding, EmbeddingGrad, CrossEntropy, CrossEntropyGrad,
+            LinearCrossEntropy, LinearCrossEntropyGrad,
             CausalConv1d, CausalConv1dGrad, SelectiveScan, SelectiveScanGrad, Attention, AttentionGrad,
             Summarise, Score, ScoreGrad, Select, Weigh, WeighGrad, Attend, AttendGrad, Aggregate, AggregateGrad,
             Selection, SelectionGrad, ChunkAttention, ChunkAttentionGrad
@@ -36,6 +37,7 @@ mod chunk_attention;
 mod cross_entropy;
 mod embedding;
 mod fused_map;
+mod linear_cross_entropy;
 mod map;
 mod matmul;
 mod reduce;
@@ -58,6 +60,7 @@ pub use chunk_attention::{ChunkAttention, ChunkAttentionGrad};
 pub use cross_entropy::{CrossEntropy, CrossEntropyGrad};
 pub use embedding::{Embedding, EmbeddingGrad};
 pub use fused_map::{FusedMap, MapBody, MapFn, MapInst};
+pub use linear_cross_entropy::{LinearCrossEntropy, LinearCrossEntropyGrad};
 pub use map::{Binary, BinaryFn, Cast, Unary, UnaryFn, Where};
 pub use matmul::MatMul;
 pub use reduce::{Reduce, ReduceFn};

@@ -33,7 +33,7 @@ pub struct Matrix {
     pub trans: bool,
 }
 
-/// `c[g] = op(a[g]) · op(b[g])` with sums in f32 or better.
+/// `c[g] = op(a[g]) · op(b[g])` with sums in f32 or better; `add`: plus what `c` held.
 #[derive(Clone, Copy, Debug)]
 pub struct Product {
     pub batch: usize,
@@ -43,6 +43,7 @@ pub struct Product {
     pub a: Matrix,
     pub b: Matrix,
     pub c: Matrix,
+    pub add: bool,
 }
 
 impl Matrix {
@@ -114,11 +115,12 @@ pub(crate) fn run(memory: &mut GlobalMemory, p: &Product) -> Result<(), Error> {
         let a = p.a.read(memory, g, p.m, p.k)?;
         // Rows of b's columns, so that both run along k.
         let b = Matrix { trans: !p.b.trans, ..p.b }.read(memory, g, p.n, p.k)?;
-        let mut c = vec![0f32; p.m * p.n];
+        let mut c = if p.add { p.c.read(memory, g, p.m, p.n)? } else { vec![0f32; p.m * p.n] };
         c.par_chunks_mut(p.n.max(1)).enumerate().for_each(|(i, row)| {
             let x = &a[i * p.k..][..p.k];
             for (j, c) in row.iter_mut().enumerate() {
-                *c = x.iter().zip(&b[j * p.k..][..p.k]).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum::<f64>() as f32;
+                let sum: f64 = x.iter().zip(&b[j * p.k..][..p.k]).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum();
+                *c = (f64::from(*c) + sum) as f32;
             }
         });
         p.c.write(memory, g, p.n, &c)?;

@@ -3,7 +3,7 @@
 //! Every register is a block of [`BLOCK`] floats; an instruction is one vectorised loop.  Operands are read once and
 //! results written once, whatever the number of instructions.
 
-use super::{Arg, CpuKernel, KernelError};
+use super::{Arg, CpuKernel, KernelError, Shaped};
 use rambac_cpu::kernels::vmath;
 use rambac_cpu::par;
 use rambac_cpu::simd::dispatch;
@@ -12,6 +12,8 @@ use rambac_ir::ops::*;
 
 /// Elements of a register: 2 KiB, so that a dozen registers fit in L1.
 const BLOCK: usize = 512;
+/// Operands of most maps: those that fusion makes have no more.
+const FEW: usize = 16;
 /// Blocks per parallel task.
 const TASK: usize = 32;
 
@@ -184,7 +186,16 @@ impl CpuKernel for FusedMap {
     fn run(&self, x: &[Arg], y: &[Arg]) -> Result<(), KernelError> {
         let n = y[0].len();
         let shape = y[0].shape();
-        let ix: Vec<Index> = x.iter().map(|a| index(a.shape(), shape)).collect();
+        let (mut few, many): ([Index; FEW], Vec<Index>);
+        let of = |a: &Arg| index(a.shape(), shape);
+        let ix = if x.len() <= FEW {
+            few = [Index::Scalar; FEW];
+            few.iter_mut().zip(x).for_each(|(ix, a)| *ix = of(a));
+            &few[..]
+        } else {
+            many = x.iter().map(of).collect();
+            &many
+        };
         let regs = x.len() + self.body.len();
         // Blocks are cut by the size alone, so any number of threads gives the same bits.
         let work = |blocks: std::ops::Range<usize>, file: &mut [f32]| {

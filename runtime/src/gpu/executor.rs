@@ -6,7 +6,7 @@
 use super::bytes::Bytes;
 use super::code::Code;
 use rambac_codegen::cuda::{Call, Expr, Form, Gemm, GemmOperand, GpuProgram, Launch, Operand, Param};
-use rambac_codegen::{BufferKind, MemoryPlan, View, plan};
+use rambac_codegen::{BufferKind, MemoryPlan, View};
 use rambac_ir::ops::SourceKind;
 use rambac_ir::ty::ConcreteTy;
 use rambac_ir::{Bindings, DType, DimError};
@@ -143,8 +143,8 @@ where
     ) -> Outcome<Vec<(String, Bytes)>, D> {
         let gpu = self.program.clone();
         let p = &gpu.program;
-        let plan = plan(p, dims)?;
-        let forms = gpu.steps.iter().map(|s| s.form(dims)).collect::<Result<Vec<_>, _>>()?;
+        let plan = gpu.plan(dims)?;
+        let forms = gpu.forms(dims)?;
         let mut places: Vec<Option<Place>> = vec![None; p.buffers.len()];
         for slot in &p.sources {
             let expected = slot.ty.bind(dims)?;
@@ -179,7 +179,7 @@ where
         }
         self.place_activations(&plan, dims, &mut places, temporary)?;
         for (i, form) in forms.iter().enumerate() {
-            self.step(i, form, dims, &places)?;
+            self.step(i, form, plan.scratch[i].0, dims, &places)?;
         }
         self.device.synchronise().map_err(self.failed("synchronise"))?;
         let mut out = vec![];
@@ -232,18 +232,30 @@ where
         Ok((buffer, at + v.offset.eval(dims)? * v.ty.dtype.size()))
     }
 
-    fn step(&mut self, i: usize, form: &Form, dims: &Bindings, places: &[Option<Place>]) -> Outcome<(), D> {
+    fn step(
+        &mut self,
+        i: usize,
+        form: &Form,
+        scratch: usize,
+        dims: &Bindings,
+        places: &[Option<Place>],
+    ) -> Outcome<(), D> {
         let gpu = self.program.clone();
         let step = &gpu.program.steps[i];
-        let mut workspace = vec![];
-        for w in &form.workspace {
-            let bytes = w.elements.eval(dims)? * w.dtype.size();
-            workspace.push(self.device.alloc(w.name, bytes).map_err(self.failed(w.name))?);
+        let mut workspace: Vec<Place> = vec![];
+        for (w, at) in form.workspace.iter().zip(form.workspace_places(dims)?.0) {
+            workspace.push(match (self.placement, self.arena) {
+                (Placement::Arena, Some((arena, _))) => (arena, scratch + at),
+                _ => {
+                    let bytes = w.elements.eval(dims)? * w.dtype.size();
+                    (self.device.alloc(w.name, bytes).map_err(self.failed(w.name))?, 0)
+                }
+            });
         }
         let place = |o: Operand| match o {
             Operand::Input(k) => self.place(&step.inputs[k], dims, places),
             Operand::Output(k) => self.place(&step.outputs[k], dims, places),
-            Operand::Workspace(k) => Ok((workspace[k], 0)),
+            Operand::Workspace(k) => Ok(workspace[k]),
         };
         let mut work = vec![];
         for c in &form.calls {
@@ -267,8 +279,10 @@ where
                 }
             }
         }
-        for b in workspace {
-            self.device.free(b).map_err(self.failed("workspace"))?;
+        if self.placement == Placement::Apart {
+            for (b, _) in workspace {
+                self.device.free(b).map_err(self.failed("workspace"))?;
+            }
         }
         Ok(())
     }
@@ -318,6 +332,10 @@ fn arguments<E: std::error::Error>(
                     let (b, at) = place(*o)?;
                     Arg::Buffer(b, at as u64)
                 }
+                Param::Element { at, dtype, first } => {
+                    let (b, from) = place(*at)?;
+                    Arg::Buffer(b, (from + first.eval(dims)? * dtype.size()) as u64)
+                }
                 Param::Int(e) => i32::try_from(e.eval(dims)?).map_err(|_| overflow(e))?.into(),
                 Param::Long(e) => i64::try_from(e.eval(dims)?).map_err(|_| overflow(e))?.into(),
                 Param::Float(v) => (*v).into(),
@@ -333,6 +351,7 @@ fn product<E: std::error::Error>(
 ) -> Result<Product, GpuError<E>> {
     let matrix = |o: &GemmOperand| -> Result<Matrix, GpuError<E>> {
         let (buffer, at) = place(o.at)?;
+        let at = at + o.first.eval(dims)? * o.dtype.size();
         let float = match o.dtype {
             DType::BF16 => Float::Bf16,
             DType::F16 => Float::F16,
@@ -348,5 +367,6 @@ fn product<E: std::error::Error>(
         a: matrix(&g.a)?,
         b: matrix(&g.b)?,
         c: matrix(&g.c)?,
+        add: g.add,
     })
 }

@@ -3,6 +3,7 @@
 //!
 //! Without NVRTC nothing here can run: every test is then counted as ignored and the reason printed.
 
+mod attend;
 mod elementwise;
 mod executables;
 mod harness;
@@ -12,5 +13,5 @@ mod rows;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    harness::run(&[elementwise::ALL, executables::ALL, rows::ALL])
+    harness::run(&[elementwise::ALL, executables::ALL, rows::ALL, attend::ALL])
 }

@@ -6,7 +6,8 @@ use rambac_ir::ops::*;
 use rambac_ir::testing::Rng;
 use rambac_ir::{Bindings, DType, Dim, Ty};
 
-pub const ALL: &[Case] = &[("cross_entropy", cross_entropy), ("embedding", embedding)];
+pub const ALL: &[Case] =
+    &[("cross_entropy", cross_entropy), ("linear_cross_entropy", linear_cross_entropy), ("embedding", embedding)];
 
 fn cross_entropy(rig: &Rig) -> Result<String, String> {
     let mut rng = Rng(1);
@@ -26,6 +27,28 @@ fn cross_entropy(rig: &Rig) -> Result<String, String> {
                 rig.check(&Check::new(CrossEntropy { ignore: -100 }, vec![z.clone(), labels.clone()], &d, tolerance))?;
                 rig.check(&Check::new(CrossEntropyGrad { ignore: -100 }, vec![z, labels, g], &d, tolerance))?;
             }
+        }
+    }
+    Ok(String::new())
+}
+
+/// More rows than parts, fewer, and parts of unlike size.
+fn linear_cross_entropy(rig: &Rig) -> Result<String, String> {
+    let mut rng = Rng(3);
+    for (dtype, tolerance) in [(DType::F32, 4e-6), (DType::BF16, 2e-2)] {
+        for (n, l) in [(1, 3), (2, 13), (3, 16)] {
+            let d = Bindings::new([("N", n), ("L", l)]);
+            let ty = |t, more: &[Dim]| Ty::new(t, [Dim::sym("N"), Dim::sym("L")].iter().chain(more).cloned());
+            let h = Input::new(&mut rng, ty(dtype, &[Dim::int(24)]), &d, -1.0, 1.0).wide(2);
+            let w = Input::new(&mut rng, Ty::new(dtype, [Dim::int(37), Dim::int(24)]), &d, -1.0, 1.0);
+            let mut labels = Input::new(&mut rng, ty(DType::I32, &[]), &d, 0.0, 37.0);
+            if let rambac_ir::host::Data::Int(v) = &mut labels.value.data {
+                v[1] = -100;
+            }
+            let g = Input::new(&mut rng, ty(dtype, &[]), &d, -1.0, 1.0);
+            let x = vec![h, w, labels, g];
+            rig.check(&Check::new(LinearCrossEntropy { ignore: -100 }, x[..3].to_vec(), &d, tolerance))?;
+            rig.check(&Check::new(LinearCrossEntropyGrad { ignore: -100 }, x, &d, tolerance))?;
         }
     }
     Ok(String::new())

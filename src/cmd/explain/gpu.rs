@@ -83,10 +83,7 @@ impl Forms {
         dims: &Bindings,
         cost: Cost,
     ) -> Result<()> {
-        let mut workspace = 0usize;
-        for w in &form.workspace {
-            workspace = workspace.saturating_add(w.elements.eval(dims).map_err(wrap)?.saturating_mul(w.dtype.size()));
-        }
+        let workspace = form.workspace_bytes(dims).map_err(wrap)?;
         for l in form.launches() {
             let new = || Used { kernel: l.kernel.clone(), steps: 0, usage: None };
             self.kernels.entry(l.kernel.name.clone()).or_insert_with(new).steps += 1;

@@ -3,7 +3,7 @@
 use super::{Cuda, Site, Unsupported, because};
 use crate::View;
 use crate::cuda::expr::Expr;
-use crate::cuda::form::{Form, Operand};
+use crate::cuda::form::{Form, Launch, Operand};
 use crate::cuda::stub::{Stub, c_float, packed};
 use rambac_ir::ops::*;
 use rambac_ir::{DType, Dim};
@@ -209,6 +209,16 @@ fn single(site: &Site, f: MapFn) -> Result<Vec<Form>, Unsupported> {
 /// A region without instructions: the operand as it is, broadcast if it is smaller.
 pub(super) fn copy(site: &Site) -> Result<Vec<Form>, Unsupported> {
     Region { shape: &site.outputs[0].ty.shape, body: &[], outs: &[0], ints: true }.forms(site)
+}
+
+/// `n` elements as another type.
+pub(super) fn cast(from: Operand, x: DType, to: Operand, y: DType, n: Expr) -> Launch {
+    let body = format!(
+        "    i64 i = (i64)blockIdx.x * {THREADS} + threadIdx.x;\n    \
+         if (i < n) store_same<1>(y, i, load_same<1>(x, i));\n"
+    );
+    let stub = Stub::new("map", "cast", THREADS).tag(x).tag(y).read("x", x, from).write("y", y, to).i64("n", n.clone());
+    stub.launch_body((n.ceil_div(THREADS), 1, 1), body)
 }
 
 impl Cuda for Unary {

@@ -17,7 +17,7 @@ impl Cuda for MatMul {
             let ld = site.row_stride(at, axis)?;
             let rows = Expr::from(&shape(at)[axis - 1]);
             let step = if flat || axis == 1 { Expr::int(0) } else { rows * ld.clone() };
-            Ok(GemmOperand { at, dtype: site.dtype(at), ld, step, trans })
+            Ok(GemmOperand { at, first: Expr::int(0), dtype: site.dtype(at), ld, step, trans })
         };
         let (batch, m) = if shared {
             (Expr::int(1), Expr::product(&shape(c)[..rank - 1]))
@@ -33,6 +33,7 @@ impl Cuda for MatMul {
             a: operand(a, self.trans_a, shared)?,
             b: operand(b, self.trans_b, false)?,
             c: operand(c, false, shared)?,
+            add: false,
         };
         Ok(vec![Form::new("gemm", "a dense product of the vendor's library", vec![Call::Gemm(gemm)])])
     }

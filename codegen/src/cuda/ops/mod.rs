@@ -1,10 +1,15 @@
 //! How each op runs on a GPU: one file per family, one answer per op of the list.
 
+mod attention;
+mod chunk_attention;
+mod inverted_index;
+mod loss;
 mod map;
 mod matmul;
 mod move_;
 mod reduce;
 mod rows;
+mod selection;
 
 use super::expr::Expr;
 use super::form::{Form, Operand};
@@ -125,6 +130,5 @@ macro_rules! none_yet {
 // Ops that have no kernel: a source is no step, and what fusion should have removed holds values of L×C.
 none_yet! { Source, Score, ScoreGrad, Select, Weigh, WeighGrad, Attend, AttendGrad, Aggregate, AggregateGrad, Summarise }
 none_yet! {
-    RmsNorm, RmsNormGrad, Rotary, CausalConv1d, CausalConv1dGrad, SelectiveScan, SelectiveScanGrad, Attention,
-    AttentionGrad, Selection, SelectionGrad, ChunkAttention, ChunkAttentionGrad,
+    RmsNorm, RmsNormGrad, Rotary, CausalConv1d, CausalConv1dGrad, SelectiveScan, SelectiveScanGrad,
 }

@@ -1,6 +1,6 @@
 //! Reductions over neighbouring axes, as the middle of [outer, mid, inner].
 
-use super::{Cuda, Site, Unsupported, because};
+use super::{Cuda, Site, Unsupported};
 use crate::cuda::expr::Expr;
 use crate::cuda::form::{Form, Launch, Operand};
 use crate::cuda::stub::Stub;
@@ -10,66 +10,112 @@ use rambac_ir::{DType, Dim};
 /// Rows of `mid` that one block combines.
 const PART: usize = 4096;
 
+/// Neighbouring axes that are reduced together: one pass where a block can hold them, else two.
+struct Group {
+    outer: Expr,
+    mid: Expr,
+    inner: Expr,
+}
+
+impl Group {
+    fn pass(
+        &self,
+        f: ReduceFn,
+        from: (Operand, DType),
+        to: (Operand, DType),
+        mid: Expr,
+        parts: Expr,
+        part: Expr,
+    ) -> Launch {
+        let inner = self.inner.clone();
+        // Columns side by side as far as there are any, else all lanes walk along mid.
+        let lanes = match inner.as_int() {
+            Some(n) if n < 32 => n.next_power_of_two().max(1),
+            _ => 32,
+        };
+        let f = match f {
+            ReduceFn::Sum => "Sum",
+            ReduceFn::Max => "Max",
+        };
+        Stub::new("reduce", "reduce", 256)
+            .tag(f.to_lowercase())
+            .element("In", from.1)
+            .element("Out", to.1)
+            .line(format!("using F = {f};"))
+            .int("lanes", lanes)
+            .int("rows", 256 / lanes)
+            .tag(lanes)
+            .read("x", from.1, from.0)
+            .i64("outer_stride", mid.clone() * inner.clone())
+            .i64("mid_stride", inner.clone())
+            .write("y", to.1, to.0)
+            .i64("mid", mid)
+            .i64("inner", inner.clone())
+            .i64("part", part)
+            .launch((inner.ceil_div(lanes), parts, self.outer.clone()))
+    }
+}
+
+/// Runs of reduced axes, first to last; axes of size 1 belong to any run.
+fn groups(shape: &[Dim], axes: &[usize]) -> Vec<std::ops::Range<usize>> {
+    let mut all: Vec<std::ops::Range<usize>> = vec![];
+    for &k in axes.iter().filter(|&&k| !shape[k].is_one()) {
+        match all.last_mut() {
+            Some(r) if shape[r.end..k].iter().all(Dim::is_one) => r.end = k + 1,
+            _ => all.push(k..k + 1),
+        }
+    }
+    if all.is_empty() {
+        all.push(0..0);
+    }
+    all
+}
+
 impl Cuda for Reduce {
     fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
         let (x, y) = (Operand::Input(0), Operand::Output(0));
         site.contiguous(x)?;
         site.contiguous(y)?;
-        let shape = &site.inputs[0].ty.shape;
-        let (first, last) = match (self.axes.first(), self.axes.last()) {
-            (Some(&f), Some(&l)) => (f, l + 1),
-            _ => (shape.len(), shape.len()),
-        };
-        // Axes of size 1 between the reduced ones do not matter.
-        if let Some(k) = (first..last).find(|k| !self.axes.contains(k) && !shape[*k].is_one()) {
-            return because(format!("axis {k} lies between the reduced axes {:?}", self.axes));
-        }
-        let (outer, mid, inner) =
-            (Expr::product(&shape[..first]), Expr::product(&shape[first..last]), Expr::product(&shape[last..]));
-        let parts = mid.clone().ceil_div(PART);
-        let whole = parts.as_int() == Some(1);
-        let pass = |from: Operand, to: Operand, types: (DType, DType), mid: Expr, parts: Expr, part: Expr| -> Launch {
-            // Columns side by side as far as there are any, else all lanes walk along mid.
-            let lanes = match inner.as_int() {
-                Some(n) if n < 32 => n.next_power_of_two().max(1),
-                _ => 32,
+        let mut shape = site.inputs[0].ty.shape.clone();
+        let groups = groups(&shape, &self.axes);
+        let mut form = Form::new("reduce", "", vec![]);
+        let mut at = (x, site.dtype(x));
+        let mut two = false;
+        for (k, r) in groups.iter().enumerate().rev() {
+            let g = Group {
+                outer: Expr::product(&shape[..r.start]),
+                mid: Expr::product(&shape[r.clone()]),
+                inner: Expr::product(&shape[r.end..]),
             };
-            let rows = 256 / lanes;
-            let f = match self.f {
-                ReduceFn::Sum => "Sum",
-                ReduceFn::Max => "Max",
+            // The last axis group is reduced first, so those before it keep their places.
+            shape.splice(r.clone(), []);
+            let last = (y, site.dtype(y));
+            let result = g.outer.clone() * g.inner.clone();
+            let parts = g.mid.clone().ceil_div(PART);
+            let mut from = at;
+            if parts.as_int() != Some(1) {
+                two = true;
+                let w = (Operand::Workspace(form.workspace.len()), DType::F32);
+                form = form.with("parts", DType::F32, result.clone() * parts.clone());
+                form.calls.push(g.pass(self.f, from, w, g.mid.clone(), parts.clone(), Expr::int(PART)).into());
+                from = w;
+            }
+            let to = if k == 0 {
+                last
+            } else {
+                form = form.with("reduced", DType::F32, result);
+                (Operand::Workspace(form.workspace.len() - 1), DType::F32)
             };
-            Stub::new("reduce", "reduce", 256)
-                .tag(f.to_lowercase())
-                .element("In", types.0)
-                .element("Out", types.1)
-                .line(format!("using F = {f};"))
-                .int("lanes", lanes)
-                .int("rows", rows)
-                .tag(lanes)
-                .read("x", types.0, from)
-                .i64("outer_stride", mid.clone() * inner.clone())
-                .i64("mid_stride", inner.clone())
-                .write("y", types.1, to)
-                .i64("mid", mid)
-                .i64("inner", inner.clone())
-                .i64("part", part)
-                .launch((inner.clone().ceil_div(lanes), parts, outer.clone()))
-        };
-        let (tx, ty) = (site.dtype(x), site.dtype(y));
-        if whole {
-            let l = pass(x, y, (tx, ty), mid.clone(), Expr::int(1), mid.max(1));
-            return Ok(vec![Form::new("reduce", "one pass: a block holds the reduced axes", vec![l.into()])]);
+            let mid = if two && from.0 != at.0 { parts } else { g.mid.clone() };
+            form.calls.push(g.pass(self.f, from, to, mid.clone(), Expr::int(1), mid.max(1)).into());
+            at = to;
         }
-        let w = Operand::Workspace(0);
-        let a = pass(x, w, (tx, DType::F32), mid, parts.clone(), Expr::int(PART));
-        let b = pass(w, y, (DType::F32, ty), parts.clone(), Expr::int(1), parts.clone().max(1));
-        let form = Form::new(
-            "reduce_parts",
-            format!("two passes: parts of {PART} rows, then the parts"),
-            vec![a.into(), b.into()],
-        );
-        Ok(vec![form.with("parts", DType::F32, outer.clone() * parts * inner.clone())])
+        form.why = match (two, groups.len()) {
+            (false, 1) => "one pass: a block holds the reduced axes".into(),
+            (true, 1) => format!("two passes: parts of {PART} rows, then the parts"),
+            (_, n) => format!("{n} groups of axes, one after another"),
+        };
+        Ok(vec![form])
     }
 }
 

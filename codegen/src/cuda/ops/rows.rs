@@ -5,27 +5,42 @@ use super::{Cuda, Site, Unsupported, because};
 use crate::cuda::expr::Expr;
 use crate::cuda::form::{Form, Operand};
 use crate::cuda::stub::Stub;
-use rambac_ir::DType;
 use rambac_ir::ops::*;
+use rambac_ir::{DType, Dim};
 
 /// A block per row: long rows are read by more threads.
-fn row_threads(cols: usize) -> usize {
-    cols.div_ceil(8).next_power_of_two().clamp(32, 1024)
+fn row_threads(cols: &Dim) -> usize {
+    cols.as_int().map_or(256, |c| c.div_ceil(8).next_power_of_two().clamp(32, 1024))
 }
 
-fn labelled(site: &Site, template: &'static str, ignore: i64) -> Result<(Stub, usize, Expr), Unsupported> {
-    let (z, labels) = (Operand::Input(0), Operand::Input(1));
-    site.contiguous(labels)?;
-    let shape = &site.inputs[0].ty.shape;
-    let cols = site.int(z, shape.len() - 1)?;
-    let threads = row_threads(cols);
-    let Ok(ignore) = i32::try_from(ignore) else { return because(format!("the ignored label {ignore} is no i32")) };
-    let stub = Stub::new("cross_entropy", template, threads)
-        .element("T", site.dtype(z))
+/// What the two kernels of `cross_entropy.cuh` have in common.
+pub(super) struct CrossEntropyStub<'a> {
+    pub template: &'static str,
+    pub dtype: DType,
+    pub cols: &'a Dim,
+    pub ignore: i64,
+}
+
+/// A stub without its parameters.
+pub(super) fn cross_entropy(s: &CrossEntropyStub) -> Result<Stub, Unsupported> {
+    let threads = row_threads(s.cols);
+    let Ok(ignore) = i32::try_from(s.ignore) else {
+        return because(format!("the ignored label {} is no i32", s.ignore));
+    };
+    Ok(Stub::new("cross_entropy", s.template, threads)
+        .element("T", s.dtype)
         .int("threads", threads)
         .line(format!("static constexpr i32 ignore = {ignore};"))
         .tag(threads)
-        .tag(format!("i{}", ignore as u32))
+        .tag(format!("i{}", ignore as u32)))
+}
+
+fn labelled(site: &Site, template: &'static str, ignore: i64) -> Result<(Stub, Dim, Expr), Unsupported> {
+    let (z, labels) = (Operand::Input(0), Operand::Input(1));
+    site.contiguous(labels)?;
+    let shape = &site.inputs[0].ty.shape;
+    let cols = shape[shape.len() - 1].clone();
+    let stub = cross_entropy(&CrossEntropyStub { template, dtype: site.dtype(z), cols: &cols, ignore })?
         .read("z", site.dtype(z), z)
         .i64("stride", site.row_stride(z, shape.len() - 1)?)
         .read("labels", DType::I32, labels);
@@ -37,7 +52,7 @@ impl Cuda for CrossEntropy {
         let y = Operand::Output(0);
         site.contiguous(y)?;
         let (stub, cols, rows) = labelled(site, "cross_entropy", self.ignore)?;
-        let l = stub.write("y", site.dtype(y), y).i32("cols", cols).launch((rows, 1, 1));
+        let l = stub.write("y", site.dtype(y), y).i32("cols", &cols).launch((rows, 1, 1));
         Ok(vec![Form::new("cross_entropy", format!("a block per row of {cols}"), vec![l.into()])])
     }
 }
@@ -52,7 +67,7 @@ impl Cuda for CrossEntropyGrad {
             .read("dloss", site.dtype(g), g)
             .write("dz", site.dtype(y), y)
             .i64("dz_stride", site.row_stride(y, axis)?)
-            .i32("cols", cols)
+            .i32("cols", &cols)
             .launch((rows, 1, 1));
         Ok(vec![Form::new("cross_entropy_grad", format!("a block per row of {cols}"), vec![l.into()])])
     }
@@ -66,9 +81,9 @@ impl Cuda for Embedding {
         if site.dtype(table) != site.dtype(y) {
             return because("the table and the result must have one type");
         }
-        let (vocab, cols) = (site.int(table, 0)?, site.int(table, 1)?);
+        let (vocab, cols) = (&site.inputs[1].ty.shape[0], &site.inputs[1].ty.shape[1]);
         let most = 16 / site.dtype(y).size();
-        let w = (0..).map(|k| most >> k).find(|&w| w <= 1 || cols.is_multiple_of(w)).unwrap_or(1);
+        let w = (0..).map(|k| most >> k).find(|&w| w <= 1 || cols.is_multiple_of(w as u64)).unwrap_or(1);
         let n = Expr::product(&site.inputs[0].ty.shape);
         let l = Stub::new("embedding", "embedding", THREADS)
             .element("T", site.dtype(y))
@@ -81,7 +96,7 @@ impl Cuda for Embedding {
             .i64("n", n.clone())
             .i32("cols", cols)
             .i32("vocab", vocab)
-            .launch(((n * cols).ceil_div(THREADS * w), 1, 1));
+            .launch(((n * cols.clone()).ceil_div(THREADS * w), 1, 1));
         Ok(vec![Form::new("embedding", format!("{w} elements a thread"), vec![l.into()])])
     }
 }
@@ -91,8 +106,8 @@ impl Cuda for EmbeddingGrad {
         const ROWS: usize = 32;
         let (ids, dy, y) = (Operand::Input(0), Operand::Input(1), Operand::Output(0));
         [ids, y].into_iter().try_for_each(|at| site.contiguous(at))?;
-        let (vocab, cols) = (site.int(y, 0)?, site.int(y, 1)?);
-        let threads = cols.next_power_of_two().clamp(32, 128);
+        let (vocab, cols) = (&site.outputs[0].ty.shape[0], &site.outputs[0].ty.shape[1]);
+        let threads = cols.as_int().map_or(128, |c| c.next_power_of_two().clamp(32, 128));
         let l = Stub::new("embedding", "embedding_grad", threads)
             .element("T", site.dtype(y))
             .int("threads", threads)
@@ -105,7 +120,7 @@ impl Cuda for EmbeddingGrad {
             .i64("n", Expr::product(&site.inputs[0].ty.shape))
             .i32("cols", cols)
             .i32("vocab", vocab)
-            .launch((vocab.div_ceil(ROWS), cols.div_ceil(threads), 1));
+            .launch((Expr::from(vocab).ceil_div(ROWS), Expr::from(cols).ceil_div(threads), 1));
         let why = format!("a block owns {ROWS} rows of the table, no atomics");
         Ok(vec![Form::new("embedding_grad", why, vec![l.into()])])
     }

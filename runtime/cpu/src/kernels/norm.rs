@@ -8,6 +8,8 @@ use super::vmath::{fold, lane, simd_fn};
 use crate::par::{self, SharedMut};
 use crate::{Mat, MatMut};
 
+/// Scalar operations of `rms_norm_backward` per element.
+const BACKWARD_COST: usize = 10;
 /// Most partial weight gradients of one call.
 const MAX_PARTS: usize = 64;
 
@@ -87,10 +89,15 @@ pub fn rms_norm(x: Mat, weight: &[f32], eps: f32, y: MatMut) {
     });
 }
 
+/// Floats of scratch that [`rms_norm_backward`] takes on the calling thread.
+pub fn rms_norm_backward_scratch(rows: usize, cols: usize, width: usize) -> usize {
+    par::rounded(rows.div_ceil(block_rows(rows, BACKWARD_COST * cols)) * width)
+}
+
 /// Gradients of `rms_norm`: dx (rows, cols), dw (weight.len()).
 pub fn rms_norm_backward(x: Mat, weight: &[f32], eps: f32, dy: Mat, dx: MatMut, dw: &mut [f32]) {
     check(&x, weight.len(), &[(dy.rows(), dy.cols()), (dx.rows(), dx.cols())]);
-    blocks_with_dw(x.rows(), 10 * x.cols(), weight.len(), dw, |start, end, dw| {
+    blocks_with_dw(x.rows(), BACKWARD_COST * x.cols(), weight.len(), dw, |start, end, dw| {
         par::with_scratch(weight.len(), |g| {
             for i in start..end {
                 // SAFETY: row i belongs to this task.
@@ -145,6 +152,11 @@ pub fn gated_rms_norm_backward(
     });
 }
 
+/// Rows of a block with its own dw.
+fn block_rows(rows: usize, cost: usize) -> usize {
+    par::rows_per_task(cost).max(rows.div_ceil(MAX_PARTS)).max(1)
+}
+
 /// Runs `f(start, end, dw)` over blocks of rows, each with its own zeroed dw, and sums those in order.
 fn blocks_with_dw(
     rows: usize,
@@ -154,9 +166,8 @@ fn blocks_with_dw(
     f: impl Fn(usize, usize, &mut [f32]) + Sync + Send,
 ) {
     assert_eq!(dw.len(), width, "BUG: weight gradient of {} for {width}", dw.len());
-    let block = par::rows_per_task(cost).max(rows.div_ceil(MAX_PARTS)).max(1);
-    let parts = rows.div_ceil(block);
-    par::with_scratch(parts * width, |partials| {
+    let block = block_rows(rows, cost);
+    par::with_scratch(rows.div_ceil(block) * width, |partials| {
         let shared = SharedMut::new(partials);
         par::for_blocks(rows, block, rows * cost, |b, start, end| {
             // SAFETY: one partial per block.

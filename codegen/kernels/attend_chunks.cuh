@@ -1,0 +1,185 @@
+// Attention to selected chunks (op `chunk_attention`, see attend.cuh for the maths) chunk by chunk: the forward's second form.
+//
+// The inverted index (inverted_index.cuh) gives every chunk the pairs (token, slot) that chose it, cut in slabs.  A block owns
+// a slab: the chunk's keys and values stay in shared memory, and a warp takes 16 rows (pair, query head) at a time:
+//
+//      K, V [chunk, D] once     Q rows of 16/G pairs, gathered     P = w·softmax(Q·Kᵀ) in registers     P·V → slots[token, slot]
+//
+// A slot's part of o is written by one row alone, in T; `attend_reduce_slots` adds a token's slots in order.  Deterministic.
+// Traffic per pair: G·D of Q (from L2), of the slot written and of it read; K and V once per slab.
+#pragma once
+#include "chunk_softmax.cuh"
+#include "inverted_index.cuh"
+
+namespace rambac {
+
+// C says besides what ChunkSoftmax wants: heads_per_kv (G), slots (K), warps, slab (pairs of one).  What a block works on:
+template <class C> struct SlabWork {
+    using T = typename C::T;
+    static constexpr int D = C::head_dim, G = C::heads_per_kv, K = C::slots, THREADS = 32 * C::warps;
+    // Pairs of the slab as token·K + slot, and their weights.
+    struct Pairs {
+        u32 entry[C::slab];
+        float weight[C::slab];
+    };
+
+    i64 list, sequence;
+    int kv_head, chunk, pairs, slab;
+
+    // Whether there is work for block `index` of lists · max_slabs.
+    __device__ __forceinline__ bool find(i64 index, const i32* offsets, const i32* slab_first, const i32* slabs, i32 h,
+                                         i32 chunks, i32 max_slabs) {
+        list = index / max_slabs, slab = (int)(index % max_slabs);
+        sequence = list / h, kv_head = (int)(list % h);
+        if (slab >= slab_first[list * (chunks + 1) + chunks]) return false;
+        auto found = load<i32, 2>(slabs + (list * max_slabs + slab) * 2);
+        chunk = found[0];
+        pairs = min_of(C::slab, offsets[list * (chunks + 1) + chunk + 1] - found[1]);
+        first = found[1];
+        return true;
+    }
+    __device__ __forceinline__ void load_pairs(Pairs& to, const i32* entries, const T* weights, i32 l, i32 h) const {
+        for (int i = threadIdx.x; i < pairs; i += THREADS) {
+            u32 e = entries[list * l * K + first + i];
+            to.entry[i] = e;
+            to.weight[i] = to_f32(weights[((sequence * l + e / K) * h + kv_head) * K + e % K]);
+        }
+    }
+    // ROWS rows from row `row0` of the slab on, of an operand [N, L, H·D], by LANES threads, to a tile of `Layout`.
+    template <int ROWS, int LANES, class Layout>
+    __device__ __forceinline__ void gather(Layout to, const T* from, i64 stride, const Pairs& p, int row0, i32 l, int thread) const {
+        constexpr int PIECE = 16 / sizeof(T), PER_ROW = D / PIECE;
+        const T* base = from + sequence * l * stride + (i64)kv_head * G * D;
+        u32 last = pairs * G - 1;
+        auto one = [&](u32 row, u32 piece, u32 at) {
+            u32 r = min_of(row0 + row, last);
+            copy16_async(at, base + p.entry[r / G] / K * stride + (r % G * D + piece * PIECE), row0 + row <= last);
+        };
+        if constexpr (LANES % PER_ROW == 0 && ROWS * PER_ROW % LANES == 0 && LANES / PER_ROW % Layout::PERIOD == 0) {
+            // A thread's rows lie evenly.
+            constexpr u32 STEP = LANES / PER_ROW;
+            u32 row = (u32)thread / PER_ROW, piece = (u32)thread % PER_ROW, at = to.at(row, piece);
+#pragma unroll
+            for (u32 i = 0; i < ROWS; i += STEP) one(row + i, piece, at + i * Layout::ROW_BYTES);
+        } else {
+#pragma unroll
+            for (u32 i = thread; i < ROWS * PER_ROW; i += LANES) one(i / PER_ROW, i % PER_ROW, to.at(i / PER_ROW, i % PER_ROW));
+        }
+    }
+    // Where a row's part of a slot is, in [N, L, K · parts, H, D]; null beyond the slab.
+    __device__ __forceinline__ T* slot_at(T* slots, const Pairs& p, int row, i32 l, i32 h, int parts, int part) const {
+        if (row >= pairs * G) return nullptr;
+        T* base = slots + ((sequence * l * K * parts + part) * h + kv_head) * G * D;
+        return base + (i64)p.entry[(u32)row / G] * (parts * h * G * D) + (u32)row % G * D;
+    }
+    // Where a row's numbers are, in [N, L, h, K, G]; -1 beyond the slab.
+    __device__ __forceinline__ i64 number_at(const Pairs& p, int row, i32 l, i32 h) const {
+        if (row >= pairs * G) return -1;
+        u32 e = p.entry[(u32)row / G];
+        return ((sequence * l * h + kv_head) * K + (i64)(e / K) * (h * K) + e % K) * G + (u32)row % G;
+    }
+
+private:
+    int first;
+};
+
+// A tile whose rows are PITCH apart: the address of a row's 16-byte piece, and after how many rows the next is a constant
+// away.
+template <class T, int D> struct Pitched {
+    static constexpr int PERIOD = 1, ROW_BYTES = PITCH<T, D> * sizeof(T);
+    u32 tile;
+    __device__ __forceinline__ explicit Pitched(const T* tile) : tile(shared_address(tile)) {}
+    __device__ __forceinline__ u32 at(u32 row, u32 piece) const { return tile + row * ROW_BYTES + piece * 16; }
+};
+
+template <class C> struct ChunkMajor {
+    using T = typename C::T;
+    static constexpr int P = PITCH<T, C::head_dim>;
+    T k[C::chunk * P], v[C::chunk * P];
+    T q[C::warps][2][16 * P];
+    typename SlabWork<C>::Pairs pairs;
+};
+
+template <class C>
+__device__ __forceinline__ void attend_chunks(typename C::T* slots, const typename C::T* q, i64 q_stride,
+                                              const typename C::T* k, i64 k_stride, const typename C::T* v, i64 v_stride,
+                                              const typename C::T* weights, const i32* entries, const i32* offsets,
+                                              const i32* slab_first, const i32* slabs, i32 l, i32 h, i32 chunks,
+                                              i32 max_slabs) {
+    using S = ChunkMajor<C>;
+    using T = typename C::T;
+    constexpr int D = C::head_dim, G = C::heads_per_kv, PARTS = ChunkSoftmax<C>::PARTS, THREADS = 32 * C::warps;
+    static_assert(sizeof(S) == C::shared, "the launch gives what the layout takes");
+    extern __shared__ __align__(16) u8 shared[];
+    S& s = *reinterpret_cast<S*>(shared);
+    SlabWork<C> work;
+    if (!work.find(blockIdx.x, offsets, slab_first, slabs, h, chunks, max_slabs)) return;
+
+    i64 row_kv = (work.sequence * chunks + work.chunk) * C::chunk;
+    copy_rows_async<THREADS, C::chunk, D, S::P>(s.k, k + row_kv * k_stride + work.kv_head * D, k_stride, C::chunk);
+    copy_rows_async<THREADS, C::chunk, D, S::P>(s.v, v + row_kv * v_stride + work.kv_head * D, v_stride, C::chunk);
+    work.load_pairs(s.pairs, entries, weights, l, h);
+    __syncthreads();
+
+    int rows = work.pairs * G, warp = warp_id(), stage = 0;
+    auto fetch = [&](int stage, int row) {
+        if (row < rows) work.template gather<16, 32>(Pitched<T, D>(s.q[warp][stage]), q, q_stride, s.pairs, row, l, lane_id());
+        copies_commit();
+    };
+    fetch(0, 16 * warp);
+    copies_wait<0>();
+    __syncthreads();
+    for (int row = 16 * warp; row < rows; row += 16 * C::warps, stage ^= 1) {
+        fetch(stage ^ 1, row + 16 * C::warps);
+        copies_wait<1>();
+        __syncwarp();
+        float out[D / 8][4], w[2];
+        T* at[2];
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            int r = row + lane_id() / 4 + 8 * i;
+            w[i] = r < rows ? s.pairs.weight[r / G] : 0.f;
+            at[i] = work.slot_at(slots, s.pairs, r, l, h, 1, 0);
+        }
+        clear(out);
+        ChunkSoftmax<C> softmax;
+        softmax.start();
+#pragma unroll 1
+        for (int part = 0; part < PARTS; part++) {
+            int key = part * C::keys * S::P;
+            softmax.add(out, w, RowsA<T>{s.q[warp][stage], S::P}, s.k + key, s.v + key);
+        }
+        softmax.finish(out, w);
+        store_d_global(at[0], at[1], out);
+        // All lanes have read this stage before it is written again.
+        __syncwarp();
+    }
+}
+
+// out[N, L, H, D] = the sum of a token's filled slots in [N, L, K · parts, H, D], in order.  16 bytes of a row per thread.
+// C says: T, head_dim, heads_per_kv, slots, parts.
+template <class C>
+__device__ __forceinline__ void attend_reduce_slots(typename C::T* out, i64 stride, const typename C::T* slots,
+                                                    const i32* count, i64 tokens, i32 h) {
+    using T = typename C::T;
+    constexpr int D = C::head_dim, G = C::heads_per_kv, PARTS = C::parts, PIECE = 16 / sizeof(T);
+    int width = h * G * D / PIECE;
+    i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x, token = i / width;
+    int col = (int)(i % width) * PIECE;
+    if (token >= tokens) return;
+    int n = count[token * h + col / (G * D)] * PARTS;
+    const T* at = slots + token * C::slots * PARTS * h * G * D + col;
+    float sum[PIECE] = {};
+#pragma unroll 4
+    for (int k = 0; k < n; k++) {
+        auto x = load<T, PIECE>(at + (i64)k * h * G * D);
+#pragma unroll
+        for (int j = 0; j < PIECE; j++) sum[j] += to_f32(x[j]);
+    }
+    Vec<T, PIECE> y;
+#pragma unroll
+    for (int j = 0; j < PIECE; j++) y[j] = from_f32<T>(sum[j]);
+    store_global(out + token * stride + col, y);
+}
+
+}  // namespace rambac

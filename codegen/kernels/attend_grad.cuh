@@ -1,0 +1,286 @@
+// Gradients of attention to selected chunks (op `chunk_attention_grad`), chunk by chunk in one pass of five products.
+//
+// With p = softmax(scale·q·kᵀ) of a pair (token, slot) and a query head, and dp = dy·vᵀ:
+//
+//   δ = Σ_j p_j·dp_j      dw = Σ_heads δ      dv_j += w·p_j·dy      ds_j = scale·w·p_j·(dp_j - δ)      dq += ds·k      dk_j += ds_j·q
+//
+// A block owns a slab of a chunk's pairs (inverted_index.cuh) and goes through its rows (pair, query head), ROWS at a time:
+//
+//   warp by rows    S = Q·Kᵀ → p;  dP = dY·Vᵀ;  ds;  dQ = ds·K → slots[token, slot];  w·p and ds to shared memory
+//   warp by keys    dV += (w·p)ᵀ·dY;  dK += dsᵀ·Q   in registers until the slab ends → partial[slab]
+//
+// No atomics: `attend_reduce_slots` adds dq of a token's slots in order, `attend_grad_heads` δ over heads to dw,
+// `attend_grad_chunks` a chunk's partial dk and dv in order of its slabs.
+//
+// A chunk of more keys than a block takes comes in parts: `attend_grad_stats` first finds each row's log2-sum and δ over the
+// whole chunk, a block then takes a slab and a part (two products more).
+#pragma once
+#include "attend_chunks.cuh"
+
+namespace rambac {
+
+// In how many parts the columns go so that every warp has a tile of keys, as far as whole tiles allow.
+__device__ constexpr int column_parts(int warps, int key_tiles, int column_tiles) {
+    int by = max_of(1, warps / key_tiles);
+    while (column_tiles % by) by--;
+    return by;
+}
+
+template <class C> struct ChunkGrad {
+    using T = typename C::T;
+    static constexpr int D = C::head_dim, ROWS = 16 * C::warps, P = PITCH<T, D>, PP = PITCH<T, C::keys>;
+    // Tiles of 16 keys by columns of D: how the warps share dk and dv.
+    static constexpr int KEY_TILES = C::keys / 16;
+    static constexpr int COLUMNS = column_parts(C::warps, KEY_TILES, D / 16), WIDTH = D / COLUMNS;
+    static constexpr int PER_WARP = (int)ceil_div(KEY_TILES * COLUMNS, C::warps);
+
+    T k[C::keys * P], v[C::keys * P];
+    T q[2][ROWS * P], dy[2][ROWS * P];
+    T p[ROWS * PP], ds[ROWS * PP];
+    typename SlabWork<C>::Pairs pairs;
+};
+
+// partial: [lists, max_slabs, PARTS, 2 (dk, dv), keys, D]; delta, and log2_sum of several parts: [N·L·h·K, G].
+// One block per (list, slab, part).
+template <class C>
+__device__ __forceinline__ void attend_grad(typename C::T* slots, float* partial, float* delta, const float* log2_sum,
+                                            const typename C::T* q, i64 q_stride, const typename C::T* k, i64 k_stride,
+                                            const typename C::T* v, i64 v_stride, const typename C::T* weights,
+                                            const typename C::T* dy, i64 dy_stride, const i32* entries, const i32* offsets,
+                                            const i32* slab_first, const i32* slabs, i32 l, i32 h, i32 chunks,
+                                            i32 max_slabs) {
+    using S = ChunkGrad<C>;
+    using T = typename C::T;
+    constexpr int D = C::head_dim, G = C::heads_per_kv, PARTS = C::chunk / C::keys, THREADS = 32 * C::warps;
+    constexpr float FACTOR = C::scale * LOG2E;
+    static_assert(sizeof(S) == C::shared, "the launch gives what the layout takes");
+    extern __shared__ __align__(16) u8 shared[];
+    S& s = *reinterpret_cast<S*>(shared);
+    SlabWork<C> work;
+    int part = blockIdx.x % PARTS;
+    if (!work.find(blockIdx.x / PARTS, offsets, slab_first, slabs, h, chunks, max_slabs)) return;
+
+    i64 row_kv = (work.sequence * chunks + work.chunk) * C::chunk + part * C::keys;
+    copy_rows_async<THREADS, C::keys, D, S::P>(s.k, k + row_kv * k_stride + work.kv_head * D, k_stride, C::keys);
+    copy_rows_async<THREADS, C::keys, D, S::P>(s.v, v + row_kv * v_stride + work.kv_head * D, v_stride, C::keys);
+    work.load_pairs(s.pairs, entries, weights, l, h);
+    __syncthreads();
+
+    int rows = work.pairs * G, warp = warp_id(), own = 16 * warp, stage = 0;
+    auto fetch = [&](int stage, int row) {
+        if (row < rows) {
+            work.template gather<S::ROWS, THREADS>(Pitched<T, D>(s.q[stage]), q, q_stride, s.pairs, row, l, threadIdx.x);
+            work.template gather<S::ROWS, THREADS>(Pitched<T, D>(s.dy[stage]), dy, dy_stride, s.pairs, row, l, threadIdx.x);
+        }
+        copies_commit();
+    };
+    float dk[S::PER_WARP][S::WIDTH / 8][4], dv[S::PER_WARP][S::WIDTH / 8][4];
+#pragma unroll
+    for (int i = 0; i < S::PER_WARP; i++) clear(dk[i]), clear(dv[i]);
+
+    fetch(0, 0);
+#pragma unroll 1
+    for (int row0 = 0; row0 < rows; row0 += S::ROWS, stage ^= 1) {
+        copies_wait<0>();
+        __syncthreads();
+        fetch(stage ^ 1, row0 + S::ROWS);
+
+        // By rows.
+        float p[C::keys / 8][4], ds[C::keys / 8][4], w[2], d[2] = {0.f, 0.f};
+        clear(p);
+        add_product_nt<T, D, C::keys>(p, RowsA<T>{s.q[stage] + own * S::P, S::P}, s.k, S::P);
+        clear(ds);
+        add_product_nt<T, D, C::keys>(ds, RowsA<T>{s.dy[stage] + own * S::P, S::P}, s.v, S::P);
+        i64 at[2];
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            int r = row0 + own + lane_id() / 4 + 8 * i;
+            w[i] = r < rows ? s.pairs.weight[(u32)r / G] : 0.f;
+            at[i] = work.number_at(s.pairs, r, l, h);
+        }
+        if constexpr (PARTS == 1) {
+            float top[2] = {-3e38f, -3e38f}, sum[2];
+            row_max(top, p);
+            row_exp2(sum, p, top, FACTOR);
+            const float one[2] = {1.f, 1.f};
+            ChunkSoftmax<C>::share(sum, one, sum, top);
+            row_scale(p, sum);
+#pragma unroll
+            for (int i = 0; i < C::keys / 8; i++) {
+                d[0] = fmaf(p[i][0], ds[i][0], fmaf(p[i][1], ds[i][1], d[0]));
+                d[1] = fmaf(p[i][2], ds[i][2], fmaf(p[i][3], ds[i][3], d[1]));
+            }
+            d[0] = warp_sum<4>(d[0]), d[1] = warp_sum<4>(d[1]);
+            if (lane_id() % 4 == 0) {
+                if (at[0] >= 0) delta[at[0]] = d[0];
+                if (at[1] >= 0) delta[at[1]] = d[1];
+            }
+        } else {
+            float sum[2] = {0.f, 0.f};
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+                if (at[i] >= 0) d[i] = delta[at[i]], sum[i] = log2_sum[at[i]];
+#pragma unroll
+            for (int i = 0; i < C::keys / 8; i++)
+#pragma unroll
+                for (int j = 0; j < 4; j++) p[i][j] = exp2_fast(fmaf(p[i][j], FACTOR, -sum[j / 2]));
+        }
+        row_scale(p, w);
+#pragma unroll
+        for (int i = 0; i < C::keys / 8; i++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) ds[i][j] = C::scale * p[i][j] * (ds[i][j] - d[j / 2]);
+        store_d(s.p + own * S::PP, S::PP, p);
+        store_d(s.ds + own * S::PP, S::PP, ds);
+        float dq[D / 8][4];
+        clear(dq);
+        add_product_nn<T, C::keys, D>(dq, ProductA<T>{ds}, s.k, S::P);
+        T* to[2];
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            to[i] = work.slot_at(slots, s.pairs, row0 + own + lane_id() / 4 + 8 * i, l, h, PARTS, part);
+        store_d_global(to[0], to[1], dq);
+        __syncthreads();
+
+        // By keys.
+#pragma unroll
+        for (int i = 0; i < S::PER_WARP; i++) {
+            int tile = warp + i * C::warps, key = tile % S::KEY_TILES * 16, col = tile / S::KEY_TILES * S::WIDTH;
+            if (tile >= S::KEY_TILES * S::COLUMNS) continue;
+            add_product_nn<T, S::ROWS, S::WIDTH>(dv[i], ColumnsA<T>{s.p + key, S::PP}, s.dy[stage] + col, S::P);
+            add_product_nn<T, S::ROWS, S::WIDTH>(dk[i], ColumnsA<T>{s.ds + key, S::PP}, s.q[stage] + col, S::P);
+        }
+    }
+
+    float* to = partial + ((work.list * max_slabs + work.slab) * PARTS + part) * 2 * C::keys * D;
+#pragma unroll
+    for (int i = 0; i < S::PER_WARP; i++) {
+        int tile = warp + i * C::warps, key = tile % S::KEY_TILES * 16, col = tile / S::KEY_TILES * S::WIDTH;
+        if (tile >= S::KEY_TILES * S::COLUMNS) continue;
+        float* at = to + (key + lane_id() / 4) * D + col;
+        store_d_global(at, at + 8 * D, dk[i]);
+        at += C::keys * D;
+        store_d_global(at, at + 8 * D, dv[i]);
+    }
+}
+
+// Each row's log2 of its denominator (top included) and δ, over all parts of a chunk.  One block per (list, slab).
+template <class C> struct GradStats {
+    using T = typename C::T;
+    static constexpr int ROWS = 16 * C::warps, P = PITCH<T, C::head_dim>;
+    T k[C::keys * P], v[C::keys * P];
+    T q[ROWS * P], dy[ROWS * P];
+    typename SlabWork<C>::Pairs pairs;
+    float top[C::slab * C::heads_per_kv], sum[C::slab * C::heads_per_kv], delta[C::slab * C::heads_per_kv];
+};
+
+template <class C>
+__device__ __forceinline__ void attend_grad_stats(float* log2_sum, float* delta, const typename C::T* q, i64 q_stride,
+                                                  const typename C::T* k, i64 k_stride, const typename C::T* v, i64 v_stride,
+                                                  const typename C::T* weights, const typename C::T* dy, i64 dy_stride,
+                                                  const i32* entries, const i32* offsets, const i32* slab_first,
+                                                  const i32* slabs, i32 l, i32 h, i32 chunks, i32 max_slabs) {
+    using S = GradStats<C>;
+    using T = typename C::T;
+    constexpr int D = C::head_dim, G = C::heads_per_kv, PARTS = C::chunk / C::keys, THREADS = 32 * C::warps;
+    constexpr float FACTOR = C::scale * LOG2E;
+    static_assert(sizeof(S) == C::shared, "the launch gives what the layout takes");
+    extern __shared__ __align__(16) u8 shared[];
+    S& s = *reinterpret_cast<S*>(shared);
+    SlabWork<C> work;
+    if (!work.find(blockIdx.x, offsets, slab_first, slabs, h, chunks, max_slabs)) return;
+    work.load_pairs(s.pairs, entries, weights, l, h);
+    int rows = work.pairs * G, own = 16 * warp_id();
+#pragma unroll 1
+    for (int part = 0; part < PARTS; part++) {
+        i64 row_kv = (work.sequence * chunks + work.chunk) * C::chunk + part * C::keys;
+#pragma unroll 1
+        for (int row0 = 0; row0 < rows; row0 += S::ROWS) {
+            // Nobody reads the tiles any more, the pairs are there.
+            __syncthreads();
+            if (row0 == 0) {
+                copy_rows_async<THREADS, C::keys, D, S::P>(s.k, k + row_kv * k_stride + work.kv_head * D, k_stride, C::keys);
+                copy_rows_async<THREADS, C::keys, D, S::P>(s.v, v + row_kv * v_stride + work.kv_head * D, v_stride, C::keys);
+            }
+            work.template gather<S::ROWS, THREADS>(Pitched<T, D>(s.q), q, q_stride, s.pairs, row0, l, threadIdx.x);
+            work.template gather<S::ROWS, THREADS>(Pitched<T, D>(s.dy), dy, dy_stride, s.pairs, row0, l, threadIdx.x);
+            copies_commit();
+            copies_wait<0>();
+            __syncthreads();
+            float p[C::keys / 8][4], dp[C::keys / 8][4], top[2], sum[2], d[2] = {0.f, 0.f}, before[2];
+            int r[2] = {row0 + own + lane_id() / 4, row0 + own + lane_id() / 4 + 8};
+            clear(p);
+            add_product_nt<T, D, C::keys>(p, RowsA<T>{s.q + own * S::P, S::P}, s.k, S::P);
+            clear(dp);
+            add_product_nt<T, D, C::keys>(dp, RowsA<T>{s.dy + own * S::P, S::P}, s.v, S::P);
+#pragma unroll
+            for (int i = 0; i < 2; i++) before[i] = top[i] = part > 0 && r[i] < rows ? s.top[r[i]] : -3e38f;
+            row_max(top, p);
+            row_exp2(sum, p, top, FACTOR);
+#pragma unroll
+            for (int i = 0; i < C::keys / 8; i++) {
+                d[0] = fmaf(p[i][0], dp[i][0], fmaf(p[i][1], dp[i][1], d[0]));
+                d[1] = fmaf(p[i][2], dp[i][2], fmaf(p[i][3], dp[i][3], d[1]));
+            }
+            d[0] = warp_sum<4>(d[0]), d[1] = warp_sum<4>(d[1]);
+            __syncwarp();
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                if (lane_id() % 4 != 0 || r[i] >= rows) continue;
+                float shrink = exp2_fast((before[i] - top[i]) * FACTOR);
+                if (part > 0) sum[i] = fmaf(s.sum[r[i]], shrink, sum[i]), d[i] = fmaf(s.delta[r[i]], shrink, d[i]);
+                s.top[r[i]] = top[i], s.sum[r[i]] = sum[i], s.delta[r[i]] = d[i];
+                if (part + 1 < PARTS) continue;
+                float all = C::off_by_one == 0.f ? sum[i] : fmaf(C::off_by_one, exp2_fast(-top[i] * FACTOR), sum[i]);
+                i64 at = work.number_at(s.pairs, r[i], l, h);
+                log2_sum[at] = fmaf(top[i], FACTOR, __log2f(all));
+                delta[at] = d[i] / all;
+            }
+            __syncwarp();
+        }
+    }
+}
+
+// dw[N, L, h, K] = Σ over the G heads of δ, 0 for unfilled slots.  A thread per slot.
+template <class C>
+__device__ __forceinline__ void attend_grad_heads(typename C::T* dw, const float* delta, const i32* count, i64 lists_tokens) {
+    i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x, row = i / C::slots;
+    if (row >= lists_tokens) return;
+    float sum = 0.f;
+    if ((int)(i % C::slots) < count[row])
+#pragma unroll 4
+        for (int g = 0; g < C::heads_per_kv; g++) sum += delta[i * C::heads_per_kv + g];
+    dw[i] = from_f32<typename C::T>(sum);
+}
+
+// dk, dv of a chunk: its slabs' partial sums in order.  One block per (list, chunk).
+template <class C>
+__device__ __forceinline__ void attend_grad_chunks(typename C::T* dk, i64 dk_stride, typename C::T* dv, i64 dv_stride,
+                                                   const float* partial, const i32* slab_first, i32 h, i32 chunks,
+                                                   i32 max_slabs) {
+    using T = typename C::T;
+    constexpr int D = C::head_dim, EACH = 4, SIZE = C::chunk * D;
+    i64 list = blockIdx.x / chunks, sequence = list / h;
+    int chunk = blockIdx.x % chunks, kv_head = (int)(list % h);
+    const i32* first = slab_first + list * (chunks + 1) + chunk;
+    int from = first[0], to = first[1];
+    for (int i = threadIdx.x * EACH; i < 2 * SIZE; i += blockDim.x * EACH) {
+        int second = i / SIZE, row = i % SIZE / D, col = i % D;
+        const float* at = partial + (((list * max_slabs + from) * (C::chunk / C::keys) + row / C::keys) * 2 + second) * C::keys * D +
+                          row % C::keys * D + col;
+        float sum[EACH] = {};
+#pragma unroll 4
+        for (int slab = from; slab < to; slab++, at += 2 * SIZE) {
+            auto x = load<float, EACH>(at);
+#pragma unroll
+            for (int j = 0; j < EACH; j++) sum[j] += x[j];
+        }
+        Vec<T, EACH> y;
+#pragma unroll
+        for (int j = 0; j < EACH; j++) y[j] = from_f32<T>(sum[j]);
+        i64 r = (sequence * chunks + chunk) * C::chunk + row;
+        store_global((second ? dv + r * dv_stride : dk + r * dk_stride) + kv_head * D + col, y);
+    }
+}
+
+}  // namespace rambac

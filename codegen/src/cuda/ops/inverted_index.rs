@@ -1,0 +1,113 @@
+//! Chunk → the pairs (token, slot) that chose it: three launches that other kernels build on.
+
+use crate::cuda::expr::Expr;
+use crate::cuda::form::{Call, Form, Operand};
+use crate::cuda::stub::Stub;
+use rambac_ir::{DType, Dim};
+
+const THREADS: usize = 128;
+/// A block of threads scans all chunks of a list.
+const SCAN_THREADS: usize = 256;
+/// Tokens that a warp puts in place one after the other; more where a table of blocks by chunks would outgrow the pairs.
+const BLOCK_TOKENS: usize = 256;
+
+/// The index of `indices: [N, L, h, K]` with `count: [N, L, h]`, in five workspaces from `first` on.
+pub(super) struct InvertedIndex {
+    pub n: Dim,
+    pub l: Dim,
+    pub h: usize,
+    pub k: usize,
+    pub chunks: Dim,
+    /// Pairs of a slab, at most.
+    pub slab: usize,
+    pub first: usize,
+}
+
+impl InvertedIndex {
+    /// Workspaces that it takes.
+    pub const WORKSPACES: usize = 5;
+
+    pub fn lists(&self) -> Expr {
+        Expr::from(&self.n) * self.h
+    }
+    /// Slabs of a list, at most.
+    pub fn max_slabs(&self) -> Expr {
+        (Expr::from(&self.l) * self.k).ceil_div(self.slab) + &self.chunks
+    }
+    fn block_tokens(&self) -> Expr {
+        Expr::from(&self.chunks).ceil_div(self.k).max(BLOCK_TOKENS)
+    }
+    fn blocks(&self) -> Expr {
+        Expr::from(&self.l).ceil_div_by(self.block_tokens())
+    }
+    fn at(&self, i: usize) -> Operand {
+        Operand::Workspace(self.first + i)
+    }
+
+    /// Adds its workspaces to a form that has `first` so far.
+    pub fn reserve(&self, f: Form) -> Form {
+        assert_eq!(f.workspace.len(), self.first, "BUG: the index's workspaces begin at {}", self.first);
+        let per_chunk = self.lists() * (Expr::from(&self.chunks) + 1);
+        f.with("index.table", DType::I32, self.lists() * self.blocks() * &self.chunks)
+            .with("index.offsets", DType::I32, per_chunk.clone())
+            .with("index.slab_first", DType::I32, per_chunk)
+            .with("index.slabs", DType::I32, self.lists() * self.max_slabs() * 2)
+            .with("index.entries", DType::I32, self.lists() * &self.l * self.k)
+    }
+
+    /// The launches that make it.
+    pub fn calls(&self, indices: Operand, count: Operand) -> Vec<Call> {
+        let stub = |template, threads: usize| {
+            Stub::new("inverted_index", template, threads)
+                .int("slots", self.k)
+                .int("slab", self.slab)
+                .int("threads", threads)
+                .tag(format!("k{}_s{}", self.k, self.slab))
+        };
+        let sizes = |s: Stub| {
+            s.i32("l", &self.l).i32("h", self.h).i32("chunks", &self.chunks).i32("block_tokens", self.block_tokens())
+        };
+        let count_them = stub("index_count", THREADS).write("table", DType::I32, self.at(0));
+        let count_them = count_them.read("indices", DType::I32, indices).read("count", DType::I32, count);
+        let scan = stub("index_scan", SCAN_THREADS)
+            .write("offsets", DType::I32, self.at(1))
+            .write("slab_first", DType::I32, self.at(2))
+            .write("slabs", DType::I32, self.at(3))
+            .write("table", DType::I32, self.at(0))
+            .i32("blocks", self.blocks())
+            .i32("chunks", &self.chunks)
+            .i32("max_slabs", self.max_slabs());
+        let fill = stub("index_fill", THREADS)
+            .write("entries", DType::I32, self.at(4))
+            .write("table", DType::I32, self.at(0))
+            .read("indices", DType::I32, indices)
+            .read("count", DType::I32, count)
+            .i32("pairs", Expr::from(&self.l) * self.k)
+            .i32("lists", self.lists());
+        let warps = (self.lists() * self.blocks()).ceil_div(THREADS / 32);
+        vec![
+            sizes(count_them).launch((self.lists() * self.blocks(), 1, 1)).into(),
+            scan.launch((self.lists(), 1, 1)).into(),
+            sizes(fill).launch((warps, 1, 1)).into(),
+        ]
+    }
+
+    /// The parameters by which a kernel reads it, and the sizes that go with them.
+    pub fn read(&self, s: Stub) -> Stub {
+        s.read("entries", DType::I32, self.at(4))
+            .read("offsets", DType::I32, self.at(1))
+            .read("slab_first", DType::I32, self.at(2))
+            .read("slabs", DType::I32, self.at(3))
+            .i32("l", &self.l)
+            .i32("h", self.h)
+            .i32("chunks", &self.chunks)
+            .i32("max_slabs", self.max_slabs())
+    }
+    /// The same for a kernel that goes through chunks alone.
+    pub fn read_slabs(&self, s: Stub) -> Stub {
+        s.read("slab_first", DType::I32, self.at(2))
+            .i32("h", self.h)
+            .i32("chunks", &self.chunks)
+            .i32("max_slabs", self.max_slabs())
+    }
+}

@@ -1,0 +1,116 @@
+//! Grown graphs: every op of a program against its definition, optimised and not.
+
+use crate::each_op::{Ran, Run, check_graph};
+use crate::harness::Case;
+use crate::rig::{Rig, schedules};
+use crate::support::{as_f32, config, with_gradients};
+use proptest::prelude::*;
+use proptest::test_runner::TestRunner;
+use rambac_codegen::cuda::{Arch, Target, emit};
+use rambac_codegen::lower;
+use rambac_ir::Graph;
+use rambac_ir::ops::{Op, SourceKind};
+use rambac_ir::testing::{Grown, grow, has_gradient};
+use rambac_passes::{Options, optimise};
+use rambac_runtime::Store;
+use rambac_runtime::gpu::{Bytes, GpuExecutor, Placement};
+use rambac_simulator::device::Simulator;
+use std::sync::Arc;
+
+pub const ALL: &[Case] = &[("grown_graphs", every_op), ("grown_gradients", every_gradient)];
+
+/// How much less exact products of TF32 parts and the special function unit are than the CPU's f32.
+const SLACK: f64 = 4.0;
+
+/// Runs a graph once, in an arena; findings are errors.
+fn run(rig: &Rig, g: &Graph, like: &Grown) -> Result<Ran, String> {
+    let program = emit(lower(g), Target::of(Arch::Sm80)).map_err(|e| e.to_string())?;
+    let code = rig.compile(&program.kernels, &program.target)?;
+    // The schedule follows from the graph, so that a failure comes again.
+    let o = schedules()[g.nodes.len() % 3];
+    let sim = Simulator::new(o);
+    let mut e = GpuExecutor::new(sim, Arc::new(program), &code, Placement::Apart).map_err(|e| e.to_string())?;
+    let mut inputs = vec![];
+    let mut kept = vec![];
+    for (_, s) in g.sources() {
+        let b = Bytes::from_host(&like.sources[&s.name]);
+        match s.kind {
+            SourceKind::Input => inputs.push((s.name.clone(), b)),
+            _ => {
+                e.set(&s.name, &b).map_err(|e| e.to_string())?;
+                kept.push(s.name.clone());
+            }
+        }
+    }
+    let inputs: Vec<(&str, &Bytes)> = inputs.iter().map(|(n, b)| (n.as_str(), b)).collect();
+    let out = e.run(&like.dims, &inputs).map_err(|e| e.to_string())?;
+    if let Some(f) = e.device.take_findings().first() {
+        return Err(format!("a finding: {f}"));
+    }
+    let mut store = Store::default();
+    for name in kept {
+        let b = e.get(&name).map_err(|e| e.to_string())?.ok_or("BUG: it was set")?;
+        store.insert(name, b.to_tensor());
+    }
+    Ok((out.into_iter().map(|(n, b)| (n, b.to_tensor())).collect(), store))
+}
+
+/// Ops without a kernel: what fusion removes.
+fn has_kernel(mnemonic: &str) -> bool {
+    const NONE: &[&str] = &[
+        "summarise",
+        "score",
+        "score_grad",
+        "select",
+        "weigh",
+        "weigh_grad",
+        "attend",
+        "attend_grad",
+        "aggregate",
+        "aggregate_grad",
+        "rms_norm",
+        "rms_norm_grad",
+        "rotary",
+        "causal_conv1d",
+        "causal_conv1d_grad",
+        "selective_scan",
+        "selective_scan_grad",
+    ];
+    !NONE.contains(&mnemonic)
+}
+
+/// Grown graphs of ops that have kernels.
+fn grown(max_steps: usize, differentiable: bool) -> impl Strategy<Value = Grown> {
+    let all: Vec<&str> = Op::mnemonics().into_iter().filter(|m| !differentiable || has_gradient(m)).collect();
+    let able: Vec<u16> = (0..all.len()).filter(|&i| has_kernel(all[i])).map(|i| i as u16).collect();
+    let step = (proptest::sample::select(able), any::<u64>());
+    (any::<u64>(), proptest::collection::vec(step, 1..=max_steps))
+        .prop_map(move |(seed, steps)| grow(seed, &steps, differentiable))
+}
+
+fn all_forms(rig: &Rig, g: &Graph, like: &Grown) -> Result<(), TestCaseError> {
+    let run = |g: &Graph, like: &Grown| run(rig, g, like);
+    let run = Run { run: &run, slack: SLACK };
+    check_graph(&run, g, like)?;
+    check_graph(&run, &optimise(g, &Options::default()), like)
+}
+
+fn property(s: impl Strategy<Value = Grown>, f: impl Fn(Grown) -> Result<(), TestCaseError>) -> Result<String, String> {
+    let cases = 24;
+    TestRunner::new(config(cases)).run(&s, f).map_err(|e| e.to_string())?;
+    Ok(format!(", {cases} graphs"))
+}
+
+fn every_op(rig: &Rig) -> Result<String, String> {
+    property(grown(12, false), |g| {
+        let g = as_f32(&g);
+        all_forms(rig, &g.graph, &g)
+    })
+}
+
+fn every_gradient(rig: &Rig) -> Result<String, String> {
+    property(grown(8, true), |g| {
+        let g = as_f32(&g);
+        all_forms(rig, &with_gradients(&g.graph), &g)
+    })
+}

@@ -1,0 +1,21 @@
+//! Whole GPU programs on the simulator: grown graphs and models, through the code path that a GPU takes.
+//!
+//! Without NVRTC nothing here can run: every test is then counted as ignored and the reason printed.
+
+#[path = "../properties/each_op.rs"]
+mod each_op;
+mod graphs;
+#[path = "../../runtime/tests/gpu/harness.rs"]
+mod harness;
+#[path = "../../runtime/tests/gpu/rig.rs"]
+#[allow(dead_code)] // what checks of single ops need
+mod rig;
+#[path = "../properties/support.rs"]
+#[allow(dead_code)] // what other properties need
+mod support;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    harness::run(&[graphs::ALL])
+}
