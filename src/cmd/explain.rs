@@ -2,7 +2,7 @@
 //!
 //! Nothing runs and no weights are read: everything here follows from the graph and the sizes.
 
-mod gpu;
+pub mod gpu;
 
 use crate::cli::{Explain, MemoryArgs};
 use crate::error::{self, Result, wrap};

@@ -16,32 +16,32 @@ use std::collections::BTreeMap;
 const WIDTH: usize = 98;
 
 /// A step, as it runs at the given sizes.
-struct Chosen {
+pub struct Chosen {
     step: usize,
-    op: &'static str,
-    form: &'static str,
+    pub op: &'static str,
+    pub form: &'static str,
     why: String,
     others: usize,
-    kernels: Vec<String>,
-    products: usize,
+    pub kernels: Vec<String>,
+    pub products: usize,
     workspace: usize,
-    cost: Cost,
+    pub cost: Cost,
 }
 
 /// A kernel and the steps that launch it.
-struct Used {
-    kernel: Kernel,
+pub struct Used {
+    pub kernel: Kernel,
     steps: usize,
-    usage: Option<Usage>,
+    pub usage: Option<Usage>,
 }
 
 /// See the module's comment.
 pub struct Forms {
     target: Target,
-    chosen: Vec<Chosen>,
+    pub chosen: Vec<Chosen>,
     /// Steps without a kernel: (op, why) and their number.
-    none: Vec<(&'static str, String, usize)>,
-    kernels: BTreeMap<String, Used>,
+    pub none: Vec<(&'static str, String, usize)>,
+    pub kernels: BTreeMap<String, Used>,
     compiled: bool,
 }
 
@@ -118,7 +118,7 @@ impl Forms {
     }
 
     /// Blocks that fit on a multiprocessor.
-    fn blocks(&self, u: &Used) -> Option<usize> {
+    pub fn blocks(&self, u: &Used) -> Option<usize> {
         let usage = u.usage.as_ref()?;
         let shared = (usage.shared + u.kernel.shared) as usize;
         Some(self.target.occupancy(u.kernel.threads as usize, usage.registers as usize, shared))
