@@ -14,7 +14,7 @@
 // Traffic: x once, y once; backward x, dy, dx once and k+1 floats per channel and CTA.  Memory limits both.
 // s may lie over s0: whoever reads s0 (the threads of time 0) writes s, after reading.
 //
-// C: T, channels, k, silu, vec, lanes, rows, steps.  Grid (ceil(L / (rows·steps)) or 1, ceil(channels / (lanes·vec)), N),
+// C: T, channels, k, silu, aligned (w, to 16 bytes), vec, lanes, rows, steps.  Grid (ceil(L / (rows·steps)) or 1, ceil(channels / (lanes·vec)), N),
 // lanes · rows threads.
 #pragma once
 #include "types.cuh"
@@ -34,7 +34,12 @@ template <class C> struct ConvThread {
 
     __device__ __forceinline__ void load_weights(const T* w_at, const T* bias_at, int c) {
         float flat[V * K];
-        load_f32(flat, w_at + (i64)c * K);
+        if constexpr (C::aligned) {
+            load_f32(flat, w_at + (i64)c * K);
+        } else {
+#pragma unroll
+            for (int i = 0; i < V * K; i++) flat[i] = to_f32(w_at[(i64)c * K + i]);
+        }
 #pragma unroll
         for (int v = 0; v < V; v++)
 #pragma unroll

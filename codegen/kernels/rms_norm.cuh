@@ -9,8 +9,8 @@
 // Traffic: x and y once; backward x, dy, dx once, and per CTA a slot of dw [width] in f32 (slots.cuh adds them).
 // Memory limits both.
 //
-// C: T, width, eps, vec, lanes, threads.  Forward: grid (ceil(rows / (threads / lanes))).  Backward: a CTA takes `share`
-// rows, grid (ceil(rows / share)).
+// C: T, width, eps, vec, lanes, threads.  Grid (ceil(rows / (threads / lanes))); backward fewer, CTAs then take every
+// grid-th group of rows.
 #pragma once
 #include "warp.cuh"
 
@@ -63,21 +63,20 @@ __device__ __forceinline__ void rms_norm(const typename C::T* x, i64 x_stride, c
 
 template <class C>
 __device__ __forceinline__ void rms_norm_grad(const typename C::T* x, i64 x_stride, const typename C::T* w, const typename C::T* dy, i64 dy_stride,
-                                              typename C::T* dx, i64 dx_stride, float* slots, i64 rows, i32 share) {
+                                              typename C::T* dx, i64 dx_stride, float* slots, i64 rows) {
     using R = NormRow<C>;
     __shared__ float scratch[max_of(C::threads / 32, 1)];
     __shared__ float sums[R::GROUPS > 1 ? R::PIECES * C::vec * C::lanes : 1];
     const int lane = threadIdx.x % C::lanes, group = threadIdx.x / C::lanes;
-    const i64 first = (i64)blockIdx.x * share, end = min_of(first + share, rows);
 
     float weight[R::PIECES][C::vec] = {}, dw[R::PIECES][C::vec] = {};
 #pragma unroll
     for (int p = 0; p < R::PIECES; p++)
         if (R::has(p)) load_f32(weight[p], w + R::column(p));
 
-    for (i64 at = first; at < end; at += R::GROUPS) {
+    for (i64 at = (i64)blockIdx.x * R::GROUPS; at < rows; at += (i64)gridDim.x * R::GROUPS) {
         const i64 row = at + group;
-        const bool mine = row < end;
+        const bool mine = row < rows;
         float v[R::PIECES][C::vec] = {}, g[R::PIECES][C::vec] = {};
         float squares = 0.f, dot = 0.f;
 #pragma unroll

@@ -26,8 +26,9 @@
 // Three passes where (sequence, head) pairs are few: `scan_states` walks each segment from zero, `scan_combine` adds the
 // segments up, `scan_outputs` walks again from the right states.  All orders are fixed by shapes.
 //
-// C: T, heads, groups, head_dim (P), state (R), block (Q), heads_per_cta, stages, shared (bytes, checked).
-// P and R are multiples of 16, Q is 16, 32 or 64; rows are 16-byte aligned.  Grid (segments, heads / heads_per_cta, N).
+// C: T, heads, groups, head_dim (P), state (R), whole, block (Q), heads_per_cta, stages, shared (bytes, checked).
+// Q is 16, 32 or 64.  `whole`: P and R are multiples of 16 and rows begin at multiples of 16 bytes; else P and R are filled
+// up with zeros in shared memory and elements are moved one by one.  Grid (segments, heads / heads_per_cta, N).
 #pragma once
 #include "copy.cuh"
 #include "mma.cuh"
@@ -39,6 +40,37 @@ namespace rambac {
 template <bool OUTPUTS, bool REVERSE, bool RECORD> struct ScanWay {
     static constexpr bool outputs = OUTPUTS, reverse = REVERSE, record = RECORD;
 };
+
+__device__ constexpr int up_to_16(int n) { return (n + 15) / 16 * 16; }
+
+// HEADS neighbouring pieces of WIDTH elements of every row to pieces of up_to_16(WIDTH), filled up with zeros.
+template <class C, int THREADS, int ROWS, int HEADS, int WIDTH, int PITCH, class T>
+__device__ __forceinline__ void scan_copy(T* to, const T* from, i64 stride, int rows) {
+    constexpr int FULL = up_to_16(WIDTH);
+    if constexpr (C::whole) {
+        copy_rows_async<THREADS, ROWS, HEADS * FULL, PITCH>(to, from, stride, rows);
+    } else {
+        for (int i = threadIdx.x; i < ROWS * HEADS * FULL; i += THREADS) {
+            const int row = i / (HEADS * FULL), col = i % (HEADS * FULL), at = col % FULL;
+            to[row * PITCH + col] = row < rows && at < WIDTH ? from[row * stride + col / FULL * WIDTH + at] : from_f32<T>(0.f);
+        }
+    }
+}
+
+// A tile [16, 16] of results to `rows` rows of `cols` columns.
+template <class C, class T> __device__ __forceinline__ void scan_store(T* scratch, const float (&d)[2][4], T* to, i64 stride, int rows, int cols) {
+    if constexpr (C::whole) {
+        store_tile(scratch, d, to, stride, rows);
+    } else {
+#pragma unroll
+        for (int j = 0; j < 2; j++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int row = lane_id() / 4 + i / 2 * 8, col = 8 * j + 2 * (lane_id() % 4) + i % 2;
+                if (row < rows && col < cols) to[row * stride + col] = from_f32<T>(d[j][i]);
+            }
+    }
+}
 
 // Per-step factors of a block of a head, in shared memory.
 template <int Q> struct ScanDecay {
@@ -100,12 +132,12 @@ template <bool EXACT, int Q> __device__ __forceinline__ float scan_between(const
 
 template <class C, class Way> struct ScanWalk {
     using T = typename C::T;
-    static constexpr int P = C::head_dim, R = C::state, Q = C::block, HEADS = C::heads_per_cta, STAGES = C::stages;
+    static constexpr int P = up_to_16(C::head_dim), R = up_to_16(C::state), Q = C::block, HEADS = C::heads_per_cta, STAGES = C::stages;
     static constexpr int K = Mma<T>::K, PAD = 16 / sizeof(T);
     static constexpr int SLICES = P / 16, WARPS = HEADS * SLICES, THREADS = 32 * WARPS;
     static constexpr int X_PITCH = HEADS * P + PAD, R_PITCH = R + PAD, G_PITCH = Q + PAD;
     static constexpr bool EXACT = sizeof(T) == 4;
-    static_assert(P % 16 == 0 && R % 16 == 0, "head_dim and state are multiples of 16");
+    static_assert(!C::whole || (P == C::head_dim && R == C::state), "whole head_dim and state are multiples of 16");
     static_assert(Q == 16 || Q == 32 || Q == 64, "a block is 16, 32 or 64 tokens");
     static_assert(C::heads / C::groups % HEADS == 0, "the heads of a CTA are of one group");
 
@@ -124,9 +156,8 @@ template <class C, class Way> struct ScanWalk {
     i64 x_stride, dt_stride, b_stride, c_stride;
     T* y;
     i64 y_stride;
-    // States before every block [N, blocks, heads, P, R] (in reverse: gradients behind it), where recorded.
+    // States before every block [N, blocks, heads, P, R] (in reverse: gradients behind it), where recorded; P and R filled up.
     T* record;
-    i64 record_step;
     // Tokens of this segment.
     int first, end;
     float h[R / 8][4];
@@ -142,17 +173,28 @@ template <class C, class Way> struct ScanWalk {
         return 8 * j + (sizeof(T) == 2 ? 2 * q + i : q + 4 * i);
     }
 
-    template <class S> __device__ __forceinline__ void load_state(const S* from) {
+    // Calls f(register, place in [head_dim, state]) for every element that there is.
+    template <class F> __device__ __forceinline__ void each(F f) {
 #pragma unroll
         for (int j = 0; j < R / 8; j++)
 #pragma unroll
-            for (int i = 0; i < 4; i++) h[j][i] = to_f32(from[(slice() + row() + i / 2 * 8) * R + column(j, i % 2)]);
+            for (int i = 0; i < 4; i++) {
+                const int p = slice() + row() + i / 2 * 8, r = column(j, i % 2);
+                if (C::whole || (p < C::head_dim && r < C::state)) f(h[j][i], p * C::state + r);
+            }
     }
-    template <class S> __device__ __forceinline__ void store_state(S* to) const {
+    __device__ __forceinline__ void clear() {
 #pragma unroll
         for (int j = 0; j < R / 8; j++)
 #pragma unroll
-            for (int i = 0; i < 4; i++) to[(slice() + row() + i / 2 * 8) * R + column(j, i % 2)] = from_f32<S>(h[j][i]);
+            for (int i = 0; i < 4; i++) h[j][i] = 0.f;
+    }
+    template <class S> __device__ __forceinline__ void load_state(const S* from) {
+        if (!C::whole) clear();
+        each([&](float& value, int at) { value = to_f32(from[at]); });
+    }
+    template <class S> __device__ __forceinline__ void store_state(S* to) {
+        each([&](float& value, int at) { to[at] = from_f32<S>(value); });
     }
 
     __device__ __forceinline__ int blocks() const { return (end - first + Q - 1) / Q; }
@@ -160,11 +202,11 @@ template <class C, class Way> struct ScanWalk {
     __device__ __forceinline__ int begin(int k) const { return first + (Way::reverse ? blocks() - 1 - k : k) * Q; }
 
     // The pointers stand at this sequence and the CTA's first head and group.
-    __device__ __forceinline__ void copy(Stage& to, int t0) const {
+    template <class Load> __device__ __forceinline__ void copy(Stage& to, int t0, const Load& load) const {
         const int rows = min_of(end - t0, Q);
-        copy_rows_async<THREADS, Q, HEADS * P, X_PITCH>(to.x, x + t0 * x_stride, x_stride, rows);
-        copy_rows_async<THREADS, Q, R, R_PITCH>(to.b, b + t0 * b_stride, b_stride, rows);
-        if constexpr (Way::outputs) copy_rows_async<THREADS, Q, R, R_PITCH>(to.c, c + t0 * c_stride, c_stride, rows);
+        load.template operator()<C, THREADS, Q, HEADS, X_PITCH>(to.x, x, x_stride, t0, rows);
+        scan_copy<C, THREADS, Q, 1, C::state, R_PITCH>(to.b, b + t0 * b_stride, b_stride, rows);
+        if constexpr (Way::outputs) scan_copy<C, THREADS, Q, 1, C::state, R_PITCH>(to.c, c + t0 * c_stride, c_stride, rows);
     }
 
     // g of all heads.  Units of 16 x 32, whole ones first, then those of which the diagonal leaves 16 x 16.
@@ -273,7 +315,7 @@ template <class C, class Way> struct ScanWalk {
                     acc[i][j][2 * e] = out[0], acc[i][j][2 * e + 1] = out[1];
                 }
             const int t = t0 + 16 * i;
-            store_tile(sh.out[warp_id()], acc[i], y + t * y_stride + m * P + slice(), y_stride, end - t);
+            scan_store<C>(sh.out[warp_id()], acc[i], y + t * y_stride + m * C::head_dim + slice(), y_stride, end - t, C::head_dim - slice());
         }
     }
 
@@ -338,7 +380,7 @@ template <class C, class Way> struct ScanWalk {
                 }
             }
         __syncwarp();
-        T* to = record + (t0 / Q) * record_step + ((i64)head() * P + slice()) * R;
+        T* to = record + (((i64)(t0 / Q) * C::heads + head()) * P + slice()) * R;
 #pragma unroll
         for (int i = lane_id(); i < 16 * R / PAD; i += 32) {
             const int line = i / (R / PAD), col = i % (R / PAD) * PAD;
@@ -350,7 +392,7 @@ template <class C, class Way> struct ScanWalk {
 
     // Walks the segment; `h` is the state before it and then the one behind it.  Returns exp2's argument of the whole
     // segment, in the warps that make factors (warp i of head i).
-    template <class Finish> __device__ __forceinline__ double walk(Shared& sh, const Finish& finish) {
+    template <class Load, class Finish> __device__ __forceinline__ double walk(Shared& sh, const Load& load, const Finish& finish) {
         const int count = blocks(), m = head() - head0();
         ScanSteps<Q> steps;
         float rate = 0.f;
@@ -359,11 +401,11 @@ template <class C, class Way> struct ScanWalk {
             rate = to_f32(a[warp_id()]);
             if (count > 0) steps.load(dt + begin(0) * dt_stride + warp_id(), dt_stride, end - begin(0));
         }
-        if (count > 0) copy(sh.stage[0], begin(0));
+        if (count > 0) copy(sh.stage[0], begin(0), load);
         copies_commit();
         for (int k = 0; k < count; k++) {
             Stage& in = sh.stage[k % STAGES];
-            if (STAGES > 1 && k + 1 < count) copy(sh.stage[(k + 1) % STAGES], begin(k + 1));
+            if (STAGES > 1 && k + 1 < count) copy(sh.stage[(k + 1) % STAGES], begin(k + 1), load);
             copies_commit();
             if (warp_id() < HEADS) {
                 total += steps.factors(sh.decay[warp_id()], rate);
@@ -385,13 +427,22 @@ template <class C, class Way> struct ScanWalk {
             update(sh.decay[m], in, f);
             __syncthreads();
             // MUT scan_free: ;
-            if (STAGES == 1 && k + 1 < count) copy(in, begin(k + 1));
+            if (STAGES == 1 && k + 1 < count) copy(in, begin(k + 1), load);
         }
         return total;
     }
 };
 
-// What is done to two neighbouring outputs of token t, head m of the CTA, before they are stored: nothing.
+// Hooks.  How x of tokens t0 … t0 + rows - 1 and the CTA's heads comes to shared memory: as it is.  `x` stands at the sequence
+// and its first head.  A convolution would be computed here, from rows t0 - (k-1) on.
+struct ScanRows {
+    template <class C, int THREADS, int ROWS, int HEADS, int PITCH, class T>
+    __device__ __forceinline__ void operator()(T* to, const T* x, i64 stride, int t0, int rows) const {
+        scan_copy<C, THREADS, ROWS, HEADS, C::head_dim, PITCH>(to, x + t0 * stride, stride, rows);
+    }
+};
+// What is done to two neighbouring outputs of token t, head m of the CTA, in f32 before they are stored: nothing.  A gate
+// would be multiplied here.
 struct ScanAsIs {
     __device__ __forceinline__ void operator()(int t, int m, int p, float (&y)[2]) const {}
 };
@@ -412,16 +463,16 @@ __device__ __forceinline__ void scan_place(Walk& w, const typename C::T* x, i64 
     w.first = blockIdx.x * segment;
     w.end = min_of(w.first + segment, l);
 }
-// Element offset of a head's state in [outer, heads, P, R].
+// Element offset of a head's state in [outer, heads, head_dim, state].
 template <class C> __device__ __forceinline__ i64 scan_state_at(i64 outer, int head) {
     return (outer * C::heads + head) * (C::head_dim * C::state);
 }
 
 // One pass: h0 → y, h.  Grid.x is 1 and `segment` at least l.  h may lie over h0.
-template <class C, class Finish = ScanAsIs>
+template <class C, class Load = ScanRows, class Finish = ScanAsIs>
 __device__ __forceinline__ void selective_scan(const typename C::T* x, i64 x_stride, const typename C::T* dt, i64 dt_stride, const typename C::T* a,
                                                const typename C::T* b, i64 b_stride, const typename C::T* c, i64 c_stride, const typename C::T* d,
-                                               const typename C::T* h0, typename C::T* y, i64 y_stride, typename C::T* h, i32 l, Finish finish = {}) {
+                                               const typename C::T* h0, typename C::T* y, i64 y_stride, typename C::T* h, i32 l, Load load = {}, Finish finish = {}) {
     using Walk = ScanWalk<C, ScanWay<true, false, false>>;
     Walk w;
     scan_place<Walk, C>(w, x, x_stride, dt, dt_stride, a, b, b_stride, l, l);
@@ -431,7 +482,7 @@ __device__ __forceinline__ void selective_scan(const typename C::T* x, i64 x_str
     w.y = y + row * y_stride + Walk::head0() * C::head_dim, w.y_stride = y_stride;
     const i64 at = scan_state_at<C>(blockIdx.z, Walk::head());
     w.load_state(h0 + at);
-    w.walk(*reinterpret_cast<typename Walk::Shared*>(scan_memory), finish);
+    w.walk(*reinterpret_cast<typename Walk::Shared*>(scan_memory), load, finish);
     w.store_state(h + at);
 }
 
@@ -443,11 +494,8 @@ __device__ __forceinline__ void scan_states(const typename C::T* x, i64 x_stride
     using Walk = ScanWalk<C, ScanWay<false, C::reverse, false>>;
     Walk w;
     scan_place<Walk, C>(w, x, x_stride, dt, dt_stride, a, b, b_stride, l, segment);
-#pragma unroll
-    for (int j = 0; j < C::state / 8; j++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) w.h[j][i] = 0.f;
-    const double total = w.walk(*reinterpret_cast<typename Walk::Shared*>(scan_memory), ScanAsIs{});
+    w.clear();
+    const double total = w.walk(*reinterpret_cast<typename Walk::Shared*>(scan_memory), ScanRows{}, ScanAsIs{});
     const i64 outer = (i64)blockIdx.z * gridDim.x + blockIdx.x;
     w.store_state(ends + scan_state_at<C>(outer, Walk::head()));
     if (warp_id() < Walk::HEADS && lane_id() == 0) decays[outer * C::heads + Walk::head0() + warp_id()] = exp2_fast((float)total);
@@ -455,33 +503,33 @@ __device__ __forceinline__ void scan_states(const typename C::T* x, i64 x_stride
 
 // Second pass: the states at the segments' ends, from zero, become those at their starts, from h0; the last goes to h.
 // In reverse: from the gradient behind the last segment to those behind every segment; the one before the first goes to h.
-// A thread owns 4 elements of a state.  Grid (ceil(P·R / (4·threads)), heads, N).
+// A thread owns `vec` elements of a state.  Grid (ceil(P·R / (vec·threads)), heads, N).
 template <class C>
 __device__ __forceinline__ void scan_combine(float* ends, const float* decays, const typename C::T* h0, typename C::T* h, i32 segments) {
-    const int at = (blockIdx.x * C::threads + threadIdx.x) * 4, head = blockIdx.y;
+    const int at = (blockIdx.x * C::threads + threadIdx.x) * C::vec, head = blockIdx.y;
     if (at >= C::head_dim * C::state) return;
     const i64 n = blockIdx.z;
-    float now[4];
+    float now[C::vec];
     load_f32(now, h0 + scan_state_at<C>(n, head) + at);
     for (int k = 0; k < segments; k++) {
         const i64 outer = n * segments + (C::reverse ? segments - 1 - k : k);
         float* place = ends + scan_state_at<C>(outer, head) + at;
         const float decay = decays[outer * C::heads + head];
-        float own[4];
+        float own[C::vec];
         load_f32(own, place);
         store_f32(place, now);
 #pragma unroll
-        for (int i = 0; i < 4; i++) now[i] = fmaf(decay, now[i], own[i]);
-        // MUT scan_combine: for (int i = 0; i < 4; i++) now[i] = decay * now[i] + now[i];
+        for (int i = 0; i < C::vec; i++) now[i] = fmaf(decay, now[i], own[i]);
+        // MUT scan_combine: for (int i = 0; i < C::vec; i++) now[i] = decay * now[i] + now[i];
     }
     store_f32(h + scan_state_at<C>(n, head) + at, now);
 }
 
 // Third pass: y of each segment from its first state.
-template <class C, class Finish = ScanAsIs>
+template <class C, class Load = ScanRows, class Finish = ScanAsIs>
 __device__ __forceinline__ void scan_outputs(const typename C::T* x, i64 x_stride, const typename C::T* dt, i64 dt_stride, const typename C::T* a,
                                              const typename C::T* b, i64 b_stride, const typename C::T* c, i64 c_stride, const typename C::T* d,
-                                             const float* starts, typename C::T* y, i64 y_stride, i32 l, i32 segment, Finish finish = {}) {
+                                             const float* starts, typename C::T* y, i64 y_stride, i32 l, i32 segment, Load load = {}, Finish finish = {}) {
     using Walk = ScanWalk<C, ScanWay<true, false, false>>;
     Walk w;
     scan_place<Walk, C>(w, x, x_stride, dt, dt_stride, a, b, b_stride, l, segment);
@@ -490,7 +538,7 @@ __device__ __forceinline__ void scan_outputs(const typename C::T* x, i64 x_strid
     w.d = d + Walk::head0();
     w.y = y + row * y_stride + Walk::head0() * C::head_dim, w.y_stride = y_stride;
     w.load_state(starts + scan_state_at<C>((i64)blockIdx.z * gridDim.x + blockIdx.x, Walk::head()));
-    w.walk(*reinterpret_cast<typename Walk::Shared*>(scan_memory), finish);
+    w.walk(*reinterpret_cast<typename Walk::Shared*>(scan_memory), load, finish);
 }
 
 }  // namespace rambac

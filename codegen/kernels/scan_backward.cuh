@@ -15,21 +15,21 @@
 // them): db and dc gather in registers over the heads, E over the heads before its two products, so nothing is added in
 // memory.  da and dd go to a slot per block, db and dc to a slot per part where there are parts (slots.cuh).
 //
-//   warp (wr, wc):  rows 16·wr of Q in every product; of its columns every second 16, from wc on
+//   warp (wr, wc):  rows 16·wr of Q in every product; of its columns every `columns`-th 16, from wc on
 //
 //     m = dy·xᵀ [Q, Q]    dx = b·Dᵀ, then + gᵀ·dy [Q, P]    z = dy·h, v = x·D [Q, R]    at the end E·b, Eᵀ·c [Q, R]
 //
 // Traffic per head and block: x, dy, dx and two states in T (2·P·R); the states are written once before.  Limits: the
 // products' operands from shared memory, about as long as the traffic.
 //
-// C: T, heads, groups, head_dim (P), state (R), block (Q), stages, parts (of a group's heads), shared (bytes, checked).
-// 4·Q threads.  Grid (max(blocks, 1), groups · parts, N).
+// C: T, heads, groups, head_dim (P), state (R), whole, block (Q), stages, columns, parts (of a group's heads), shared (bytes, checked).
+// 2·Q·columns threads.  Grid (max(blocks, 1), groups · parts, N).
 #pragma once
 #include "scan.cuh"
 
 namespace rambac {
 
-// Walks and writes the states before every block to record [N, blocks, heads, P, R]; with C::reverse on x = dy, b = c, the
+// Walks and writes the states before every block to record [N, blocks, heads, P, R] (P, R filled up to multiples of 16); with C::reverse on x = dy, b = c, the
 // gradients behind every block.  `Start` is the type of the states that segments begin with: T [N, heads, P, R] where there is
 // one segment, f32 [N, segments, heads, P, R] from scan_combine otherwise.
 template <class C, class Start>
@@ -38,10 +38,9 @@ __device__ __forceinline__ auto scan_walk_recording(const typename C::T* x, i64 
     using Walk = ScanWalk<C, ScanWay<false, C::reverse, true>>;
     Walk w;
     scan_place<Walk, C>(w, x, x_stride, dt, dt_stride, a, b, b_stride, l, segment);
-    w.record_step = scan_state_at<C>(1, 0);
-    w.record = record + scan_state_at<C>(blockIdx.z * ceil_div(l, C::block), 0);
+    w.record = record + blockIdx.z * ceil_div(l, C::block) * (C::heads * Walk::P * Walk::R);
     w.load_state(start + scan_state_at<C>((i64)blockIdx.z * gridDim.x + blockIdx.x, Walk::head()));
-    w.walk(*reinterpret_cast<typename Walk::Shared*>(scan_memory), ScanAsIs{});
+    w.walk(*reinterpret_cast<typename Walk::Shared*>(scan_memory), ScanRows{}, ScanAsIs{});
     return w;
 }
 template <class C>
@@ -59,16 +58,16 @@ __device__ __forceinline__ void scan_record_to_start(const typename C::T* dy, i6
 
 template <class C> struct ScanGrad {
     using T = typename C::T;
-    static constexpr int P = C::head_dim, R = C::state, Q = C::block, STAGES = C::stages, HEADS = C::heads / C::groups / C::parts;
+    static constexpr int P = up_to_16(C::head_dim), R = up_to_16(C::state), Q = C::block, STAGES = C::stages, HEADS = C::heads / C::groups / C::parts;
     static constexpr int K = Mma<T>::K, PAD = 16 / sizeof(T);
-    static constexpr int ROWS = Q / 16, COLS = 2, WARPS = ROWS * COLS, THREADS = 32 * WARPS;
+    static constexpr int ROWS = Q / 16, COLS = C::columns, WARPS = ROWS * COLS, THREADS = 32 * WARPS;
     static constexpr int P_PITCH = P + PAD, R_PITCH = R + PAD, G_PITCH = Q + PAD, DT_PITCH = HEADS;
     // h is read by columns alone, in f32 in the order k, k + 4: that wants 8 banks between rows.
     static constexpr int H_PITCH = R + 8;
     static constexpr bool EXACT = sizeof(T) == 4;
     // 16-column pieces that a warp owns.
-    static constexpr int OWN_Q = (Q / 16 + 1) / 2, OWN_P = (P / 16 + 1) / 2, OWN_R = (R / 16 + 1) / 2;
-    static_assert(P % 16 == 0 && R % 16 == 0, "head_dim and state are multiples of 16");
+    static constexpr int OWN_Q = (Q / 16 + COLS - 1) / COLS, OWN_P = (P / 16 + COLS - 1) / COLS, OWN_R = (R / 16 + COLS - 1) / COLS;
+    static_assert(!C::whole || (P == C::head_dim && R == C::state), "whole head_dim and state are multiples of 16");
     static_assert(Q == 16 || Q == 32 || Q == 64, "a block is 16, 32 or 64 tokens");
     static_assert(C::heads / C::groups % C::parts == 0, "parts are equal");
 
@@ -202,7 +201,7 @@ template <class C> struct ScanGrad {
                     acc[j][i][2 * e] = fmaf(skip, dy[0], acc[j][i][2 * e]);
                     acc[j][i][2 * e + 1] = fmaf(skip, dy[1], acc[j][i][2 * e + 1]);
                 }
-            store_tile(sh.tile[warp_id()], acc[j], dx + 16 * wr * stride + col, stride, rows - 16 * wr);
+            scan_store<C>(sh.tile[warp_id()], acc[j], dx + 16 * wr * stride + col, stride, rows - 16 * wr, C::head_dim - col);
         }
     }
 
@@ -319,7 +318,7 @@ template <class C> struct ScanGrad {
 #pragma unroll
         for (int j = 0; j < OWN_R; j++) {
             const int col = 16 * (COLS * j + wc);
-            if (col < R) store_tile(reinterpret_cast<O*>(sh.tile[warp_id()]), sum[j], to + 16 * wr * stride + col, stride, rows - 16 * wr);
+            if (col < R) scan_store<C>(reinterpret_cast<O*>(sh.tile[warp_id()]), sum[j], to + 16 * wr * stride + col, stride, rows - 16 * wr, C::state - col);
         }
     }
 };
@@ -344,20 +343,20 @@ __device__ __forceinline__ void scan_grad(const typename C::T* x, i64 x_stride, 
         for (int m = threadIdx.x; m < HEADS; m += THREADS) da[slot * C::heads + head0 + m] = dd[slot * C::heads + head0 + m] = 0.f;
         return;
     }
-    x += token * x_stride + head0 * P;
-    dy += token * dy_stride + head0 * P;
-    dx += token * dx_stride + head0 * P;
+    x += token * x_stride + head0 * C::head_dim;
+    dy += token * dy_stride + head0 * C::head_dim;
+    dx += token * dx_stride + head0 * C::head_dim;
     dt += token * dt_stride + head0;
     ddt += token * ddt_stride + head0;
-    const i64 state = scan_state_at<C>(n * blocks + blockIdx.x, head0);
+    const i64 state = ((n * blocks + blockIdx.x) * C::heads + head0) * (P * R);
     auto copy = [&](typename G::Stage& to, int m) {
-        copy_rows_async<THREADS, Q, P, G::P_PITCH>(to.x, x + m * P, x_stride, rows);
-        copy_rows_async<THREADS, Q, P, G::P_PITCH>(to.dy, dy + m * P, dy_stride, rows);
+        scan_copy<C, THREADS, Q, 1, C::head_dim, G::P_PITCH>(to.x, x + m * C::head_dim, x_stride, rows);
+        scan_copy<C, THREADS, Q, 1, C::head_dim, G::P_PITCH>(to.dy, dy + m * C::head_dim, dy_stride, rows);
         copy_rows_async<THREADS, P, R, G::H_PITCH>(to.h, states + state + (i64)m * (P * R), R, P);
         copy_rows_async<THREADS, P, R, G::R_PITCH>(to.dh, gradients + state + (i64)m * (P * R), R, P);
     };
-    copy_rows_async<THREADS, Q, R, G::R_PITCH>(sh.b, b + token * b_stride + group * R, b_stride, rows);
-    copy_rows_async<THREADS, Q, R, G::R_PITCH>(sh.c, c + token * c_stride + group * R, c_stride, rows);
+    scan_copy<C, THREADS, Q, 1, C::state, G::R_PITCH>(sh.b, b + token * b_stride + group * C::state, b_stride, rows);
+    scan_copy<C, THREADS, Q, 1, C::state, G::R_PITCH>(sh.c, c + token * c_stride + group * C::state, c_stride, rows);
     copies_commit();
     copy(sh.stage[0], 0);
     copies_commit();
@@ -403,7 +402,7 @@ __device__ __forceinline__ void scan_grad(const typename C::T* x, i64 x_stride, 
         own.inside(in, decay, partial, cb, e_sum);
         __syncthreads();
         // MUT grad_g: ;
-        own.write_dx(in, decay, to_f32(d[head0 + m]), dx + m * P, dx_stride, rows);
+        own.write_dx(in, decay, to_f32(d[head0 + m]), dx + m * C::head_dim, dx_stride, rows);
         own.template through<G::H_PITCH>(dc_sum, &partial.z[0][0], in.dy, in.h, sh.c, decay.from_start, nullptr);
         own.template through<G::R_PITCH>(db_sum, &partial.v[0][0], in.x, in.dh, sh.b, decay.to_end, decay.dt);
         own.product(in, partial);
@@ -450,8 +449,8 @@ __device__ __forceinline__ void scan_grad(const typename C::T* x, i64 x_stride, 
         }
     }
     const i64 to = (i64)part * gridDim.z * l + token;
-    own.write_rows(db_sum, db + to * db_stride + group * R, db_stride, rows);
-    own.write_rows(dc_sum, dc + to * dc_stride + group * R, dc_stride, rows);
+    own.write_rows(db_sum, db + to * db_stride + group * C::state, db_stride, rows);
+    own.write_rows(dc_sum, dc + to * dc_stride + group * C::state, dc_stride, rows);
     for (int i = threadIdx.x; i < rows * HEADS; i += THREADS) {
         const int t = i / HEADS, m = i % HEADS;
         ddt[t * ddt_stride + m] = sh.dt[t * G::DT_PITCH + m];

@@ -1,6 +1,6 @@
 // Sums over slots: what CTAs leave of a sum over rows (a weight's gradient), added in a fixed order.
 //
-//   out[i, j] = sum over s of slots[s, i, j]          slots [count, rows, cols] in f32
+//   out[i, j] = sum over s of slots[s, i, j]          slots [count, rows, cols] in f32, slot_stride apart, from `first` on
 //
 // A CTA owns 32 columns of a row.  Its LANES warps take every LANES-th slot each and are added in order, so the order
 // depends on `count` alone.  One pass over the slots, coalesced; what limits it is their bytes.
@@ -12,14 +12,14 @@
 namespace rambac {
 
 template <class C>
-__device__ __forceinline__ void sum_slots(const float* slots, i32 count, i64 slot_stride, i64 cols, typename C::T* out, i64 row_stride, i64 col_stride) {
+__device__ __forceinline__ void sum_slots(const float* slots, i64 first, i32 count, i64 slot_stride, i64 cols, typename C::T* out, i64 row_stride, i64 col_stride) {
     __shared__ float parts[C::lanes][32];
     const int lane = threadIdx.x % 32, part = threadIdx.x / 32;
     const i64 tiles = ceil_div(cols, 32), row = blockIdx.x / tiles, col = blockIdx.x % tiles * 32 + lane;
     const bool mine = col < cols;
     float sum = 0.f;
     if (mine) {
-        const float* p = slots + row * cols + col;
+        const float* p = slots + first + row * cols + col;
 #pragma unroll 4
         for (int s = part; s < count; s += C::lanes) sum += p[s * slot_stride];
     }

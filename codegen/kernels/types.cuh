@@ -67,6 +67,7 @@ template <class T, int N> struct alignas(sizeof(T) * N) Vec {
 };
 // A type of so many bytes that one instruction moves: a struct of small parts would be moved part by part.
 template <int BYTES> struct Word;
+template <> struct Word<1> { using Type = u8; };
 template <> struct Word<2> { using Type = u16; };
 template <> struct Word<4> { using Type = u32; };
 template <> struct Word<8> { using Type = uint2; };

@@ -12,6 +12,7 @@ headers! {
     "tile", "chunk_softmax", "attend", "inverted_index", "attend_chunks", "attend_grad", "select", "select_grad",
     "attention", "wgmma", "attend_chunks_hopper",
     "map", "move", "reduce", "cross_entropy", "embedding",
+    "slots", "conv", "rms_norm", "rotary", "scan", "scan_backward", "scan_step",
 }
 
 /// The headers that `source` includes, and those that they include, in the order of [`HEADERS`].

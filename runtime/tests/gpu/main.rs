@@ -4,14 +4,17 @@
 //! Without NVRTC nothing here can run: every test is then counted as ignored and the reason printed.
 
 mod attend;
+mod conv;
 mod elementwise;
 mod executables;
 mod harness;
+mod norm;
 mod rig;
 mod rows;
+mod scan;
 
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    harness::run(&[elementwise::ALL, executables::ALL, rows::ALL, attend::ALL])
+    harness::run(&[elementwise::ALL, executables::ALL, rows::ALL, attend::ALL, conv::ALL, norm::ALL, scan::ALL])
 }

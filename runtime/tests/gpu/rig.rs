@@ -34,6 +34,8 @@ pub struct Check {
     pub inputs: Vec<Input>,
     pub dims: Bindings,
     pub arch: Arch,
+    /// Multiprocessors of the target, where the choice of a form is meant to see others.
+    pub sms: Option<usize>,
     /// Largest difference from the definition, as a part of the largest magnitude of each result.
     pub tolerance: f64,
     /// Elements of results that are not compared: (result, element, values of all results) → skip.
@@ -130,7 +132,9 @@ impl Rig {
     pub fn check(&self, c: &Check) -> Result<Seen, String> {
         let (graph, given) = c.graph();
         let want = c.want();
-        let program = emit(lower(&graph), Target::of(c.arch)).map_err(|e| e.to_string())?;
+        let mut target = Target::of(c.arch);
+        target.sms = c.sms.unwrap_or(target.sms);
+        let program = emit(lower(&graph), target).map_err(|e| e.to_string())?;
         let code = self.compile(&program.kernels, &program.target)?;
         let program = Arc::new(program);
         let mut first: Option<Vec<Bytes>> = None;
@@ -162,10 +166,22 @@ impl Rig {
 
 impl Check {
     pub fn new(op: impl Into<Op>, inputs: Vec<Input>, dims: &Bindings, tolerance: f64) -> Check {
-        Check { op: op.into(), inputs, dims: dims.clone(), arch: Arch::Sm80, tolerance, skip: |_, _, _| false }
+        Check {
+            op: op.into(),
+            inputs,
+            dims: dims.clone(),
+            arch: Arch::Sm80,
+            sms: None,
+            tolerance,
+            skip: |_, _, _| false,
+        }
     }
     pub fn on(mut self, arch: Arch) -> Check {
         self.arch = arch;
+        self
+    }
+    pub fn sms(mut self, sms: usize) -> Check {
+        self.sms = Some(sms);
         self
     }
     pub fn skipping(mut self, skip: fn(usize, usize, &[HostArray]) -> bool) -> Check {

@@ -2,14 +2,19 @@
 
 mod attention;
 mod chunk_attention;
+mod conv;
 mod inverted_index;
 mod loss;
 mod map;
 mod matmul;
 mod move_;
+mod norm;
 mod reduce;
 mod rows;
+mod scan;
+mod scan_grad;
 mod selection;
+mod slots;
 
 use super::expr::Expr;
 use super::form::{Form, Operand};
@@ -129,6 +134,3 @@ macro_rules! none_yet {
 }
 // Ops that have no kernel: a source is no step, and what fusion should have removed holds values of L×C.
 none_yet! { Source, Score, ScoreGrad, Select, Weigh, WeighGrad, Attend, AttendGrad, Aggregate, AggregateGrad, Summarise }
-none_yet! {
-    RmsNorm, RmsNormGrad, Rotary, CausalConv1d, CausalConv1dGrad, SelectiveScan, SelectiveScanGrad,
-}

@@ -1,0 +1,180 @@
+//! RMS norm with its gradient, and the rotary embedding: rows held by the lanes of a warp or by a block.
+
+use super::reduce::rows_of;
+use super::slots::Slots;
+use super::{Cuda, Site, Unsupported, because};
+use crate::cuda::expr::Expr;
+use crate::cuda::form::{Form, Operand};
+use crate::cuda::stub::Stub;
+use rambac_ir::ops::*;
+use rambac_ir::{DType, Dim};
+
+/// Threads that hold a row, `vec` neighbouring elements each time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Lanes {
+    vec: usize,
+    lanes: usize,
+    threads: usize,
+}
+
+impl Lanes {
+    /// Lanes of one warp as long as each has at most `most` elements, else a block.
+    fn choose(width: usize, vec: usize, most: usize) -> Option<Lanes> {
+        let vectors = width.div_ceil(vec).next_power_of_two();
+        let lanes = vectors.min(32).max(width.div_ceil(most.max(vec)).next_power_of_two());
+        // More than a warp: then the block.
+        let threads = if lanes > 32 { lanes } else { 128 };
+        (lanes <= 1024).then_some(Lanes { vec, lanes, threads })
+    }
+    fn rows(self) -> usize {
+        self.threads / self.lanes
+    }
+}
+
+struct Norm {
+    width: usize,
+    rows: Expr,
+    dtype: DType,
+    lanes: Lanes,
+    axis: usize,
+    eps: f64,
+}
+
+impl Norm {
+    fn new(site: &Site, eps: f64, vectors: &[Operand], most: usize) -> Result<Norm, Unsupported> {
+        let x = Operand::Input(0);
+        let shape: &[Dim] = &site.inputs[0].ty.shape;
+        let axis = shape.len() - 1;
+        let (width, dtype) = (site.int(x, axis)?, site.dtype(x));
+        let even = 1 << width.max(1).trailing_zeros().min(4);
+        let vec = site.vector(vectors, even.min(16 / dtype.size()));
+        let Some(lanes) = Lanes::choose(width.max(1), vec, most) else {
+            return because(format!("rows of {width} are wider than the {} that a block holds", 1024 * most));
+        };
+        Ok(Norm { width, rows: rows_of(shape), dtype, lanes, axis, eps })
+    }
+    fn stub(&self, template: &'static str) -> Stub {
+        let l = self.lanes;
+        Stub::new("rms_norm", template, l.threads)
+            .element("T", self.dtype)
+            .int("width", self.width)
+            .tag(self.width)
+            .float("eps", self.eps)
+            .int("vec", l.vec)
+            .int("lanes", l.lanes)
+            .int("threads", l.threads)
+            .tag(format!("v{}x{}", l.vec, l.lanes))
+            .hashed()
+    }
+    fn who(&self) -> String {
+        match self.lanes.lanes {
+            l if l > 32 => format!("a block of {l} threads holds a row of {}", self.width),
+            l => format!("{l} lanes hold a row of {}", self.width),
+        }
+    }
+}
+
+impl Cuda for RmsNorm {
+    fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
+        let (x, w, y) = (Operand::Input(0), Operand::Input(1), Operand::Output(0));
+        site.contiguous(w)?;
+        let n = Norm::new(site, self.eps, &[x, w, y], 32)?;
+        let l = n
+            .stub("rms_norm")
+            .read("x", n.dtype, x)
+            .i64("x_stride", site.row_stride(x, n.axis)?)
+            .read("w", n.dtype, w)
+            .write("y", n.dtype, y)
+            .i64("y_stride", site.row_stride(y, n.axis)?)
+            .i64("rows", n.rows.clone())
+            .launch((n.rows.clone().ceil_div(n.lanes.rows()), 1, 1));
+        Ok(vec![Form::new("rms_norm", n.who(), vec![l.into()])])
+    }
+}
+
+impl Cuda for RmsNormGrad {
+    fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
+        let [x, w, dy] = [0, 1, 2].map(Operand::Input);
+        let (dx, dw, slots) = (Operand::Output(0), Operand::Output(1), Operand::Workspace(0));
+        site.contiguous(w)?;
+        site.contiguous(dw)?;
+        let n = Norm::new(site, self.eps, &[x, w, dy, dx], 16)?;
+        // Few slots: a block sums the weights' gradient over many rows.
+        let blocks = n.rows.clone().ceil_div(n.lanes.rows()).min(4 * site.target.sms);
+        let grad = n
+            .stub("rms_norm_grad")
+            .read("x", n.dtype, x)
+            .i64("x_stride", site.row_stride(x, n.axis)?)
+            .read("w", n.dtype, w)
+            .read("dy", n.dtype, dy)
+            .i64("dy_stride", site.row_stride(dy, n.axis)?)
+            .write("dx", n.dtype, dx)
+            .i64("dx_stride", site.row_stride(dx, n.axis)?)
+            .write("slots", DType::F32, slots)
+            .i64("rows", n.rows.clone())
+            .launch((blocks.clone(), 1, 1));
+        let sum = Slots::of_row(slots, blocks.clone(), n.width).sum(site, dw, 0, 1);
+        let why = format!("{}, {blocks} sums of the weight's gradient", n.who());
+        let form = Form::new("rms_norm_grad", why, vec![grad.into(), sum.into()]);
+        Ok(vec![form.with("slots", DType::F32, blocks * n.width)])
+    }
+}
+
+impl Cuda for Rotary {
+    fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
+        const THREADS: usize = 128;
+        let (x, y) = (Operand::Input(0), Operand::Output(0));
+        let shape: &[Dim] = &site.inputs[0].ty.shape;
+        let axis = shape.len() - 2;
+        let (heads, d, dtype) = (site.int(x, axis)?, site.int(x, axis + 1)?, site.dtype(x));
+        let even = 1 << (d / 2).trailing_zeros().min(4);
+        let vec = site.vector(&[x, y], even.min(16 / dtype.size()));
+        // Tables of at most 32 KiB.
+        let rows = (4096 / (d / 2)).clamp(1, 8);
+        if d > 8192 {
+            return because(format!("heads of {d} are wider than 8192"));
+        }
+        let all = Expr::product(&shape[..axis]);
+        let l = Stub::new("rotary", "rotary", THREADS)
+            .element("T", dtype)
+            .int("heads", heads)
+            .tag(format!("h{heads}"))
+            .int("head_dim", d)
+            .tag(format!("d{d}"))
+            .line(format!("static constexpr double log2_base = {:?};", self.base.log2()))
+            .flag("inverse", self.inverse)
+            .tag(if self.inverse { "back" } else { "forth" })
+            .int("vec", vec)
+            .int("rows", rows)
+            .int("threads", THREADS)
+            .hashed()
+            .read("x", dtype, x)
+            .i64("x_stride", site.row_stride(x, axis)?)
+            .write("y", dtype, y)
+            .i64("y_stride", site.row_stride(y, axis)?)
+            .i64("rows", all.clone())
+            .i32("period", &shape[axis - 1])
+            .launch((all.ceil_div(rows), 1, 1));
+        Ok(vec![Form::new("rotary", format!("{rows} rows a block share a table of sines"), vec![l.into()])])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_warp_holds_a_row_while_its_registers_do() {
+        let choose = |width, vec, most| Lanes::choose(width, vec, most).map(|l| (l.lanes, l.threads));
+        // The 370M model: the residual stream and the gated norm, forward and backward.
+        assert_eq!(choose(1024, 8, 32), Some((32, 128)));
+        assert_eq!(choose(1024, 8, 16), Some((64, 64)));
+        assert_eq!(choose(2048, 8, 32), Some((64, 64)));
+        assert_eq!(choose(2048, 8, 16), Some((128, 128)));
+        // Norms over a head.
+        assert_eq!(choose(64, 8, 32), Some((8, 128)));
+        assert_eq!(choose(33, 1, 32), Some((32, 128)));
+        assert_eq!(choose(1, 1, 32), Some((1, 128)));
+        assert_eq!(choose(1024 * 33, 8, 32), None);
+    }
+}

@@ -1,0 +1,371 @@
+//! The selective scan: states in registers where (sequence, head) pairs fill the GPU, three passes over segments where
+//! they don't, and one token by itself.
+
+use super::{Cuda, Site, Unsupported, because};
+use crate::cuda::expr::Expr;
+use crate::cuda::form::{Call, Condition, Form, Launch, Operand};
+use crate::cuda::stub::Stub;
+use crate::cuda::target::Target;
+use rambac_ir::ops::*;
+use rambac_ir::{DType, Dim};
+
+/// Sizes of a scan.
+pub(super) struct Scan {
+    pub n: Dim,
+    pub l: Dim,
+    pub heads: usize,
+    pub head_dim: usize,
+    pub groups: usize,
+    pub state: usize,
+    pub dtype: DType,
+    /// head_dim and state are multiples of 16 and rows are whole pieces of 16 bytes; else elements are moved one by one.
+    pub whole: bool,
+}
+
+/// What a walk does beside carrying states.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Walk {
+    Outputs,
+    States,
+    Record,
+}
+
+/// How a block walks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Tile {
+    /// Tokens of a block.
+    pub block: usize,
+    /// Blocks copied ahead.
+    pub stages: usize,
+    /// Heads of a group side by side.
+    pub heads: usize,
+    /// Dynamic shared memory, in bytes; the kernel's `Shared` has the same.
+    pub shared: usize,
+    pub threads: usize,
+}
+
+impl Tile {
+    /// Shared memory of scan.cuh's `ScanWalk::Shared`.
+    fn shared(s: &Scan, walk: Walk, block: usize, stages: usize, heads: usize) -> usize {
+        let size = s.dtype.size();
+        let pad = 16 / size;
+        let (p, state) = s.full();
+        let (x, r) = (block * (heads * p + pad), block * (state + pad));
+        let outputs = walk == Walk::Outputs;
+        let stage = x + r + if outputs { r } else { pad };
+        let g = if outputs { heads * block * (block + pad) } else { pad };
+        let out = match walk {
+            Walk::Record => 16 * (state + pad),
+            Walk::Outputs if size == 2 => 256,
+            _ => pad,
+        };
+        let warps = heads * p / 16;
+        size * (stages * stage + g + warps * out) + heads * 5 * block * 4
+    }
+
+    /// The longest block that fits with two stages, else with one.  f32 takes 32 tokens: 64 would leave no registers for
+    /// copying ahead.
+    fn choose(s: &Scan, walk: Walk, heads: usize, target: &Target) -> Option<Tile> {
+        let blocks: &[usize] = if s.dtype.size() == 2 { &[64, 32, 16] } else { &[32, 16] };
+        let threads = 32 * heads * (s.full().0 / 16);
+        if threads > 1024 || !(s.heads / s.groups).is_multiple_of(heads) {
+            return None;
+        }
+        let all = blocks.iter().flat_map(|&block| [2, 1].map(|stages| (block, stages)));
+        all.map(|(block, stages)| {
+            let shared = Tile::shared(s, walk, block, stages, heads);
+            Tile { block, stages, heads, shared, threads }
+        })
+        .find(|t| t.shared <= target.shared_per_block)
+    }
+
+    /// Heads side by side share c·bᵀ and copies of b and c; 8 warps are enough.
+    fn heads(s: &Scan) -> usize {
+        let most = (8 / (s.full().0 / 16)).max(1);
+        (1..=most).rev().find(|h| (s.heads / s.groups).is_multiple_of(*h)).unwrap_or(1)
+    }
+}
+
+/// Tokens of a segment of the three passes: short ones for more blocks, long ones for fewer states.
+pub(super) const SEGMENTS: [usize; 2] = [1024, 256];
+
+pub(super) const X: Operand = Operand::Input(0);
+pub(super) const DT: Operand = Operand::Input(1);
+pub(super) const A: Operand = Operand::Input(2);
+pub(super) const B: Operand = Operand::Input(3);
+pub(super) const C: Operand = Operand::Input(4);
+pub(super) const D: Operand = Operand::Input(5);
+pub(super) const H0: Operand = Operand::Input(6);
+
+impl Scan {
+    /// `rows` are read or written in pieces of 16 bytes.
+    pub fn new(site: &Site, rows: &[Operand], contiguous: &[Operand]) -> Result<Scan, Unsupported> {
+        contiguous.iter().try_for_each(|&at| site.contiguous(at))?;
+        let shape = &site.inputs[0].ty.shape;
+        let (heads, head_dim) = (site.int(X, 2)?, site.int(X, 3)?);
+        let (groups, state, dtype) = (site.int(B, 2)?, site.int(B, 3)?, site.dtype(X));
+        if head_dim == 0 || state == 0 || head_dim > 256 || state > 256 {
+            return because(format!("head_dim {head_dim} and state {state} must be 1 to 256"));
+        }
+        let piece = 16 / dtype.size();
+        let whole = head_dim.is_multiple_of(16) && state.is_multiple_of(16) && site.vector(rows, piece) == piece;
+        Ok(Scan { n: shape[0].clone(), l: shape[1].clone(), heads, head_dim, groups, state, dtype, whole })
+    }
+    /// head_dim and state filled up to multiples of 16.
+    pub fn full(&self) -> (usize, usize) {
+        (self.head_dim.next_multiple_of(16), self.state.next_multiple_of(16))
+    }
+    /// The end of a form's reason where elements are moved one by one.
+    pub fn manner(&self) -> &'static str {
+        if self.whole { "" } else { "; elements one by one, since rows are no whole pieces of 16 bytes" }
+    }
+
+    /// Types and sizes that every kernel of the scan has.
+    pub fn sized(&self, stub: Stub) -> Stub {
+        stub.element("T", self.dtype)
+            .int("heads", self.heads)
+            .tag(format!("m{}", self.heads))
+            .int("groups", self.groups)
+            .tag(format!("g{}", self.groups))
+            .int("head_dim", self.head_dim)
+            .tag(format!("p{}", self.head_dim))
+            .int("state", self.state)
+            .tag(format!("r{}", self.state))
+            .flag("whole", self.whole)
+            .tag(if self.whole { "whole" } else { "ragged" })
+    }
+    pub fn walk(&self, header: &'static str, template: &'static str, t: Tile, reverse: bool) -> Stub {
+        self.sized(Stub::new(header, template, t.threads))
+            .int("block", t.block)
+            .tag(format!("q{}", t.block))
+            .int("heads_per_cta", t.heads)
+            .tag(format!("h{}", t.heads))
+            .int("stages", t.stages)
+            .tag(format!("s{}", t.stages))
+            .int("shared", t.shared)
+            .flag("reverse", reverse)
+            .tag(if reverse { "back" } else { "forth" })
+            .shared(t.shared)
+    }
+    /// Parameters (x, dt, a, b) that walks begin with; backward in time dy and c stand for x and b.
+    pub fn operands(&self, site: &Site, stub: Stub, x: Operand, b: Operand) -> Result<Stub, Unsupported> {
+        Ok(stub
+            .read("x", self.dtype, x)
+            .i64("x_stride", site.row_stride(x, 2)?)
+            .read("dt", self.dtype, DT)
+            .i64("dt_stride", site.row_stride(DT, 2)?)
+            .read("a", self.dtype, A)
+            .read("b", self.dtype, b)
+            .i64("b_stride", site.row_stride(b, 2)?))
+    }
+    pub fn states(&self) -> usize {
+        self.heads * self.head_dim * self.state
+    }
+    /// Blocks of a walk without segments.
+    pub fn pairs(&self, heads: usize) -> Expr {
+        Expr::from(&self.n) * (self.heads / heads)
+    }
+    /// Segments of a sequence, at least one.
+    pub fn segments(&self, segment: usize) -> Expr {
+        Expr::from(&self.l).ceil_div(segment).max(1)
+    }
+    pub fn grid(&self, segments: impl Into<Expr>, heads: usize) -> (Expr, Expr, Expr) {
+        (segments.into(), Expr::int(self.heads / heads), Expr::from(&self.n))
+    }
+
+    /// Passes one and two of three: states from which every segment begins, in `ends`; the last state goes to `last`.
+    #[allow(clippy::too_many_arguments)]
+    pub fn segment_states(
+        &self,
+        site: &Site,
+        t: Tile,
+        segment: usize,
+        (x, b): (Operand, Operand),
+        (first, last): (Operand, Operand),
+        (ends, decays): (Operand, Operand),
+        reverse: bool,
+    ) -> Result<[Launch; 2], Unsupported> {
+        const THREADS: usize = 128;
+        let segments = self.segments(segment);
+        let vec = if self.whole { site.vector(&[first, last], 4) } else { 1 };
+        let states = self
+            .operands(site, self.walk("scan", "scan_states", t, reverse), x, b)?
+            .write("ends", DType::F32, ends)
+            .write("decays", DType::F32, decays)
+            .i32("l", &self.l)
+            .i32("segment", segment)
+            .launch(self.grid(segments.clone(), t.heads));
+        let combine = self
+            .sized(Stub::new("scan", "scan_combine", THREADS))
+            .int("threads", THREADS)
+            .int("vec", vec)
+            .tag(format!("v{vec}"))
+            .flag("reverse", reverse)
+            .tag(if reverse { "back" } else { "forth" })
+            .write("ends", DType::F32, ends)
+            .read("decays", DType::F32, decays)
+            .read("h0", self.dtype, first)
+            .write("h", self.dtype, last)
+            .i32("segments", segments)
+            .launch(((self.head_dim * self.state).div_ceil(vec * THREADS), self.heads, &self.n));
+        Ok([states, combine])
+    }
+    /// A tile with blocks of another length.
+    pub fn refit(&self, walk: Walk, t: Tile, block: usize, target: &Target) -> Result<Tile, Unsupported> {
+        let all =
+            [2, 1].map(|stages| Tile { block, stages, shared: Tile::shared(self, walk, block, stages, t.heads), ..t });
+        match all.into_iter().find(|t| t.shared <= target.shared_per_block) {
+            Some(t) => Ok(t),
+            None => because(format!("walks in blocks of {block} need more than {} bytes", target.shared_per_block)),
+        }
+    }
+    pub fn tile(&self, walk: Walk, heads: usize, target: &Target) -> Result<Tile, Unsupported> {
+        match Tile::choose(self, walk, heads, target) {
+            Some(t) => Ok(t),
+            None => because(format!(
+                "head_dim {} and state {} need more than {} bytes of shared memory",
+                self.head_dim, self.state, target.shared_per_block
+            )),
+        }
+    }
+}
+
+/// Walks of whole sequences fill the GPU from here on: three quarters of its multiprocessors.
+pub(super) fn enough(target: &Target) -> Expr {
+    Expr::int((3 * target.sms).div_ceil(4))
+}
+
+impl SelectiveScan {
+    fn one_token(&self, site: &Site, s: &Scan) -> Result<Form, Unsupported> {
+        const THREADS: usize = 128;
+        let (y, h) = (Operand::Output(0), Operand::Output(1));
+        let vec = if s.whole { site.vector(&[H0, h], 16 / s.dtype.size()) } else { 1 };
+        let lanes = s.state.div_ceil(vec).next_power_of_two().min(32);
+        let l = s
+            .operands(site, s.sized(Stub::new("scan_step", "scan_step", THREADS)), X, B)?
+            .int("vec", vec)
+            .tag(format!("v{vec}"))
+            .int("lanes", lanes)
+            .int("threads", THREADS)
+            .read("c", s.dtype, C)
+            .i64("c_stride", site.row_stride(C, 2)?)
+            .read("d", s.dtype, D)
+            .read("h0", s.dtype, H0)
+            .write("y", s.dtype, y)
+            .i64("y_stride", site.row_stride(y, 2)?)
+            .write("h", s.dtype, h)
+            .launch(((s.heads * s.head_dim).div_ceil(THREADS / lanes), &s.n, 1));
+        let why = format!("one token: {lanes} lanes a row of the state{}", s.manner());
+        let (l1, one) = (Expr::from(&s.l), Expr::int(1));
+        let form = Form::new("scan_step", why, vec![l.into()]);
+        Ok(form.when(Condition::AtLeast(l1.clone(), one)).when(Condition::Below(l1, Expr::int(2))))
+    }
+
+    /// `l` is given where a kernel needs no segment.
+    fn outputs(&self, site: &Site, s: &Scan, t: Tile, from: Option<Operand>) -> Result<Stub, Unsupported> {
+        let (y, h) = (Operand::Output(0), Operand::Output(1));
+        let template = if from.is_some() { "scan_outputs" } else { "selective_scan" };
+        let stub = s
+            .operands(site, s.walk("scan", template, t, false), X, B)?
+            .read("c", s.dtype, C)
+            .i64("c_stride", site.row_stride(C, 2)?)
+            .read("d", s.dtype, D);
+        let stub = match from {
+            Some(at) => stub.read("starts", DType::F32, at),
+            None => stub.read("h0", s.dtype, H0),
+        };
+        let stub = stub.write("y", s.dtype, y).i64("y_stride", site.row_stride(y, 2)?);
+        let stub = if from.is_some() { stub } else { stub.write("h", s.dtype, h) };
+        Ok(stub.i32("l", &s.l))
+    }
+
+    fn one_pass(&self, site: &Site, s: &Scan, heads: usize) -> Result<Form, Unsupported> {
+        let t = s.tile(Walk::Outputs, heads, site.target)?;
+        let l = self.outputs(site, s, t, None)?.launch(s.grid(1, heads));
+        let why = format!("{} blocks keep the states of {heads} heads each in registers{}", s.pairs(heads), s.manner());
+        Ok(Form::new("selective_scan", why, vec![l.into()]))
+    }
+
+    fn three_passes(&self, site: &Site, s: &Scan, segment: usize) -> Result<Form, Unsupported> {
+        let heads = Tile::heads(s);
+        let (ends, decays) = (Operand::Workspace(0), Operand::Workspace(1));
+        let t = s.tile(Walk::States, heads, site.target)?;
+        let [states, combine] =
+            s.segment_states(site, t, segment, (X, B), (H0, Operand::Output(1)), (ends, decays), false)?;
+        let t = s.tile(Walk::Outputs, heads, site.target)?;
+        let outputs = self.outputs(site, s, t, Some(ends))?.i32("segment", segment);
+        let calls: Vec<Call> =
+            vec![states.into(), combine.into(), outputs.launch(s.grid(s.segments(segment), heads)).into()];
+        let (all, manner) = (s.pairs(1), s.manner());
+        let why = format!("{all} heads are few: segments of {segment} tokens, their states added up{manner}");
+        let count = Expr::from(&s.n) * s.segments(segment);
+        let form = Form::new("scan_segments", why, calls);
+        Ok(form.with("ends", DType::F32, count.clone() * s.states()).with("decays", DType::F32, count * s.heads))
+    }
+}
+
+impl Cuda for SelectiveScan {
+    fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
+        let (y, h) = (Operand::Output(0), Operand::Output(1));
+        let s = Scan::new(site, &[X, B, C, y], &[A, D, H0, h])?;
+        let mut forms = vec![];
+        if s.l.as_int().is_none_or(|l| l == 1) {
+            forms.push(self.one_token(site, &s)?);
+        }
+        let most = Tile::heads(&s);
+        for heads in if most > 1 { vec![most, 1] } else { vec![1] } {
+            forms.push(self.one_pass(site, &s, heads)?.when(Condition::AtLeast(s.pairs(heads), enough(site.target))));
+        }
+        // Short sequences: one walk is over before three have begun.
+        let few = Expr::int(2 * SEGMENTS[1] + 1);
+        forms.push(self.one_pass(site, &s, 1)?.when(Condition::Below(Expr::from(&s.l), few)));
+        let [long, short] = SEGMENTS;
+        let blocks = s.pairs(Tile::heads(&s)) * s.segments(long);
+        let full = Expr::int(2 * site.target.sms);
+        forms.push(self.three_passes(site, &s, long)?.when(Condition::AtLeast(blocks, full)));
+        forms.push(self.three_passes(site, &s, short)?);
+        Ok(forms)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cuda::target::Arch;
+
+    fn scan(heads: usize, head_dim: usize, state: usize, dtype: DType) -> Scan {
+        Scan { n: Dim::sym("N"), l: Dim::sym("L"), heads, head_dim, groups: 1, state, dtype, whole: true }
+    }
+
+    #[test]
+    fn the_tile_of_the_370m_model() {
+        let s = scan(32, 64, 128, DType::BF16);
+        assert_eq!(Tile::heads(&s), 2);
+        for arch in Arch::ALL {
+            let t = s.tile(Walk::Outputs, 2, &Target::of(arch)).unwrap();
+            assert_eq!(t, Tile { block: 64, stages: 2, heads: 2, shared: 129_536, threads: 256 });
+        }
+        let s = scan(32, 64, 128, DType::F32);
+        assert_eq!(s.tile(Walk::Outputs, 1, &Target::of(Arch::Sm80)).unwrap().block, 32);
+    }
+
+    #[test]
+    fn large_states_take_less_ahead_or_are_refused() {
+        let a100 = Target::of(Arch::Sm80);
+        let s = scan(8, 128, 256, DType::BF16);
+        assert_eq!(Tile::heads(&s), 1);
+        let t = s.tile(Walk::Outputs, 1, &a100).unwrap();
+        assert_eq!((t.block, t.stages), (64, 1));
+        let small = Target { shared_per_block: 16 * 1024, ..a100 };
+        let e = s.tile(Walk::Outputs, 1, &small).unwrap_err();
+        assert_eq!(e.to_string(), "head_dim 128 and state 256 need more than 16384 bytes of shared memory");
+    }
+
+    #[test]
+    fn heads_share_a_block_where_their_number_allows() {
+        assert_eq!(Tile::heads(&scan(30, 16, 16, DType::F32)), 6);
+        assert_eq!(Tile::heads(&scan(7, 64, 16, DType::F32)), 1);
+        let groups = Scan { groups: 4, ..scan(8, 32, 16, DType::F32) };
+        assert_eq!(Tile::heads(&groups), 2);
+    }
+}
