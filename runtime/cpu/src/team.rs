@@ -3,7 +3,8 @@
 //! Waking a sleeping thread costs tens of microseconds, as much as a whole step of decoding.  In a team one thread runs
 //! the program and the others wait, spinning, for the loops of [`par::for_each`](crate::par::for_each).  A loop's tasks
 //! are dealt in runs of neighbours, so that a thread streams contiguous memory; who is done takes tasks from the end of
-//! another's run.  A thread that comes late, or never, is not waited for.
+//! another's run.  A thread that does not come at once is not waited for, and not let in later: it might be inside a task
+//! that the program itself waits for.
 //! Invariants: as in `par`, what a task computes depends on its index alone.  A loop inside a task is no business of the
 //! team: it runs on the pool as ever.
 
@@ -59,6 +60,8 @@ pub(crate) struct Team {
     shares: [Share; MOST],
     /// Shares in use.
     threads: usize,
+    /// Twice the number of helpers that have come; odd when nobody is let in any more.
+    door: AtomicUsize,
     /// Threads that are, or may be, inside the open loop.
     helping: AtomicUsize,
     over: AtomicBool,
@@ -132,6 +135,7 @@ pub fn run<R: Send>(pool: &rayon::ThreadPool, f: impl FnOnce() -> R + Send) -> R
         job: UnsafeCell::new(null::<fn(usize)>() as *const Task<'static>),
         shares: [const { Share(AtomicU64::new(0)) }; MOST],
         threads,
+        door: AtomicUsize::new(0),
         helping: AtomicUsize::new(0),
         over: AtomicBool::new(false),
         panic: Mutex::new(None),
@@ -140,6 +144,7 @@ pub fn run<R: Send>(pool: &rayon::ThreadPool, f: impl FnOnce() -> R + Send) -> R
         let _over = Over(&team);
         // A program inside a team's task is none of that team's loops.
         let _member = Member::join();
+        team.close_door();
         let _entered = Entered::new(&team);
         f()
     };
@@ -159,6 +164,23 @@ impl Team {
         } else {
             self.help(me);
         }
+    }
+
+    /// Waits a little for the helpers, then goes without those that are missing.
+    fn close_door(&self) {
+        for _ in 0..PATIENCE {
+            if self.door.load(Relaxed) / 2 + 1 == self.threads {
+                break;
+            }
+            std::hint::spin_loop();
+        }
+        self.door.fetch_add(1, SeqCst);
+    }
+
+    /// Whether a helper that comes now is let in.
+    fn enter(&self) -> bool {
+        let open = |door: usize| door.is_multiple_of(2).then_some(door + 2);
+        self.door.fetch_update(SeqCst, SeqCst, open).is_ok()
     }
 
     /// Calls `f` for every index below `tasks`, on this thread and on whoever helps; false if it is not for a team.
@@ -209,6 +231,9 @@ impl Team {
     fn help(&self, me: usize) {
         // A member that waits for a loop of its own may meet this call in its queue: it must not wait here for others.
         let Some(_member) = Member::join() else { return };
+        if !self.enter() {
+            return;
+        }
         let (mut done, mut looks) = (0, 0);
         while !self.over.load(Acquire) {
             let epoch = self.epoch.load(SeqCst);
@@ -279,6 +304,17 @@ mod tests {
             });
         });
         assert_eq!(count.into_inner(), 1000);
+    }
+
+    /// Loops of rayon itself inside a program, as long as threads still come: nobody waits for ever.
+    #[test]
+    fn team_beside_loops_of_the_pool() {
+        use rayon::prelude::*;
+        let p = pool(5);
+        for _ in 0..2000 {
+            let sum: usize = run(&p, || (0..64usize).into_par_iter().with_max_len(1).map(|i| i + 1).sum());
+            assert_eq!(sum, 65 * 32);
+        }
     }
 
     #[test]

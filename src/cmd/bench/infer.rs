@@ -15,6 +15,7 @@ use rambac_ir::ops::{Op, SourceKind};
 use rambac_ir::{Bindings, Cost};
 use rambac_models::Config;
 use rambac_models::data::rng;
+use rambac_runtime::session::Segment;
 use rambac_runtime::{Session, SessionOptions};
 use rand::Rng;
 use serde_json::json;
@@ -34,7 +35,8 @@ pub fn run(a: &Bench, config: &Config, weights: Option<&Path>, pool: Arc<rayon::
     let options = SessionOptions { sequences: a.batch, passes: a.weights.options(), ..SessionOptions::default() };
     let params = model::parameters_for(&graphs, &options.passes, config, weights)?;
     let session = Session::new(&graphs, params, pool.clone(), &options).map_err(wrap)?;
-    let mut b = Infer { a, config, session, rng: rng::stream(0, "bench", &[]) };
+    let mut b =
+        Infer { a, config, session, rng: rng::stream(0, "bench", &[]), segment: Segment::default(), logits: vec![] };
     let r = if a.what == Work::Decode { b.decode()? } else { b.prefill()? };
     // Before the rates are measured, which takes memory of its own.
     let rss = machine::peak_rss();
@@ -65,6 +67,9 @@ struct Infer<'a> {
     config: &'a Config,
     session: Session,
     rng: rand_chacha::ChaCha8Rng,
+    /// Of the last step.
+    segment: Segment,
+    logits: Vec<f32>,
 }
 
 impl Infer<'_> {
@@ -86,9 +91,10 @@ impl Infer<'_> {
     }
 
     /// One more token in every sequence; the logits.
-    fn step(&mut self, ids: &[i32]) -> Result<Vec<f32>> {
-        let hidden = self.session.step(ids).map_err(wrap)?.hidden;
-        self.session.logits(&hidden).map_err(wrap)
+    fn step(&mut self, ids: &[i32]) -> Result<&[f32]> {
+        self.session.step_into(ids, &mut self.segment).map_err(wrap)?;
+        self.session.logits_into(&self.segment.hidden, &mut self.logits).map_err(wrap)?;
+        Ok(&self.logits)
     }
 
     fn record(&mut self) {
