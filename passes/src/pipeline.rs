@@ -1,6 +1,8 @@
 //! The passes in order.
 
-use crate::{cse, dce, fold, fuse_attention, fuse_map, fuse_selection, narrow, recompute, simplify};
+use crate::{
+    cse, dce, fold, fuse_attention, fuse_epilogue, fuse_map, fuse_norm, fuse_selection, narrow, recompute, simplify,
+};
 use rambac_ir::Graph;
 
 /// What a user can choose about compiling.
@@ -22,11 +24,14 @@ pub const PASSES: &[Pass] = &[
     ("fold", |g, _| fold::fold(g)),
     ("simplify", |g, _| simplify::simplify(g)),
     ("cse", |g, _| cse::cse(g)),
+    ("fuse_norm", |g, _| fuse_norm::fuse_norm(g)),
     ("fuse_selection", |g, _| fuse_selection::fuse_selection(g)),
     ("fuse_attention", |g, _| fuse_attention::fuse_attention(g)),
     ("recompute", |g, o| if o.recompute { recompute::recompute(g) } else { g.clone() }),
     ("fuse_map", |g, _| fuse_map::fuse_map(g)),
     ("dce", |g, _| dce::dce(g)),
+    ("fuse_residual", |g, _| fuse_norm::fuse_residual(g)),
+    ("fuse_epilogue", |g, _| fuse_epilogue::fuse_epilogue(g)),
 ];
 
 /// Runs every pass; `seen` is told of each result (for `explain` and the viewer).

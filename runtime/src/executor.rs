@@ -4,6 +4,7 @@
 //! pointers and calls kernels.  The arena is allocated once and grows to the largest plan it has served.
 
 use crate::cpu::{Arg, KernelError, run_kernel};
+use crate::pages;
 use crate::store::Store;
 use crate::tensor::{Tensor, TensorRef};
 use rambac_codegen::plan::ALIGN;
@@ -43,6 +44,11 @@ pub enum ExecError {
     OutOfMemory { program: String, need: usize, dims: String },
 }
 
+/// An arena's alignment: large ones may lie in huge pages.
+fn align(size: usize) -> usize {
+    if size >= pages::HUGE { pages::HUGE } else { ALIGN }
+}
+
 /// Memory aligned for any kernel.
 struct Arena {
     ptr: *mut u8,
@@ -62,19 +68,22 @@ impl Arena {
             return true;
         }
         self.free();
-        let Ok(layout) = Layout::from_size_align(size, ALIGN) else { return false };
+        let Ok(layout) = Layout::from_size_align(size, align(size)) else { return false };
         // SAFETY: the layout is not empty, `size > self.size >= 0`.
-        let ptr = unsafe { std::alloc::alloc_zeroed(layout) };
+        let ptr = unsafe { std::alloc::alloc(layout) };
         if ptr.is_null() {
             return false;
         }
+        pages::prefer_huge(ptr, size);
+        // SAFETY: the memory just allocated.
+        unsafe { ptr.write_bytes(0, size) };
         (self.ptr, self.size) = (ptr, size);
         true
     }
     fn free(&mut self) {
         if self.size > 0 {
             // SAFETY: allocated by `reserve` with this layout.
-            unsafe { std::alloc::dealloc(self.ptr, Layout::from_size_align_unchecked(self.size, ALIGN)) };
+            unsafe { std::alloc::dealloc(self.ptr, Layout::from_size_align_unchecked(self.size, align(self.size))) };
             // Not an assignment of `empty()`: that would drop, and free, the old value again.
             self.ptr = std::ptr::without_provenance_mut(ALIGN);
             self.size = 0;

@@ -19,8 +19,8 @@ macro_rules! for_each_op {
             Source, Constant, Iota,
             Unary, Binary, Where, Cast, FusedMap,
             Broadcast, Reshape, Transpose, Slice, Pad, Concat,
-            Reduce, MatMul,
-            RmsNorm, RmsNormGrad, Rotary, Embedding, EmbeddingGrad, CrossEntropy, CrossEntropyGrad,
+            Reduce, MatMul, MatMulMap,
+            RmsNorm, RmsNormGrad, GatedRmsNorm, GatedRmsNormGrad, Rotary, Embedding, EmbeddingGrad, CrossEntropy, CrossEntropyGrad,
             CausalConv1d, CausalConv1dGrad, SelectiveScan, SelectiveScanGrad, Attention, AttentionGrad,
             Summarise, Score, ScoreGrad, Select, Weigh, WeighGrad, Attend, AttendGrad, Aggregate, AggregateGrad,
             Selection, SelectionGrad, ChunkAttention, ChunkAttentionGrad
@@ -36,8 +36,10 @@ mod chunk_attention;
 mod cross_entropy;
 mod embedding;
 mod fused_map;
+mod gated_rms_norm;
 mod map;
 mod matmul;
+mod matmul_map;
 mod reduce;
 mod rms_norm;
 mod rotary;
@@ -58,8 +60,10 @@ pub use chunk_attention::{ChunkAttention, ChunkAttentionGrad};
 pub use cross_entropy::{CrossEntropy, CrossEntropyGrad};
 pub use embedding::{Embedding, EmbeddingGrad};
 pub use fused_map::{FusedMap, MapBody, MapFn, MapInst};
+pub use gated_rms_norm::{GatedRmsNorm, GatedRmsNormGrad};
 pub use map::{Binary, BinaryFn, Cast, Unary, UnaryFn, Where};
 pub use matmul::MatMul;
+pub use matmul_map::MatMulMap;
 pub use reduce::{Reduce, ReduceFn};
 pub use rms_norm::{RmsNorm, RmsNormGrad};
 pub use rotary::Rotary;

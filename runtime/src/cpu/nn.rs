@@ -1,9 +1,12 @@
 //! Products, norms, embeddings, loss, convolution, rotary, reductions.
 
+use super::map::Region;
 use super::{Arg, CpuKernel, KernelError};
 use rambac_cpu::kernels::{conv, cross_entropy, embedding, gemm, norm, reduce, rotary};
 use rambac_ir::DType;
 use rambac_ir::ops::*;
+use rambac_ir::ty::ConcreteTy;
+use std::ops::Range;
 
 fn last(x: &Arg) -> usize {
     x.shape().last().copied().unwrap_or(1)
@@ -16,7 +19,7 @@ impl CpuKernel for MatMul {
             // One matrix for all rows.
             let (a, c) = (x[0].mat(last(&x[0])), y[0].mat_mut(last(&y[0])));
             if x[1].ty.dtype == DType::BF16 {
-                gemm::matmul_bf16(a, x[1].mat_bf16(last(&x[1])), c);
+                gemm::matmul_bf16(a, x[1].mat_bf16(last(&x[1])), c, None);
                 return Ok(());
             }
             let b = x[1].mat(last(&x[1]));
@@ -31,6 +34,32 @@ impl CpuKernel for MatMul {
     }
 }
 
+impl CpuKernel for MatMulMap {
+    fn run(&self, x: &[Arg], y: &[Arg]) -> Result<(), KernelError> {
+        let n = last(&y[0]);
+        // The product waits in the first result, or beside where that is no f32.
+        let (mut beside, ty) = (vec![], ConcreteTy { dtype: DType::F32, shape: y[0].shape().to_vec() });
+        let held = if y[0].ty.dtype == DType::F32 {
+            y[0].reborrow()
+        } else {
+            beside.resize(ty.elements(), 0.0f32);
+            Arg::new(beside.as_mut_ptr().cast(), 0, &ty, None)
+        };
+        let operands: Vec<&Arg> = std::iter::once(&held).chain(&x[2..]).collect();
+        let region = Region::new(&self.body, &self.outs, operands, y);
+        let then = |rows: Range<usize>, cols: Range<usize>| {
+            // SAFETY: every element is in one part, and its product is finished.
+            unsafe { region.part(n, rows, cols) }
+        };
+        let (a, c) = (x[0].mat(last(&x[0])), held.mat_mut(n));
+        match x[1].ty.dtype {
+            DType::BF16 => gemm::matmul_bf16(a, x[1].mat_bf16(last(&x[1])), c, Some(&then)),
+            _ => gemm::matmul_then(a, self.trans_a, x[1].mat(last(&x[1])), self.trans_b, c, &then),
+        }
+        Ok(())
+    }
+}
+
 impl CpuKernel for RmsNorm {
     fn run(&self, x: &[Arg], y: &[Arg]) -> Result<(), KernelError> {
         let d = x[0].rows_for(last(&x[0]), &[&y[0]]);
@@ -41,8 +70,35 @@ impl CpuKernel for RmsNorm {
 
 impl CpuKernel for RmsNormGrad {
     fn run(&self, x: &[Arg], y: &[Arg]) -> Result<(), KernelError> {
-        let d = x[0].rows_for(last(&x[0]), &[&x[2], &y[0]]);
-        norm::rms_norm_backward(x[0].mat(d), x[1].f32(), self.eps as f32, x[2].mat(d), y[0].mat_mut(d), y[1].f32_mut());
+        let others: Vec<&Arg> = x[2..].iter().chain([&y[0]]).collect();
+        let d = x[0].rows_for(last(&x[0]), &others);
+        let (dy, base) = (x[2].mat(d), x.get(3).map(|b| b.mat(d)));
+        norm::rms_norm_backward(x[0].mat(d), x[1].f32(), self.eps as f32, dy, base, y[0].mat_mut(d), y[1].f32_mut());
+        Ok(())
+    }
+}
+
+impl CpuKernel for GatedRmsNorm {
+    fn run(&self, x: &[Arg], y: &[Arg]) -> Result<(), KernelError> {
+        let d = x[0].rows_for(last(&x[0]), &[&x[1], &y[0]]);
+        norm::gated_rms_norm(x[0].mat(d), x[1].mat(d), x[2].f32(), self.eps as f32, y[0].mat_mut(d));
+        Ok(())
+    }
+}
+
+impl CpuKernel for GatedRmsNormGrad {
+    fn run(&self, x: &[Arg], y: &[Arg]) -> Result<(), KernelError> {
+        let d = x[0].rows_for(last(&x[0]), &[&x[1], &x[3], &y[0], &y[1]]);
+        norm::gated_rms_norm_backward(
+            x[0].mat(d),
+            x[1].mat(d),
+            x[2].f32(),
+            self.eps as f32,
+            x[3].mat(d),
+            y[0].mat_mut(d),
+            y[1].mat_mut(d),
+            y[2].f32_mut(),
+        );
         Ok(())
     }
 }

@@ -87,14 +87,29 @@ pub fn rms_norm(x: Mat, weight: &[f32], eps: f32, y: MatMut) {
     });
 }
 
-/// Gradients of `rms_norm`: dx (rows, cols), dw (weight.len()).
-pub fn rms_norm_backward(x: Mat, weight: &[f32], eps: f32, dy: Mat, dx: MatMut, dw: &mut [f32]) {
+simd_fn! {
+    fn add<'a, S>(x: &'a [f32], y: &'a mut [f32]) {
+        for (y, x) in y.iter_mut().zip(x) {
+            *y += x;
+        }
+    }
+}
+
+/// Gradients of `rms_norm`: dx (rows, cols), to which `base` is added, and dw (weight.len()).
+pub fn rms_norm_backward(x: Mat, weight: &[f32], eps: f32, dy: Mat, base: Option<Mat>, dx: MatMut, dw: &mut [f32]) {
     check(&x, weight.len(), &[(dy.rows(), dy.cols()), (dx.rows(), dx.cols())]);
+    if let Some(base) = &base {
+        check(&x, weight.len(), &[(base.rows(), base.cols())]);
+    }
     blocks_with_dw(x.rows(), 10 * x.cols(), weight.len(), dw, |start, end, dw| {
         par::with_scratch(weight.len(), |g| {
             for i in start..end {
                 // SAFETY: row i belongs to this task.
-                row_backward(x.row(i), weight, eps, dy.row(i), g, unsafe { dx.row_unchecked(i) }, dw);
+                let dx = unsafe { dx.row_unchecked(i) };
+                row_backward(x.row(i), weight, eps, dy.row(i), g, dx, dw);
+                if let Some(base) = &base {
+                    add(base.row(i), dx);
+                }
             }
         });
     });
