@@ -1,6 +1,8 @@
 //! The command line.
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use rambac_codegen::Memory;
+use rambac_ir::Bindings;
 use std::path::PathBuf;
 
 /// An ML compiler and executor for state-space and sparse-attention sequence models.
@@ -196,9 +198,8 @@ pub struct Train {
     /// Share of rows that go on from the scan states of the step before
     #[arg(long, allow_negative_numbers = true, value_name = "SHARE", default_value_t = 0.0)]
     pub state_passing: f64,
-    /// Compute activations again in the backward instead of keeping them: less memory, more time
-    #[arg(long)]
-    pub recompute: bool,
+    #[command(flatten)]
+    pub memory: MemoryArgs,
     /// Folder for checkpoints and metrics.jsonl; DIR/latest is always the newest whole checkpoint
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
@@ -208,7 +209,7 @@ pub struct Train {
     /// Go on with a run, bit for bit; all settings come from its checkpoint
     #[arg(long, value_name = "DIR", conflicts_with_all = [
         "model", "task", "data", "tokenizer", "curriculum", "len", "batch", "accumulate", "steps", "lr", "lr_floor", "warmup",
-        "weight_decay", "clip", "fan_in", "state_passing", "recompute", "seed",
+        "weight_decay", "clip", "fan_in", "state_passing", "recompute", "memory_limit", "seed",
     ])]
     pub resume: Option<PathBuf>,
     #[arg(long, default_value_t = 0)]
@@ -218,6 +219,28 @@ pub struct Train {
     /// One JSON object per step on standard output instead of a progress bar
     #[arg(long)]
     pub json: bool,
+}
+
+/// How much memory a training step may take.
+#[derive(Args, Clone, Copy, Debug, Default)]
+pub struct MemoryArgs {
+    /// Compute all activations again in the backward instead of keeping them: least memory, more time
+    #[arg(long)]
+    pub recompute: bool,
+    /// Stay within this much memory, e.g. 2GiB or 800M, computing as little again as that takes
+    #[arg(long, value_name = "SIZE", value_parser = bytes, conflicts_with = "recompute")]
+    pub memory_limit: Option<usize>,
+}
+
+impl MemoryArgs {
+    /// What the flags ask for, at each of these dims.
+    pub fn choice(self, dims: Vec<Bindings>) -> Memory {
+        match (self.memory_limit, self.recompute) {
+            (Some(limit), _) => Memory::Within { limit, dims },
+            (None, true) => Memory::Recompute,
+            (None, false) => Memory::Keep,
+        }
+    }
 }
 
 /// Where training runs.
@@ -309,6 +332,27 @@ pub fn size(s: &str) -> Result<usize, String> {
     n.checked_mul(unit).filter(|&n| n > 0).ok_or_else(|| format!("{s}: too large or zero"))
 }
 
+/// `2GiB`, `800M`, `1.5 GB`: units of 1024 with or without `iB`, of 1000 with `B` alone.
+pub fn bytes(s: &str) -> Result<usize, String> {
+    let wanted = || format!("{s}: a size such as 2GiB, 800M or 1.5GB is wanted");
+    let text = s.trim();
+    let unit = text.find(|c: char| c.is_ascii_alphabetic()).ok_or_else(wanted)?;
+    let (number, unit) = (text[..unit].trim(), text[unit..].to_ascii_lowercase());
+    let number: f64 = number.parse().map_err(|_| wanted())?;
+    let power = |c: char| "kmgt".find(c).map(|p| p as i32 + 1);
+    let scale = match (unit.chars().next().and_then(power), unit.get(1..)) {
+        (Some(p), Some("" | "ib")) => 1024f64.powi(p),
+        (Some(p), Some("b")) => 1000f64.powi(p),
+        (None, _) if unit == "b" => 1.0,
+        _ => return Err(wanted()),
+    };
+    let bytes = number * scale;
+    if !(1.0..9e18).contains(&bytes) {
+        return Err(format!("{s}: too large or zero"));
+    }
+    Ok(bytes as usize)
+}
+
 /// What to time.
 #[derive(Clone, Copy, ValueEnum, PartialEq, Eq, Debug)]
 pub enum Work {
@@ -350,12 +394,11 @@ pub struct Bench {
     /// Timed runs, after two that do not count
     #[arg(long, default_value_t = 5, value_parser = positive())]
     pub runs: usize,
-    /// Compute activations again in the backward: less memory, more work
-    #[arg(long)]
-    pub recompute: bool,
     /// How the weights lie in memory: forward, prefill and decode
     #[arg(long, value_enum, default_value_t = Weights::F32)]
     pub weights: Weights,
+    #[command(flatten)]
+    pub memory: MemoryArgs,
     /// Also the time per kind of op
     #[arg(long)]
     pub profile: bool,
@@ -380,9 +423,8 @@ pub struct Explain {
     /// The whole training step in place of the loss alone
     #[arg(long)]
     pub train: bool,
-    /// With activations computed again in the backward
-    #[arg(long)]
-    pub recompute: bool,
+    #[command(flatten)]
+    pub memory: MemoryArgs,
     /// Print the optimised graph in text form instead
     #[arg(long, conflicts_with_all = ["program", "json"])]
     pub ir: bool,
@@ -463,4 +505,22 @@ pub struct Generate {
     /// Go on with the sequence that --store FILE left: the prompt follows what it has read and written
     #[arg(long, value_name = "FILE", conflicts_with = "store")]
     pub resume_store: Option<PathBuf>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_in_bytes() {
+        let same =
+            [("2GiB", 2 << 30), ("2g", 2 << 30), ("800M", 800 << 20), ("1.5 GB", 1_500_000_000), ("64kib", 65536)];
+        for (text, n) in same {
+            assert_eq!(bytes(text), Ok(n), "{text}");
+        }
+        assert_eq!((bytes("17b"), bytes("1T")), (Ok(17), Ok(1 << 40)));
+        for wrong in ["", "GiB", "2", "2X", "2GiBs", "-1G", "0M", "1e30G", "nanG", "2 G B", "1é"] {
+            assert!(bytes(wrong).is_err(), "{wrong:?} is {:?}", bytes(wrong));
+        }
+    }
 }

@@ -1,7 +1,9 @@
 //! Errors of the command, rendered by miette.
 
-use miette::{Diagnostic, LabeledSpan, NamedSource, Report, Severity};
-use rambac_ir::diagnostic;
+use miette::{Diagnostic, LabeledSpan, NamedSource, Report, Severity, miette};
+use rambac_codegen::FitError;
+use rambac_ir::{Sym, diagnostic};
+use rambac_runtime::TrainError;
 use std::path::PathBuf;
 
 /// What a verb returns.
@@ -11,6 +13,35 @@ pub type Result<T> = std::result::Result<T, Report>;
 pub fn wrap(e: impl std::error::Error + Send + Sync + 'static) -> Report {
     // Messages already say where and what to do; chains would repeat them.
     Report::msg(e.to_string())
+}
+
+/// A limit of memory that cannot be met, with what would help; other errors as [`wrap`].
+pub fn unfit(e: FitError) -> Report {
+    let FitError::TooSmall { ref dims, limit, least, arena, .. } = e else { return wrap(e) };
+    let fixed = least - arena;
+    let size = |sym: &str| dims.get(&Sym::new(sym));
+    let help = match (size("N"), size("L")) {
+        _ if limit <= fixed => "weights, optimiser and inputs alone are more than that: use a smaller model".into(),
+        (Some(n), Some(l)) => {
+            // Activations grow with the number of tokens; rounded down to whole chunks of any size in use.
+            let part = (limit - fixed) as f64 / arena as f64;
+            let len = (l as f64 * part) as usize / 64 * 64;
+            let rows = (n as f64 * part) as usize;
+            let batch = if rows > 0 { format!("--batch {rows}, or ") } else { String::new() };
+            let len = if len > 0 { format!("about --len {len}") } else { "a shorter --len".into() };
+            format!("use {batch}{len}, or --memory-limit {}M", least.div_ceil(1 << 20))
+        }
+        _ => format!("use smaller sizes, or --memory-limit {}M", least.div_ceil(1 << 20)),
+    };
+    miette!(help = help, "{e}")
+}
+
+/// What a trainer refuses.
+pub fn train(e: TrainError) -> Report {
+    match e {
+        TrainError::Fit(e) => unfit(e),
+        e => wrap(e),
+    }
 }
 
 /// A finding of the parser or the verifier with its source text.

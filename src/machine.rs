@@ -1,8 +1,8 @@
 //! What this machine is and how fast: what `bench` compares with and `doctor` prints.
 
-use rambac_cpu::kernels::gemm::matmul;
+use rambac_cpu::kernels::gemm::{self, matmul};
 use rambac_cpu::kernels::reduce::total;
-use rambac_cpu::{Mat, MatMut};
+use rambac_cpu::{Mat, MatMut, par};
 use rayon::prelude::*;
 use std::time::{Duration, Instant};
 
@@ -43,8 +43,9 @@ fn gemm_rate() -> f64 {
     let n = 1024;
     let fill = |k: usize| (0..n * n).map(|i| (i * k % 17) as f32 / 17.0 - 0.5).collect::<Vec<f32>>();
     let (a, b, mut c) = (fill(3), fill(5), vec![0.0f32; n * n]);
-    let t = shortest(|| {
-        matmul(Mat::new(&a, n, n), false, Mat::new(&b, n, n), false, MatMut::new(&mut c, n, n), false);
+    let mut scratch = vec![0.0; gemm::scratch(n, n, n, false, false) + 16];
+    let t = par::with_lent(&mut scratch, || {
+        shortest(|| matmul(Mat::new(&a, n, n), false, Mat::new(&b, n, n), false, MatMut::new(&mut c, n, n), false))
     });
     2.0 * (n as f64).powi(3) / t
 }

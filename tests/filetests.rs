@@ -19,7 +19,9 @@ use rambac_ir::ops::SourceKind;
 use rambac_ir::testing::Rng;
 use rambac_ir::{Bindings, Graph, HostArray, text, verify};
 use rambac_passes::train_step::gradient_graph;
-use rambac_passes::{Options, PASSES, fuse_attention, fuse_epilogue, fuse_selection, narrow, optimise, recompute};
+use rambac_passes::{
+    Options, PASSES, Recompute, fuse_attention, fuse_epilogue, fuse_loss, fuse_selection, narrow, optimise, recompute,
+};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
@@ -88,7 +90,7 @@ fn passes(t: &FileTest, names: &[&str]) -> Result<String, String> {
                 before = g.clone();
                 g
             }
-            "recompute" => recompute::recompute(&g),
+            "recompute" => recompute::recompute(&g, &Recompute::All),
             "narrow" => narrow::narrow(&g),
             "optimise" => optimise(&g, &Options::default()),
             name => match PASSES.iter().find(|(n, _)| *n == name) {
@@ -101,6 +103,7 @@ fn passes(t: &FileTest, names: &[&str]) -> Result<String, String> {
             "fuse_selection" => fuse_selection::unfused(&g),
             "fuse_attention" => fuse_attention::unfused(&g),
             "fuse_epilogue" => fuse_epilogue::unfused(&g),
+            "fuse_loss" => fuse_loss::unfused(&g),
             _ => vec![],
         });
     }

@@ -4,14 +4,17 @@
 //! - [`mod@lower`]: makes one from an optimised graph.
 //! - [`traits`]: what each op's kernels accept, from the one list of ops.
 //! - [`mod@plan`]: addresses and the peak at concrete dims.
+//! - [`mod@fit`]: what to compute again so that the peak stays below a limit.
 //! - [`nvrtc`]: CUDA C++ → PTX and CUBIN, where NVIDIA's compiler library is installed.
 
+pub mod fit;
 pub mod lower;
 pub mod nvrtc;
 pub mod plan;
 pub mod program;
 pub mod traits;
 
+pub use fit::{Fit, FitError, Memory, fit};
 pub use lower::lower;
-pub use plan::{MemoryPlan, plan};
+pub use plan::{MemoryPlan, Scratch, no_scratch, plan};
 pub use program::{Buffer, BufferId, BufferKind, Program, Step, View};

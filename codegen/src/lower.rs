@@ -353,7 +353,7 @@ impl Lowering<'_> {
             if !t.in_place && t.overwrites.is_empty() {
                 continue;
             }
-            for o in 0..s.outputs.len() {
+            for o in 0..self.steps[i].outputs.len() {
                 let s = &self.steps[i];
                 let y = &s.outputs[o];
                 let own = |v: &View| {

@@ -81,6 +81,8 @@ traits! {
     CrossEntropy: in [0], out [];
     CrossEntropyGrad: in [0], out [0];
     CausalConv1d: in [0], out [0], overwrites &[(1, 3)];
+    LinearCrossEntropy: in [0], out [];
+    LinearCrossEntropyGrad: in [0], out [0];
     CausalConv1dGrad: in [0, 4], out [0];
     SelectiveScan: in [0, 1, 3, 4], out [0], overwrites &[(1, 6)];
     SelectiveScanGrad: in [0, 1, 3, 4, 7], out [0, 1, 3, 4];

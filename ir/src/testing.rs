@@ -388,14 +388,40 @@ impl Grower {
             "cross_entropy" | "cross_entropy_grad" => {
                 let (rank, dtype) = (1 + self.rng.below(2), self.float_type());
                 let (rows, vocab) = (self.shape(rank, 60), self.int_below(17));
-                let logits = self.of(dtype, &rows.iter().chain([&Dim::int(vocab)]).collect::<Vec<_>>(), 8.0);
                 let labels = self.source(Ty::i32(rows.clone()), 0.0, vocab as f64 - 1.0);
+                // Half of them as models make them.
+                let linear = if self.rng.one_in(2) {
+                    let d = self.dim_below(17);
+                    let h = self.of(dtype, &rows.iter().chain([&d]).collect::<Vec<_>>(), 1.0);
+                    let w = self.of(dtype, &[&Dim::int(vocab), &d], 1.0);
+                    self.push(MatMul { trans_a: false, trans_b: true }, &[h, w], 17.0)
+                } else {
+                    None
+                };
+                let logits = match linear {
+                    Some(v) => v[0],
+                    None => self.of(dtype, &rows.iter().chain([&Dim::int(vocab)]).collect::<Vec<_>>(), 8.0),
+                };
                 let ignore = self.rng.pick(&[-100, 0]);
                 if mnemonic == "cross_entropy" {
                     self.push(CrossEntropy { ignore }, &[logits, labels], 24.0);
                 } else {
                     let dy = self.of(dtype, &rows.iter().collect::<Vec<_>>(), 8.0);
                     self.push(CrossEntropyGrad { ignore }, &[logits, labels, dy], 16.0);
+                }
+            }
+            "linear_cross_entropy" | "linear_cross_entropy_grad" => {
+                let (rank, dtype) = (1 + self.rng.below(2), self.float_type());
+                let (rows, vocab, d) = (self.shape(rank, 60), self.int_below(17), self.dim_below(17));
+                let h = self.of(dtype, &rows.iter().chain([&d]).collect::<Vec<_>>(), 2.0);
+                let w = self.of(dtype, &[&Dim::int(vocab), &d], 2.0);
+                let labels = self.source(Ty::i32(rows.clone()), 0.0, vocab as f64 - 1.0);
+                let ignore = self.rng.pick(&[-100, 0]);
+                if mnemonic == "linear_cross_entropy" {
+                    self.push(LinearCrossEntropy { ignore }, &[h, w, labels], 150.0);
+                } else {
+                    let dy = self.of(dtype, &rows.iter().collect::<Vec<_>>(), 8.0);
+                    self.push(LinearCrossEntropyGrad { ignore }, &[h, w, labels, dy], 1e3);
                 }
             }
             "causal_conv1d" | "causal_conv1d_grad" => {

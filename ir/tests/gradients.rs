@@ -268,6 +268,10 @@ fn layers(c: &mut Cases) {
     c.check(CrossEntropy { ignore: -100 }, x);
     let x = vec![c.random(&[3, 1]), HostArray::i32(&[3], vec![0, 0, 0])];
     c.check(CrossEntropy { ignore: -100 }, x);
+    let x = vec![c.random(&[2, 3, 5]), c.random(&[7, 5]), HostArray::i32(&[2, 3], vec![0, 6, -100, 3, 3, -100])];
+    c.check(LinearCrossEntropy { ignore: -100 }, x);
+    let x = vec![c.random(&[3, 1]), c.random(&[1, 1]), HostArray::i32(&[3], vec![0, 0, 0])];
+    c.check(LinearCrossEntropy { ignore: 7 }, x);
     for (n, l, ch, k) in [(2, 7, 3, 4), (1, 1, 2, 4), (2, 2, 1, 4), (2, 3, 2, 1)] {
         for silu in [true, false] {
             let x = vec![c.random(&[n, l, ch]), c.random(&[ch, 1, k]), c.random(&[ch]), c.random(&[n, k - 1, ch])];
@@ -461,6 +465,27 @@ fn chunk_attention_is_aggregate_attend() {
             // Unfilled slots have no weight; what the composition says of them is only zeros.
             assert_eq!(grads.len(), composed.len());
             grads.iter().zip(&composed).for_each(|(a, b)| assert_arrays(&what, a, b));
+        }
+    }
+}
+
+#[test]
+fn linear_cross_entropy_is_matmul_cross_entropy() {
+    let mut rng = Rng(19);
+    for (n, l, d, v, ignore) in [(2, 3, 5, 7, -100), (1, 1, 1, 1, 3), (1, 4, 2, 3, 1)] {
+        let (h, w) = (random(&mut rng, &[n, l, d]), random(&mut rng, &[v, d]));
+        let (labels, dy) = (ints(&mut rng, &[n, l], v), random(&mut rng, &[n, l]));
+        let logits = eval(&MatMul { trans_a: false, trans_b: true }.into(), &[h.clone(), w.clone()]).remove(0);
+        let loss = eval(&CrossEntropy { ignore }.into(), &[logits.clone(), labels.clone()]).remove(0);
+        let dz = eval(&CrossEntropyGrad { ignore }.into(), &[logits, labels.clone(), dy.clone()]).remove(0);
+        let dh = eval(&MatMul { trans_a: false, trans_b: false }.into(), &[dz.clone(), w.clone()]).remove(0);
+        let flat = [dz.reshaped(&[n * l, v]), h.reshaped(&[n * l, d])];
+        let dw = eval(&MatMul { trans_a: true, trans_b: false }.into(), &flat).remove(0);
+        let fused = eval(&LinearCrossEntropy { ignore }.into(), &[h.clone(), w.clone(), labels.clone()]);
+        assert_arrays("losses", &fused[0], &loss);
+        let fused = eval(&LinearCrossEntropyGrad { ignore }.into(), &[h, w, labels, dy]);
+        for (what, a, b) in [("dh", &fused[0], &dh), ("dw", &fused[1], &dw), ("losses", &fused[2], &loss)] {
+            assert_arrays(what, a, b);
         }
     }
 }

@@ -9,9 +9,11 @@ pub mod dce;
 pub mod fold;
 pub mod fuse_attention;
 pub mod fuse_epilogue;
+pub mod fuse_loss;
 pub mod fuse_map;
 pub mod fuse_norm;
 pub mod fuse_selection;
+pub mod min_cut;
 pub mod narrow;
 pub mod pipeline;
 pub mod recompute;
@@ -21,3 +23,4 @@ pub mod train_step;
 
 pub use autodiff::{AutodiffError, gradients};
 pub use pipeline::{Options, PASSES, Pass, optimise};
+pub use recompute::{Recompute, Target};

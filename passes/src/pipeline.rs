@@ -1,15 +1,17 @@
 //! The passes in order.
 
+use crate::recompute::Recompute;
 use crate::{
-    cse, dce, fold, fuse_attention, fuse_epilogue, fuse_map, fuse_norm, fuse_selection, narrow, recompute, simplify,
+    cse, dce, fold, fuse_attention, fuse_epilogue, fuse_loss, fuse_map, fuse_norm, fuse_selection, narrow, recompute,
+    simplify,
 };
 use rambac_ir::Graph;
 
-/// What a user can choose about compiling.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// What can be chosen about compiling.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Options {
-    /// Compute a layer's activations again for its backward instead of keeping them.
-    pub recompute: bool,
+    /// What of the forward is computed again for the backward instead of being kept.
+    pub recompute: Recompute,
     /// Keep the weights of products and the embedding table in bf16, see `narrow`.
     pub bf16_weights: bool,
 }
@@ -27,17 +29,20 @@ pub const PASSES: &[Pass] = &[
     ("fuse_norm", |g, _| fuse_norm::fuse_norm(g)),
     ("fuse_selection", |g, _| fuse_selection::fuse_selection(g)),
     ("fuse_attention", |g, _| fuse_attention::fuse_attention(g)),
-    ("recompute", |g, o| if o.recompute { recompute::recompute(g) } else { g.clone() }),
+    ("fuse_loss", |g, _| fuse_loss::fuse_loss(g)),
+    (RECOMPUTE, |g, o| recompute::recompute(g, &o.recompute)),
     ("fuse_map", |g, _| fuse_map::fuse_map(g)),
     ("dce", |g, _| dce::dce(g)),
     ("fuse_residual", |g, _| fuse_norm::fuse_residual(g)),
     ("fuse_epilogue", |g, _| fuse_epilogue::fuse_epilogue(g)),
 ];
 
-/// Runs every pass; `seen` is told of each result (for `explain` and the viewer).
-pub fn optimise_with(g: &Graph, options: &Options, mut seen: impl FnMut(&'static str, &Graph)) -> Graph {
+/// The pass that buys memory with work, and before which [`prepare`] stops.
+pub const RECOMPUTE: &str = "recompute";
+
+fn run(passes: &[Pass], g: &Graph, options: &Options, mut seen: impl FnMut(&'static str, &Graph)) -> Graph {
     let mut g = g.clone();
-    for (name, pass) in PASSES {
+    for (name, pass) in passes {
         g = pass(&g, options);
         if cfg!(debug_assertions)
             && let Err(e) = rambac_ir::verify::verify(&g)
@@ -50,7 +55,26 @@ pub fn optimise_with(g: &Graph, options: &Options, mut seen: impl FnMut(&'static
     g
 }
 
+fn cut() -> usize {
+    PASSES.iter().position(|p| p.0 == RECOMPUTE).expect("BUG: the pipeline recomputes")
+}
+
+/// Runs every pass; `seen` is told of each result (for `explain` and the viewer).
+pub fn optimise_with(g: &Graph, options: &Options, seen: impl FnMut(&'static str, &Graph)) -> Graph {
+    run(PASSES, g, options, seen)
+}
+
 /// Runs every pass.
 pub fn optimise(g: &Graph, options: &Options) -> Graph {
     optimise_with(g, options, |_, _| {})
+}
+
+/// The graph as the pass [`RECOMPUTE`] meets it, whose nodes [`Recompute::Nodes`] names.
+pub fn prepare(g: &Graph) -> Graph {
+    run(&PASSES[..cut()], g, &Options::default(), |_, _| {})
+}
+
+/// The rest of [`optimise`] on what [`prepare`] gave.
+pub fn complete(prepared: &Graph, options: &Options) -> Graph {
+    run(&PASSES[cut()..], prepared, options, |_, _| {})
 }

@@ -1,4 +1,4 @@
-//! Recomputation: activations of a layer are thrown away after the forward and computed again for its backward.
+//! Recomputation: values of the forward are thrown away and computed again for the backward.
 //!
 //! ```text
 //! %a = f %x        @layers.0                  %a = f %x
@@ -7,67 +7,273 @@
 //! %d = g_grad %a…  @grad.layers.0             %a' = f %x        @grad.layers.0
 //!                                             %d = g_grad %a'…
 //! ```
-//! A layer is the first two parts of a scope.  What crosses from one layer to the next is kept; everything else a
-//! layer's backward needs is cloned in front of its first use.  Requires: gradients are in the graph, nothing is fused
-//! yet into maps.  Must come after common subexpressions, which would undo it.
+//! A layer is the first two parts of a scope.  What crosses from one layer to the next is always kept; of the rest any
+//! set of nodes may be computed again: each is cloned once, in front of its first use in the backward, on operands that
+//! are kept or cloned themselves.  Requires: gradients are in the graph, nothing is fused yet into maps (so clones fuse
+//! with the backward).  Must come after common subexpressions, which would undo it.
+//!
+//! # Which set
+//! [`choose`] answers for a price of memory, in seconds per byte: the set of least time + price · bytes kept.  Whether a
+//! node is worth it hangs on its operands, which must be there too, so the choice is not one per node.  But it is a
+//! minimum cut, found exactly: with a vertex per value (on the source's side: needed in the backward) and one per node
+//! (on the source's side: computed again),
+//!
+//! ```text
+//! source ──∞──▶ value     the backward reads it                 value ──price·bytes──▶ its node    needed but kept
+//! node ──∞──▶ operand     computed again, so this is needed     node ──seconds──▶ sink             computed again
+//! ```
+//! Rising prices give sets of falling memory, from which the caller takes the cheapest whose real memory plan fits (in
+//! codegen, which knows the plan).  Prices are per value, as a value is only in the way where the plan is full.
 
 use crate::cse::is_backward;
-use rambac_ir::ops::Op;
-use rambac_ir::{Builder, Graph, Node, NodeId, Output, Value};
-use std::collections::HashMap;
+use crate::min_cut::{INFINITE, Network};
+use rambac_ir::ops::{Op, traffic};
+use rambac_ir::ty::ConcreteTy;
+use rambac_ir::{Bindings, Builder, DimError, Graph, Node, NodeId, Output, Value};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-fn layer(n: &Node) -> Option<&str> {
+/// What is computed again.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Recompute {
+    /// Everything is kept.
+    #[default]
+    Nothing,
+    /// Everything that does not cross layers.
+    All,
+    /// These nodes of the graph as this pass meets it.
+    Nodes(BTreeSet<NodeId>),
+}
+
+/// Rates of a device, for prices: nothing else is known of it here.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Target {
+    /// Of large matrix products.
+    pub flops_per_second: f64,
+    /// Read and written, of large copies.
+    pub bytes_per_second: f64,
+}
+
+impl Default for Target {
+    /// Two cores with AVX-512.  What is chosen hangs on the quotient alone, which most machines share within a factor of two.
+    fn default() -> Self {
+        Self { flops_per_second: 3e11, bytes_per_second: 2.8e10 }
+    }
+}
+
+/// The layer of a node, forward or backward.
+pub fn layer(n: &Node) -> Option<&str> {
     let s = n.scope.as_deref()?;
     let s = s.strip_prefix("grad.").unwrap_or(s);
     let end = s.match_indices('.').nth(1).map_or(s.len(), |(i, _)| i);
     Some(&s[..end])
 }
 
+/// What may be computed again: nodes of the forward whose values stay within their layer and hang on no gradient.
+pub fn candidates(g: &Graph) -> BTreeSet<NodeId> {
+    let (mut fixed, mut late) = (vec![false; g.nodes.len()], vec![false; g.nodes.len()]);
+    for (id, n) in g.iter() {
+        late[id.index()] = is_backward(n) || n.inputs.iter().any(|v| late[v.node.index()]);
+        fixed[id.index()] |= n.inputs.is_empty() || layer(n).is_none() || late[id.index()];
+        for v in &n.inputs {
+            fixed[v.node.index()] |= !is_backward(n) && layer(g.node(v.node)) != layer(n);
+        }
+    }
+    g.outputs.iter().for_each(|o| fixed[o.value.node.index()] = true);
+    g.iter().map(|(id, _)| id).filter(|id| !fixed[id.index()]).collect()
+}
+
+/// Values of nodes `among` that the backward needs if `again` are computed again: what it reads, and operands of the
+/// latter.
+fn needed(g: &Graph, among: &BTreeSet<NodeId>, again: &BTreeSet<NodeId>) -> BTreeSet<Value> {
+    let mut need = BTreeSet::new();
+    let read = g.nodes.iter().filter(|n| is_backward(n)).flat_map(|n| &n.inputs);
+    let mut open: Vec<Value> = read.copied().filter(|v| among.contains(&v.node)).collect();
+    while let Some(v) = open.pop() {
+        if need.insert(v) && again.contains(&v.node) {
+            open.extend(g.node(v.node).inputs.iter().copied().filter(|v| among.contains(&v.node)));
+        }
+    }
+    need
+}
+
+/// Results that lie in the memory of an operand, or that maps read from behind: to keep them means nothing.
+fn is_view(op: &Op) -> bool {
+    matches!(op, Op::Reshape(_) | Op::Slice(_) | Op::Broadcast(_))
+}
+
+/// Nodes with their concrete types.
+struct Sized<'g> {
+    g: &'g Graph,
+    dims: &'g Bindings,
+}
+
+impl Sized<'_> {
+    fn ty(&self, v: Value) -> Result<ConcreteTy, DimError> {
+        self.g.ty(v).bind(self.dims)
+    }
+    /// Seconds to compute a node again.
+    fn seconds(&self, id: NodeId, target: &Target) -> Result<f64, DimError> {
+        let n = self.g.node(id);
+        if is_view(&n.op) {
+            return Ok(0.0);
+        }
+        let x = n.inputs.iter().map(|v| self.ty(*v)).collect::<Result<Vec<_>, _>>()?;
+        let y = (0..n.tys.len()).map(|r| self.ty(id.result(r))).collect::<Result<Vec<_>, _>>()?;
+        if n.op.def().is_elementwise() {
+            // It becomes part of a map that reads and writes other things anyway.
+            return Ok(traffic(&[], &y) / target.bytes_per_second);
+        }
+        let c = n.op.def().cost(&x, &y);
+        Ok(c.flops / target.flops_per_second + c.bytes / target.bytes_per_second)
+    }
+}
+
+/// The set of least time and memory at `price`, in seconds per byte of a node's kept results; see the module's comment.
+///
+/// # Errors
+/// A dim without a value.
+pub fn choose(
+    g: &Graph,
+    dims: &Bindings,
+    target: &Target,
+    price: impl Fn(NodeId) -> f64,
+) -> Result<BTreeSet<NodeId>, DimError> {
+    const UNITS: f64 = 1e12; // picoseconds
+    let capacity = |seconds: f64| (seconds * UNITS).clamp(0.0, (1u64 << 46) as f64) as u64;
+    let among = candidates(g);
+    let reachable = needed(g, &among, &among);
+    let sized = Sized { g, dims };
+    let (source, sink) = (0, 1);
+    let nodes: BTreeSet<NodeId> = reachable.iter().map(|v| v.node).collect();
+    let node_at: BTreeMap<NodeId, usize> = nodes.iter().enumerate().map(|(i, id)| (*id, 2 + i)).collect();
+    let value_at: BTreeMap<Value, usize> =
+        reachable.iter().enumerate().map(|(i, v)| (*v, 2 + nodes.len() + i)).collect();
+    let mut net = Network::new(2 + nodes.len() + reachable.len());
+    let none = BTreeSet::new();
+    for v in needed(g, &among, &none) {
+        net.edge(source, value_at[&v], INFINITE);
+    }
+    for (v, at) in &value_at {
+        let p = price(v.node);
+        let kept = if is_view(&g.node(v.node).op) || p.is_infinite() {
+            INFINITE
+        } else {
+            capacity(p * sized.ty(*v)?.bytes() as f64)
+        };
+        net.edge(*at, node_at[&v.node], kept);
+    }
+    for (id, at) in &node_at {
+        // Nothing is quite free: without need, nothing is done twice.
+        net.edge(*at, sink, capacity(sized.seconds(*id, target)?).max(1));
+        for v in g.node(*id).inputs.iter().filter_map(|v| value_at.get(v)) {
+            net.edge(*at, *v, INFINITE);
+        }
+    }
+    let side = net.cut(source, sink);
+    Ok(node_at.into_iter().filter(|(_, at)| side[*at]).map(|(id, _)| id).collect())
+}
+
+/// When the place of a value computed again is free: after the last node of the forward that reads its node, before the
+/// first of the backward.  `None` if the backward does not read it.
+pub fn free_between(g: &Graph) -> Vec<Option<(NodeId, NodeId)>> {
+    let mut last = vec![None; g.nodes.len()];
+    let mut first = vec![None; g.nodes.len()];
+    for (id, n) in g.iter() {
+        for v in &n.inputs {
+            let at = v.node.index();
+            if !is_backward(n) {
+                last[at] = Some(id);
+            } else if first[at].is_none() {
+                first[at] = Some(id);
+            }
+        }
+    }
+    g.iter().map(|(id, _)| first[id.index()].map(|f| (last[id.index()].unwrap_or(id), f))).collect()
+}
+
+/// What becomes of a layer's values that the backward needs.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LayerChoice {
+    /// Bytes of values that are kept although they could be computed again.
+    pub kept: usize,
+    /// Bytes of values that are computed again.
+    pub again: usize,
+    /// Ops that are computed again, with their number.
+    pub ops: BTreeMap<&'static str, usize>,
+}
+
+/// [`LayerChoice`] of every layer that has a choice, in the order of the forward.
+///
+/// # Errors
+/// A dim without a value.
+pub fn by_layer(g: &Graph, dims: &Bindings, again: &BTreeSet<NodeId>) -> Result<Vec<(String, LayerChoice)>, DimError> {
+    let among = candidates(g);
+    let sized = Sized { g, dims };
+    let mut out: Vec<(String, LayerChoice)> = vec![];
+    let mut counted = BTreeSet::new();
+    for v in needed(g, &among, again) {
+        let n = g.node(v.node);
+        if is_view(&n.op) {
+            continue;
+        }
+        let name = layer(n).unwrap_or_default();
+        let at = out.iter().position(|l| l.0 == name).unwrap_or_else(|| {
+            out.push((name.to_string(), LayerChoice::default()));
+            out.len() - 1
+        });
+        let bytes = sized.ty(v)?.bytes();
+        let choice = &mut out[at].1;
+        if again.contains(&v.node) {
+            choice.again += bytes;
+            if counted.insert(v.node) {
+                *choice.ops.entry(n.op.mnemonic()).or_default() += 1;
+            }
+        } else {
+            choice.kept += bytes;
+        }
+    }
+    Ok(out)
+}
+
 struct Pass<'g> {
     g: &'g Graph,
     b: Builder,
     map: Vec<Option<Vec<Value>>>,
-    /// Clones per layer, so that one backward computes each value once.
-    clones: HashMap<(String, NodeId), Vec<Value>>,
-    /// Kept: sources, constants, what other layers of the forward or outputs read.
-    kept: Vec<bool>,
+    again: &'g BTreeSet<NodeId>,
+    /// One clone per node, so that the backward computes each value once.
+    clones: HashMap<NodeId, Vec<Value>>,
 }
 
 impl Pass<'_> {
     fn operand(&mut self, user: &Node, v: Value) -> Value {
-        let n = self.g.node(v.node);
-        let same = layer(n).is_some() && layer(n) == layer(user);
-        if !is_backward(user) || is_backward(n) || !same || self.kept[v.node.index()] {
+        if !is_backward(user) || !self.again.contains(&v.node) {
             return self.map[v.node.index()].as_ref().expect("BUG: operands come first")[v.result as usize];
         }
-        let key = (layer(n).unwrap_or_default().to_string(), v.node);
-        if let Some(c) = self.clones.get(&key) {
+        if let Some(c) = self.clones.get(&v.node) {
             return c[v.result as usize];
         }
         // The clone belongs to the backward: its own operands are cloned in turn.
+        let n = self.g.node(v.node);
         let mut clone = n.clone();
         clone.scope = n.scope.as_ref().map(|s| format!("grad.{s}").into());
         clone.names = vec![None; n.tys.len()];
         let x: Vec<Value> = n.inputs.iter().map(|&v| self.operand(&clone, v)).collect();
         let out = self.b.copy(&clone, &x);
-        self.clones.insert(key, out.clone());
+        self.clones.insert(v.node, out.clone());
         out[v.result as usize]
     }
 }
 
-/// See the module's comment.
-pub fn recompute(g: &Graph) -> Graph {
-    let mut kept = vec![false; g.nodes.len()];
-    for (id, n) in g.iter() {
-        kept[id.index()] |= n.inputs.is_empty() || matches!(n.op, Op::Source(_));
-        for v in &n.inputs {
-            let p = g.node(v.node);
-            kept[v.node.index()] |= !is_backward(n) && layer(p) != layer(n);
-        }
-    }
-    g.outputs.iter().for_each(|o| kept[o.value.node.index()] = true);
+/// Computes nodes again for the backward, as far as they are [`candidates`]; see the module's comment.
+pub fn recompute(g: &Graph, what: &Recompute) -> Graph {
+    let again = match what {
+        Recompute::Nothing => return g.clone(),
+        Recompute::All => candidates(g),
+        Recompute::Nodes(nodes) => candidates(g).intersection(nodes).copied().collect(),
+    };
     let empty = Graph { name: g.name.clone(), syms: g.syms.clone(), ..Graph::default() };
-    let mut p = Pass { g, b: Builder::extend(empty), map: vec![None; g.nodes.len()], clones: HashMap::new(), kept };
+    let map = vec![None; g.nodes.len()];
+    let mut p = Pass { g, b: Builder::extend(empty), map, again: &again, clones: HashMap::new() };
     for (id, n) in g.iter() {
         let x: Vec<Value> = n.inputs.iter().map(|&v| p.operand(n, v)).collect();
         let out = p.b.copy(n, &x);

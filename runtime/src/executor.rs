@@ -3,18 +3,18 @@
 //! Dims are bound once per binding: the plan, the addresses and the shapes are kept, so that a run only resolves
 //! pointers and calls kernels.  The arena is allocated once and grows to the largest plan it has served.
 
-use crate::cpu::{Arg, KernelError, run_kernel};
-use crate::pages;
+use crate::cpu::{Arg, KernelError, run_kernel, scratch};
 use crate::store::Store;
 use crate::tensor::{Tensor, TensorRef};
+use memmap2::MmapMut;
 use rambac_codegen::plan::ALIGN;
+use rambac_codegen::program::SourceSlot;
 use rambac_codegen::traits::{kernel_traits, reads_bf16};
 use rambac_codegen::{BufferId, BufferKind, MemoryPlan, Program, Step, View, plan};
-use rambac_cpu::ChunkRows;
+use rambac_cpu::{ChunkRows, par};
 use rambac_ir::ops::{Op, SourceKind};
 use rambac_ir::ty::ConcreteTy;
 use rambac_ir::{Bindings, DType, DimError, Ty};
-use std::alloc::Layout;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -39,61 +39,32 @@ pub enum ExecError {
     Paged { program: String, name: String, op: &'static str },
     #[error(
         "{program} needs {} MiB for activations at {dims}, which this machine did not give; use a shorter length, a \
-         smaller batch or --recompute", need >> 20
+         smaller batch or --memory-limit", need >> 20
     )]
     OutOfMemory { program: String, need: usize, dims: String },
 }
 
-/// An arena's alignment: large ones may lie in huge pages.
-fn align(size: usize) -> usize {
-    if size >= pages::HUGE { pages::HUGE } else { ALIGN }
-}
-
-/// Memory aligned for any kernel.
-struct Arena {
-    ptr: *mut u8,
-    size: usize,
-}
-
-// SAFETY: plain owned memory.
-unsafe impl Send for Arena {}
+/// Memory for activations and scratch, straight from the system: pages that nothing touches cost nothing.
+#[derive(Default)]
+struct Arena(Option<MmapMut>);
 
 impl Arena {
-    fn empty() -> Self {
-        Self { ptr: std::ptr::without_provenance_mut(ALIGN), size: 0 }
-    }
     /// At least `size` bytes; contents are lost on growth.
     fn reserve(&mut self, size: usize) -> bool {
-        if size <= self.size {
+        if size <= self.0.as_ref().map_or(0, |m| m.len()) {
             return true;
         }
-        self.free();
-        let Ok(layout) = Layout::from_size_align(size, align(size)) else { return false };
-        // SAFETY: the layout is not empty, `size > self.size >= 0`.
-        let ptr = unsafe { std::alloc::alloc(layout) };
-        if ptr.is_null() {
-            return false;
-        }
-        pages::prefer_huge(ptr, size);
-        // SAFETY: the memory just allocated.
-        unsafe { ptr.write_bytes(0, size) };
-        (self.ptr, self.size) = (ptr, size);
+        self.0 = None;
+        let Ok(memory) = MmapMut::map_anon(size) else { return false };
+        // Fewer faults at first and fewer misses of the address cache after; where the system refuses, all goes on.
+        #[cfg(target_os = "linux")]
+        let _ = memory.advise(memmap2::Advice::HugePage);
+        self.0 = Some(memory);
         true
     }
-    fn free(&mut self) {
-        if self.size > 0 {
-            // SAFETY: allocated by `reserve` with this layout.
-            unsafe { std::alloc::dealloc(self.ptr, Layout::from_size_align_unchecked(self.size, align(self.size))) };
-            // Not an assignment of `empty()`: that would drop, and free, the old value again.
-            self.ptr = std::ptr::without_provenance_mut(ALIGN);
-            self.size = 0;
-        }
-    }
-}
-
-impl Drop for Arena {
-    fn drop(&mut self) {
-        self.free();
+    /// Its first byte, on a page; of an empty arena an address that is only aligned.
+    fn base(&mut self) -> *mut u8 {
+        self.0.as_mut().map_or(std::ptr::without_provenance_mut(ALIGN), |m| m.as_mut_ptr())
     }
 }
 
@@ -121,8 +92,15 @@ struct Bound {
 /// First byte of every buffer during one run.
 struct Bases<'p> {
     at: Vec<*mut u8>,
+    arena: *mut u8,
     /// Inputs that are pages.
     pages: Vec<(usize, &'p dyn ChunkRows)>,
+}
+
+impl Default for Bases<'_> {
+    fn default() -> Self {
+        Self { at: vec![], arena: std::ptr::null_mut(), pages: vec![] }
+    }
 }
 
 // SAFETY: they point to memory that outlives the run; steps run one after another, and a kernel's tasks touch disjoint
@@ -139,6 +117,11 @@ impl<'p> Bases<'p> {
             Some((_, pages)) => Arg::paged(&v.ty, *pages),
             None => Arg::new(self.at[v.buffer], v.offset, &v.ty, v.strided),
         }
+    }
+    /// Runs a step with its scratch, `(offset, bytes)` of the arena.
+    fn with_scratch<R>(&self, (at, bytes): (usize, usize), f: impl FnOnce() -> R) -> R {
+        // SAFETY: the plan gives these bytes to nothing else that lives during the step.
+        unsafe { par::lend(self.arena.add(at).cast(), bytes / size_of::<f32>(), f) }
     }
 }
 
@@ -157,21 +140,41 @@ pub struct Executor {
     pool: Arc<rayon::ThreadPool>,
     /// Time of every step since [`record`](Executor::record).
     recorded: Option<StepTimes>,
+    workspace: Workspace,
 }
+
+/// What a run builds, empty between runs: kept for its allocations.
+#[derive(Default)]
+struct Workspace {
+    bases: Bases<'static>,
+    x: Vec<Arg<'static>>,
+    y: Vec<Arg<'static>>,
+}
+
+/// An empty vector with the allocation of `v`: a collection of as many elements of one layout happens in place.
+pub(crate) fn emptied<A, B>(mut v: Vec<A>) -> Vec<B> {
+    v.clear();
+    v.into_iter().map(|_| unreachable!("BUG: the vector is empty")).collect()
+}
+
+/// Results of a run by name, in the program's order.
+pub type Outputs = Vec<(String, Tensor)>;
 
 impl Executor {
     pub fn new(program: Program, pool: Arc<rayon::ThreadPool>) -> Self {
         let updated =
             program.sources.iter().map(|s| program.outputs.iter().any(|o| o.update && o.name == s.name)).collect();
         let half = half_step(&program);
+        par::prepare(&pool);
         Self {
             program: Arc::new(program),
             updated,
             half,
             bound: HashMap::new(),
-            arena: Arena::empty(),
+            arena: Arena::default(),
             pool,
             recorded: None,
+            workspace: Workspace::default(),
         }
     }
     pub fn program(&self) -> &Program {
@@ -191,7 +194,7 @@ impl Executor {
             return Ok(b.clone());
         }
         let p = &self.program;
-        let plan = plan(p, dims)?;
+        let plan = plan(p, dims, scratch)?;
         let view = |v: &View| -> Result<BoundView, DimError> {
             Ok(BoundView {
                 buffer: v.buffer.index(),
@@ -219,6 +222,17 @@ impl Executor {
         Ok(b)
     }
 
+    /// Calls `f` with every source and its type at `dims`.
+    pub(crate) fn sources(
+        &mut self,
+        dims: &Bindings,
+        mut f: impl FnMut(&SourceSlot, &ConcreteTy),
+    ) -> Result<(), DimError> {
+        let bound = self.bind(dims)?;
+        self.program.sources.iter().zip(&bound.sources).for_each(|(slot, ty)| f(slot, ty));
+        Ok(())
+    }
+
     /// The memory plan at `dims`.
     ///
     /// # Errors
@@ -236,7 +250,7 @@ impl Executor {
         dims: &Bindings,
         inputs: &[(&str, TensorRef)],
         store: &mut Store,
-    ) -> Result<Vec<(String, Tensor)>, ExecError> {
+    ) -> Result<Outputs, ExecError> {
         let mut times = self.recorded.take();
         let out = self.run_timed(dims, inputs, store, times.as_mut());
         self.recorded = times;
@@ -252,8 +266,26 @@ impl Executor {
         dims: &Bindings,
         inputs: &[(&str, TensorRef)],
         store: &mut Store,
+        times: Option<&mut StepTimes>,
+    ) -> Result<Outputs, ExecError> {
+        let mut outputs = Outputs::new();
+        self.run_into(dims, inputs, store, &mut outputs, times)?;
+        Ok(outputs)
+    }
+
+    /// As [`run_timed`](Self::run_timed), into the outputs of a run before: where its dims were the same, nothing is
+    /// allocated, after the first runs.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run); the outputs are then those of the run before.
+    pub fn run_into(
+        &mut self,
+        dims: &Bindings,
+        inputs: &[(&str, TensorRef)],
+        store: &mut Store,
+        outputs: &mut Outputs,
         mut times: Option<&mut StepTimes>,
-    ) -> Result<Vec<(String, Tensor)>, ExecError> {
+    ) -> Result<(), ExecError> {
         let bound = self.bind(dims)?;
         let p = self.program.clone();
         let name = || p.name.clone();
@@ -263,7 +295,10 @@ impl Executor {
         }
 
         // Resolve every source before anything runs.
-        let mut bases = Bases { at: vec![std::ptr::null_mut(); p.buffers.len()], pages: vec![] };
+        let Workspace { bases, x, y } = std::mem::take(&mut self.workspace);
+        let mut bases = Bases { pages: emptied(bases.pages), ..bases };
+        bases.at.clear();
+        bases.at.resize(p.buffers.len(), std::ptr::null_mut());
         for ((slot, expected), updated) in p.sources.iter().zip(&bound.sources).zip(&*self.updated) {
             let wrong = |kind, found: String| ExecError::Wrong {
                 program: name(),
@@ -281,7 +316,7 @@ impl Executor {
             bases.at[slot.buffer.index()] = match slot.kind {
                 SourceKind::Input => {
                     let (_, t) = inputs.iter().find(|(n, _)| *n == slot.name).ok_or_else(|| missing("input"))?;
-                    if t.ty() != *expected || t.len() != expected.elements() {
+                    if !t.is(expected) {
                         return Err(wrong("input", format!("{} ({} elements)", t.ty(), t.len())));
                     }
                     if let Some(pages) = t.pages() {
@@ -295,7 +330,7 @@ impl Executor {
                 SourceKind::Param | SourceKind::State => {
                     let kind = if slot.kind == SourceKind::Param { "param" } else { "state" };
                     let t = store.0.get_mut(&slot.name).ok_or_else(|| missing(kind))?;
-                    if t.ty() != *expected {
+                    if !t.is(expected) {
                         return Err(wrong(kind, t.ty().to_string()));
                     }
                     // What a run only reads may lie in a mapped file.
@@ -306,30 +341,27 @@ impl Executor {
         if !self.arena.reserve(bound.plan.arena) {
             return Err(ExecError::OutOfMemory { program: name(), need: bound.plan.arena, dims: dims.to_string() });
         }
+        bases.arena = self.arena.base();
         for (b, offset) in bound.plan.offsets.iter().enumerate() {
             if let (Some(o), BufferKind::Arena) = (offset, p.buffers[b].kind) {
                 // SAFETY: the plan's offsets lie inside the arena.
-                bases.at[b] = unsafe { self.arena.ptr.add(*o) };
+                bases.at[b] = unsafe { bases.arena.add(*o) };
             }
         }
 
         if let Some(t) = &mut times {
             t.resize(p.steps.len(), Duration::ZERO);
         }
+        let (mut x, mut y) = (emptied(x), emptied(y));
         let steps = || -> Result<(), ExecError> {
-            let (mut x, mut y) = (vec![], vec![]);
             for (i, (step, (ins, outs))) in p.steps.iter().zip(&bound.steps).enumerate() {
                 x.clear();
                 x.extend(ins.iter().map(|v| bases.arg(v)));
                 y.clear();
                 y.extend(outs.iter().map(|v| bases.arg(v)));
                 let t = std::time::Instant::now();
-                run_kernel(&step.op, &x, &y).map_err(|error| ExecError::Kernel {
-                    program: name(),
-                    step: i,
-                    op: step.op.mnemonic(),
-                    error,
-                })?;
+                let done = bases.with_scratch(bound.plan.scratch[i], || run_kernel(&step.op, &x, &y));
+                done.map_err(|error| ExecError::Kernel { program: name(), step: i, op: step.op.mnemonic(), error })?;
                 if let Some(times) = &mut times {
                     times[i] += t.elapsed();
                 }
@@ -337,12 +369,16 @@ impl Executor {
             Ok(())
         };
         if bound.short { rambac_cpu::team::run(&self.pool, steps) } else { self.pool.install(steps) }?;
-        Ok(p.outputs
-            .iter()
-            .zip(&bound.outputs)
-            .filter(|(o, _)| !o.update)
-            .map(|(o, v)| (o.name.clone(), bases.arg(v).to_tensor()))
-            .collect())
+        let results = || p.outputs.iter().zip(&bound.outputs).filter(|(o, _)| !o.update);
+        if outputs.len() != results().count() || results().zip(&*outputs).any(|((o, _), (name, _))| o.name != *name) {
+            outputs.clear();
+            outputs.extend(results().map(|(o, v)| (o.name.clone(), bases.arg(v).to_tensor())));
+        } else {
+            results().zip(&mut *outputs).for_each(|((_, v), (_, t))| bases.arg(v).copy_to(t));
+        }
+        let bases = Bases { at: bases.at, arena: bases.arena, pages: emptied(bases.pages) };
+        self.workspace = Workspace { x: emptied(x), y: emptied(y), bases };
+        Ok(())
     }
 }
 

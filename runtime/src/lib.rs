@@ -5,7 +5,6 @@ pub mod checkpoint;
 pub mod chunk_store;
 pub mod cpu;
 pub mod executor;
-mod pages;
 pub mod session;
 pub mod store;
 pub mod tensor;

@@ -58,6 +58,10 @@ impl Tensor {
     pub fn ty(&self) -> ConcreteTy {
         ConcreteTy { dtype: self.dtype(), shape: self.shape.clone() }
     }
+    /// Whether this is a tensor of type `ty`.
+    pub fn is(&self, ty: &ConcreteTy) -> bool {
+        self.dtype() == ty.dtype && self.shape == ty.shape
+    }
     pub fn len(&self) -> usize {
         self.shape.iter().product()
     }
@@ -126,15 +130,23 @@ pub enum TensorRef<'a> {
 }
 
 impl<'a> TensorRef<'a> {
-    pub fn ty(&self) -> ConcreteTy {
-        let (dtype, shape) = match self {
+    fn parts(&self) -> (DType, &'a [usize]) {
+        match self {
             TensorRef::F32(s, _) => (DType::F32, s),
             TensorRef::Bf16(s, _) => (DType::BF16, s),
             TensorRef::I32(s, _) => (DType::I32, s),
             TensorRef::Bool(s, _) => (DType::Bool, s),
             TensorRef::Paged(s, _) => (DType::F32, s),
-        };
+        }
+    }
+    pub fn ty(&self) -> ConcreteTy {
+        let (dtype, shape) = self.parts();
         ConcreteTy { dtype, shape: shape.to_vec() }
+    }
+    /// Whether this is a whole tensor of type `ty`.
+    pub fn is(&self, ty: &ConcreteTy) -> bool {
+        let (dtype, shape) = self.parts();
+        dtype == ty.dtype && *shape == *ty.shape && self.len() == ty.elements()
     }
     /// Elements actually there.
     pub fn len(&self) -> usize {

@@ -3,10 +3,12 @@
 //! A step is one Program (or two with gradient accumulation) and a pure function of the store and the batch, so a run
 //! that stops and goes on gives the same bits as one that never stopped.
 
-use crate::executor::{ExecError, Executor, StepTimes};
+use crate::cpu::scratch;
+use crate::executor::{ExecError, Executor, Outputs, StepTimes, emptied};
 use crate::store::Store;
 use crate::tensor::{Tensor, TensorRef};
-use rambac_codegen::lower;
+use rambac_codegen::program::SourceSlot;
+use rambac_codegen::{FitError, Memory, MemoryPlan, Program, lower, plan};
 use rambac_ir::ops::SourceKind;
 use rambac_ir::{Bindings, Graph};
 use rambac_passes::train_step::{AdamW, accumulate, apply, train_step};
@@ -20,6 +22,8 @@ pub enum TrainError {
     Autodiff(#[from] AutodiffError),
     #[error(transparent)]
     Exec(#[from] ExecError),
+    #[error(transparent)]
+    Fit(#[from] FitError),
     #[error(
         "step {step}: the loss is {loss} and the gradient's norm {grad_norm}; lower the learning rate (or check the \
          data), the last checkpoint is whole"
@@ -45,45 +49,85 @@ pub struct MicroBatch {
     pub inputs: Vec<(&'static str, Tensor)>,
 }
 
-impl MicroBatch {
-    fn views(&self) -> Vec<(&str, TensorRef<'_>)> {
-        self.inputs.iter().map(|(n, t)| (*n, t.view())).collect()
+/// Inputs of a run, empty between runs: kept for its allocation.
+#[derive(Default)]
+struct Views(Vec<(&'static str, TensorRef<'static>)>);
+
+impl Views {
+    /// Calls `f` with the inputs of `m`.
+    fn with<R>(&mut self, m: &MicroBatch, f: impl FnOnce(&[(&str, TensorRef)]) -> R) -> R {
+        let mut views = emptied(std::mem::take(&mut self.0));
+        views.extend(m.inputs.iter().map(|(n, t)| (*n, t.view())));
+        let r = f(&views);
+        self.0 = emptied(views);
+        r
     }
 }
 
 enum Programs {
     Whole(Executor),
-    Parts { accumulate: Executor, apply: Executor, parts: usize },
+    Parts { accumulate: Executor, apply: Box<Executor>, parts: usize },
+}
+
+/// Bytes of the update that the accumulation of gradients does not hold anyway: its arena and the optimiser's states.
+fn beside(apply: &Program, plan: &MemoryPlan) -> usize {
+    let own = |s: &&SourceSlot| s.name.starts_with("optim.");
+    plan.arena + apply.sources.iter().filter(own).map(|s| plan.sizes[s.buffer.index()]).sum::<usize>()
 }
 
 /// See the module's comment.
 pub struct Trainer {
     programs: Programs,
     pub store: Store,
+    views: Views,
+    /// Of the program that reads the batch, and of the update where it is another.
+    outputs: [Outputs; 2],
 }
 
 impl Trainer {
     /// Compiles the step of a loss graph.  `params` must hold every param; missing states start at zero.
     ///
     /// # Errors
-    /// An op without a gradient.
+    /// An op without a gradient; a limit of memory below what the step can do with.
     pub fn new(
         loss: &Graph,
         opt: &AdamW,
         decays: impl Fn(&str) -> bool,
         parts: usize,
-        options: &Options,
+        memory: &Memory,
         params: Store,
         pool: Arc<rayon::ThreadPool>,
     ) -> Result<Self, TrainError> {
-        let compile = |g: Graph| Executor::new(lower(&optimise(&g, options)), pool.clone());
-        let programs = if parts <= 1 {
-            Programs::Whole(compile(train_step(loss, opt, decays)?))
-        } else {
-            let (accumulate, apply) = (compile(accumulate(loss)?), compile(apply(loss, opt, decays)?));
-            Programs::Parts { accumulate, apply, parts }
+        let compile = |g: Graph, reserved: usize| -> Result<Executor, TrainError> {
+            let options = rambac_codegen::fit::options(&g, memory, scratch, reserved)?;
+            Ok(Executor::new(lower(&optimise(&g, &options)), pool.clone()))
         };
-        Ok(Self { programs, store: params })
+        let programs = if parts <= 1 {
+            Programs::Whole(compile(train_step(loss, opt, decays)?, 0)?)
+        } else {
+            // The update has no sizes of its own and nothing to compute again.
+            let apply = lower(&optimise(&apply(loss, opt, decays)?, &Options::default()));
+            let reserved = beside(&apply, &plan(&apply, &Bindings::default(), scratch).map_err(FitError::from)?);
+            let accumulate = compile(accumulate(loss)?, reserved)?;
+            Programs::Parts { accumulate, apply: Box::new(Executor::new(apply, pool.clone())), parts }
+        };
+        Ok(Self { programs, store: params, views: Views::default(), outputs: Default::default() })
+    }
+
+    /// The memory plan of the whole step at `dims`: with accumulation both programs', whose arenas exist at once.
+    ///
+    /// # Errors
+    /// A dim without a value.
+    pub fn plan(&mut self, dims: &Bindings) -> Result<MemoryPlan, ExecError> {
+        Ok(match &mut self.programs {
+            Programs::Whole(e) => e.plan(dims)?,
+            Programs::Parts { accumulate, apply, .. } => {
+                let (mut all, update) = (accumulate.plan(dims)?, apply.plan(&Bindings::default())?);
+                all.arena += update.arena;
+                all.persistent += beside(apply.program(), &update) - update.arena;
+                all
+            }
+        })
     }
 
     /// The executor whose memory and cost stand for the step.
@@ -95,18 +139,17 @@ impl Trainer {
 
     /// States that the store lacks, or that have another shape (carried states of another batch size), become zero.
     fn prepare(&mut self, dims: &Bindings) -> Result<(), ExecError> {
-        let executors: Vec<&Executor> = match &self.programs {
-            Programs::Whole(e) => vec![e],
-            Programs::Parts { accumulate, apply, .. } => vec![accumulate, apply],
+        let (first, second) = match &mut self.programs {
+            Programs::Whole(e) => (e, None),
+            Programs::Parts { accumulate, apply, .. } => (accumulate, Some(&mut **apply)),
         };
-        for e in executors {
-            for s in e.program().sources.iter().filter(|s| s.kind == SourceKind::State) {
-                let ty = s.ty.bind(dims)?;
-                let other_batch = |t: &Tensor| s.name.starts_with("carry.") && t.ty() != ty;
-                if self.store.get(&s.name).is_none_or(other_batch) {
-                    self.store.insert(s.name.clone(), Tensor::zeros(&ty));
+        for e in std::iter::once(first).chain(second) {
+            e.sources(dims, |slot, ty| {
+                let other_batch = |t: &Tensor| slot.name.starts_with("carry.") && !t.is(ty);
+                if slot.kind == SourceKind::State && self.store.get(&slot.name).is_none_or(other_batch) {
+                    self.store.insert(slot.name.clone(), Tensor::zeros(ty));
                 }
-            }
+            })?;
         }
         Ok(())
     }
@@ -140,29 +183,32 @@ impl Trainer {
         for m in batch {
             self.prepare(&m.dims)?;
         }
-        let scalar = |out: &[(String, Tensor)], name: &str| {
+        let scalar = |out: &Outputs, name: &str| {
             out.iter().find(|(n, _)| n == name).and_then(|(_, t)| t.as_f32()?.first().copied()).unwrap_or(f32::NAN)
         };
-        let (loss, last) = match &mut self.programs {
+        let Self { programs, store, views, outputs: [out, last] } = self;
+        let (loss, last) = match programs {
             Programs::Whole(e) => {
-                let out = e.run_timed(&batch[0].dims, &batch[0].views(), &mut self.store, times)?;
-                (scalar(&out, "loss"), out)
+                views.with(&batch[0], |inputs| e.run_into(&batch[0].dims, inputs, store, out, times))?;
+                (scalar(out, "loss"), out)
             }
             Programs::Parts { accumulate, apply, .. } => {
                 let (mut sum, mut tokens) = (0.0, 0.0);
                 for m in batch {
                     let times = times.as_deref_mut();
-                    let out = accumulate.run_timed(&m.dims, &m.views(), &mut self.store, times)?;
-                    sum += scalar(&out, "loss_sum");
-                    tokens += scalar(&out, "tokens");
+                    views.with(m, |inputs| accumulate.run_into(&m.dims, inputs, store, out, times))?;
+                    sum += scalar(out, "loss_sum");
+                    tokens += scalar(out, "tokens");
                 }
-                (sum / tokens.max(1e-6), apply.run(&Bindings::default(), &[], &mut self.store)?)
+                apply.run_into(&Bindings::default(), &[], store, last, None)?;
+                (sum / tokens.max(1e-6), last)
             }
         };
-        let grad_norm = scalar(&last, "grad_norm");
+        let scalar = |name: &str| scalar(last, name);
+        let grad_norm = scalar("grad_norm");
         if !loss.is_finite() || !grad_norm.is_finite() {
             return Err(TrainError::NotFinite { step, loss, grad_norm });
         }
-        Ok(StepReport { loss, grad_norm, lr: scalar(&last, "lr") })
+        Ok(StepReport { loss, grad_norm, lr: scalar("lr") })
     }
 }

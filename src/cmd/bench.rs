@@ -5,14 +5,14 @@
 
 mod infer;
 
-use crate::cli::{Bench, Weights, Work};
-use crate::error::{Result, warn, wrap};
+use crate::cli::{Bench, MemoryArgs, Weights, Work};
+use crate::error::{self, Result, warn, wrap};
 use crate::machine::{self, Rates};
 use crate::model;
 use crate::show::{self, Table};
 use crate::work::{self, Sums};
 use miette::miette;
-use rambac_codegen::{MemoryPlan, Program, lower};
+use rambac_codegen::{Memory, MemoryPlan, Program, lower};
 use rambac_ir::ops::*;
 use rambac_ir::{Bindings, Builder, Cost, DType, Dim, Graph, Ty, Value};
 use rambac_models::data::rng;
@@ -156,8 +156,8 @@ impl Bencher<'_> {
         }
     }
 
-    fn options(&self) -> Options {
-        Options { recompute: self.a.recompute, ..self.a.weights.options() }
+    fn memory(&self) -> Memory {
+        self.a.memory.choice(vec![self.dims.clone()])
     }
 
     fn loss(&self) -> Result<Graph> {
@@ -174,11 +174,11 @@ impl Bencher<'_> {
             &opt,
             |name| decays.contains(name),
             1,
-            &self.options(),
+            &self.memory(),
             Store::default(),
             self.pool.clone(),
         )
-        .map_err(wrap)?;
+        .map_err(error::train)?;
         let plan = t.main_executor().plan(&self.dims).map_err(wrap)?;
         self.fits(&plan)?;
         t.store = model::parameters(&self.config, None, InitRule::default(), 0)?;
@@ -192,7 +192,7 @@ impl Bencher<'_> {
     }
 
     fn forward(&self) -> Result<Timed> {
-        let mut e = Executor::new(lower(&optimise(&self.loss()?, &self.options())), self.pool.clone());
+        let mut e = Executor::new(lower(&optimise(&self.loss()?, &self.a.weights.options())), self.pool.clone());
         let plan = e.plan(&self.dims).map_err(wrap)?;
         self.fits(&plan)?;
         let mut store = model::parameters(&self.config, None, InitRule::default(), 0)?;
@@ -214,7 +214,7 @@ impl Bencher<'_> {
         let need = show::bytes(plan.peak());
         if plan.peak() > total {
             return Err(miette!(
-                help = "use a smaller model, a shorter --len, a smaller --batch, or --recompute",
+                help = "use a smaller model, a shorter --len, a smaller --batch, or --memory-limit",
                 "{} at {} needs {need}, but this machine has {}",
                 self.a.preset,
                 self.dims,
@@ -403,7 +403,7 @@ impl Bencher<'_> {
         let t = r.median();
         json!({
             "bench": r.name, "preset": self.a.preset, "len": self.a.len, "batch": self.a.batch,
-            "recompute": self.a.recompute, "threads": self.pool.current_num_threads(), "runs": r.seconds.len(),
+            "recompute": self.a.memory.recompute, "memory_limit": self.a.memory.memory_limit, "threads": self.pool.current_num_threads(), "runs": r.seconds.len(),
             "tokens_per_s": self.tokens_per_s(r),
             "seconds": t, "seconds_min": r.seconds[0], "seconds_max": r.seconds[r.seconds.len() - 1],
             "flops": r.cost.flops, "bytes": r.cost.bytes,
@@ -417,7 +417,11 @@ impl Bencher<'_> {
 
     fn print(&self, r: &Timed, rates: Rates, rss: usize) {
         let t = r.median();
-        let recompute = if self.a.recompute { ", recomputing activations" } else { "" };
+        let recompute = match self.a.memory {
+            MemoryArgs { recompute: true, .. } => ", recomputing activations".into(),
+            MemoryArgs { memory_limit: Some(limit), .. } => format!(" within {}", show::bytes(limit)),
+            _ => String::new(),
+        };
         println!(
             "{} of {} ({} parameters) at {}{recompute}, {}",
             r.name,

@@ -38,6 +38,7 @@ pub fn run(a: &Demo, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
         recipe,
         position: train::Position { step: 0, planned: 0, tokens: 0, smooth: None, seconds: 0.0 },
         recompute: false,
+        memory_limit: None,
         data: None,
     };
     let out = a.out.clone().unwrap_or_else(|| fresh("runs/demo"));

@@ -2,20 +2,23 @@
 //!
 //! Nothing runs and no weights are read: everything here follows from the graph and the sizes.
 
-use crate::cli::Explain;
+use crate::cli::{Explain, MemoryArgs};
 use crate::error::{self, Result, wrap};
 use crate::model::{self, Named};
 use crate::show::{self, Table};
 use crate::work::{self, Sums};
 use miette::miette;
 use rambac_codegen::program::Strided;
-use rambac_codegen::{BufferKind, MemoryPlan, Program, View, lower, plan};
+use rambac_codegen::{BufferKind, Fit, MemoryPlan, Program, View, fit, lower, plan};
 use rambac_ir::ops::{Op, SourceKind};
 use rambac_ir::{Bindings, Cost, Diagnostic, Graph, NodeId, Sym};
 use rambac_models::stack::{self, Carry};
 use rambac_models::{Config, LayerKind};
 use rambac_passes::train_step::{AdamW, train_step};
-use rambac_passes::{Options, fuse_attention, fuse_epilogue, fuse_selection, pipeline};
+use rambac_passes::{
+    Options, Recompute, Target, fuse_attention, fuse_epilogue, fuse_loss, fuse_selection, pipeline, recompute,
+};
+use rambac_runtime::cpu::scratch;
 use rambac_runtime::executor::slow_steps;
 use serde_json::{Value as Json, json};
 use std::collections::{BTreeMap, HashSet};
@@ -34,15 +37,22 @@ pub fn run(a: &Explain) -> Result<ExitCode> {
         Named::Ir { graph, .. } => (ir_graph(graph, a.train)?, None),
     };
     let dims = dims(a, &graph)?;
-    let r = Report::new(&graph, &dims, &Options { recompute: a.recompute, ..Options::default() })?;
+    let fit = match a.memory {
+        MemoryArgs { memory_limit: Some(limit), .. } => {
+            Some(fit::fit(&graph, limit, std::slice::from_ref(&dims), scratch, 0, &Target::default()))
+        }
+        MemoryArgs { recompute: true, .. } => Some(fit::everything(&graph, &dims, scratch)),
+        _ => None,
+    };
+    let r = Report::new(&graph, &dims, fit.transpose().map_err(error::unfit)?)?;
     if a.ir {
         print!("{}", rambac_ir::text::print(&r.program.graph));
     } else if a.program {
         r.print_program();
     } else if a.json {
-        r.json(a, config).iter().for_each(|line| println!("{line}"));
+        r.json(a, config)?.iter().for_each(|line| println!("{line}"));
     } else {
-        r.print(a, config);
+        r.print(a, config)?;
         if let Named::Ir { path, text, .. } = &named
             && !r.lints.is_empty()
         {
@@ -141,6 +151,7 @@ struct Report {
     costs: Vec<Cost>,
     plan: MemoryPlan,
     lints: Vec<Diagnostic>,
+    fit: Option<Fit>,
 }
 
 fn op_counts(g: &Graph) -> BTreeMap<&'static str, isize> {
@@ -159,7 +170,9 @@ fn place(g: &Graph, id: NodeId, result: usize) -> String {
 }
 
 impl Report {
-    fn new(graph: &Graph, dims: &Bindings, options: &Options) -> Result<Self> {
+    fn new(graph: &Graph, dims: &Bindings, fit: Option<Fit>) -> Result<Self> {
+        let recompute = fit.as_ref().map_or(Recompute::Nothing, |f| Recompute::Nodes(f.again.clone()));
+        let options = &Options { recompute, ..Options::default() };
         let mut passes: Vec<PassReport> = vec![];
         let mut unfused = vec![];
         let mut counts = op_counts(graph);
@@ -181,6 +194,7 @@ impl Report {
                 "fuse_selection" => fuse_selection::unfused(g),
                 "fuse_attention" => fuse_attention::unfused(g),
                 "fuse_epilogue" => fuse_epilogue::unfused(g),
+                "fuse_loss" => fuse_loss::unfused(g),
                 _ => vec![],
             };
             for (id, reason) in stay {
@@ -194,10 +208,10 @@ impl Report {
         });
         problem.map_err(wrap)?;
         let program = lower(&optimised);
-        let plan = plan(&program, dims).map_err(wrap)?;
+        let plan = plan(&program, dims, scratch).map_err(wrap)?;
         let costs = program.costs(dims).map_err(wrap)?;
         let lints = rambac_ir::verify::lint(graph);
-        Ok(Self { dims: dims.clone(), passes, unfused, elementwise, program, costs, plan, lints })
+        Ok(Self { dims: dims.clone(), passes, unfused, elementwise, program, costs, plan, lints, fit })
     }
 
     fn graph(&self) -> &Graph {
@@ -278,18 +292,6 @@ impl Report {
         all
     }
 
-    /// The step at which most bytes are alive.
-    fn fullest(&self) -> Option<usize> {
-        let alive = |step: usize| -> usize {
-            let lives = |b: &usize| {
-                self.program.buffers[*b].kind == BufferKind::Arena
-                    && self.plan.lifetimes[*b].is_some_and(|(f, l)| f <= step && step <= l)
-            };
-            (0..self.plan.sizes.len()).filter(lives).map(|b| self.plan.sizes[b]).sum()
-        };
-        (0..self.program.steps.len()).max_by_key(|&s| (alive(s), std::cmp::Reverse(s)))
-    }
-
     /// The largest buffers of the arena: (index, maker's place, first step, last step).
     fn largest(&self) -> Vec<(usize, String, usize, usize)> {
         let arena = |b: &usize| self.program.buffers[*b].kind == BufferKind::Arena;
@@ -313,7 +315,7 @@ impl Report {
         (of(SourceKind::Param), of(SourceKind::State))
     }
 
-    fn print(&self, a: &Explain, config: Option<&Config>) {
+    fn print(&self, a: &Explain, config: Option<&Config>) -> Result<()> {
         let what = if a.train { "a training step" } else { "one run" };
         println!("{}: {what} at {}", a.model, self.dims);
         if let Some(c) = config {
@@ -401,9 +403,13 @@ impl Report {
         }
         t.print();
         self.print_memory();
+        if let Some(f) = &self.fit {
+            print_fit(f, a.memory.memory_limit, config)?;
+        }
         if config.is_some() {
             self.lints.iter().for_each(|l| println!("\n{}", show::wrapped(&l.to_string(), WIDTH, "  ")));
         }
+        Ok(())
     }
 
     fn print_unfused(&self) {
@@ -434,7 +440,7 @@ impl Report {
         t.row(["states".into(), show::bytes(states)]);
         t.row(["inputs".into(), show::bytes(p.inputs)]);
         t.print();
-        if let Some(s) = self.fullest() {
+        if let Some(s) = p.fullest() {
             let step = &self.program.steps[s];
             println!("  fullest at step {s} of {}: {}", self.program.steps.len(), place(self.graph(), step.node, 0));
         }
@@ -465,12 +471,13 @@ impl Report {
         }
     }
 
-    fn json(&self, a: &Explain, config: Option<&Config>) -> Vec<Json> {
+    fn json(&self, a: &Explain, config: Option<&Config>) -> Result<Vec<Json>> {
         let (ops, layers) = self.sums();
         let all = ops.cost();
         let dims: serde_json::Map<String, Json> = self.dims.iter().map(|(s, v)| (s.to_string(), json!(v))).collect();
         let mut out = vec![json!({
-            "section": "model", "model": a.model, "train": a.train, "recompute": a.recompute, "dims": dims,
+            "section": "model", "model": a.model, "train": a.train,
+            "recompute": a.memory.recompute, "memory_limit": a.memory.memory_limit, "dims": dims,
             "parameters": config.map(Config::n_parameters), "nodes": self.graph().nodes.len(),
             "steps": self.program.steps.len(), "flops": all.flops, "bytes": all.bytes, "peak_bytes": self.plan.peak(),
         })];
@@ -508,7 +515,7 @@ impl Report {
         out.push(json!({
             "section": "memory", "peak_bytes": self.plan.peak(), "arena_bytes": self.plan.arena,
             "floor_bytes": self.plan.floor, "param_bytes": params, "state_bytes": states,
-            "input_bytes": self.plan.inputs, "fullest_step": self.fullest(),
+            "input_bytes": self.plan.inputs, "fullest_step": self.plan.fullest(),
         }));
         for (b, made, first, last) in self.largest() {
             out.push(json!({
@@ -516,9 +523,60 @@ impl Report {
                 "bytes": self.plan.sizes[b], "first_step": first, "last_step": last,
             }));
         }
+        if let Some(f) = &self.fit {
+            let (before, after) = (f.kept.1, f.fitted.1);
+            out.push(json!({
+                "section": "recompute", "peak_bytes_kept": f.kept.0.peak(), "peak_bytes": f.fitted.0.peak(),
+                "flops": after.flops - before.flops, "bytes": after.bytes - before.bytes,
+                "time_factor": seconds(after) / seconds(before),
+            }));
+            for (layer, c) in recompute::by_layer(&f.prepared, &f.dims, &f.again).map_err(wrap)? {
+                out.push(json!({
+                    "section": "recompute_layer", "layer": layer, "kept_bytes": c.kept, "again_bytes": c.again,
+                    "ops": c.ops,
+                }));
+            }
+        }
         out.extend(self.lints.iter().map(|l| json!({ "section": "lint", "message": l.message, "help": l.help })));
-        out
+        Ok(out)
     }
+}
+
+/// Seconds that work takes at the rates by which it was weighed.
+fn seconds(c: Cost) -> f64 {
+    let t = Target::default();
+    c.flops / t.flops_per_second + c.bytes / t.bytes_per_second
+}
+
+/// What is kept and what is computed again, and what that costs.
+fn print_fit(f: &Fit, limit: Option<usize>, config: Option<&Config>) -> Result<()> {
+    let (before, after) = (f.kept.1, f.fitted.1);
+    let within = limit.map(|l| format!(", within {}", show::bytes(l))).unwrap_or_default();
+    println!(
+        "\nRecomputation: {} → {} at its peak{within}",
+        show::bytes(f.kept.0.peak()),
+        show::bytes(f.fitted.0.peak())
+    );
+    let more = |a: f64, b: f64| format!("{:+.1} %", (b / a - 1.0) * 100.0);
+    let t = Target::default();
+    println!(
+        "  price: {} ({}), {} ({}), time {} at {} and {}",
+        show::si(after.flops - before.flops, "FLOP"),
+        more(before.flops, after.flops),
+        show::si(after.bytes - before.bytes, "B"),
+        more(before.bytes, after.bytes),
+        more(seconds(before), seconds(after)),
+        show::si(t.flops_per_second, "FLOP/s"),
+        show::si(t.bytes_per_second, "B/s")
+    );
+    let mut table = Table::new(1, &["layer", "kept", "again", "computed again"]);
+    for (layer, c) in recompute::by_layer(&f.prepared, &f.dims, &f.again).map_err(wrap)? {
+        let ops = c.ops.iter().map(|(op, n)| if *n > 1 { format!("{n} {op}") } else { op.to_string() });
+        let ops = show::fit(&ops.collect::<Vec<_>>().join(", "), WIDTH - 44);
+        table.row([layer_name(&layer, config), show::bytes(c.kept), show::bytes(c.again), ops]);
+    }
+    table.print();
+    Ok(())
 }
 
 /// `b3 : f32[N, L, 128]`, with its offset and rows where they are not the whole buffer.

@@ -2,8 +2,8 @@
 //!
 //! A step depends on the store, the recipe and its planned number alone, so a run that was stopped goes on bit for bit.
 
-use crate::cli::{Data, Train};
-use crate::error::{Result, warn, wrap};
+use crate::cli::{Data, MemoryArgs, Train};
+use crate::error::{self, Result, warn, wrap};
 use crate::{machine, model, show};
 use indicatif::{ProgressBar, ProgressStyle};
 use miette::{IntoDiagnostic, Report, miette};
@@ -46,6 +46,9 @@ pub struct RunState {
     pub recipe: Recipe,
     pub position: Position,
     pub recompute: bool,
+    /// Bytes that a step may take.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_limit: Option<usize>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub data: Option<DataFile>,
 }
@@ -124,7 +127,8 @@ pub fn run(a: &Train, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
             let state = RunState {
                 recipe: recipe(a)?,
                 position: Position { step: 0, planned: 0, tokens: 0, smooth: None, seconds: 0.0 },
-                recompute: a.recompute,
+                recompute: a.memory.recompute,
+                memory_limit: a.memory.memory_limit,
                 data: a.data.as_deref().map(DataFile::open).transpose()?,
             };
             let tokenizer = match &a.tokenizer {
@@ -359,8 +363,10 @@ impl Run {
         };
         let specs = config.parameters();
         let decays = |name: &str| specs.iter().any(|s| s.name == name && s.decay);
-        let options = Options { recompute: state.recompute, ..Options::default() };
-        let trainer = Trainer::new(&loss, &adamw, decays, r.accumulate, &options, store, pool.clone()).map_err(wrap)?;
+        let dims = r.stages.iter().map(|s| Bindings::new([("N", s.rows), ("L", s.len)])).collect();
+        let memory = MemoryArgs { recompute: state.recompute, memory_limit: state.memory_limit }.choice(dims);
+        let trainer =
+            Trainer::new(&loss, &adamw, decays, r.accumulate, &memory, store, pool.clone()).map_err(error::train)?;
         let metrics = metrics_file(folder.path(), state.position.step)?;
         Ok(Self {
             config,
@@ -391,7 +397,7 @@ impl Run {
         let largest = self.state.recipe.stages.iter().max_by_key(|s| s.len * s.rows);
         let Some(s) = largest else { return Ok(()) };
         let dims = Bindings::new([("N", s.rows), ("L", s.len)]);
-        let plan = self.trainer.main_executor().plan(&dims).map_err(wrap)?;
+        let plan = self.trainer.plan(&dims).map_err(wrap)?;
         eprintln!(
             "{} parameters, {} tokens in {} stage(s)\npeak memory {} MiB: {} activations at {} x {}, {} weights and optimiser",
             grouped(self.config.n_parameters()),

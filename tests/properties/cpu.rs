@@ -13,7 +13,7 @@ use rambac_ir::testing::{Grown, Rng, grown, grown_differentiable};
 use rambac_ir::ty::ConcreteTy;
 use rambac_ir::{Builder, DType, Graph, HostArray, Value, text};
 use rambac_passes::train_step::{AdamW, train_step};
-use rambac_passes::{Options, narrow, optimise};
+use rambac_passes::{Options, Recompute, narrow, optimise};
 use rambac_runtime::Tensor;
 use std::collections::HashMap;
 
@@ -234,13 +234,14 @@ fn check_graph(g: &Graph, like: &Grown) -> Result<(), TestCaseError> {
         let before = Tensor::from_host(&like.sources[&s.name]);
         prop_assert!(same_bits(plain_store.get(&s.name).unwrap(), &before), "{} was overwritten", s.name);
     }
+    prop_assert_eq!(rambac_cpu::par::heap_peak(), 0, "a kernel took more scratch than it told\n{}", text::print(g));
     Ok(())
 }
 
 fn every_form(g: &Graph, like: &Grown) -> Result<(), TestCaseError> {
     check_graph(g, like)?;
     check_graph(&optimise(g, &Options::default()), like)?;
-    check_graph(&optimise(g, &Options { recompute: true, ..Options::default() }), like)
+    check_graph(&optimise(g, &Options { recompute: Recompute::All, ..Options::default() }), like)
 }
 
 /// Turns some outputs into updates: of sources of their type, of each other's sources, of sources that are outputs too.

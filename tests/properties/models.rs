@@ -8,7 +8,8 @@ use rambac_models::presets::PRESETS;
 use rambac_models::stack::{self, Carry};
 use rambac_models::{Config, preset};
 use rambac_passes::train_step::{AdamW, accumulate, apply, train_step};
-use rambac_passes::{Options, optimise};
+use rambac_passes::{Options, Recompute, optimise};
+use rambac_runtime::cpu::scratch;
 use rambac_runtime::executor::slow_steps;
 
 fn training(c: &Config, carry: Carry) -> Graph {
@@ -53,13 +54,13 @@ fn check_training(name: &str) {
     // Before fusion there are such values, or looking for them means nothing.
     assert_eq!(has(&is_quadratic) && has(&|t| is_per_chunk(&c, t)), c.num_upper_groups > 0, "{name}");
     let mut arenas = vec![];
-    for recompute in [false, true] {
-        let g = optimise(&written, &Options { recompute, ..Options::default() });
+    for recompute in [Recompute::Nothing, Recompute::All] {
+        let g = optimise(&written, &Options { recompute: recompute.clone(), ..Options::default() });
         verify::verify(&g).unwrap_or_else(|e| panic!("{name}: {e:?}"));
         let p = lower(&g);
         assert_fused(name, &c, &g, &p);
         check(&p, &dims(&c)).unwrap_or_else(|e| panic!("{name}: {e}"));
-        arenas.push(plan(&p, &dims(&c)).unwrap().arena);
+        arenas.push(plan(&p, &dims(&c), scratch).unwrap().arena);
     }
     assert!(arenas[1] < arenas[0], "{name}: recomputation needs {} bytes, keeping {}", arenas[1], arenas[0]);
     println!("{name}: activations {} MiB, with recomputation {} MiB", arenas[0] >> 20, arenas[1] >> 20);
@@ -109,7 +110,7 @@ fn other_steps() {
             apply(&loss, &AdamW::default(), |_| true).unwrap(),
         ];
         for g in all {
-            for recompute in [false, true] {
+            for recompute in [Recompute::Nothing, Recompute::All] {
                 let g = optimise(&g, &Options { recompute, ..Options::default() });
                 let p = lower(&g);
                 assert_fused(name, &c, &g, &p);

@@ -10,7 +10,7 @@ use rambac_ir::ops::Op;
 use rambac_ir::testing::{Grown, grown, grown_differentiable};
 use rambac_ir::ty::ConcreteTy;
 use rambac_ir::{Bindings, Cost, Graph, text, verify};
-use rambac_passes::{Options, PASSES, dce, optimise, recompute};
+use rambac_passes::{Options, PASSES, Recompute, dce, optimise, recompute};
 
 fn cost(g: &Graph, dims: &Bindings) -> Cost {
     let g = &dce::dce(g);
@@ -75,11 +75,12 @@ fn check(g: &Graph, like: &Grown) -> Result<(), TestCaseError> {
         keeps(name, g, &after, like)?;
         no_dearer(name, g, &after, like)?;
     }
-    keeps("recompute", g, &recompute::recompute(g), like)?;
+    keeps("recompute", g, &recompute::recompute(g, &Recompute::All), like)?;
     let done = optimise(g, &Options::default());
     keeps("the pipeline", g, &done, like)?;
     no_dearer("the pipeline", g, &done, like)?;
-    keeps("the pipeline with recompute", g, &optimise(g, &Options { recompute: true, ..Options::default() }), like)?;
+    let again = Options { recompute: Recompute::All, ..Options::default() };
+    keeps("the pipeline with recompute", g, &optimise(g, &again), like)?;
     // A second time there is nothing left to do.
     let again = optimise(&done, &Options::default());
     prop_assert!(values(&again).len() <= values(&done).len(), "optimising twice adds work");

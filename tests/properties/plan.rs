@@ -7,11 +7,12 @@ use rambac_codegen::plan::ALIGN;
 use rambac_codegen::{BufferKind, Program, View, lower, plan};
 use rambac_ir::testing::{grown, grown_differentiable};
 use rambac_ir::{Bindings, Graph};
-use rambac_passes::{Options, optimise};
+use rambac_passes::{Options, Recompute, optimise};
+use rambac_runtime::cpu::scratch;
 
 /// Everything the executor relies on.
 pub fn check(p: &Program, dims: &Bindings) -> Result<(), TestCaseError> {
-    let m = plan(p, dims).unwrap();
+    let m = plan(p, dims, scratch).unwrap();
     prop_assert!(m.floor <= m.arena, "the arena of {} is below the floor {}", m.arena, m.floor);
     prop_assert!(m.peak() >= m.arena + m.persistent + m.inputs);
     let arena = |b: usize| p.buffers[b].kind == BufferKind::Arena;
@@ -29,6 +30,14 @@ pub fn check(p: &Program, dims: &Bindings) -> Result<(), TestCaseError> {
             let together = f <= k && g <= l;
             let apart = at + m.sizes[b] <= other || other + m.sizes[c] <= at;
             prop_assert!(!together || apart, "buffers {b} and {c} live at once and overlap");
+        }
+    }
+    for (i, &(at, bytes)) in m.scratch.iter().enumerate().filter(|(_, s)| s.1 > 0) {
+        prop_assert!(at % ALIGN == 0 && at + bytes <= m.arena, "scratch of step {i} leaves the arena");
+        for b in 0..p.buffers.len() {
+            let (Some(other), Some((f, l))) = (m.offsets[b], m.lifetimes[b]) else { continue };
+            let apart = at + bytes <= other || other + m.sizes[b] <= at;
+            prop_assert!(i < f || l < i || apart, "buffer {b} lies in the scratch of step {i}");
         }
     }
     let mut written = vec![false; p.buffers.len()];
@@ -75,7 +84,7 @@ fn inside(p: &Program, v: &View, dims: &Bindings) -> Result<(), TestCaseError> {
 fn every_lowering(g: &Graph, dims: &Bindings) -> Result<(), TestCaseError> {
     check(&lower(g), dims)?;
     check(&lower(&with_all_outputs(g)), dims)?;
-    for recompute in [false, true] {
+    for recompute in [Recompute::Nothing, Recompute::All] {
         check(&lower(&optimise(g, &Options { recompute, ..Options::default() })), dims)?;
     }
     Ok(())

@@ -2,15 +2,15 @@
 //! without recomputation, the same hidden states for any split of a text.
 
 use crate::support::{pool, session_graphs, threads};
-use rambac_codegen::lower;
+use rambac_codegen::{FitError, Memory, lower};
 use rambac_ir::Bindings;
 use rambac_models::data::{PasskeyMix, PasskeyTask, Task};
 use rambac_models::stack::{self, Carry};
 use rambac_models::{Config, InitRule, init_tensor, preset};
-use rambac_passes::train_step::{AdamW, gradient_graph};
+use rambac_passes::train_step::AdamW;
 use rambac_passes::{Options, optimise};
 use rambac_runtime::chunk_store::Precision;
-use rambac_runtime::{Executor, MicroBatch, Session, SessionOptions, Store, Tensor, Trainer};
+use rambac_runtime::{Executor, MicroBatch, Session, SessionOptions, Store, Tensor, TrainError, Trainer};
 use std::sync::Arc;
 
 fn weights(c: &Config) -> Store {
@@ -36,12 +36,11 @@ fn batch(step: u64, n: usize, len: usize, carry: bool) -> MicroBatch {
 }
 
 /// The store after three steps.
-fn three_steps(pool: Arc<rayon::ThreadPool>, parts: usize, carry: Carry, recompute: bool) -> Store {
+fn three_steps(pool: Arc<rayon::ThreadPool>, parts: usize, carry: Carry, memory: &Memory) -> Store {
     let c = preset("tiny").unwrap();
     let loss = stack::loss(&c, carry, false).unwrap();
     let opt = AdamW { warmup: 1, ..AdamW::default() };
-    let options = Options { recompute, ..Options::default() };
-    let mut t = Trainer::new(&loss, &opt, |n| n.ends_with("proj.weight"), parts, &options, weights(&c), pool).unwrap();
+    let mut t = Trainer::new(&loss, &opt, |n| n.ends_with("proj.weight"), parts, memory, weights(&c), pool).unwrap();
     for step in 0..3 {
         let batches: Vec<MicroBatch> = (0..parts as u64)
             .map(|i| batch(step * parts as u64 + i, 2, 192 + 16 * step as usize, carry == Carry::States))
@@ -61,33 +60,64 @@ fn assert_same_bits(what: &str, a: &Store, b: &Store) {
 
 #[test]
 fn threads_do_not_change_a_bit() {
-    for (parts, carry, recompute) in [(1, Carry::Zero, false), (2, Carry::States, true)] {
-        let one = three_steps(threads(1), parts, carry, recompute);
+    for (parts, carry, memory) in [(1, Carry::Zero, Memory::Keep), (2, Carry::States, Memory::Recompute)] {
+        let one = three_steps(threads(1), parts, carry, &memory);
         for n in [2, 3] {
-            assert_same_bits(&format!("{n} threads"), &one, &three_steps(threads(n), parts, carry, recompute));
+            assert_same_bits(&format!("{n} threads"), &one, &three_steps(threads(n), parts, carry, &memory));
         }
     }
 }
 
-#[test]
-fn recomputation_keeps_every_gradient() {
+/// Dims of the largest step of [`three_steps`].
+fn largest() -> Vec<Bindings> {
+    vec![Bindings::new([("N", 2), ("L", 224)])]
+}
+
+/// Peaks of a step that keeps everything, and of one that recomputes everything.
+fn extremes(parts: usize, carry: Carry) -> (usize, usize) {
     let c = preset("tiny").unwrap();
-    let g = gradient_graph(&stack::loss(&c, Carry::Zero, false).unwrap()).unwrap();
-    let m = batch(0, 2, 256, false);
-    let views: Vec<_> = m.inputs.iter().map(|(n, t)| (*n, t.view())).collect();
-    let run = |recompute| {
-        let mut e = Executor::new(lower(&optimise(&g, &Options { recompute, ..Options::default() })), pool());
-        e.run(&m.dims, &views, &mut weights(&c)).unwrap()
+    let loss = stack::loss(&c, carry, false).unwrap();
+    let peak = |memory| {
+        let opt = AdamW::default();
+        let mut t = Trainer::new(&loss, &opt, |_| false, parts, &memory, Store::default(), pool()).unwrap();
+        t.plan(&largest()[0]).unwrap().peak()
     };
-    let (kept, again) = (run(false), run(true));
-    assert_eq!(kept.len(), again.len());
-    for ((name, a), (_, b)) in kept.iter().zip(&again) {
-        let (a, b) = (a.as_f32().unwrap(), b.as_f32().unwrap());
-        let norm = |v: &mut dyn Iterator<Item = f64>| v.map(|x| x * x).sum::<f64>().sqrt();
-        let d = norm(&mut a.iter().zip(b).map(|(x, y)| f64::from(x - y)));
-        let n = norm(&mut a.iter().map(|x| f64::from(*x)));
-        assert!(d <= 1e-6 * n, "{name}: off by {:e}", d / n);
+    (peak(Memory::Keep), peak(Memory::Recompute))
+}
+
+/// Any limit that can be met is, and the weights after three steps have the same bits as without one.
+#[test]
+fn limits_are_met_and_change_no_bit() {
+    for (parts, carry) in [(1, Carry::Zero), (2, Carry::States)] {
+        let (most, least) = extremes(parts, carry);
+        assert!(least < most, "{least} {most}");
+        let kept = three_steps(pool(), parts, carry, &Memory::Keep);
+        assert_same_bits("everything recomputed", &kept, &three_steps(pool(), parts, carry, &Memory::Recompute));
+        for sixths in [0, 1, 3, 5] {
+            let limit = least + (most - least) * sixths / 6;
+            let memory = Memory::Within { limit, dims: largest() };
+            assert_same_bits(&format!("within {limit}"), &kept, &three_steps(pool(), parts, carry, &memory));
+            let loss = stack::loss(&preset("tiny").unwrap(), carry, false).unwrap();
+            let opt = AdamW::default();
+            let mut t = Trainer::new(&loss, &opt, |_| false, parts, &memory, Store::default(), pool()).unwrap();
+            let peak = t.plan(&largest()[0]).unwrap().peak();
+            assert!(peak <= limit, "{peak} bytes planned within {limit}");
+        }
+        let loss = stack::loss(&preset("tiny").unwrap(), carry, false).unwrap();
+        let memory = Memory::Within { limit: least - 1, dims: largest() };
+        let opt = AdamW::default();
+        match Trainer::new(&loss, &opt, |_| false, parts, &memory, Store::default(), pool()) {
+            Err(TrainError::Fit(FitError::TooSmall { least: said, .. })) => assert_eq!(said, least),
+            other => panic!("{:?}", other.err()),
+        }
     }
+}
+
+/// No kernel takes scratch that it does not tell the plan, whatever this process has run by now.
+#[test]
+fn the_plan_counts_scratch() {
+    three_steps(pool(), 1, Carry::Zero, &Memory::Keep);
+    assert_eq!(rambac_cpu::par::heap_peak(), 0);
 }
 
 fn session(c: &Config) -> Session {

@@ -21,7 +21,8 @@ fn check(x: &[&Ty]) -> Result<(), OpError> {
     exactly(x, 1, DType::I32, &rows.iter().collect::<Vec<_>>())
 }
 
-fn lse(row: &[f64]) -> f64 {
+/// `ln Σ exp(z)`.
+pub(super) fn lse(row: &[f64]) -> f64 {
     let top = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     top + row.iter().map(|z| (z - top).exp()).sum::<f64>().ln()
 }

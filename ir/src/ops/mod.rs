@@ -20,7 +20,8 @@ macro_rules! for_each_op {
             Unary, Binary, Where, Cast, FusedMap,
             Broadcast, Reshape, Transpose, Slice, Pad, Concat,
             Reduce, MatMul, MatMulMap,
-            RmsNorm, RmsNormGrad, GatedRmsNorm, GatedRmsNormGrad, Rotary, Embedding, EmbeddingGrad, CrossEntropy, CrossEntropyGrad,
+            RmsNorm, RmsNormGrad, GatedRmsNorm, GatedRmsNormGrad, Rotary, Embedding, EmbeddingGrad,
+            CrossEntropy, CrossEntropyGrad, LinearCrossEntropy, LinearCrossEntropyGrad,
             CausalConv1d, CausalConv1dGrad, SelectiveScan, SelectiveScanGrad, Attention, AttentionGrad,
             Summarise, Score, ScoreGrad, Select, Weigh, WeighGrad, Attend, AttendGrad, Aggregate, AggregateGrad,
             Selection, SelectionGrad, ChunkAttention, ChunkAttentionGrad
@@ -37,6 +38,7 @@ mod cross_entropy;
 mod embedding;
 mod fused_map;
 mod gated_rms_norm;
+mod linear_cross_entropy;
 mod map;
 mod matmul;
 mod matmul_map;
@@ -61,6 +63,7 @@ pub use cross_entropy::{CrossEntropy, CrossEntropyGrad};
 pub use embedding::{Embedding, EmbeddingGrad};
 pub use fused_map::{FusedMap, MapBody, MapFn, MapInst};
 pub use gated_rms_norm::{GatedRmsNorm, GatedRmsNormGrad};
+pub use linear_cross_entropy::{LinearCrossEntropy, LinearCrossEntropyGrad};
 pub use map::{Binary, BinaryFn, Cast, Unary, UnaryFn, Where};
 pub use matmul::MatMul;
 pub use matmul_map::MatMulMap;

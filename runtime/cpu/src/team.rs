@@ -17,6 +17,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::*};
 /// Looks at the next loop before a waiting thread lets others run: about 100 µs.
 const PATIENCE: usize = 2000;
 
+/// Threads that a team can have.
+const MOST: usize = 128;
+
 /// Tasks that a loop can have.
 const MAX_TASKS: usize = u32::MAX as usize;
 
@@ -53,7 +56,9 @@ pub(crate) struct Team {
     epoch: AtomicUsize,
     /// The open loop's body.
     job: UnsafeCell<*const Task<'static>>,
-    shares: Box<[Share]>,
+    shares: [Share; MOST],
+    /// Shares in use.
+    threads: usize,
     /// Threads that are, or may be, inside the open loop.
     helping: AtomicUsize,
     over: AtomicBool,
@@ -66,6 +71,8 @@ unsafe impl Sync for Team {}
 thread_local! {
     /// The team whose program this thread runs, outside of its tasks.
     static CURRENT: Cell<*const Team> = const { Cell::new(null()) };
+    /// Whether this thread is in a team, in a task or out of it.
+    static MEMBER: Cell<bool> = const { Cell::new(false) };
 }
 
 /// The team of this thread, for the length of the call; `None` inside a task.
@@ -89,6 +96,22 @@ impl Drop for Entered {
     }
 }
 
+/// Makes this thread a member until it is dropped.
+struct Member;
+
+impl Member {
+    /// `None`: it is one already.
+    fn join() -> Option<Self> {
+        (!MEMBER.replace(true)).then_some(Self)
+    }
+}
+
+impl Drop for Member {
+    fn drop(&mut self) {
+        MEMBER.set(false);
+    }
+}
+
 /// Sends the helpers home, also when the program panics.
 struct Over<'a>(&'a Team);
 
@@ -98,35 +121,29 @@ impl Drop for Over<'_> {
     }
 }
 
-/// Runs `f` on one thread of `pool`, with the others as its team.
+/// Runs `f` on one thread of `pool`, with the others as its team.  Nothing is allocated.
 pub fn run<R: Send>(pool: &rayon::ThreadPool, f: impl FnOnce() -> R + Send) -> R {
-    let threads = pool.current_num_threads();
+    let threads = pool.current_num_threads().min(MOST);
     if threads == 1 {
         return pool.install(f);
     }
     let team = Team {
         epoch: AtomicUsize::new(0),
         job: UnsafeCell::new(null::<fn(usize)>() as *const Task<'static>),
-        shares: (0..threads).map(|_| Share(AtomicU64::new(0))).collect(),
+        shares: [const { Share(AtomicU64::new(0)) }; MOST],
+        threads,
         helping: AtomicUsize::new(0),
         over: AtomicBool::new(false),
         panic: Mutex::new(None),
     };
-    let (program, result, arrived) = (Mutex::new(Some(f)), Mutex::new(None), AtomicUsize::new(1));
-    pool.broadcast(|_| {
-        let first = lock(&program).take();
-        match first {
-            Some(f) => {
-                let _over = Over(&team);
-                let _entered = Entered::new(&team);
-                let r = f();
-                *lock(&result) = Some(r);
-            }
-            None => team.help(arrived.fetch_add(1, Relaxed)),
-        }
-    });
-    let result = lock(&result).take();
-    result.expect("BUG: the program ran to its end or its panic was passed on")
+    let program = || {
+        let _over = Over(&team);
+        // A program inside a team's task is none of that team's loops.
+        let _member = Member::join();
+        let _entered = Entered::new(&team);
+        f()
+    };
+    pool.install(|| rayon::join(program, || team.gather(1)).0)
 }
 
 /// A panic while one of these is held is passed on elsewhere.
@@ -135,14 +152,23 @@ fn lock<T>(m: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 }
 
 impl Team {
+    /// Waits for loops as member `me` and leaves it to the pool to bring the members after it.
+    fn gather(&self, me: usize) {
+        if me + 1 < self.threads {
+            rayon::join(|| self.help(me), || self.gather(me + 1));
+        } else {
+            self.help(me);
+        }
+    }
+
     /// Calls `f` for every index below `tasks`, on this thread and on whoever helps; false if it is not for a team.
     pub(crate) fn each(&self, tasks: usize, f: &Task<'_>) -> bool {
         if tasks > MAX_TASKS {
             return false;
         }
-        let n = self.shares.len();
+        let n = self.threads;
         let cut = |i: usize| (tasks as u64 * i as u64 / n as u64) as usize;
-        self.shares.iter().enumerate().for_each(|(i, s)| s.deal(cut(i), cut(i + 1)));
+        self.shares[..n].iter().enumerate().for_each(|(i, s)| s.deal(cut(i), cut(i + 1)));
         // SAFETY: no loop is open and nobody helps.  The lifetime is forgotten only until the end of this function,
         // which does not return, nor unwind, before every thread has left the loop.
         unsafe { *self.job.get() = std::mem::transmute::<*const Task<'_>, *const Task<'static>>(f) };
@@ -171,7 +197,7 @@ impl Team {
         while let Some(t) = self.shares[me].take(true) {
             f(t);
         }
-        let n = self.shares.len();
+        let n = self.threads;
         for other in (1..n).map(|k| (me + k) % n) {
             while let Some(t) = self.shares[other].take(false) {
                 f(t);
@@ -181,6 +207,8 @@ impl Team {
 
     /// What the other threads do until the program is over.
     fn help(&self, me: usize) {
+        // A member that waits for a loop of its own may meet this call in its queue: it must not wait here for others.
+        let Some(_member) = Member::join() else { return };
         let (mut done, mut looks) = (0, 0);
         while !self.over.load(Acquire) {
             let epoch = self.epoch.load(SeqCst);

@@ -1,5 +1,6 @@
 //! An operand or result of a kernel: a pointer with its bound type.
 
+use super::Shaped;
 use crate::tensor::{Data, Tensor};
 use half::bf16;
 use rambac_cpu::{ChunkRows, Mat, MatMut, Rows};
@@ -30,9 +31,6 @@ impl<'a> Arg<'a> {
     /// The same operand or result.
     pub(crate) fn reborrow(&self) -> Arg<'_> {
         Arg { ..*self }
-    }
-    pub fn shape(&self) -> &[usize] {
-        &self.ty.shape
     }
     pub(crate) fn len(&self) -> usize {
         self.ty.elements()
@@ -115,6 +113,14 @@ impl<'a> Arg<'a> {
         // SAFETY: the struct's contract; a kernel takes each result once.
         unsafe { std::slice::from_raw_parts_mut(dangling(self.ptr), self.len()) }
     }
+    /// Contiguous bools of a result, 0 or 1.
+    #[allow(clippy::mut_from_ref)]
+    pub fn bool_mut(&self) -> &mut [u8] {
+        self.check(DType::Bool);
+        self.contiguous();
+        // SAFETY: the struct's contract; a kernel takes each result once.
+        unsafe { std::slice::from_raw_parts_mut(dangling(self.ptr), self.len()) }
+    }
     /// As a matrix whose rows are `cols` long, or as long as the view's rows where it is strided (a multiple of `cols`).
     pub fn mat(&self, cols: usize) -> Mat<'_> {
         self.check(DType::F32);
@@ -148,6 +154,23 @@ impl<'a> Arg<'a> {
         }
     }
 
+    /// Copies the elements into `t`, whose memory is used again where it has the type.
+    pub(crate) fn copy_to(&self, t: &mut Tensor) {
+        if !t.is(self.ty) {
+            *t = self.to_tensor();
+            return;
+        }
+        match &mut t.data {
+            Data::F32(v) => v.copy_from_slice(self.f32()),
+            Data::I32(v) => v.copy_from_slice(self.i32()),
+            Data::Bool(v) => {
+                self.contiguous();
+                // SAFETY: the struct's contract; the type was compared.
+                v.copy_from_slice(unsafe { std::slice::from_raw_parts(dangling(self.ptr), self.len()) });
+            }
+            Data::Bf16(_) => *t = self.to_tensor(),
+        }
+    }
     pub(crate) fn to_tensor(&self) -> Tensor {
         let data = match self.ty.dtype {
             DType::I32 => Data::I32(self.i32().to_vec()),

@@ -1,8 +1,9 @@
 //! Attention, selection and their gradients.
 
-use super::{Arg, CpuKernel, KernelError};
+use super::{Arg, CpuKernel, KernelError, Shaped};
 use rambac_cpu::kernels::{chunk_attention as ca, dense_attention as da, selection as sel};
 use rambac_ir::ops::*;
+use rambac_ir::ty::ConcreteTy;
 
 fn width(x: &Arg) -> usize {
     x.shape()[2] * x.shape()[3]
@@ -54,25 +55,35 @@ fn order(order: Order) -> sel::Order {
     }
 }
 
+fn selecting(op: &Selection, x: &[impl Shaped]) -> sel::Selection {
+    let s = x[0].shape();
+    sel::Selection {
+        n: s[0],
+        l: s[1],
+        heads: s[2],
+        dim: s[3],
+        chunks: x[1].shape()[1],
+        k: op.k,
+        chunk: op.chunk,
+        scale: op.scale as f32,
+        order: order(op.order),
+        weighting: weighting(op.rule),
+    }
+}
+
+fn selecting_back(op: &SelectionGrad, x: &[impl Shaped]) -> sel::Selection {
+    // Chunk length and order do not matter to the gradient.
+    let (k, chunk, order) = (x[2].shape()[3], 1, Order::Recent);
+    let scale = op.scale;
+    selecting(&Selection { chunk, scale, k, order, rule: op.rule }, x)
+}
+
 impl CpuKernel for Selection {
     fn run(&self, x: &[Arg], y: &[Arg]) -> Result<(), KernelError> {
         if let Some(at) = x[2].i32().iter().position(|&s| s < 0) {
             return Err(KernelError::Start { start: x[2].i32()[at], at });
         }
-        let s = x[0].shape();
-        let k = sel::Selection {
-            n: s[0],
-            l: s[1],
-            heads: s[2],
-            dim: s[3],
-            chunks: x[1].shape()[1],
-            k: self.k,
-            chunk: self.chunk,
-            scale: self.scale as f32,
-            order: order(self.order),
-            weighting: weighting(self.rule),
-        };
-        k.forward(
+        selecting(self, x).forward(
             x[0].mat(width(&x[0])),
             x[1].chunk_rows(width(&x[1])),
             x[2].i32(),
@@ -83,25 +94,14 @@ impl CpuKernel for Selection {
         );
         Ok(())
     }
+    fn scratch(&self, x: &[ConcreteTy], _: &[ConcreteTy]) -> usize {
+        selecting(self, x).forward_scratch()
+    }
 }
 
 impl CpuKernel for SelectionGrad {
     fn run(&self, x: &[Arg], y: &[Arg]) -> Result<(), KernelError> {
-        let s = x[0].shape();
-        // Chunk length and order do not matter to the gradient.
-        let k = sel::Selection {
-            n: s[0],
-            l: s[1],
-            heads: s[2],
-            dim: s[3],
-            chunks: x[1].shape()[1],
-            k: x[2].shape()[3],
-            chunk: 1,
-            scale: self.scale as f32,
-            order: sel::Order::Recent,
-            weighting: weighting(self.rule),
-        };
-        k.backward(
+        selecting_back(self, x).backward(
             x[0].mat(width(&x[0])),
             x[1].f32(),
             x[2].i32(),
@@ -114,9 +114,12 @@ impl CpuKernel for SelectionGrad {
         );
         Ok(())
     }
+    fn scratch(&self, x: &[ConcreteTy], _: &[ConcreteTy]) -> usize {
+        selecting_back(self, x).backward_scratch()
+    }
 }
 
-fn chunked(x: &[Arg], chunk: usize, scale: f64, off_by_one: f64) -> ca::ChunkAttention {
+fn chunked(x: &[impl Shaped], chunk: usize, scale: f64, off_by_one: f64) -> ca::ChunkAttention {
     let (q, k) = (x[0].shape(), x[1].shape());
     ca::ChunkAttention {
         n: q[0],
@@ -146,6 +149,9 @@ impl CpuKernel for ChunkAttention {
         );
         Ok(())
     }
+    fn scratch(&self, x: &[ConcreteTy], _: &[ConcreteTy]) -> usize {
+        chunked(x, self.chunk, self.scale, self.off_by_one).forward_scratch()
+    }
 }
 
 impl CpuKernel for ChunkAttentionGrad {
@@ -165,5 +171,8 @@ impl CpuKernel for ChunkAttentionGrad {
             y[3].f32_mut(),
         );
         Ok(())
+    }
+    fn scratch(&self, x: &[ConcreteTy], _: &[ConcreteTy]) -> usize {
+        chunked(x, self.chunk, self.scale, self.off_by_one).backward_scratch()
     }
 }

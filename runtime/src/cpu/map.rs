@@ -3,7 +3,7 @@
 //! Every register is a block of [`BLOCK`] floats; an instruction is one vectorised loop.  Operands are read once and
 //! results written once, whatever the number of instructions.
 
-use super::{Arg, CpuKernel, KernelError};
+use super::{Arg, CpuKernel, KernelError, Shaped};
 use rambac_cpu::kernels::vmath;
 use rambac_cpu::par;
 use rambac_cpu::simd::dispatch;
@@ -13,6 +13,9 @@ use std::ops::Range;
 
 /// Elements of a register: 2 KiB, so that a dozen registers fit in L1.
 const BLOCK: usize = 512;
+/// Operands of most maps, and registers: those that fusion makes have no more.
+const OPERANDS: usize = 16;
+const REGISTERS: usize = 96;
 /// Blocks per parallel task.
 const TASK: usize = 32;
 
@@ -185,25 +188,63 @@ fn step(inst: &MapInst, args: [&[f32]; 3], y: &mut [f32]) {
 pub(super) struct Region<'a> {
     body: &'a [MapInst],
     outs: &'a [usize],
-    x: Vec<&'a Arg<'a>>,
-    ix: Vec<Index>,
+    /// The first operand of an epilogue: the product.
+    product: Option<&'a Arg<'a>>,
+    rest: &'a [Arg<'a>],
+    ix: Few<Index, OPERANDS>,
     y: &'a [Arg<'a>],
-    /// Instruction → the result that it writes in place of a register.
-    direct: Vec<Option<usize>>,
+}
+
+/// As many values as there are, without the heap if there are no more than `N`.
+struct Few<T, const N: usize> {
+    few: [T; N],
+    many: Vec<T>,
+    len: usize,
+}
+
+impl<T: Copy, const N: usize> Few<T, N> {
+    fn new(len: usize, filler: T) -> Self {
+        let many = if len > N { vec![filler; len] } else { vec![] };
+        Self { few: [filler; N], many, len }
+    }
+    fn all(&mut self) -> &mut [T] {
+        if self.len > N { &mut self.many } else { &mut self.few[..self.len] }
+    }
+    fn at(&self, i: usize) -> T {
+        if self.len > N { self.many[i] } else { self.few[i] }
+    }
 }
 
 impl<'a> Region<'a> {
-    pub(super) fn new(body: &'a [MapInst], outs: &'a [usize], x: Vec<&'a Arg<'a>>, y: &'a [Arg<'a>]) -> Self {
-        let ix = x.iter().map(|a| index(a.shape(), y[0].shape())).collect();
-        // Not where the result lies over an operand, which later instructions may read.
-        let own = |y: &Arg| y.ty.dtype == DType::F32 && x.iter().all(|x| !x.is(y));
-        let writes = |k: usize| (0..y.len()).find(|&o| outs[o] == x.len() + k && own(&y[o]));
-        let direct = (0..body.len()).map(writes).collect();
-        Self { body, outs, x, ix, y, direct }
+    /// The operands are `product`, if any, and `rest`.
+    pub(super) fn new(
+        body: &'a [MapInst],
+        outs: &'a [usize],
+        product: Option<&'a Arg<'a>>,
+        rest: &'a [Arg<'a>],
+        y: &'a [Arg<'a>],
+    ) -> Self {
+        let mut ix = Few::new(rest.len() + product.is_some() as usize, Index::Scalar);
+        for (ix, x) in ix.all().iter_mut().zip(product.into_iter().chain(rest)) {
+            *ix = index(x.shape(), y[0].shape());
+        }
+        Self { body, outs, product, rest, ix, y }
+    }
+
+    fn operands(&self) -> impl Iterator<Item = &'a Arg<'a>> {
+        self.product.into_iter().chain(self.rest)
     }
 
     fn registers(&self) -> usize {
-        self.x.len() + self.body.len()
+        self.ix.len + self.body.len()
+    }
+
+    /// Where instruction `k` can write elements `start..start + len` in place of a register: in the result that it
+    /// makes, but not where that lies over an operand, which later instructions may read.
+    fn direct(&self, k: usize, start: usize, len: usize) -> Option<(usize, *mut f32)> {
+        let o = self.outs.iter().position(|&r| r == self.ix.len + k)?;
+        let own = self.operands().all(|x| !x.is(&self.y[o]));
+        own.then(|| run(&self.y[o], Index::Same, start, len)).flatten().map(|at| (o, at))
     }
 
     /// Elements `start..start + len`, at most [`BLOCK`].
@@ -212,23 +253,22 @@ impl<'a> Region<'a> {
     /// The region has them, operands that lie in results' memory hold their values, and nobody else touches the results'
     /// elements.
     unsafe fn block(&self, start: usize, len: usize, file: &mut [f32], at: &mut [*mut f32]) {
-        let (n, file) = (self.x.len(), file.as_mut_ptr());
+        let (n, file) = (self.ix.len, file.as_mut_ptr());
         // SAFETY: registers are BLOCK floats apart in the file, or runs of an operand or a result; an instruction reads
         // registers made before it, and results that operands lie in are written at the end.
         unsafe {
-            for (k, a) in self.x.iter().enumerate() {
+            for (k, a) in self.operands().enumerate() {
                 let own = file.add(k * BLOCK);
                 // A register that leaves as it came must outlive the results' writing.
                 let leaves = self.y.iter().zip(self.outs).any(|(y, &r)| r == k && !a.is(y));
-                let run = if leaves { None } else { run(a, self.ix[k], start, len) };
+                let run = if leaves { None } else { run(a, self.ix.at(k), start, len) };
                 at[k] = run.unwrap_or(own);
                 if run.is_none() {
-                    load(a, self.ix[k], start, std::slice::from_raw_parts_mut(own, len));
+                    load(a, self.ix.at(k), start, std::slice::from_raw_parts_mut(own, len));
                 }
             }
             for (k, inst) in self.body.iter().enumerate() {
-                let direct = self.direct[k].and_then(|o| run(&self.y[o], Index::Same, start, len));
-                at[n + k] = direct.unwrap_or(file.add((n + k) * BLOCK));
+                at[n + k] = self.direct(k, start, len).map_or(file.add((n + k) * BLOCK), |(_, at)| at);
                 let arg = |j: usize| match inst.args.get(j) {
                     Some(&r) => std::slice::from_raw_parts(at[r as usize], len),
                     None => &[][..],
@@ -237,8 +277,8 @@ impl<'a> Region<'a> {
             }
             for (o, (out, &r)) in self.y.iter().zip(self.outs).enumerate() {
                 let there = match r.checked_sub(n) {
-                    Some(k) => self.direct[k] == Some(o) && run(out, Index::Same, start, len).is_some(),
-                    None => self.x[r].is(out),
+                    Some(k) => self.direct(k, start, len).is_some_and(|(to, _)| to == o),
+                    None => self.operands().nth(r).is_some_and(|x| x.is(out)),
                 };
                 if !there {
                     store(out, start, std::slice::from_raw_parts(at[r], len));
@@ -281,8 +321,8 @@ impl<'a> Region<'a> {
     }
 
     fn with_file(&self, f: impl FnOnce(&mut [f32], &mut [*mut f32])) {
-        let mut at = vec![std::ptr::null_mut(); self.registers()];
-        par::with_scratch(self.registers() * BLOCK, |file| f(file, &mut at));
+        let mut at = Few::<_, REGISTERS>::new(self.registers(), std::ptr::null_mut());
+        par::with_scratch(self.registers() * BLOCK, |file| f(file, at.all()));
     }
 }
 
@@ -306,7 +346,7 @@ fn run(x: &Arg, ix: Index, start: usize, len: usize) -> Option<*mut f32> {
 impl CpuKernel for FusedMap {
     fn run(&self, x: &[Arg], y: &[Arg]) -> Result<(), KernelError> {
         let n = y[0].len();
-        let region = Region::new(&self.body, &self.outs, x.iter().collect(), y);
+        let region = Region::new(&self.body, &self.outs, None, x, y);
         // Blocks are cut by the size alone, so any number of threads gives the same bits.
         par::for_blocks(n.div_ceil(BLOCK), TASK, n * region.registers(), |_, start, end| {
             // SAFETY: the operands broadcast to the shape, blocks are disjoint.

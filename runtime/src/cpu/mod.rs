@@ -11,6 +11,7 @@ mod scan;
 pub use arg::Arg;
 use rambac_ir::for_each_op;
 use rambac_ir::ops::*;
+use rambac_ir::ty::ConcreteTy;
 
 /// Why a kernel refused its operands.
 #[derive(Debug, thiserror::Error)]
@@ -28,6 +29,29 @@ pub enum KernelError {
 /// Runs an op on bound operands and results.
 pub(crate) trait CpuKernel {
     fn run(&self, x: &[Arg], y: &[Arg]) -> Result<(), KernelError>;
+
+    /// Floats of scratch that `run` takes on its own thread, from the types of operands and results: the executor lends
+    /// them from the arena.  What tasks take lies on their threads' stacks, see `rambac_cpu::par`.
+    fn scratch(&self, _x: &[ConcreteTy], _y: &[ConcreteTy]) -> usize {
+        0
+    }
+}
+
+/// What has a concrete shape: an operand, or its type alone.
+pub(crate) trait Shaped {
+    fn shape(&self) -> &[usize];
+}
+
+impl Shaped for Arg<'_> {
+    fn shape(&self) -> &[usize] {
+        &self.ty.shape
+    }
+}
+
+impl Shaped for ConcreteTy {
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
 }
 
 macro_rules! dispatch {
@@ -35,6 +59,12 @@ macro_rules! dispatch {
         /// Runs any op.
         pub(crate) fn run_kernel(op: &Op, x: &[Arg], y: &[Arg]) -> Result<(), KernelError> {
             match op { $(Op::$op(o) => o.run(x, y)),* }
+        }
+
+        /// Bytes of scratch of any op's kernel, for the memory plan.
+        pub fn scratch(op: &Op, x: &[ConcreteTy], y: &[ConcreteTy]) -> usize {
+            let floats = match op { $(Op::$op(o) => CpuKernel::scratch(o, x, y)),* };
+            floats * size_of::<f32>()
         }
     };
 }

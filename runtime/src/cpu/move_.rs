@@ -1,14 +1,13 @@
 //! Kernels that move elements: copies between strides, constants, broadcasts, transposes, padding.
 
 use super::reference::evaluate;
-use super::{Arg, CpuKernel, KernelError};
+use super::{Arg, CpuKernel, KernelError, Shaped};
 use half::bf16;
 use half::slice::HalfFloatSliceExt;
 use rambac_cpu::kernels::gemm::widen;
 use rambac_cpu::kernels::transpose::permute;
 use rambac_cpu::par::{self, SharedMut};
 use rambac_ir::DType;
-use rambac_ir::host::strides;
 use rambac_ir::ops::*;
 
 /// Copies `x` to `y`, either of which may be strided.
@@ -147,15 +146,26 @@ impl CpuKernel for Broadcast {
         }
         let (from, to) = (x[0].shape(), y[0].shape());
         let skip = to.len() - from.len();
-        let st = strides(from);
-        let step: Vec<usize> =
-            (0..to.len()).map(|i| if i < skip || from[i - skip] == 1 { 0 } else { st[i - skip] }).collect();
         let inner = to.last().copied().unwrap_or(1);
-        let last = step.last().copied().unwrap_or(0);
-        let (src, outer) = (words(&x[0]), strides(to));
+        let repeats = from.last().is_none_or(|&d| d == 1);
+        let src = words(&x[0]);
+        // Where row r of the result begins in the operand: its last axis aside, axis by axis from the right.
+        let place = |r: usize| {
+            let (mut rest, mut at) = (r, 0);
+            let mut stride = from.last().copied().unwrap_or(1);
+            for k in (0..to.len().saturating_sub(1)).rev() {
+                let index = rest % to[k];
+                rest /= to[k];
+                if k >= skip {
+                    at += if from[k - skip] == 1 { 0 } else { index * stride };
+                    stride *= from[k - skip];
+                }
+            }
+            at
+        };
         for_rows(words_mut(&y[0]), inner, |r, out| {
-            let at: usize = (0..to.len().saturating_sub(1)).map(|k| r * inner / outer[k] % to[k] * step[k]).sum();
-            if last == 0 { out.fill(src[at]) } else { out.copy_from_slice(&src[at..at + inner]) }
+            let at = place(r);
+            if repeats { out.fill(src[at]) } else { out.copy_from_slice(&src[at..at + inner]) }
         });
         Ok(())
     }

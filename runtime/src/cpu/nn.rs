@@ -1,14 +1,15 @@
 //! Products, norms, embeddings, loss, convolution, rotary, reductions.
 
 use super::map::Region;
-use super::{Arg, CpuKernel, KernelError};
-use rambac_cpu::kernels::{conv, cross_entropy, embedding, gemm, norm, reduce, rotary};
+use super::{Arg, CpuKernel, KernelError, Shaped};
+use rambac_cpu::kernels::{conv, cross_entropy, embedding, gemm, linear_cross_entropy as lce, norm, reduce, rotary};
+use rambac_cpu::par;
 use rambac_ir::DType;
 use rambac_ir::ops::*;
 use rambac_ir::ty::ConcreteTy;
 use std::ops::Range;
 
-fn last(x: &Arg) -> usize {
+fn last(x: &impl Shaped) -> usize {
     x.shape().last().copied().unwrap_or(1)
 }
 
@@ -32,21 +33,32 @@ impl CpuKernel for MatMul {
         gemm::batched_matmul(batch, x[0].f32(), x[1].f32(), y[0].f32_mut(), m, n, k, self.trans_a, self.trans_b);
         Ok(())
     }
+    fn scratch(&self, x: &[ConcreteTy], y: &[ConcreteTy]) -> usize {
+        let r = x[0].shape.len();
+        let (rows, n) = (y[0].shape[..r - 1].iter().product(), last(&y[0]));
+        let k = x[0].shape[r - if self.trans_a { 2 } else { 1 }];
+        // Batched products are tasks.
+        match x[1].shape.len() {
+            2 if x[1].dtype == DType::BF16 => gemm::scratch_bf16(rows, n, k),
+            2 => gemm::scratch(rows, n, k, self.trans_a, self.trans_b),
+            _ => 0,
+        }
+    }
 }
 
 impl CpuKernel for MatMulMap {
     fn run(&self, x: &[Arg], y: &[Arg]) -> Result<(), KernelError> {
         let n = last(&y[0]);
         // The product waits in the first result, or beside where that is no f32.
-        let (mut beside, ty) = (vec![], ConcreteTy { dtype: DType::F32, shape: y[0].shape().to_vec() });
+        let (mut beside, ty);
         let held = if y[0].ty.dtype == DType::F32 {
             y[0].reborrow()
         } else {
-            beside.resize(ty.elements(), 0.0f32);
+            ty = ConcreteTy { dtype: DType::F32, shape: y[0].shape().to_vec() };
+            beside = vec![0.0f32; ty.elements()];
             Arg::new(beside.as_mut_ptr().cast(), 0, &ty, None)
         };
-        let operands: Vec<&Arg> = std::iter::once(&held).chain(&x[2..]).collect();
-        let region = Region::new(&self.body, &self.outs, operands, y);
+        let region = Region::new(&self.body, &self.outs, Some(&held), &x[2..], y);
         let then = |rows: Range<usize>, cols: Range<usize>| {
             // SAFETY: every element is in one part, and its product is finished.
             unsafe { region.part(n, rows, cols) }
@@ -57,6 +69,9 @@ impl CpuKernel for MatMulMap {
             _ => gemm::matmul_then(a, self.trans_a, x[1].mat(last(&x[1])), self.trans_b, c, &then),
         }
         Ok(())
+    }
+    fn scratch(&self, x: &[ConcreteTy], y: &[ConcreteTy]) -> usize {
+        self.product().scratch(&x[..2], &y[..1])
     }
 }
 
@@ -70,11 +85,14 @@ impl CpuKernel for RmsNorm {
 
 impl CpuKernel for RmsNormGrad {
     fn run(&self, x: &[Arg], y: &[Arg]) -> Result<(), KernelError> {
-        let others: Vec<&Arg> = x[2..].iter().chain([&y[0]]).collect();
-        let d = x[0].rows_for(last(&x[0]), &others);
+        let d = x[0].rows_for(last(&x[0]), &[&x[2], x.get(3).unwrap_or(&x[2]), &y[0]]);
         let (dy, base) = (x[2].mat(d), x.get(3).map(|b| b.mat(d)));
         norm::rms_norm_backward(x[0].mat(d), x[1].f32(), self.eps as f32, dy, base, y[0].mat_mut(d), y[1].f32_mut());
         Ok(())
+    }
+    fn scratch(&self, x: &[ConcreteTy], _: &[ConcreteTy]) -> usize {
+        let width = last(&x[0]);
+        norm::rms_norm_backward_scratch(x[0].elements().checked_div(width).unwrap_or(0), width, width)
     }
 }
 
@@ -101,6 +119,10 @@ impl CpuKernel for GatedRmsNormGrad {
         );
         Ok(())
     }
+    fn scratch(&self, x: &[ConcreteTy], _: &[ConcreteTy]) -> usize {
+        let width = last(&x[0]);
+        norm::gated_rms_norm_backward_scratch(x[0].elements().checked_div(width).unwrap_or(0), width, width)
+    }
 }
 
 impl CpuKernel for Rotary {
@@ -109,6 +131,10 @@ impl CpuKernel for Rotary {
         let (t, h, d) = (s[s.len() - 3], s[s.len() - 2], s[s.len() - 1]);
         rotary::apply(x[0].mat(h * d), t, d, self.base as f32, &[], self.inverse, y[0].mat_mut(h * d));
         Ok(())
+    }
+    fn scratch(&self, x: &[ConcreteTy], _: &[ConcreteTy]) -> usize {
+        let s = x[0].shape();
+        rotary::scratch(s[s.len() - 3], s[s.len() - 1])
     }
 }
 
@@ -138,6 +164,9 @@ impl CpuKernel for EmbeddingGrad {
         embedding::scatter_add(ids, x[1].mat(d), y[0].mat_mut(d));
         Ok(())
     }
+    fn scratch(&self, x: &[ConcreteTy], y: &[ConcreteTy]) -> usize {
+        par::rounded(embedding::scatter_scratch(x[0].elements(), y[0].shape[0]))
+    }
 }
 
 fn check_labels(labels: &[i32], classes: usize, ignore: i64) -> Result<(), KernelError> {
@@ -148,18 +177,36 @@ fn check_labels(labels: &[i32], classes: usize, ignore: i64) -> Result<(), Kerne
     }
 }
 
-/// Labels with `ignore` as the kernels know it.
-fn labels(x: &Arg, ignore: i64) -> Vec<i32> {
-    x.i32().iter().map(|&l| if l as i64 == ignore { -100 } else { l }).collect()
+/// Calls `f` with the labels, `ignore` among them as the kernels know it.
+fn with_labels(x: &Arg, ignore: i64, f: impl FnOnce(&[i32])) {
+    if ignore == i64::from(cross_entropy::IGNORE) {
+        return f(x.i32());
+    }
+    par::with_plain(x.len(), |labels: &mut [i32]| {
+        let known = |l: i32| if i64::from(l) == ignore { cross_entropy::IGNORE } else { l };
+        labels.iter_mut().zip(x.i32()).for_each(|(to, &l)| *to = known(l));
+        f(labels);
+    });
+}
+
+/// Floats of scratch that [`with_labels`] takes.
+fn labels_scratch(x: &ConcreteTy, ignore: i64) -> usize {
+    if ignore == i64::from(cross_entropy::IGNORE) { 0 } else { par::rounded(x.elements()) }
 }
 
 impl CpuKernel for CrossEntropy {
     fn run(&self, x: &[Arg], y: &[Arg]) -> Result<(), KernelError> {
         let v = last(&x[0]);
         check_labels(x[1].i32(), v, self.ignore)?;
-        let mut lse = vec![0.0; x[1].len()];
-        cross_entropy::forward(x[0].mat(v), &labels(&x[1], self.ignore), y[0].f32_mut(), &mut lse);
+        with_labels(&x[1], self.ignore, |labels| {
+            par::with_scratch(labels.len(), |lse| {
+                cross_entropy::forward(x[0].mat(v), labels, y[0].f32_mut(), lse);
+            });
+        });
         Ok(())
+    }
+    fn scratch(&self, x: &[ConcreteTy], _: &[ConcreteTy]) -> usize {
+        labels_scratch(&x[1], self.ignore) + par::rounded(x[1].elements())
     }
 }
 
@@ -167,15 +214,56 @@ impl CpuKernel for CrossEntropyGrad {
     fn run(&self, x: &[Arg], y: &[Arg]) -> Result<(), KernelError> {
         let v = last(&x[0]);
         check_labels(x[1].i32(), v, self.ignore)?;
-        let labels = labels(&x[1], self.ignore);
-        let (mut loss, mut lse) = (vec![0.0; labels.len()], vec![0.0; labels.len()]);
-        cross_entropy::forward(x[0].mat(v), &labels, &mut loss, &mut lse);
-        cross_entropy::backward(x[0].mat(v), &labels, &lse, x[2].f32(), y[0].mat_mut(v));
+        with_labels(&x[1], self.ignore, |labels| {
+            par::with_scratch(2 * labels.len(), |buf| {
+                let (loss, lse) = buf.split_at_mut(labels.len());
+                cross_entropy::forward(x[0].mat(v), labels, loss, lse);
+                cross_entropy::backward(x[0].mat(v), labels, lse, x[2].f32(), y[0].mat_mut(v));
+            });
+        });
         Ok(())
+    }
+    fn scratch(&self, x: &[ConcreteTy], _: &[ConcreteTy]) -> usize {
+        labels_scratch(&x[1], self.ignore) + par::rounded(2 * x[1].elements())
     }
 }
 
-fn conv_of(x: &[Arg], silu: bool) -> conv::CausalConv1d {
+fn loss_of(x: &[impl Shaped]) -> lce::LinearCrossEntropy {
+    let w = x[1].shape();
+    lce::LinearCrossEntropy { rows: x[2].shape().iter().product(), vocab: w[0], dim: w[1] }
+}
+
+impl CpuKernel for LinearCrossEntropy {
+    fn run(&self, x: &[Arg], y: &[Arg]) -> Result<(), KernelError> {
+        let loss = loss_of(x);
+        check_labels(x[2].i32(), loss.vocab, self.ignore)?;
+        with_labels(&x[2], self.ignore, |labels| {
+            loss.forward(x[0].mat(loss.dim), x[1].mat(loss.dim), labels, y[0].f32_mut());
+        });
+        Ok(())
+    }
+    fn scratch(&self, x: &[ConcreteTy], _: &[ConcreteTy]) -> usize {
+        labels_scratch(&x[2], self.ignore) + loss_of(x).forward_scratch()
+    }
+}
+
+impl CpuKernel for LinearCrossEntropyGrad {
+    fn run(&self, x: &[Arg], y: &[Arg]) -> Result<(), KernelError> {
+        let loss = loss_of(x);
+        check_labels(x[2].i32(), loss.vocab, self.ignore)?;
+        let d = loss.dim;
+        with_labels(&x[2], self.ignore, |labels| {
+            let (dh, dw) = (y[0].mat_mut(d), y[1].mat_mut(d));
+            loss.backward(x[0].mat(d), x[1].mat(d), labels, x[3].f32(), dh, dw, y[2].f32_mut());
+        });
+        Ok(())
+    }
+    fn scratch(&self, x: &[ConcreteTy], _: &[ConcreteTy]) -> usize {
+        labels_scratch(&x[2], self.ignore) + loss_of(x).backward_scratch()
+    }
+}
+
+fn conv_of(x: &[impl Shaped], silu: bool) -> conv::CausalConv1d {
     let s = x[0].shape();
     conv::CausalConv1d { n: s[0], l: s[1], channels: s[2], kernel: x[1].shape()[2], silu }
 }
@@ -210,39 +298,69 @@ impl CpuKernel for CausalConv1dGrad {
         );
         Ok(())
     }
+    fn scratch(&self, x: &[ConcreteTy], _: &[ConcreteTy]) -> usize {
+        conv_of(x, self.silu).backward_scratch()
+    }
+}
+
+/// One run of neighbouring axes of a [`Reduce`].  Runs are taken from the last, so that earlier axes keep their place.
+struct AxisRun<'a> {
+    outer: usize,
+    axis: usize,
+    inner: usize,
+    /// The axes before it that are still to be reduced.
+    rest: &'a [usize],
+}
+
+impl<'a> AxisRun<'a> {
+    /// The last run of `axes`, the first ones of `all`: what follows them is gone already.
+    fn last(shape: &[usize], axes: &'a [usize], all: &[usize]) -> Option<Self> {
+        let (&end, mut rest) = axes.split_last()?;
+        let mut first = end;
+        while let Some((&axis, before)) = rest.split_last().filter(|(a, _)| **a + 1 == first) {
+            (first, rest) = (axis, before);
+        }
+        let outer = shape[..first].iter().product();
+        let axis = shape[first..=end].iter().product();
+        let inner = (end + 1..shape.len()).filter(|i| !all.contains(i)).map(|i| shape[i]).product();
+        Some(Self { outer, axis, inner, rest })
+    }
+
+    fn scratch(&self) -> usize {
+        let own = reduce::scratch(self.outer, self.axis, self.inner);
+        if self.rest.is_empty() { own } else { own + par::rounded(self.outer * self.inner) }
+    }
+}
+
+fn reduce_axes(f: ReduceFn, src: &[f32], shape: &[usize], axes: &[usize], all: &[usize], y: &mut [f32]) {
+    let Some(AxisRun { outer, axis, inner, rest }) = AxisRun::last(shape, axes, all) else {
+        return y.copy_from_slice(src);
+    };
+    let run = |out: &mut [f32]| match f {
+        ReduceFn::Sum => reduce::sum(src, outer, axis, inner, out),
+        ReduceFn::Max => reduce::max(src, outer, axis, inner, out),
+    };
+    if rest.is_empty() {
+        return run(y);
+    }
+    par::with_scratch(outer * inner, |out| {
+        run(out);
+        reduce_axes(f, out, shape, rest, all, y);
+    });
 }
 
 impl CpuKernel for Reduce {
     fn run(&self, x: &[Arg], y: &[Arg]) -> Result<(), KernelError> {
-        let (mut shape, mut axes) = (x[0].shape().to_vec(), self.axes.clone());
-        let mut held: Option<Vec<f32>> = None;
-        // Runs of neighbouring axes reduce at once; from the last, so that earlier axes keep their place.
-        while let Some(end) = axes.pop() {
-            let mut first = end;
-            while axes.last().is_some_and(|&a| a + 1 == first) {
-                first = axes.pop().expect("BUG: tested in the loop");
-            }
-            let (outer, axis, inner) = (
-                shape[..first].iter().product(),
-                shape[first..=end].iter().product(),
-                shape[end + 1..].iter().product::<usize>(),
-            );
-            let run = |src: &[f32], out: &mut [f32]| match self.f {
-                ReduceFn::Sum => reduce::sum(src, outer, axis, inner, out),
-                ReduceFn::Max => reduce::max(src, outer, axis, inner, out),
-            };
-            let src = held.as_deref().unwrap_or_else(|| x[0].f32());
-            if axes.is_empty() {
-                run(src, y[0].f32_mut());
-                return Ok(());
-            }
-            let mut out = vec![0.0; outer * inner];
-            run(src, &mut out);
-            shape.drain(first..=end);
-            held = Some(out);
-        }
-        y[0].f32_mut().copy_from_slice(x[0].f32());
+        reduce_axes(self.f, x[0].f32(), x[0].shape(), &self.axes, &self.axes, y[0].f32_mut());
         Ok(())
+    }
+    fn scratch(&self, x: &[ConcreteTy], _: &[ConcreteTy]) -> usize {
+        let (mut axes, mut all) = (&self.axes[..], 0);
+        while let Some(run) = AxisRun::last(&x[0].shape, axes, &self.axes) {
+            all += run.scratch();
+            axes = run.rest;
+        }
+        all
     }
 }
 
@@ -252,5 +370,9 @@ impl CpuKernel for Summarise {
         let inner = s[2..].iter().product();
         reduce::sum_scaled(x[0].f32(), s[0] * s[1], self.chunk, inner, 1.0 / self.chunk as f32, y[0].f32_mut());
         Ok(())
+    }
+    fn scratch(&self, _: &[ConcreteTy], y: &[ConcreteTy]) -> usize {
+        let s = y[0].shape();
+        reduce::scratch(s[0] * s[1], self.chunk, s[2..].iter().product())
     }
 }

@@ -1,10 +1,11 @@
 //! The selective scan.
 
-use super::{Arg, CpuKernel, KernelError};
+use super::{Arg, CpuKernel, KernelError, Shaped};
 use rambac_cpu::kernels::scan;
 use rambac_ir::ops::*;
+use rambac_ir::ty::ConcreteTy;
 
-fn shape(x: &[Arg], block: usize) -> scan::SelectiveScan {
+fn shape(x: &[impl Shaped], block: usize) -> scan::SelectiveScan {
     let (s, b) = (x[0].shape(), x[3].shape());
     scan::SelectiveScan { n: s[0], l: s[1], heads: s[2], head_dim: s[3], groups: b[2], state: b[3], block }
 }
@@ -27,6 +28,9 @@ impl CpuKernel for SelectiveScan {
             s.forward(&operands, x[6].f32(), y[0].mat_mut(e), y[1].f32_mut());
         }
         Ok(())
+    }
+    fn scratch(&self, x: &[ConcreteTy], _: &[ConcreteTy]) -> usize {
+        shape(x, self.block).forward_scratch()
     }
 }
 
@@ -53,5 +57,8 @@ impl CpuKernel for SelectiveScanGrad {
             y[6].f32_mut(),
         );
         Ok(())
+    }
+    fn scratch(&self, x: &[ConcreteTy], _: &[ConcreteTy]) -> usize {
+        shape(x, self.block).backward_scratch()
     }
 }

@@ -20,7 +20,7 @@ use super::attn_micro::{
     Attend, AttendBackward, Block, LN_2, LOG2_E, carve, carved, pack_row, pack_rows, pack_transposed, padded,
 };
 use super::inverted_index::InvertedIndex;
-use crate::par::{SharedMut, with_scratch};
+use crate::par::{Plain, SharedMut, floats_of, plain, rounded, with_scratch};
 use crate::{Mat, MatMut, RowShape, Rows, simd};
 
 /// Query rows (pair, head) of one tile: its operands fit the first-level cache.
@@ -78,6 +78,7 @@ struct Segment {
 }
 
 /// A part of the list of one chunk.
+#[derive(Clone, Copy)]
 struct Slab {
     /// Within the segment.
     seq: usize,
@@ -86,11 +87,17 @@ struct Slab {
     /// Range of the chunk's list.
     first: usize,
     last: usize,
-    /// Where partial sums of dK and dV go; none when the slab is the chunk's only one.
-    partial: Option<usize>,
+    /// Where partial sums of dK and dV go; [`ALONE`] when the slab is the chunk's only one.
+    partial: usize,
 }
 
+const ALONE: usize = usize::MAX;
+
+// SAFETY: numbers of one word each.
+unsafe impl Plain for Slab {}
+
 /// A chunk of several slabs, whose partial sums are `first..last`.
+#[derive(Clone, Copy)]
 struct Shared {
     seq: usize,
     head: usize,
@@ -99,79 +106,130 @@ struct Shared {
     last: usize,
 }
 
-/// The work of a segment.
-#[derive(Default)]
-struct Plan {
-    index: InvertedIndex,
-    slabs: Vec<Slab>,
-    shared: Vec<Shared>,
+// SAFETY: numbers of one word each.
+unsafe impl Plain for Shared {}
+
+/// The work of a segment, in scratch.
+struct Plan<'a> {
+    index: InvertedIndex<'a>,
+    slabs: &'a [Slab],
+    shared: &'a [Shared],
     partials: usize,
-    numbers: Numbers,
+    /// The chosen chunks in order, by which the plan numbers them: so that nothing is as long as the memory.  Empty where
+    /// it uses the memory's own numbers.
+    chosen: &'a [i32],
 }
 
-/// Chunks numbered by what a segment chose, so that nothing is as long as the memory.
-#[derive(Default)]
-struct Numbers {
-    /// The chosen chunks in order; empty where the segment uses the memory's own numbers.
-    chosen: Vec<i32>,
-    /// The selection in these numbers.
-    local: Vec<i32>,
+/// Adds `item` to the first `len` of `list`.
+fn push<T>(list: &mut [T], len: &mut usize, item: T) {
+    list[*len] = item;
+    *len += 1;
 }
 
-impl Plan {
-    fn rebuild(&mut self, shape: &ChunkAttention, inputs: &Inputs, segment: Segment) {
+impl Plan<'_> {
+    /// Most chunks that a segment of so many pairs is indexed by.
+    fn chunks(shape: &ChunkAttention, pairs: usize) -> usize {
+        (shape.keys / shape.chunk).min(pairs)
+    }
+
+    /// Most slabs, and most chunks that several share: how many there are hangs on the choices.
+    fn most(shape: &ChunkAttention, segment: Segment) -> (usize, usize) {
+        let pairs = shape.pairs(segment);
+        let (lists, full) = (segment.n * shape.kv_heads * Self::chunks(shape, pairs), pairs / shape.slab_pairs());
+        // A list of p pairs makes at most p / slab_pairs + 1 slabs, and several if it fills one.
+        (full + lists.min(pairs), full.min(lists))
+    }
+
+    /// Most partial sums: those of shared chunks.
+    fn most_partials(shape: &ChunkAttention, segment: Segment) -> usize {
+        shape.pairs(segment) / shape.slab_pairs() + Self::most(shape, segment).1
+    }
+
+    /// Floats of the chosen chunks and the selection by their numbers, of the index, the slabs and the shared chunks.
+    fn sizes(shape: &ChunkAttention, segment: Segment) -> [usize; 5] {
+        let pairs = shape.pairs(segment);
+        let renumbered = if shape.keys / shape.chunk > pairs { pairs } else { 0 };
+        let chunks = Self::chunks(shape, pairs);
+        let index = InvertedIndex::words(segment.n, segment.l, shape.kv_heads, shape.k, chunks);
+        let (slabs, shared) = Self::most(shape, segment);
+        [renumbered, renumbered, index, floats_of::<Slab>(slabs), floats_of::<Shared>(shared)]
+    }
+
+    /// Calls `f` with the plan of a segment.
+    fn with<R>(shape: &ChunkAttention, inputs: &Inputs, segment: Segment, f: impl FnOnce(&Plan) -> R) -> R {
         let (row, rows) =
             ((segment.seq * shape.l + segment.token) * shape.kv_heads, segment.n * segment.l * shape.kv_heads);
         let (count, indices) = (&inputs.count[row..][..rows], &inputs.indices[row * shape.k..][..rows * shape.k]);
-        let (chunks, indices) = self.numbers.rebuild(indices, count, shape.k, shape.keys / shape.chunk);
-        self.index.rebuild(indices, count, segment.n, segment.l, shape.kv_heads, shape.k, chunks);
-        self.slabs.clear();
-        self.shared.clear();
-        self.partials = 0;
-        let size = (SLAB_ROWS / shape.group()).max(1);
-        for seq in 0..segment.n {
-            for head in 0..shape.kv_heads {
-                for chunk in 0..chunks {
-                    let pairs = self.index.chosen_by(seq, head, chunk).len();
-                    let parts = pairs.div_ceil(size);
-                    if parts > 1 {
-                        let (first, last) = (self.partials, self.partials + parts);
-                        self.shared.push(Shared { seq, head, chunk, first, last });
-                    }
-                    for first in (0..pairs).step_by(size) {
-                        let partial = (parts > 1).then_some(self.partials);
-                        self.partials += partial.is_some() as usize;
-                        self.slabs.push(Slab { seq, head, chunk, first, last: pairs.min(first + size), partial });
+        let sizes = Self::sizes(shape, segment);
+        with_scratch(carved(&sizes), |scratch| {
+            let [chosen, local, index, slabs, shared] = carve(scratch, sizes);
+            let (chosen, indices) = renumber(indices, count, shape.k, plain(chosen), plain(local));
+            let chunks = if chosen.is_empty() { Self::chunks(shape, indices.len()) } else { chosen.len() };
+            let (n, l) = (segment.n, segment.l);
+            let index = InvertedIndex::build(plain(index), indices, count, n, l, shape.kv_heads, shape.k, chunks);
+            let (all_slabs, all_shared) = (plain::<Slab>(slabs), plain::<Shared>(shared));
+            let (mut slabs, mut shared, mut partials) = (0, 0, 0);
+            let size = shape.slab_pairs();
+            for seq in 0..segment.n {
+                for head in 0..shape.kv_heads {
+                    for chunk in 0..chunks {
+                        let pairs = index.chosen_by(seq, head, chunk).len();
+                        let parts = pairs.div_ceil(size);
+                        if parts > 1 {
+                            let (first, last) = (partials, partials + parts);
+                            push(all_shared, &mut shared, Shared { seq, head, chunk, first, last });
+                        }
+                        for first in (0..pairs).step_by(size) {
+                            let partial = if parts > 1 { partials } else { ALONE };
+                            partials += (parts > 1) as usize;
+                            let last = pairs.min(first + size);
+                            push(all_slabs, &mut slabs, Slab { seq, head, chunk, first, last, partial });
+                        }
                     }
                 }
             }
-        }
-    }
-}
-
-impl Numbers {
-    /// Chunks to index, and the selection among them.
-    fn rebuild<'a>(&'a mut self, indices: &'a [i32], count: &[i32], k: usize, chunks: usize) -> (usize, &'a [i32]) {
-        self.chosen.clear();
-        if chunks <= indices.len() {
-            return (chunks, indices);
-        }
-        self.chosen.extend(indices.chunks_exact(k.max(1)).zip(count).flat_map(|(i, &n)| &i[..n as usize]));
-        self.chosen.par_sort_unstable();
-        self.chosen.dedup();
-        self.local.resize(indices.len(), 0);
-        let chosen = &self.chosen;
-        self.local.par_iter_mut().zip(indices).with_min_len(1024).for_each(|(local, i)| {
-            // Unfilled slots are never read.
-            *local = chosen.partition_point(|c| c < i) as i32;
-        });
-        (self.chosen.len(), &self.local)
+            f(&Plan { index, slabs: &all_slabs[..slabs], shared: &all_shared[..shared], partials, chosen })
+        })
     }
 
     /// The chunk that is called `chunk` here.
     fn global(&self, chunk: usize) -> usize {
         self.chosen.get(chunk).map_or(chunk, |&c| c as usize)
     }
+}
+
+/// The chosen chunks and the selection by their numbers, or no chunks and the selection as it is where there is no memory
+/// for them.
+fn renumber<'a>(
+    indices: &'a [i32],
+    count: &[i32],
+    k: usize,
+    chosen: &'a mut [i32],
+    local: &'a mut [i32],
+) -> (&'a [i32], &'a [i32]) {
+    if local.is_empty() {
+        return (&[], indices);
+    }
+    let mut all = 0;
+    for (row, &n) in indices.chunks_exact(k.max(1)).zip(count) {
+        chosen[all..all + n as usize].copy_from_slice(&row[..n as usize]);
+        all += n as usize;
+    }
+    let chosen = &mut chosen[..all];
+    chosen.par_sort_unstable();
+    let mut distinct = 0;
+    for i in 0..all {
+        if i == 0 || chosen[i] != chosen[distinct - 1] {
+            chosen[distinct] = chosen[i];
+            distinct += 1;
+        }
+    }
+    let chosen = &chosen[..distinct];
+    local.par_iter_mut().zip(indices).with_min_len(1024).for_each(|(local, i)| {
+        // Unfilled slots are never read.
+        *local = chosen.partition_point(|c| c < i) as i32;
+    });
+    (chosen, local)
 }
 
 impl ChunkAttention {
@@ -182,19 +240,18 @@ impl ChunkAttention {
         self.check(&inputs);
         assert!(y.rows() == q.rows() && y.cols() == q.cols(), "BUG: y");
         let arch = simd::arch();
-        let mut plan = Plan::default();
         for segment in self.segments() {
-            plan.rebuild(self, &inputs, segment);
-            with_scratch(segment.n * segment.l * self.token_slots(), |slots| {
-                let shared = SharedMut::new(slots);
-                let plan = &plan;
-                plan.slabs.par_iter().for_each(|slab| {
-                    let task = SlabTask { shape: self, inputs: &inputs, segment, slab, plan, slots: shared };
-                    with_scratch(carved(&task.forward_sizes()), |scratch| {
-                        arch.dispatch(ForwardSlab { task, scratch });
+            Plan::with(self, &inputs, segment, |plan| {
+                with_scratch(segment.n * segment.l * self.token_slots(), |slots| {
+                    let shared = SharedMut::new(slots);
+                    plan.slabs.par_iter().for_each(|slab| {
+                        let task = SlabTask { shape: self, inputs: &inputs, segment, slab, plan, slots: shared };
+                        with_scratch(carved(&task.forward_sizes()), |scratch| {
+                            arch.dispatch(ForwardSlab { task, scratch });
+                        });
                     });
+                    self.sum_slots(arch, &inputs, segment, slots, &y);
                 });
-                self.sum_slots(arch, &inputs, segment, slots, &y);
             });
         }
     }
@@ -231,31 +288,31 @@ impl ChunkAttention {
         dweights.fill(0.0);
         let dweights = SharedMut::new(dweights);
         let arch = simd::arch();
-        let mut plan = Plan::default();
         for segment in self.segments() {
-            plan.rebuild(self, &inputs, segment);
-            let size = self.chunk * padded(self.dim);
-            let sizes = [segment.n * segment.l * self.token_slots(), plan.partials * 2 * size];
-            with_scratch(carved(&sizes), |workspace| {
-                let [slots, partials] = carve(workspace, sizes);
-                let (shared, parts) = (SharedMut::new(slots), SharedMut::new(partials));
-                let plan = &plan;
-                plan.slabs.par_iter().for_each(|slab| {
-                    let task = SlabTask { shape: self, inputs: &inputs, segment, slab, plan, slots: shared };
-                    with_scratch(carved(&task.backward_sizes()), |scratch| {
-                        arch.dispatch(BackwardSlab { task, scratch, dy, dk: &dk, dv: &dv, dweights, partials: parts });
+            Plan::with(self, &inputs, segment, |plan| {
+                let size = self.chunk * padded(self.dim);
+                let sizes = [segment.n * segment.l * self.token_slots(), plan.partials * 2 * size];
+                with_scratch(carved(&sizes), |workspace| {
+                    let [slots, partials] = carve(workspace, sizes);
+                    let (shared, parts) = (SharedMut::new(slots), SharedMut::new(partials));
+                    let (dk, dv) = (&dk, &dv);
+                    plan.slabs.par_iter().for_each(|slab| {
+                        let task = SlabTask { shape: self, inputs: &inputs, segment, slab, plan, slots: shared };
+                        with_scratch(carved(&task.backward_sizes()), |scratch| {
+                            arch.dispatch(BackwardSlab { task, scratch, dy, dk, dv, dweights, partials: parts });
+                        });
                     });
-                });
-                self.sum_slots(arch, &inputs, segment, slots, &dq);
-                let partials = &*partials;
-                plan.shared.par_iter().for_each(|chunk| {
-                    let parts = partials[chunk.first * 2 * size..chunk.last * 2 * size].chunks_exact(2 * size);
-                    for part in parts {
-                        let (part_k, part_v) = part.split_at(size);
-                        let at = plan.numbers.global(chunk.chunk);
-                        self.add_to_chunk(&dk, segment.seq + chunk.seq, chunk.head, at, part_k);
-                        self.add_to_chunk(&dv, segment.seq + chunk.seq, chunk.head, at, part_v);
-                    }
+                    self.sum_slots(arch, &inputs, segment, slots, &dq);
+                    let partials = &*partials;
+                    plan.shared.par_iter().for_each(|chunk| {
+                        let parts = partials[chunk.first * 2 * size..chunk.last * 2 * size].chunks_exact(2 * size);
+                        for part in parts {
+                            let (part_k, part_v) = part.split_at(size);
+                            let at = plan.global(chunk.chunk);
+                            self.add_to_chunk(dk, segment.seq + chunk.seq, chunk.head, at, part_k);
+                            self.add_to_chunk(dv, segment.seq + chunk.seq, chunk.head, at, part_v);
+                        }
+                    });
                 });
             });
         }
@@ -295,29 +352,44 @@ impl ChunkAttention {
         self.kv_heads * self.k * self.slot()
     }
 
+    /// Pairs of one slab.
+    fn slab_pairs(&self) -> usize {
+        (SLAB_ROWS / self.group()).max(1)
+    }
+
+    /// Pairs of a segment.
+    fn pairs(&self, segment: Segment) -> usize {
+        segment.n * segment.l * self.kv_heads * self.k
+    }
+
     /// Splits the tokens by shape alone: segments as small as the cache likes, but large enough that a chunk meets
-    /// about [`SEGMENT_ROWS`] rows if choices are spread evenly.
-    fn segments(&self) -> Vec<Segment> {
-        if self.n * self.l * self.heads * self.dim == 0 {
-            return Vec::new();
-        }
+    /// about [`SEGMENT_ROWS`] rows if choices are spread evenly.  The first is the largest.
+    fn segments(&self) -> impl Iterator<Item = Segment> + use<> {
+        let Self { n, l, .. } = *self;
         let token = self.token_slots().max(1);
         let busy = SEGMENT_ROWS * (self.keys / self.chunk) / (self.k * self.group()).max(1);
         let tokens = (SLOT_BUDGET / token).max(busy).min(SLOT_LIMIT / token).max(1);
-        let mut segments = Vec::new();
-        if tokens < self.l {
-            // Even parts of every sequence.
-            let l = self.l.div_ceil(self.l.div_ceil(tokens));
-            for seq in 0..self.n {
-                let parts = (0..self.l).step_by(l);
-                segments.extend(parts.map(|token| Segment { seq, n: 1, token, l: l.min(self.l - token) }));
-            }
-        } else {
-            let n = (tokens / self.l).max(1);
-            let parts = (0..self.n).step_by(n);
-            segments.extend(parts.map(|seq| Segment { seq, n: n.min(self.n - seq), token: 0, l: self.l }));
-        }
-        segments
+        // Several whole sequences, or even parts of one.
+        let whole = (tokens / l.max(1)).max(1);
+        let part = l.div_ceil(l.div_ceil(tokens).max(1)).max(1);
+        let sequences = if l * self.heads * self.dim == 0 { 0 } else { n };
+        (0..sequences).step_by(whole).flat_map(move |seq| {
+            let parts = (0..l).step_by(part);
+            parts.map(move |token| Segment { seq, n: whole.min(n - seq), token, l: part.min(l - token) })
+        })
+    }
+
+    /// Floats of scratch that `forward` takes on the calling thread.
+    pub fn forward_scratch(&self) -> usize {
+        self.segments().next().map_or(0, |s| carved(&Plan::sizes(self, s)) + rounded(s.n * s.l * self.token_slots()))
+    }
+
+    /// Floats of scratch that `backward` takes on the calling thread, at most.
+    pub fn backward_scratch(&self) -> usize {
+        self.segments().next().map_or(0, |s| {
+            let partials = Plan::most_partials(self, s) * 2 * self.chunk * padded(self.dim);
+            carved(&Plan::sizes(self, s)) + carved(&[s.n * s.l * self.token_slots(), partials])
+        })
     }
 
     /// Sums every token's filled slots, in slot order, into its row of `out`.
@@ -404,7 +476,7 @@ struct SlabTask<'a> {
     inputs: &'a Inputs<'a>,
     segment: Segment,
     slab: &'a Slab,
-    plan: &'a Plan,
+    plan: &'a Plan<'a>,
     slots: SharedMut<'a>,
 }
 
@@ -462,7 +534,7 @@ impl<'a> SlabTask<'a> {
     {
         let Slab { seq, head, chunk, .. } = *self.slab;
         let place = (self.segment.seq + seq, head);
-        x.chunks(self.shape.row_shape(), place, self.plan.numbers.global(chunk), 1, scratch)
+        x.chunks(self.shape.row_shape(), place, self.plan.global(chunk), 1, scratch)
     }
 
     /// Copies the group's heads of every pair's token into padded rows.
@@ -581,13 +653,13 @@ impl WithSimd for BackwardSlab<'_> {
         }
         dk.iter_mut().for_each(|x| *x *= LN_2);
         let Slab { seq, head, chunk, partial, .. } = *task.slab;
-        let chunk = task.plan.numbers.global(chunk);
+        let chunk = task.plan.global(chunk);
         match partial {
-            None => {
+            ALONE => {
                 shape.add_to_chunk(self.dk, task.segment.seq + seq, head, chunk, dk);
                 shape.add_to_chunk(self.dv, task.segment.seq + seq, head, chunk, dv);
             }
-            Some(part) => {
+            part => {
                 // SAFETY: every slab has its own part.
                 let out = unsafe { self.partials.slice(part * 2 * keys, 2 * keys) };
                 out[..keys].copy_from_slice(dk);

@@ -224,6 +224,18 @@ impl CausalConv1d {
         });
     }
 
+    /// Steps of a block of `backward`.
+    fn backward_rows(&self) -> usize {
+        BLOCK.max((self.n * self.l).div_ceil(BLOCK)).min(self.l.max(1))
+    }
+
+    /// Floats of scratch that `backward` takes on the calling thread.
+    pub fn backward_scratch(&self) -> usize {
+        let (taps, part) = (self.channels * self.kernel, (self.kernel + 1) * self.channels);
+        let partials = self.n * self.l.div_ceil(self.backward_rows()) * part;
+        [taps, partials, part].map(par::rounded).iter().sum()
+    }
+
     /// Gradients of `forward`: dx (n * l, channels), dw (channels, 1, kernel), db (channels),
     /// ds0 (n, kernel - 1, channels), from dy and ds_final.
     #[allow(clippy::too_many_arguments)]
@@ -245,7 +257,7 @@ impl CausalConv1d {
         self.check(&x, w, bias, s0, (dy.rows(), dy.cols()));
         assert!((dx.rows(), dx.cols()) == (n * l, c) && dw.len() == w.len() && db.len() == c, "BUG: conv gradients");
         assert!(ds0.len() == s0.len() && ds_final.len() == s0.len(), "BUG: conv state gradients");
-        let block = BLOCK.max((n * l).div_ceil(BLOCK)).min(l.max(1));
+        let block = self.backward_rows();
         let blocks = l.div_ceil(block);
         let part = (kernel + 1) * c; // dw as (kernel, channels), then db
         self.with_taps(w, |taps| {

@@ -26,7 +26,8 @@ simd_fn! {
     }
 }
 
-fn label(labels: &[i32], row: usize, vocab: usize) -> Option<usize> {
+/// The label of a row that counts.
+pub(super) fn label(labels: &[i32], row: usize, vocab: usize) -> Option<usize> {
     let l = labels[row];
     assert!(l == IGNORE || (l >= 0 && (l as usize) < vocab), "BUG: label {l} outside a vocabulary of {vocab}");
     (l != IGNORE).then_some(l as usize)

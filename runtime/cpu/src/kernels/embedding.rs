@@ -41,26 +41,43 @@ pub fn gather_bf16(ids: &[i32], table: Mat<bf16>, y: MatMut) {
 /// `dtable[v]` = sum of `dy[i]` over i with `ids[i] = v`, in the order of i; overwrites all of dtable (vocab, d).
 pub fn scatter_add(ids: &[i32], dy: Mat, dtable: MatMut) {
     assert!(dy.rows() == ids.len() && dy.cols() == dtable.cols(), "BUG: scatter of {}x{}", dy.rows(), dy.cols());
-    let (vocab, d) = (dtable.rows(), dtable.cols());
-    // positions[ends[v-1]..ends[v]] are the tokens with id v.
-    let mut ends = vec![0u32; vocab + 1];
+    let vocab = dtable.rows();
+    par::with_plain(scatter_scratch(ids.len(), vocab), |words: &mut [u32]| {
+        let (ends, rest) = words.split_at_mut(vocab + 1);
+        let (next, positions) = rest.split_at_mut(vocab);
+        sort_by_id(ids, vocab, ends, next, positions);
+        add_rows(dy, &dtable, ends, positions);
+    });
+}
+
+/// Floats of scratch that [`scatter_add`] takes on the calling thread.
+pub fn scatter_scratch(ids: usize, vocab: usize) -> usize {
+    2 * vocab + 1 + ids
+}
+
+/// Fills `positions[ends[v]..ends[v + 1]]` with the tokens of id v, in order.
+fn sort_by_id(ids: &[i32], vocab: usize, ends: &mut [u32], next: &mut [u32], positions: &mut [u32]) {
+    ends.fill(0);
     for &id in ids {
         ends[index(id, vocab) + 1] += 1;
     }
     for v in 0..vocab {
         ends[v + 1] += ends[v];
     }
-    let mut positions = vec![0u32; ids.len()];
-    let mut next = ends.clone();
+    next.copy_from_slice(&ends[..vocab]);
     for (i, &id) in ids.iter().enumerate() {
         let slot = &mut next[id as usize];
         positions[*slot as usize] = i as u32;
         *slot += 1;
     }
+}
+
+fn add_rows(dy: Mat, dtable: &MatMut, ends: &[u32], positions: &[u32]) {
+    let (vocab, d) = (dtable.rows(), dtable.cols());
     // Few frequent ids would leave one task with all the work: columns are cut as well.
     let cut = 64.max(d.div_ceil(8)).min(d.max(1));
     let (col_blocks, row_block) = (d.div_ceil(cut), (vocab / 64).clamp(1, 256));
-    let work = (vocab + ids.len()) * d;
+    let work = (vocab + positions.len()) * d;
     par::for_each(vocab.div_ceil(row_block) * col_blocks, work, |t| {
         let (v0, c0) = (t / col_blocks * row_block, t % col_blocks * cut);
         let c1 = (c0 + cut).min(d);

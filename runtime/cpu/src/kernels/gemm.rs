@@ -5,13 +5,13 @@
 //! A long contraction with a small result (weight gradients: k = tokens) is cut in parts whose results are summed in
 //! order.  Few rows (decoding) read B once, see matvec.rs.  A B in bf16 is widened while it is packed.
 //! Invariants: tile and part counts never depend on threads (bits do depend on the instruction set); C is overwritten
-//! unless `accumulate`.
+//! unless `accumulate`.  An epilogue sees every part of C once, finished, while it is in a cache.
 
 // Index loops over several arrays at once read like the formulas.
 #![allow(clippy::needless_range_loop)]
 
 use super::gemm_micro::{Left, Small, small};
-use super::matvec::rows_times;
+use super::matvec::{planes_len, rows_times};
 use super::transpose::transpose_small;
 use crate::par::{self, SharedMut};
 use crate::simd::dispatch;
@@ -52,6 +52,31 @@ fn product(a: Mat, trans_a: bool, b: Mat, trans_b: bool, c: MatMut, accumulate: 
     let p = Product { m, n, k, a: a.as_ptr(), ars, acs, b: b.as_ptr(), brs, bcs };
     // SAFETY: the strides describe the matrices just checked; `c` is exclusive.
     unsafe { p.run(c.as_mut_ptr(), c.stride(), accumulate, then) }
+}
+
+/// Floats of scratch that [`matmul`] takes on the calling thread for contiguous operands of these sizes.
+pub fn scratch(m: usize, n: usize, k: usize, trans_a: bool, trans_b: bool) -> usize {
+    let (ars, acs) = if trans_a { (1, m) } else { (k, 1) };
+    let (brs, bcs) = if trans_b { (1, k) } else { (n, 1) };
+    let p = Product { m, n, k, a: std::ptr::null(), ars, acs, b: std::ptr::null(), brs, bcs };
+    match p.path() {
+        Path::Dots => par::rounded(planes_len::<1>(m, k)),
+        Path::Few => par::rounded(m * k),
+        Path::Nothing | Path::Small => 0,
+        Path::Tiled => tiles_scratch(m, n, k, p.packs_b()),
+    }
+}
+
+/// As [`scratch`], of [`matmul_bf16`].
+pub fn scratch_bf16(m: usize, n: usize, k: usize) -> usize {
+    if m <= DOT_ROWS { par::rounded(planes_len::<2>(m, k)) } else { tiles_scratch(m, n, k, true) }
+}
+
+/// Of packed B and of partial results.
+fn tiles_scratch(m: usize, n: usize, k: usize, pack: bool) -> usize {
+    let parts = Plan::new(m, n, k).parts(k);
+    let packed = if pack { k * n.next_multiple_of(PANEL) } else { 0 };
+    par::rounded(packed) + par::rounded(if parts > 1 { parts * m * n } else { 0 })
 }
 
 /// c (m x n) = a (m x k) wᵀ with w (n x k) in bf16, products and sums in f32; then the epilogue, if any.
@@ -215,6 +240,19 @@ impl Plan {
         let blocks = part.div_ceil(320);
         Self { rows, cols, depth: part.div_ceil(blocks).next_multiple_of(4), blocks }
     }
+    /// Parts of k with a partial result each.
+    fn parts(&self, k: usize) -> usize {
+        k.div_ceil(self.depth * self.blocks)
+    }
+}
+
+/// How a product is computed.
+enum Path {
+    Nothing,
+    Dots,
+    Few,
+    Small,
+    Tiled,
 }
 
 /// Floats from one step of a packed A to the next: an odd number of cache lines, so that steps do not share the same few
@@ -233,21 +271,37 @@ impl Product {
         Product { m, n, k, a, b, ..*self }
     }
 
-    unsafe fn run(&self, c: *mut f32, crs: usize, add: bool, then: Option<Epilogue>) {
+    fn path(&self) -> Path {
         let &Product { m, n, k, .. } = self;
         if m == 0 || n == 0 {
-            return;
+            Path::Nothing
+        } else if m <= DOT_ROWS && k > 0 && self.brs == 1 {
+            Path::Dots
+        } else if m <= FEW_ROWS && k > 0 {
+            Path::Few
+        } else if k == 0 || (self.bcs == 1 && m * n * k <= 1 << 18) {
+            Path::Small
+        } else {
+            Path::Tiled
         }
+    }
+
+    /// Whether all of B is packed beforehand.
+    fn packs_b(&self) -> bool {
+        self.bcs != 1 || (!self.transposed_a() && self.m > UNPACKED_ROWS)
+    }
+
+    unsafe fn run(&self, c: *mut f32, crs: usize, add: bool, then: Option<Epilogue>) {
+        let &Product { m, n, k, .. } = self;
+        let a = (self.a, self.ars, self.acs);
         // SAFETY: the caller's matrices, forwarded.
         unsafe {
-            if m <= DOT_ROWS && k > 0 && self.brs == 1 {
-                rows_times::<f32, 1>(m, n, k, (self.a, self.ars, self.acs), (self.b, self.bcs), (c, crs), add);
-            } else if m <= FEW_ROWS && k > 0 {
-                self.few_rows(c, crs, add);
-            } else if k == 0 || (self.bcs == 1 && m * n * k <= 1 << 18) {
-                small(m, n, k, (self.a, self.ars, self.acs), (self.b, self.brs), (c, crs), add);
-            } else {
-                return self.tiled(c, crs, add, then);
+            match self.path() {
+                Path::Nothing => {}
+                Path::Dots => rows_times::<f32, 1>(m, n, k, a, (self.b, self.bcs), (c, crs), add),
+                Path::Few => self.few_rows(c, crs, add),
+                Path::Small => small(m, n, k, a, (self.b, self.brs), (c, crs), add),
+                Path::Tiled => return self.tiled(c, crs, add, then),
             }
         }
         after(m, n, then);
@@ -256,7 +310,7 @@ impl Product {
     unsafe fn tiled(&self, c: *mut f32, crs: usize, add: bool, then: Option<Epilogue>) {
         let &Product { m, n, k, .. } = self;
         let plan = Plan::new(m, n, k);
-        let pack = self.bcs != 1 || (!self.transposed_a() && m > UNPACKED_ROWS);
+        let pack = self.packs_b();
         par::with_scratch(if pack { k * n.next_multiple_of(PANEL) } else { 0 }, |packed| {
             if pack {
                 self.pack_b(packed, plan.depth);
@@ -278,7 +332,7 @@ impl Product {
     ) {
         let &Product { m, n, k, .. } = self;
         let step = plan.depth * plan.blocks;
-        let (rows, cols, parts) = (m.div_ceil(plan.rows), n.div_ceil(plan.cols), k.div_ceil(step));
+        let (rows, cols, parts) = (m.div_ceil(plan.rows), n.div_ceil(plan.cols), plan.parts(k));
         par::with_scratch(if parts > 1 { parts * m * n } else { 0 }, |partial| {
             let (shared, c) = (SharedMut::new(partial), SharedPtr(c));
             par::for_each(parts * rows * cols, 2 * m * n * k, |t| {

@@ -7,40 +7,30 @@
 use rayon::prelude::*;
 
 /// For every (sequence, head, chunk) the (token, slot) pairs that selected it.
-#[derive(Default)]
-pub struct InvertedIndex {
+pub struct InvertedIndex<'a> {
     /// Per (sequence, head): `chunks + 1` offsets into its region of `entries`.
-    offsets: Vec<u32>,
+    offsets: &'a [u32],
     /// Per (sequence, head): a region of `l * k`, filled up to its last offset with `token * k + slot`.
-    entries: Vec<u32>,
+    entries: &'a [u32],
     heads: usize,
     chunks: usize,
     k: usize,
     region: usize,
 }
 
-impl InvertedIndex {
-    /// The index of `indices` (n, l, heads, k), of which the first `count` (n, l, heads) slots are filled.
-    ///
-    /// Panics when a filled slot names a chunk outside `0..chunks`.
-    pub fn build(
-        indices: &[i32],
-        count: &[i32],
-        n: usize,
-        l: usize,
-        heads: usize,
-        k: usize,
-        chunks: usize,
-    ) -> InvertedIndex {
-        let mut index = InvertedIndex::default();
-        index.rebuild(indices, count, n, l, heads, k, chunks);
-        index
+impl<'a> InvertedIndex<'a> {
+    /// Words that an index takes: its offsets and its entries.
+    pub fn words(n: usize, l: usize, heads: usize, k: usize, chunks: usize) -> usize {
+        n * heads * (chunks + 1 + l * k)
     }
 
-    /// As [`InvertedIndex::build`], reusing the buffers.
+    /// The index of `indices` (n, l, heads, k), of which the first `count` (n, l, heads) slots are filled, in memory of
+    /// [`words`](Self::words).
+    ///
+    /// Panics when a filled slot names a chunk outside `0..chunks`.
     #[allow(clippy::too_many_arguments)]
-    pub fn rebuild(
-        &mut self,
+    pub fn build(
+        memory: &'a mut [u32],
         indices: &[i32],
         count: &[i32],
         n: usize,
@@ -48,19 +38,19 @@ impl InvertedIndex {
         heads: usize,
         k: usize,
         chunks: usize,
-    ) {
+    ) -> InvertedIndex<'a> {
         assert_eq!(indices.len(), n * l * heads * k, "BUG: indices");
         assert_eq!(count.len(), n * l * heads, "BUG: counts");
         assert!(l * k <= u32::MAX as usize, "BUG: {l} tokens of {k} slots do not fit the index");
-        (self.heads, self.chunks, self.k, self.region) = (heads, chunks, k, l * k);
-        // Stale entries beyond the last offset are never read, so only a growing buffer is filled.
-        self.offsets.resize(n * heads * (chunks + 1), 0);
-        self.entries.resize(n * heads * l * k, 0);
-        if self.entries.is_empty() {
-            self.offsets.fill(0);
-            return;
+        assert!(memory.len() >= Self::words(n, l, heads, k, chunks), "BUG: {} words for an index", memory.len());
+        let (offsets, entries) = memory.split_at_mut(n * heads * (chunks + 1));
+        // Entries beyond the last offset are never read.
+        let entries = &mut entries[..n * heads * l * k];
+        if entries.is_empty() {
+            offsets.fill(0);
+            return Self { offsets, entries, heads, chunks, k, region: l * k };
         }
-        let tasks = self.offsets.par_chunks_mut(chunks + 1).zip(self.entries.par_chunks_mut(l * k));
+        let tasks = offsets.par_chunks_mut(chunks + 1).zip(entries.par_chunks_mut(l * k));
         tasks.enumerate().for_each(|(task, (offsets, entries))| {
             let (seq, head) = (task / heads, task % heads);
             let rows = move || {
@@ -91,10 +81,11 @@ impl InvertedIndex {
             offsets.copy_within(..chunks, 1);
             offsets[0] = 0;
         });
+        Self { offsets, entries, heads, chunks, k, region: l * k }
     }
 
     /// The entries of one chunk, each `token * k + slot`, in increasing order of tokens.
-    pub fn chosen_by(&self, seq: usize, head: usize, chunk: usize) -> &[u32] {
+    pub fn chosen_by(&self, seq: usize, head: usize, chunk: usize) -> &'a [u32] {
         let row = seq * self.heads + head;
         let offsets = &self.offsets[row * (self.chunks + 1) + chunk..][..2];
         &self.entries[row * self.region..][offsets[0] as usize..offsets[1] as usize]
@@ -115,8 +106,8 @@ mod tests {
         let (n, l, heads, k, chunks) = (2, 9, 3, 4, 5);
         let count: Vec<i32> = (0..n * l * heads).map(|i| (i * 7 % (k + 1)) as i32).collect();
         let indices: Vec<i32> = (0..n * l * heads * k).map(|i| (i * 13 % chunks) as i32).collect();
-        let mut index = InvertedIndex::build(&[], &[], 0, 3, 2, 2, 9);
-        index.rebuild(&indices, &count, n, l, heads, k, chunks);
+        let mut memory = vec![u32::MAX; InvertedIndex::words(n, l, heads, k, chunks)];
+        let index = InvertedIndex::build(&mut memory, &indices, &count, n, l, heads, k, chunks);
         for seq in 0..n {
             for head in 0..heads {
                 for chunk in 0..chunks {
@@ -137,9 +128,10 @@ mod tests {
 
     #[test]
     fn empty_shapes() {
-        let index = InvertedIndex::build(&[0, 0], &[0], 1, 1, 1, 2, 0);
+        let mut memory = [u32::MAX; 8];
+        let index = InvertedIndex::build(&mut memory, &[0, 0], &[0], 1, 1, 1, 2, 0);
         assert_eq!(index.k(), 2);
-        let index = InvertedIndex::build(&[], &[0, 0], 1, 2, 1, 0, 3);
+        let index = InvertedIndex::build(&mut memory, &[], &[0, 0], 1, 2, 1, 0, 3);
         assert!(index.chosen_by(0, 0, 2).is_empty());
     }
 }

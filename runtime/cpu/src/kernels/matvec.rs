@@ -59,7 +59,7 @@ impl Weight<2> for bf16 {
 }
 
 /// Floats that [`lay_out`] writes for `m` rows of `k` elements.
-fn planes_len<const P: usize>(m: usize, k: usize) -> usize {
+pub(crate) fn planes_len<const P: usize>(m: usize, k: usize) -> usize {
     m * P * plane(k, P)
 }
 

@@ -9,6 +9,7 @@ pub mod embedding;
 pub mod gemm;
 mod gemm_micro;
 pub mod inverted_index;
+pub mod linear_cross_entropy;
 mod matvec;
 pub mod norm;
 pub mod reduce;

@@ -8,6 +8,10 @@ use super::vmath::{fold, lane, simd_fn};
 use crate::par::{self, SharedMut};
 use crate::{Mat, MatMut};
 
+/// Scalar operations of `rms_norm_backward` per element.
+const BACKWARD_COST: usize = 10;
+/// As [`BACKWARD_COST`], with a gate.
+const GATED_BACKWARD_COST: usize = 40;
 /// Most partial weight gradients of one call.
 const MAX_PARTS: usize = 64;
 
@@ -95,13 +99,18 @@ simd_fn! {
     }
 }
 
+/// Floats of scratch that [`rms_norm_backward`] takes on the calling thread.
+pub fn rms_norm_backward_scratch(rows: usize, cols: usize, width: usize) -> usize {
+    par::rounded(rows.div_ceil(block_rows(rows, BACKWARD_COST * cols)) * width)
+}
+
 /// Gradients of `rms_norm`: dx (rows, cols), to which `base` is added, and dw (weight.len()).
 pub fn rms_norm_backward(x: Mat, weight: &[f32], eps: f32, dy: Mat, base: Option<Mat>, dx: MatMut, dw: &mut [f32]) {
     check(&x, weight.len(), &[(dy.rows(), dy.cols()), (dx.rows(), dx.cols())]);
     if let Some(base) = &base {
         check(&x, weight.len(), &[(base.rows(), base.cols())]);
     }
-    blocks_with_dw(x.rows(), 10 * x.cols(), weight.len(), dw, |start, end, dw| {
+    blocks_with_dw(x.rows(), BACKWARD_COST * x.cols(), weight.len(), dw, |start, end, dw| {
         par::with_scratch(weight.len(), |g| {
             for i in start..end {
                 // SAFETY: row i belongs to this task.
@@ -130,6 +139,11 @@ pub fn gated_rms_norm(x: Mat, z: Mat, weight: &[f32], eps: f32, y: MatMut) {
     });
 }
 
+/// Floats of scratch that [`gated_rms_norm_backward`] takes on the calling thread.
+pub fn gated_rms_norm_backward_scratch(rows: usize, cols: usize, width: usize) -> usize {
+    par::rounded(rows.div_ceil(block_rows(rows, GATED_BACKWARD_COST * cols)) * width)
+}
+
 /// Gradients of `gated_rms_norm`: dx, dz (rows, cols), dw (weight.len()).
 #[allow(clippy::too_many_arguments)]
 pub fn gated_rms_norm_backward(
@@ -145,7 +159,7 @@ pub fn gated_rms_norm_backward(
     let dims = [(z.rows(), z.cols()), (dy.rows(), dy.cols()), (dx.rows(), dx.cols()), (dz.rows(), dz.cols())];
     check(&x, weight.len(), &dims);
     let cols = x.cols();
-    blocks_with_dw(x.rows(), 40 * cols, weight.len(), dw, |start, end, dw| {
+    blocks_with_dw(x.rows(), GATED_BACKWARD_COST * cols, weight.len(), dw, |start, end, dw| {
         par::with_scratch(2 * cols + weight.len(), |buf| {
             let (u, rest) = buf.split_at_mut(cols);
             let (du, g) = rest.split_at_mut(cols);
@@ -160,6 +174,11 @@ pub fn gated_rms_norm_backward(
     });
 }
 
+/// Rows of a block with its own dw.
+fn block_rows(rows: usize, cost: usize) -> usize {
+    par::rows_per_task(cost).max(rows.div_ceil(MAX_PARTS)).max(1)
+}
+
 /// Runs `f(start, end, dw)` over blocks of rows, each with its own zeroed dw, and sums those in order.
 fn blocks_with_dw(
     rows: usize,
@@ -169,9 +188,8 @@ fn blocks_with_dw(
     f: impl Fn(usize, usize, &mut [f32]) + Sync + Send,
 ) {
     assert_eq!(dw.len(), width, "BUG: weight gradient of {} for {width}", dw.len());
-    let block = par::rows_per_task(cost).max(rows.div_ceil(MAX_PARTS)).max(1);
-    let parts = rows.div_ceil(block);
-    par::with_scratch(parts * width, |partials| {
+    let block = block_rows(rows, cost);
+    par::with_scratch(rows.div_ceil(block) * width, |partials| {
         let shared = SharedMut::new(partials);
         par::for_blocks(rows, block, rows * cost, |b, start, end| {
             // SAFETY: one partial per block.

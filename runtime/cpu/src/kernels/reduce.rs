@@ -72,6 +72,16 @@ simd_fn! {
     }
 }
 
+/// Elements of the axis in a block.
+fn block(inner: usize) -> usize {
+    if inner == 1 { 4096 } else { 128 }
+}
+
+/// Floats of scratch that a reduction takes on the calling thread.
+pub fn scratch(outer: usize, axis: usize, inner: usize) -> usize {
+    par::rounded(axis.div_ceil(block(inner)) * outer * inner)
+}
+
 fn reduce(kind: Kind, x: &[f32], outer: usize, axis: usize, inner: usize, scale: f32, y: &mut [f32]) {
     assert!(
         x.len() == outer * axis * inner && y.len() == outer * inner,
@@ -83,7 +93,7 @@ fn reduce(kind: Kind, x: &[f32], outer: usize, axis: usize, inner: usize, scale:
         y.fill(if kind == Kind::Sum { 0.0 } else { f32::NEG_INFINITY });
         return;
     }
-    let block = if inner == 1 { 4096 } else { 128 };
+    let block = block(inner);
     let blocks = axis.div_ceil(block);
     let width = inner.min(512); // columns a task keeps in L1
     let col_blocks = inner.div_ceil(width);

@@ -32,6 +32,11 @@ fn table(position: i64, dim: usize, base: f64, cs: &mut [f32]) {
     }
 }
 
+/// Floats of scratch that [`apply`] takes on the calling thread for positions that all sequences share.
+pub fn scratch(t: usize, dim: usize) -> usize {
+    par::rounded(t * dim)
+}
+
 /// Rotates every head of x (outer * t, heads * dim) into y.  Row r has position start + r % t, where `start` is empty
 /// (zero), one number, or one per outer index.  `inverse` turns the other way.
 #[allow(clippy::too_many_arguments)]

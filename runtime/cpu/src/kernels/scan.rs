@@ -231,6 +231,19 @@ impl SelectiveScan {
     pub(super) fn window(&self, floats: usize, tasks: usize) -> usize {
         (floats / self.all_states().max(1)).max(16usize.div_ceil(tasks.max(1))).clamp(1, self.blocks().max(1))
     }
+    /// Output tasks of a block: parts of the heads of each group.
+    fn head_chunks(&self) -> usize {
+        (self.heads / self.groups).div_ceil(HEADS) * self.groups
+    }
+    fn forward_window(&self) -> usize {
+        self.window(WINDOW, self.n * self.head_chunks())
+    }
+
+    /// Floats of scratch that `forward` takes on the calling thread.
+    pub fn forward_scratch(&self) -> usize {
+        if self.l <= FEW_STEPS { 0 } else { par::rounded((self.forward_window() + 1) * self.all_states()) }
+    }
+
     /// First row and number of rows of block `blk` of sequence `i`.
     pub(super) fn rows(&self, i: usize, blk: usize) -> (usize, usize) {
         let start = blk * self.q();
@@ -276,8 +289,8 @@ impl SelectiveScan {
         }
         let (p, r, all) = (self.head_dim, self.state, self.all_states());
         let per_group = self.heads / self.groups;
-        let (head_step, chunks) = (HEADS.min(per_group), per_group.div_ceil(HEADS) * self.groups);
-        let window = self.window(WINDOW, self.n * chunks);
+        let (head_step, chunks) = (HEADS.min(per_group), self.head_chunks());
+        let window = self.forward_window();
         let walk = Walk { x, dt, a, b, layout: Layout::StateMajor, reverse: false };
         // states[j] is the state before block j of the window, the last one that after it; (state, head_dim) each.
         par::with_scratch((window + 1) * all, |states| {

@@ -17,6 +17,7 @@
 // Index loops over several arrays at once read like the formulas.
 #![allow(clippy::needless_range_loop)]
 
+use super::attn_micro::{carve, carved};
 use super::gemm_micro::small;
 use super::scan::{Decay, Layout, STRIP, SelectiveScan, Walk, add_lower, lower_product, reborrow, strip_end};
 use super::transpose::transpose_small;
@@ -195,6 +196,24 @@ fn to_state(q: usize, left: &Mat, right: &[f32], r: usize, out: &mut [f32]) {
 }
 
 impl SelectiveScan {
+    fn backward_window(&self) -> usize {
+        self.window(WINDOW, self.n * self.groups)
+    }
+    /// Partial sums of da, and of dd.
+    fn partials(&self) -> usize {
+        self.n * self.blocks() * self.heads
+    }
+    /// Floats of a window's states and gradients, and of the states before each window but the last.
+    fn backward_states(&self) -> usize {
+        let window = self.backward_window();
+        (2 * (window + 1) + self.blocks().div_ceil(window).max(1) - 1) * self.all_states()
+    }
+
+    /// Floats of scratch that `backward` takes on the calling thread.
+    pub fn backward_scratch(&self) -> usize {
+        carved(&[self.partials(), self.partials(), self.backward_states()])
+    }
+
     /// Gradients of `forward` from dy (like y) and dh_final (like h_final): every output like its input.
     #[allow(clippy::too_many_arguments)]
     pub fn backward(
@@ -223,15 +242,15 @@ impl SelectiveScan {
         assert!(da.len() == a.len() && dd.len() == d.len() && dh0.len() == h0.len(), "BUG: gradients of {self:?}");
         assert!(dh_final.len() == h0.len(), "BUG: final gradient of {self:?}");
         let (all, blocks) = (self.all_states(), self.blocks());
-        let window = self.window(WINDOW, self.n * self.groups);
+        let window = self.backward_window();
         let windows = blocks.div_ceil(window);
         let forward = Walk { x, dt, a, b, layout: Layout::HeadMajor, reverse: false };
         let reverse = Walk { x: dy, dt, a, b: c, layout: Layout::HeadMajor, reverse: true };
         let inputs = Inputs { x, dt, a, b, c, d, dy };
-        let mut partials = vec![0.0f32; 2 * self.n * blocks * self.heads];
-        let (pa, pd) = partials.split_at_mut(self.n * blocks * self.heads);
-        let out = Outputs { dx, ddt, db, dc, da: SharedMut::new(pa), dd: SharedMut::new(pd) };
-        par::with_scratch(2 * (window + 1) * all + (windows - 1) * all, |buf| {
+        let sizes = [self.partials(), self.partials(), self.backward_states()];
+        par::with_scratch(carved(&sizes), |buf| {
+            let [pa, pd, buf] = carve(buf, sizes);
+            let out = Outputs { dx, ddt, db, dc, da: SharedMut::new(pa), dd: SharedMut::new(pd) };
             let (states, rest) = buf.split_at_mut((window + 1) * all);
             let (grads, starts) = rest.split_at_mut((window + 1) * all);
             states[..all].copy_from_slice(h0);
@@ -259,12 +278,12 @@ impl SelectiveScan {
                 dh0.copy_from_slice(&grads[..all]);
                 carried = dh0;
             }
+            for m in 0..self.heads {
+                let own = |parts: &[f32]| parts[m..].iter().step_by(self.heads).map(|&v| v as f64).sum::<f64>() as f32;
+                da[m] = own(pa);
+                dd[m] = own(pd);
+            }
         });
-        for m in 0..self.heads {
-            let total = |parts: &[f32]| parts[m..].iter().step_by(self.heads).map(|&v| v as f64).sum::<f64>() as f32;
-            da[m] = total(pa);
-            dd[m] = total(pd);
-        }
     }
 
     /// All gradients of block `blk` of sequence `i` through the heads of group `g`.

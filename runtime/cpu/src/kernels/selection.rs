@@ -14,7 +14,7 @@ use rayon::prelude::*;
 
 use super::attn_micro::{Left, Product, carve, carved, pack_row, pack_transposed, padded};
 use super::inverted_index::InvertedIndex;
-use crate::par::with_scratch;
+use crate::par::{floats_of, plain, with_scratch};
 use crate::{Mat, MatMut, RowShape, Rows, simd};
 use std::ops::Range;
 
@@ -161,39 +161,75 @@ impl Selection {
         assert_eq!(dlandmarks.len(), landmarks.len(), "BUG: dlandmarks");
         assert!([scores, weights, dweights].iter().all(|x| x.len() == indices.len()), "BUG: scores, weights");
         let arch = simd::arch();
-        let mut ds = vec![0.0; indices.len()];
-        if k > 0 && heads > 0 {
-            // The slope of the scores, times the scale: what each pair contributes.
-            ds.par_chunks_mut(TOKENS * k).enumerate().for_each(|(i, ds)| {
-                let range = i * TOKENS * k..i * TOKENS * k + ds.len();
-                let count = &count[i * TOKENS..][..ds.len() / k];
-                let (scores, weights) = (&scores[range.clone()], &weights[range.clone()]);
-                weigh_backward(self.weighting, scores, weights, count, k, &dweights[range], ds);
-                ds.iter_mut().for_each(|x| *x *= self.scale);
-            });
-        }
-        let ds = &ds[..];
-        let row_of = |seq: usize, chunk: usize, head: usize| ((seq * chunks + chunk) * heads + head) * dim;
-        (0..n * l).into_par_iter().with_min_len(16).for_each(|row| {
-            // SAFETY: every task has its own row.
-            let out = unsafe { dq.row_unchecked(row) };
-            for (head, out) in out.chunks_exact_mut(dim.max(1)).enumerate() {
-                let first = (row * heads + head) * k;
-                let pairs = || first..first + count[row * heads + head] as usize;
-                let line = |i: usize| &landmarks[row_of(row / l, indices[i] as usize, head)..][..dim];
-                arch.dispatch(Combine { out, terms: pairs().map(|i| (ds[i], line(i))) });
+        let sizes = self.backward_sizes();
+        with_scratch(carved(&sizes), |scratch| {
+            let [ds, index] = carve(scratch, sizes);
+            if k > 0 && heads > 0 {
+                // The slope of the scores, times the scale: what each pair contributes.
+                ds.par_chunks_mut(TOKENS * k).enumerate().for_each(|(i, ds)| {
+                    let range = i * TOKENS * k..i * TOKENS * k + ds.len();
+                    let count = &count[i * TOKENS..][..ds.len() / k];
+                    let (scores, weights) = (&scores[range.clone()], &weights[range.clone()]);
+                    weigh_backward(self.weighting, scores, weights, count, k, &dweights[range], ds);
+                    ds.iter_mut().for_each(|x| *x *= self.scale);
+                });
             }
-        });
-        let index = InvertedIndex::build(indices, count, n, l, heads, k, chunks);
-        dlandmarks.par_chunks_mut(dim.max(1)).enumerate().for_each(|(i, out)| {
-            let (seq, chunk, head) = (i / heads / chunks, i / heads % chunks, i % heads);
-            let terms = index.chosen_by(seq, head, chunk).iter().map(|&entry| {
-                let (token, slot) = (entry as usize / k, entry as usize % k);
-                let row = seq * l + token;
-                (ds[(row * heads + head) * k + slot], &q.row(row)[head * dim..][..dim])
+            let ds = &ds[..];
+            let row_of = |seq: usize, chunk: usize, head: usize| ((seq * chunks + chunk) * heads + head) * dim;
+            (0..n * l).into_par_iter().with_min_len(16).for_each(|row| {
+                // SAFETY: every task has its own row.
+                let out = unsafe { dq.row_unchecked(row) };
+                for (head, out) in out.chunks_exact_mut(dim.max(1)).enumerate() {
+                    let first = (row * heads + head) * k;
+                    let pairs = || first..first + count[row * heads + head] as usize;
+                    let line = |i: usize| &landmarks[row_of(row / l, indices[i] as usize, head)..][..dim];
+                    arch.dispatch(Combine { out, terms: pairs().map(|i| (ds[i], line(i))) });
+                }
             });
-            arch.dispatch(Combine { out, terms });
+            let index = InvertedIndex::build(plain(index), indices, count, n, l, heads, k, chunks);
+            dlandmarks.par_chunks_mut(dim.max(1)).enumerate().for_each(|(i, out)| {
+                let (seq, chunk, head) = (i / heads / chunks, i / heads % chunks, i % heads);
+                let terms = index.chosen_by(seq, head, chunk).iter().map(|&entry| {
+                    let (token, slot) = (entry as usize / k, entry as usize % k);
+                    let row = seq * l + token;
+                    (ds[(row * heads + head) * k + slot], &q.row(row)[head * dim..][..dim])
+                });
+                arch.dispatch(Combine { out, terms });
+            });
         });
+    }
+
+    /// The slope of every pair, and the index.
+    fn backward_sizes(&self) -> [usize; 2] {
+        let Selection { n, l, heads, chunks, k, .. } = *self;
+        [n * l * heads * k, InvertedIndex::words(n, l, heads, k, chunks)]
+    }
+
+    /// Transposed landmarks, which several blocks of tokens share.
+    fn packed_landmarks(&self) -> usize {
+        self.n * self.heads * self.chunks.div_ceil(PANEL) * self.dim * PANEL
+    }
+
+    /// Indices, counts and scores of the lists of `parts` of the chunks.
+    fn split_sizes(&self, parts: usize) -> [usize; 3] {
+        let lists = self.n * parts * self.l * self.heads;
+        [floats_of::<i32>(lists * self.k), floats_of::<i32>(lists), lists * self.k]
+    }
+
+    /// Floats of scratch that `forward` takes on the calling thread, at most.
+    pub fn forward_scratch(&self) -> usize {
+        if self.l > TOKENS {
+            carved(&[self.packed_landmarks()])
+        } else if self.chunks > SPLIT {
+            carved(&self.split_sizes(self.chunks.div_ceil(SPLIT)))
+        } else {
+            0
+        }
+    }
+
+    /// Floats of scratch that `backward` takes on the calling thread.
+    pub fn backward_scratch(&self) -> usize {
+        carved(&self.backward_sizes())
     }
 
     fn check(&self, q: Mat, indices: &[i32], count: &[i32]) {
@@ -241,10 +277,10 @@ impl Job<'_> {
     /// Several blocks of tokens share the transposed landmarks, (sequences, heads, panels, dim, PANEL); a single one
     /// transposes as it goes, and so does everyone whose landmarks are paged: there may be too many to hold.
     fn with_packed(&self, f: impl FnOnce(Option<&[f32]>)) {
-        let Selection { n, l, heads, dim, chunks, .. } = *self.rules;
+        let Selection { l, heads, dim, chunks, .. } = *self.rules;
         let (Rows::Dense(_), true) = (self.landmarks, l > TOKENS) else { return f(None) };
         let (panel, panels) = (dim * PANEL, chunks.div_ceil(PANEL));
-        with_scratch(n * heads * panels * panel, |packed| {
+        with_scratch(self.rules.packed_landmarks(), |packed| {
             packed.par_chunks_mut(panel.max(1)).enumerate().for_each(|(i, out)| {
                 let (seq, head, first) = (i / panels / heads, i / panels % heads, i % panels * PANEL);
                 if first < self.rules.visible(self.start[seq] as usize + l - 1) {
@@ -299,25 +335,29 @@ impl Job<'_> {
 
     /// Few tokens before many chunks: parts of the chunks make lists side by side, which are merged in their order.
     fn split(&self, parts: usize, indices: &mut [i32], count: &mut [i32], scores: &mut [f32]) {
-        let Selection { n, l, heads, k, .. } = *self.rules;
-        let rows = l * heads;
-        let mut lists = (vec![0; n * parts * rows * k], vec![0; n * parts * rows], vec![0.0; n * parts * rows * k]);
-        let tasks = lists.0.par_chunks_mut(rows * k).zip(lists.1.par_chunks_mut(rows));
-        tasks.zip(lists.2.par_chunks_mut(rows * k)).enumerate().for_each(|(i, ((indices, count), scores))| {
-            let first = i % parts * SPLIT;
-            self.block(None, (i / parts, 0), first..first + SPLIT, indices, count, scores);
-        });
-        for (row, count) in count.iter_mut().enumerate() {
-            let mut list =
-                List { indices: &mut indices[row * k..][..k], scores: &mut scores[row * k..][..k], count: 0 };
-            for part in 0..parts {
-                let from = (row / rows * parts + part) * rows + row % rows;
-                for i in from * k..from * k + lists.1[from] as usize {
-                    list.offer(lists.2[i], lists.0[i] as usize);
+        let Selection { l, heads, k, .. } = *self.rules;
+        let (rows, sizes) = (l * heads, self.rules.split_sizes(parts));
+        with_scratch(carved(&sizes), |scratch| {
+            let [part_indices, part_count, part_scores] = carve(scratch, sizes);
+            let (part_indices, part_count) = (plain::<i32>(part_indices), plain::<i32>(part_count));
+            let tasks = part_indices.par_chunks_mut(rows * k).zip(part_count.par_chunks_mut(rows));
+            tasks.zip(part_scores.par_chunks_mut(rows * k)).enumerate().for_each(|(i, ((indices, count), scores))| {
+                let first = i % parts * SPLIT;
+                count.fill(0);
+                self.block(None, (i / parts, 0), first..first + SPLIT, indices, count, scores);
+            });
+            for (row, count) in count.iter_mut().enumerate() {
+                let mut list =
+                    List { indices: &mut indices[row * k..][..k], scores: &mut scores[row * k..][..k], count: 0 };
+                for part in 0..parts {
+                    let from = (row / rows * parts + part) * rows + row % rows;
+                    for i in from * k..from * k + part_count[from] as usize {
+                        list.offer(part_scores[i], part_indices[i] as usize);
+                    }
                 }
+                *count = list.count as i32;
             }
-            *count = list.count as i32;
-        }
+        });
     }
 }
 

@@ -1,7 +1,9 @@
 //! Norms, embedding, cross-entropy, reductions, rotary, permutation.
 
 use crate::common::*;
+use rambac_cpu::kernels::linear_cross_entropy::LinearCrossEntropy;
 use rambac_cpu::kernels::{cross_entropy, embedding, norm, reduce, rotary, transpose};
+use rambac_cpu::{Mat, MatMut};
 
 fn norm_reference(x: &[f64], z: Option<&[f64]>, w: &[f64], eps: f64) -> Vec<f64> {
     let u: Vec<f64> = match z {
@@ -199,5 +201,86 @@ fn transpose_permutes() {
             let at = shape.iter().zip(&coordinates).fold(0, |a, (n, c)| a * n + c);
             assert_eq!(v as usize, at, "{shape:?} {perm:?}");
         }
+    }
+}
+
+#[test]
+fn linear_cross_entropy_matches_reference() {
+    let mut src = Source::new(35);
+    // Ragged blocks of rows and of the vocabulary, one row, one class.
+    for (rows, vocab, dim) in [(1, 1, 1), (7, 33, 5), (300, 257, 9), (1100, 40, 16), (70, 3000, 8)] {
+        let op = LinearCrossEntropy { rows, vocab, dim };
+        let (h, w) = (src.range(rows * dim, -3.0, 3.0), src.range(vocab * dim, -3.0, 3.0));
+        let (mut labels, dloss) = (src.ids(rows, vocab as i32), src.vec(rows));
+        labels[rows - 1] = -100;
+        let (ph, pw) = (Padded::new(&h, rows, dim, 3), Padded::new(&w, vocab, dim, 0));
+        let got = same_bits(|| {
+            let (mut loss, mut again) = (vec![f32::NAN; rows], vec![f32::NAN; rows]);
+            let (mut dh, mut dw) = (Padded::out(rows, dim, 2), Padded::out(vocab, dim, 0));
+            op.forward(ph.mat(), pw.mat(), &labels, &mut loss);
+            op.backward(ph.mat(), pw.mat(), &labels, &dloss, dh.mat_mut(), dw.mat_mut(), &mut again);
+            assert_eq!(loss, again, "the losses differ between the directions");
+            [loss, dh.values(), dw.values()].concat()
+        });
+        let (mut loss, mut dh, mut dw) = (vec![0.0; rows], vec![0.0; rows * dim], vec![0.0; vocab * dim]);
+        for r in (0..rows).filter(|&r| labels[r] >= 0) {
+            let row = f64s(&h[r * dim..][..dim]);
+            let z: Vec<f64> =
+                (0..vocab).map(|v| row.iter().zip(&w[v * dim..]).map(|(a, &b)| a * b as f64).sum()).collect();
+            let lse = z.iter().map(|v| v.exp()).sum::<f64>().ln();
+            loss[r] = lse - z[labels[r] as usize];
+            for v in 0..vocab {
+                let dz = dloss[r] as f64 * ((z[v] - lse).exp() - (labels[r] == v as i32) as i32 as f64);
+                for j in 0..dim {
+                    dh[r * dim + j] += dz * w[v * dim + j] as f64;
+                    dw[v * dim + j] += dz * row[j];
+                }
+            }
+        }
+        let what = format!("{rows} rows, {vocab} classes, width {dim}");
+        close(&format!("loss of {what}"), &got[..rows], &loss, 2e-6);
+        close(&format!("dh of {what}"), &got[rows..rows * (dim + 1)], &dh, 1e-5);
+        close(&format!("dw of {what}"), &got[rows * (dim + 1)..], &dw, 1e-5);
+    }
+}
+
+/// Logits far apart, equal, and infinite; a NaN is seen, but not through a row that is ignored.
+#[test]
+fn linear_cross_entropy_at_its_edges() {
+    let (vocab, dim) = (600, 1);
+    let op = LinearCrossEntropy { rows: 1, vocab, dim };
+    let run = |w: &[f32], h: f32, label: i32| {
+        let (mut loss, mut dh, mut dw) = ([f32::NAN], [f32::NAN], vec![f32::NAN; vocab]);
+        let (dh_out, dw_out) = (MatMut::new(&mut dh, 1, 1), MatMut::new(&mut dw, vocab, 1));
+        op.backward(Mat::new(&[h], 1, 1), Mat::new(w, vocab, 1), &[label], &[1.0], dh_out, dw_out, &mut loss);
+        (loss[0], dh[0], dw)
+    };
+    let flat = vec![0.0; vocab];
+    assert!((run(&flat, 1.0, 3).0 - (vocab as f32).ln()).abs() < 1e-6);
+    let mut far = vec![-1e30; vocab];
+    far[500] = 1e30;
+    assert_eq!(run(&far, 1.0, 500).0, 0.0);
+    assert_eq!(run(&far, 1.0, 0).0, 2e30);
+    // A part of the vocabulary is impossible.
+    let mut some = vec![f32::NEG_INFINITY; vocab];
+    some[599] = 2.0;
+    let (loss, _, dw) = run(&some, 1.0, 599);
+    assert!(loss == 0.0 && dw.iter().all(|v| *v == 0.0), "{loss}");
+    some[0] = f32::NAN;
+    assert!(run(&some, 1.0, 599).0.is_nan());
+    let (loss, _, dw) = run(&some, 1.0, -100);
+    assert!(loss == 0.0 && dw.iter().all(|v| *v == 0.0), "{loss}");
+    some[0] = f32::INFINITY;
+    assert!(!run(&some, 1.0, 599).0.is_finite());
+}
+
+/// Scratch is bounded whatever the number of rows, and what is said is what is taken.
+#[test]
+fn linear_cross_entropy_scratch_is_bounded() {
+    for (vocab, dim) in [(256, 128), (50_280, 768), (262_144, 16)] {
+        let of = |rows| LinearCrossEntropy { rows, vocab, dim };
+        let most = of(1 << 20).backward_scratch();
+        assert!(most * 4 <= (64 << 20) + (48 << 20), "{vocab} x {dim}: {} MiB", most >> 18);
+        assert!(of(1 << 24).backward_scratch() == most && of(1 << 20).forward_scratch() <= most);
     }
 }

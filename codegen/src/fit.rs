@@ -1,0 +1,263 @@
+//! Fits a program into a limit of memory: decides what the forward keeps and what the backward computes again.
+//!
+//! The judge is the real plan of the lowered program at concrete dims, scratch and weights included.  The pass
+//! `recompute` gives, for any price of memory, the set of nodes that is best at that price; here the price is searched:
+//!
+//! ```text
+//! price 0 ────────── lower ─┊─ upper ────────── ∞        the plan of `lower` is too large, that of `upper` fits
+//! nodes of the forward      first ──────┊────── last     decided as in `upper` up to here, as in `lower` from here on
+//! ```
+//! First by bisection of the price, which brings the two sets together up to ties: equal layers change their mind at
+//! the same price.  Ties are then broken by bisection over nodes in the forward's order, earlier first: what was made
+//! earlier lies longer in memory.  A value has a price only if throwing it away frees memory where the plan is too full;
+//! if that does not lead below the limit, every value has one.  About 30 plans are made, and nothing is measured, so
+//! the same limit gives the same program on every machine.
+
+use crate::lower::lower;
+use crate::plan::{MemoryPlan, Scratch, plan};
+use crate::program::Program;
+use rambac_ir::{Bindings, Cost, DimError, Graph, NodeId};
+use rambac_passes::autodiff::GRAD;
+use rambac_passes::recompute::{candidates, choose, free_between, layer};
+use rambac_passes::{Options, Recompute, Target, pipeline};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// How much memory a program may take.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Memory {
+    /// Whatever keeping every value takes.
+    #[default]
+    Keep,
+    /// As little as recomputing everything takes.
+    Recompute,
+    /// At most so many bytes at each of these dims, at the least cost in time.
+    Within { limit: usize, dims: Vec<Bindings> },
+}
+
+/// Why no program fits.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum FitError {
+    #[error(transparent)]
+    Dim(#[from] DimError),
+    #[error(
+        "{program} at {dims} does not fit into {}: recomputing all that can be recomputed it still needs {}: {} of \
+         activations and scratch, fullest at {fullest}, and {} of weights, optimiser and inputs",
+        mib(*limit), mib(*least), mib(*arena), mib(least - arena)
+    )]
+    TooSmall { program: String, dims: Bindings, limit: usize, least: usize, arena: usize, fullest: String },
+}
+
+/// For messages, rounded up: what is promised must suffice.
+fn mib(bytes: usize) -> String {
+    format!("{:.1} MiB", (bytes as f64 / f64::from(1 << 20) * 10.0).ceil() / 10.0)
+}
+
+/// A decision and what it rests on.
+#[derive(Clone, Debug)]
+pub struct Fit {
+    /// The graph before recomputation, whose nodes the decision names.
+    pub prepared: Graph,
+    /// Nodes that are computed again.
+    pub again: BTreeSet<NodeId>,
+    /// The dims that need most memory.
+    pub dims: Bindings,
+    /// Plans at these dims, and work, if everything is kept, and as decided.
+    pub kept: (MemoryPlan, Cost),
+    pub fitted: (MemoryPlan, Cost),
+}
+
+/// A candidate: the program, its plan and the dims at which it needs most.
+struct Tried {
+    again: BTreeSet<NodeId>,
+    program: Program,
+    plan: MemoryPlan,
+    dims: Bindings,
+}
+
+impl Tried {
+    fn cost(&self) -> Result<Cost, DimError> {
+        Ok(self.program.costs(&self.dims)?.into_iter().sum())
+    }
+}
+
+struct Search<'a> {
+    prepared: Graph,
+    dims: &'a [Bindings],
+    scratch: Scratch,
+    /// Bytes that the program's own plan may take.
+    limit: usize,
+}
+
+impl Search<'_> {
+    fn attempt(&self, what: Recompute, again: BTreeSet<NodeId>) -> Result<Tried, DimError> {
+        let program = lower(&pipeline::complete(&self.prepared, &Options { recompute: what, ..Options::default() }));
+        let mut worst: Option<(MemoryPlan, &Bindings)> = None;
+        for d in self.dims {
+            let p = plan(&program, d, self.scratch)?;
+            if worst.as_ref().is_none_or(|(w, _)| p.peak() > w.peak()) {
+                worst = Some((p, d));
+            }
+        }
+        let (plan, dims) = worst.expect("BUG: a limit holds at some dims");
+        Ok(Tried { again, program, plan, dims: dims.clone() })
+    }
+    fn nodes(&self, again: BTreeSet<NodeId>) -> Result<Tried, DimError> {
+        self.attempt(Recompute::Nodes(again.clone()), again)
+    }
+    fn fits(&self, t: &Tried) -> bool {
+        t.plan.peak() <= self.limit
+    }
+
+    /// For each node, whether throwing its values away frees memory where `kept` is too full.
+    fn in_the_way(&self, kept: &Tried) -> Vec<bool> {
+        let phase = |scope: Option<&str>| scope.is_some_and(|s| s == GRAD || s.starts_with("grad."));
+        // Where a part of the graph lies: first and last node of every layer, forward and backward.
+        let mut parts: BTreeMap<(Option<&str>, bool), (NodeId, NodeId)> = BTreeMap::new();
+        for (id, n) in self.prepared.iter() {
+            parts.entry((layer(n), phase(n.scope.as_deref()))).or_insert((id, id)).1 = id;
+        }
+        let room = self.limit.saturating_sub(kept.plan.persistent + kept.plan.inputs);
+        let full: BTreeSet<(NodeId, NodeId)> = kept
+            .program
+            .steps
+            .iter()
+            .zip(&kept.plan.alive)
+            .filter(|(_, alive)| **alive > room)
+            .filter_map(|(s, _)| {
+                let n = kept.program.graph.node(s.node);
+                parts.get(&(layer(n), phase(n.scope.as_deref()))).copied()
+            })
+            .collect();
+        let frees = |(last, first): (NodeId, NodeId)| full.iter().any(|(from, to)| last < *from && *to < first);
+        free_between(&self.prepared).into_iter().map(|f| f.is_some_and(frees)).collect()
+    }
+
+    /// The cheapest that fits if `priced` values have a price; `None` if none does.
+    fn cheapest(&self, kept: &Tried, priced: &[bool], target: &Target) -> Result<Option<Tried>, DimError> {
+        let at =
+            |price: f64| choose(&self.prepared, &kept.dims, target, |n| if priced[n.index()] { price } else { 0.0 });
+        let mut upper = self.nodes(at(f64::INFINITY)?)?;
+        if !self.fits(&upper) {
+            return Ok(None);
+        }
+        let mut lower = BTreeSet::new();
+        // Seconds per byte: a copy takes 4e-11 of them, a matrix product of a wide model some 1e-8.
+        let (mut low, mut high) = (1e-14f64, 1e-5f64);
+        for _ in 0..16 {
+            let price = (low * high).sqrt();
+            let again = at(price)?;
+            if again == upper.again {
+                high = price;
+            } else if again == lower {
+                low = price;
+            } else {
+                let t = self.nodes(again)?;
+                if self.fits(&t) {
+                    (upper, high) = (t, price);
+                } else {
+                    (lower, low) = (t.again, price);
+                }
+            }
+        }
+        let ties: Vec<NodeId> = upper.again.symmetric_difference(&lower).copied().collect();
+        let end = upper.again.clone();
+        // Decided as in `end` before ties[i], as in `lower` from there on: too large at 0, fits at the end.
+        let (mut few, mut enough) = (0, ties.len());
+        while few + 1 < enough {
+            let middle = (few + enough) / 2;
+            let border = ties[middle];
+            let early = end.iter().filter(|id| **id < border);
+            let t = self.nodes(early.chain(lower.iter().filter(|id| **id >= border)).copied().collect())?;
+            if self.fits(&t) {
+                (upper, enough) = (t, middle);
+            } else {
+                few = middle;
+            }
+        }
+        Ok(Some(upper))
+    }
+
+    fn decided(self, kept: Tried, best: Tried) -> Result<Fit, DimError> {
+        let costs = (kept.cost()?, best.cost()?);
+        Ok(Fit {
+            prepared: self.prepared,
+            again: best.again,
+            dims: best.dims,
+            kept: (kept.plan, costs.0),
+            fitted: (best.plan, costs.1),
+        })
+    }
+
+    fn too_small(&self, name: &str, least: &Tried, limit: usize, reserved: usize) -> FitError {
+        let fullest = least.plan.fullest().map_or("no step".into(), |s| {
+            let step = &least.program.steps[s];
+            let scope = least.program.graph.node(step.node).scope.as_deref();
+            format!("{}{}", step.op.mnemonic(), scope.map(|s| format!(" @{s}")).unwrap_or_default())
+        });
+        FitError::TooSmall {
+            program: name.to_string(),
+            dims: least.dims.clone(),
+            limit,
+            least: least.plan.peak() + reserved,
+            arena: least.plan.arena,
+            fullest,
+        }
+    }
+}
+
+/// What of `g` to compute again so that it fits into `limit` bytes at each of `dims`; `reserved` bytes of them are taken
+/// by others.
+///
+/// # Errors
+/// A dim without a value; a limit below what recomputing everything needs.
+pub fn fit(
+    g: &Graph,
+    limit: usize,
+    dims: &[Bindings],
+    scratch: Scratch,
+    reserved: usize,
+    target: &Target,
+) -> Result<Fit, FitError> {
+    let prepared = pipeline::prepare(g);
+    let s = Search { prepared, dims, scratch, limit: limit.saturating_sub(reserved) };
+    let kept = s.attempt(Recompute::Nothing, BTreeSet::new())?;
+    let mut best = if s.fits(&kept) { Some(s.nodes(BTreeSet::new())?) } else { None };
+    if best.is_none() {
+        best = s.cheapest(&kept, &s.in_the_way(&kept), target)?;
+    }
+    if best.is_none() {
+        best = s.cheapest(&kept, &vec![true; s.prepared.nodes.len()], target)?;
+    }
+    let Some(best) = best else {
+        let least = s.attempt(Recompute::All, BTreeSet::new())?;
+        return Err(s.too_small(&g.name, &least, limit, reserved));
+    };
+    Ok(s.decided(kept, best)?)
+}
+
+/// The other extreme: everything that can be computed again, at `dims`.
+///
+/// # Errors
+/// A dim without a value.
+pub fn everything(g: &Graph, dims: &Bindings, scratch: Scratch) -> Result<Fit, FitError> {
+    let prepared = pipeline::prepare(g);
+    let s = Search { prepared, dims: std::slice::from_ref(dims), scratch, limit: 0 };
+    let kept = s.attempt(Recompute::Nothing, BTreeSet::new())?;
+    let all = s.nodes(candidates(&s.prepared))?;
+    Ok(s.decided(kept, all)?)
+}
+
+/// Options under which `g` takes no more than `memory`.
+///
+/// # Errors
+/// As [`fit`].
+pub fn options(g: &Graph, memory: &Memory, scratch: Scratch, reserved: usize) -> Result<Options, FitError> {
+    let recompute = match memory {
+        Memory::Keep => Recompute::Nothing,
+        Memory::Recompute => Recompute::All,
+        Memory::Within { limit, dims } => {
+            Recompute::Nodes(fit(g, *limit, dims, scratch, reserved, &Target::default())?.again)
+        }
+    };
+    Ok(Options { recompute, ..Options::default() })
+}
