@@ -9,7 +9,7 @@ pub mod embedding;
 pub mod gemm;
 mod gemm_micro;
 pub mod inverted_index;
-mod matvec;
+pub mod matvec;
 pub mod norm;
 pub mod reduce;
 pub mod rotary;
