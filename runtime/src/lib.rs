@@ -5,6 +5,7 @@ pub mod checkpoint;
 pub mod chunk_store;
 pub mod cpu;
 pub mod executor;
+pub mod huge_pages;
 pub mod session;
 pub mod store;
 pub mod tensor;

@@ -251,6 +251,8 @@ impl Session {
             s.store.insert(name.clone(), Tensor::zeros(&ty));
             s.states.push(name);
         }
+        // Every token reads all of it.
+        s.store.prefer_huge_pages();
         if let Tier::Resume(path) = &options.tier {
             s.resume(path, geometry, fingerprint)?;
             return Ok(s);

@@ -1,7 +1,8 @@
 //! `rambac bench prefill` and `decode`: a session as `generate` runs it.
 //!
 //! Decoding one token reads every weight once, so its limit is the bytes of the weights over the rate at which this
-//! machine reads memory; prefill's is its FLOPs over the rate of large products.  Both rates are measured in the same run.
+//! machine reads an array of that size; prefill's is its FLOPs over the rate of large products.  Both rates are measured
+//! in the same run.
 
 use super::{Kinds, WARM_UP, add_steps, median, profile};
 use crate::cli::{Bench, Weights, Work};
@@ -41,7 +42,7 @@ pub fn run(a: &Bench, config: &Config, weights: Option<&Path>, pool: Arc<rayon::
     // Before the rates are measured, which takes memory of its own.
     let rss = machine::peak_rss();
     let rates = machine::rates(&pool);
-    let read = machine::read_rate(&pool);
+    let read = machine::read_rate(&pool, r.cost.bytes as usize);
     b.print(&r, rates, read, rss);
     if a.profile {
         profile(r.name, r.sums, a.json);
@@ -241,7 +242,7 @@ impl Infer<'_> {
             show::si(rates.gemm, "FLOP/s")
         );
         println!(
-            "  {}   {}: {}, {} of this machine's large reads ({})",
+            "  {}   {}: {}, {} of this machine's fastest reads of as much ({})",
             if decode { "weights" } else { "traffic" },
             show::si(r.cost.bytes, "B"),
             show::si(r.cost.bytes / t, "B/s"),
