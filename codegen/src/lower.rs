@@ -374,7 +374,7 @@ impl Lowering<'_> {
                     own(x)
                         && x.ty == y.ty
                         && last[x.buffer.index()] == i
-                        && s.inputs.iter().filter(|w| w.buffer == x.buffer).all(|w| w == *x)
+                        && s.inputs.iter().enumerate().all(|(k, w)| w.buffer != x.buffer || (w == *x && may(k)))
                         && s.outputs.iter().all(|w| w.buffer != x.buffer)
                 });
                 if let Some(x) = dies {
