@@ -201,10 +201,11 @@ __device__ __forceinline__ void any_select(i32* indices, i32* count, typename C:
     }
     weigh<C::rule>(weight, score, 1, n);
     count[row] = n;
+    for (int i = n; i < K; i++) index[i] = 0, weight[i] = score[i] = 0.f;
     for (int i = 0; i < K; i++) {
-        indices[row * K + i] = i < n ? index[i] : 0;
-        weights[row * K + i] = from_f32<T>(i < n ? weight[i] : 0.f);
-        scores[row * K + i] = from_f32<T>(i < n ? score[i] : 0.f);
+        indices[row * K + i] = index[i];
+        weights[row * K + i] = from_f32<T>(weight[i]);
+        scores[row * K + i] = from_f32<T>(score[i]);
     }
 }
 

@@ -20,14 +20,14 @@ namespace rambac {
 enum class Weigh { STICK_BREAKING, SOFTMAX, SIGMOID, ONE };
 enum class Order { RECENT, SCORE };
 
-// Keeps order: greater floats are greater integers, -0 below +0.
+// Keeps order: greater floats are greater integers.  (-0 would be below +0: a candidate's score has none.)
 __device__ __forceinline__ u32 ordered(float x) {
     u32 b = __float_as_uint(x);
     return b >> 31 ? ~b : b | 0x80000000u;
     // MUT select_negative: return b | 0x80000000u;
 }
 __device__ __forceinline__ float of_ordered(u32 x) { return __uint_as_float(x >> 31 ? x & 0x7fffffffu : ~x); }
-__device__ __forceinline__ u64 candidate(float score, int chunk) { return (u64)ordered(score) << 32 | ~(u32)chunk; }
+__device__ __forceinline__ u64 candidate(float score, int chunk) { return (u64)ordered(score + 0.f) << 32 | ~(u32)chunk; }
 __device__ __forceinline__ float exp_fast(float x) { return exp2_fast(x * LOG2E); }
 __device__ __forceinline__ float sigmoid(float x) { return 1.f / (1.f + exp_fast(-x)); }
 __device__ __forceinline__ float softplus(float x) { return fmaxf(x, 0.f) + LN2 * __log2f(1.f + exp_fast(-fabsf(x))); }
@@ -423,13 +423,14 @@ __device__ __forceinline__ void select_merge(i32* indices, i32* count, typename 
         index[to] = (i32) ~(u32)best[i];
         score[to] = of_ordered((u32)(best[i] >> 32));
     }
+    for (int i = n + own; i < K; i += C::threads) index[i] = 0, weight[i] = score[i] = 0.f;
     __syncthreads();
     if (own == 0) weigh<C::rule>(weight, score, 1, n), count[row] = n;
     __syncthreads();
     for (int i = own; i < K; i += C::threads) {
-        indices[row * K + i] = i < n ? index[i] : 0;
-        weights[row * K + i] = from_f32<T>(i < n ? weight[i] : 0.f);
-        scores[row * K + i] = from_f32<T>(i < n ? score[i] : 0.f);
+        indices[row * K + i] = index[i];
+        weights[row * K + i] = from_f32<T>(weight[i]);
+        scores[row * K + i] = from_f32<T>(score[i]);
     }
 }
 

@@ -27,7 +27,8 @@ op_struct! {
 /// Chosen chunks of one row of scores, in order.
 pub(super) fn choose(row: &[f64], k: usize, order: Order) -> Vec<usize> {
     let mut all: Vec<usize> = (0..row.len()).filter(|&c| row[c] > f64::NEG_INFINITY).collect();
-    all.sort_by(|&a, &b| row[b].total_cmp(&row[a]).then(a.cmp(&b)));
+    // -0 equals 0.
+    all.sort_by(|&a, &b| (row[b] + 0.0).total_cmp(&(row[a] + 0.0)).then(a.cmp(&b)));
     all.truncate(k);
     if order == Order::Recent {
         all.sort_by(|a, b| b.cmp(a));

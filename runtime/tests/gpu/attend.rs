@@ -13,6 +13,7 @@ pub const ALL: &[Case] = &[
     ("chunk_attention_chunk_major", chunk_major),
     ("chunk_attention_grad", grad),
     ("chunk_attention_at_the_370m_shape", full_shape),
+    ("chunk_attention_of_drawn_shapes", drawn),
     ("selection_chooses_what_its_definition_does", selection),
     ("selection_grad", selection_grad),
     ("attention_and_its_gradient", attention),
@@ -183,6 +184,27 @@ fn chunk_major(rig: &Rig) -> Result<String, String> {
         attend(rig, Arch::Sm90a, &mut rng, &s, s.n == 1, "chunk_major")?;
     }
     Ok(String::new())
+}
+
+/// Shapes that nobody chose, in every form.
+fn drawn(rig: &Rig) -> Result<String, String> {
+    let mut rng = Rng(10);
+    const SHAPES: usize = 6;
+    for _ in 0..SHAPES {
+        let dtype = rng.pick(&[DType::F32, DType::BF16, DType::F16]);
+        let sizes = [1 + rng.below(2), 1 + rng.below(30), 1 + rng.below(6), rng.below(3)];
+        let heads = [1 + rng.below(2), 1 + rng.below(20)];
+        let (d, chunk) = (rng.pick(&[16, 32, 48]), rng.pick(&[16, 32, 48, 80, 112]));
+        let s = shape(dtype, sizes, heads, d, chunk, 1 + rng.below(6));
+        for form in ["query_tile", "pairs", "chunk_major"] {
+            // Many heads per key head never go chunk by chunk.
+            if form != "chunk_major" || 3 * s.group < s.chunk {
+                attend(rig, Arch::Sm80, &mut rng, &s, s.n == 1, form)?;
+            }
+        }
+        rig.check(&check_grad(&mut rng, &s))?;
+    }
+    Ok(format!(": {SHAPES} shapes"))
 }
 
 fn check_grad(rng: &mut Rng, s: &Shape) -> Check {

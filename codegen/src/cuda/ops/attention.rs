@@ -107,7 +107,7 @@ impl Attending {
         let [q, k, v] = [0, 1, 2].map(Operand::Input);
         let dtype = site.dtype(q);
         let (heads, head_dim, h) = (site.int(q, 2)?, site.int(q, 3)?, site.int(k, 2)?);
-        if head_dim % 16 != 0 || !(16..=128).contains(&head_dim) {
+        if !head_dim.is_multiple_of(16) || !(16..=128).contains(&head_dim) {
             return because(format!("head_dim is {head_dim}; kernels take multiples of 16 from 16 to 128"));
         }
         if scale <= 0.0 {

@@ -214,10 +214,10 @@ impl Attending {
         let dtype = site.dtype(Q);
         let shape = |at: Operand| &site.view(at).ty.shape;
         let (heads, head_dim, h, slots) = (site.int(Q, 2)?, site.int(Q, 3)?, site.int(K, 2)?, site.int(INDICES, 3)?);
-        if head_dim % 16 != 0 || !(16..=128).contains(&head_dim) {
+        if !head_dim.is_multiple_of(16) || !(16..=128).contains(&head_dim) {
             return because(format!("head_dim is {head_dim}; kernels take multiples of 16 from 16 to 128"));
         }
-        if chunk % 16 != 0 || !(16..=256).contains(&chunk) {
+        if !chunk.is_multiple_of(16) || !(16..=256).contains(&chunk) {
             return because(format!("chunks have {chunk} tokens; kernels take multiples of 16 from 16 to 256"));
         }
         if scale <= 0.0 {

@@ -77,7 +77,7 @@ fn width(site: &Site, slots: usize, rows: &[Operand]) -> Result<usize, Unsupport
     if slots > 64 {
         return because(format!("{slots} slots per token; kernels take at most 64"));
     }
-    if r % piece != 0 || site.vector(rows, piece) < piece {
+    if !r.is_multiple_of(piece) || site.vector(rows, piece) < piece {
         return because(format!("rows of queries and landmarks, {r} wide, must be whole pieces of 16 bytes"));
     }
     Ok(r)
