@@ -1,5 +1,9 @@
 //! The command line.
 
+mod executable;
+
+pub use executable::{Cache, CacheTask, Compile, GpuTarget, Report, Run, RunDevice};
+
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use rambac_codegen::Memory;
 use rambac_ir::Bindings;
@@ -29,12 +33,21 @@ pub enum Verb {
     Eval(Eval),
     /// Write on from a prompt
     Generate(Generate),
+    /// Compile a model or a graph into one file that runs: programs, GPU kernels, weights
+    Compile(Compile),
+    /// Run what `compile` made
+    Run(Run),
     /// What compiling does to a model: passes, fusion, work, memory
     Explain(Explain),
     /// How fast a training step, a forward or one op runs here
     Bench(Bench),
-    /// What is in a checkpoint, a model's folder or a safetensors file
+    /// What is in an executable, a checkpoint, a model's folder or a safetensors file
     Inspect(Inspect),
+    /// Compiled GPU kernels that are kept between runs
+    Cache(Cache),
+    /// The table of all GPU kernels of the presets, as docs/kernels.md holds it
+    #[command(hide = true)]
+    Report(Report),
     /// What this machine has and whether all is well
     Doctor(Doctor),
     /// Compare a device with stored values and gradients: ops and whole models
@@ -431,6 +444,12 @@ pub struct Explain {
     /// Print the program's steps instead
     #[arg(long, conflicts_with = "json")]
     pub program: bool,
+    /// Also how every step runs on this GPU, and why so
+    #[arg(long, value_name = "ARCH")]
+    pub target: Option<GpuTarget>,
+    /// Compile the kernels too, to see their registers and spills
+    #[arg(long, requires = "target")]
+    pub compile: bool,
     /// One JSON object per line
     #[arg(long)]
     pub json: bool,
@@ -445,7 +464,7 @@ fn binding(s: &str) -> Result<(String, usize), String> {
 
 #[derive(Args)]
 pub struct Inspect {
-    /// A training run, a checkpoint, a model's folder, a config.json, or a .safetensors file
+    /// An executable, a training run, a checkpoint, a model's folder, a config.json, or a .safetensors file
     pub path: PathBuf,
     /// Also the least, largest and mean value of every tensor, and its standard deviation
     #[arg(long)]

@@ -8,7 +8,7 @@ use rambac_models::{Config, InitRule, canonical_name, init_tensor, preset};
 use rambac_passes::{Options, narrow};
 use rambac_runtime::checkpoint::{self, WeightsFolder};
 use rambac_runtime::chunk_store::Precision;
-use rambac_runtime::{Bf16Data, SessionGraphs, SessionOptions, Store, Tensor, Tier};
+use rambac_runtime::{Bf16Data, SessionGraphs, SessionOptions, SessionParts, Store, Tensor, Tier};
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -104,7 +104,10 @@ pub fn parameters_for(
 }
 
 /// See [`parameters`]; those named in `bf16` in bf16.
-fn load(config: &Config, weights: Option<&Path>, rule: InitRule, seed: u64, bf16: &HashSet<&str>) -> Result<Store> {
+///
+/// # Errors
+/// As [`parameters`].
+pub fn load(config: &Config, weights: Option<&Path>, rule: InitRule, seed: u64, bf16: &HashSet<&str>) -> Result<Store> {
     let specs = config.parameters_with(rule);
     let mut store = Store::default();
     let Some(path) = weights else {
@@ -141,17 +144,26 @@ fn load(config: &Config, weights: Option<&Path>, rule: InitRule, seed: u64, bf16
 /// A graph that does not build, which a checked config excludes.
 pub fn session_graphs(c: &Config) -> Result<SessionGraphs> {
     use rambac_models::stack;
-    Ok(SessionGraphs {
-        lower: stack::lower(c).map_err(wrap)?,
-        chunks: stack::chunks(c).map_err(wrap)?,
-        upper: stack::upper(c).map_err(wrap)?,
-        upper_flash: stack::upper_flash(c).map_err(wrap)?,
-        head: stack::head(c).map_err(wrap)?,
+    let lower = stack::lower(c).map_err(wrap)?;
+    let (chunks, upper) = (stack::chunks(c).map_err(wrap)?, stack::upper(c).map_err(wrap)?);
+    let (flash, head) = (stack::upper_flash(c).map_err(wrap)?, stack::head(c).map_err(wrap)?);
+    Ok(session_parts(c, (lower, chunks, upper, flash, head)))
+}
+
+/// Parts in the order of a session, with the sizes that it must know.
+pub fn session_parts<T>(c: &Config, parts: (T, Option<T>, Option<T>, Option<T>, T)) -> SessionParts<T> {
+    let (lower, chunks, upper, upper_flash, head) = parts;
+    SessionParts {
+        lower,
+        chunks,
+        upper,
+        upper_flash,
+        head,
         chunk_size: c.chunk_size,
         hidden_size: c.hidden_size,
         kv: [c.num_kv_heads, c.attention_head_dim()],
         landmark: [c.num_kv_heads, c.retrieval_head_dim()],
-    })
+    }
 }
 
 /// What the flags say about a session of `sequences` sequences.

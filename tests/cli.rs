@@ -51,10 +51,19 @@ fn at(dir: &TempDir, name: &str) -> String {
 
 #[test]
 fn usage_errors_have_status_2() {
-    for args in [&[][..], &["fly"], &["bench", "--len", "0"], &["bench", "jump"], &["explain"], &["generate", "x"]] {
+    for args in [
+        &[][..],
+        &["fly"],
+        &["bench", "--len", "0"],
+        &["bench", "jump"],
+        &["explain"],
+        &["generate", "x"],
+        &["compile", "tiny"],
+    ] {
         assert_eq!(rambac(args).code, Some(2), "{args:?}");
     }
-    for verb in ["bench", "explain", "inspect", "doctor", "generate", "check", "train", "eval", "demo", "simulate"] {
+    let verbs = ["bench", "explain", "inspect", "doctor", "generate", "check", "train", "eval", "demo", "simulate"];
+    for verb in verbs.into_iter().chain(["compile", "run", "cache"]) {
         assert!(ok(&[verb, "--help"]).contains("Usage"), "{verb}");
     }
 }

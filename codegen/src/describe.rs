@@ -6,13 +6,13 @@
 //! ```json
 //! {"name": "loss", "symbols": ["N", "L"],
 //!  "buffers": [{"type": "f32[N, L]", "in": "arena"}, {"type": "f32[64]", "in": "source"}],
-//!  "sources": [{"kind": "param", "name": "w", "buffer": 1}],
+//!  "sources": [{"kind": "param", "name": "w", "type": "f32[64]", "buffer": 1}],
 //!  "steps": [{"op": "matmul", "attributes": {"trans_b": "true"}, "node": 7, "inputs": [{"buffer": 0, "type": "f32[N, L]"}],
 //!             "outputs": [{"buffer": 4, "type": "f32[N, L]", "offset": "64", "rows": {"length": "64", "every": "256"}}]}],
 //!  "outputs": [{"name": "y", "view": {"buffer": 4, "type": "f32[N, L]"}, "updates": false}]}
 //! ```
 
-use crate::program::{BufferKind, OutputSlot, Program, Step, View};
+use crate::program::{Buffer, BufferKind, OutputSlot, Program, SourceSlot, Step, Strided, View};
 use rambac_ir::ops::SourceKind;
 use serde_json::{Map, Value, json};
 
@@ -25,44 +25,58 @@ pub fn source_kind(k: SourceKind) -> &'static str {
     }
 }
 
+// Structs are taken apart field by field: one that is added must be described too, or an executable could differ in it
+// unseen.
+
 /// See the module's comment.
 pub fn program(p: &Program) -> Value {
-    let buffer = |b: &crate::Buffer| {
-        let place = match b.kind {
+    // The graph stands beside it, as text.
+    let Program { name, syms, buffers, steps, sources, outputs, graph: _ } = p;
+    let buffer = |b: &Buffer| {
+        let Buffer { ty, kind } = b;
+        let place = match kind {
             BufferKind::Arena => "arena",
             BufferKind::Source(_) => "source",
         };
-        json!({ "type": b.ty.to_string(), "in": place })
+        json!({ "type": ty.to_string(), "in": place })
     };
-    let source = |s: &crate::program::SourceSlot| json!({ "kind": source_kind(s.kind), "name": s.name, "buffer": s.buffer.index() });
-    let output = |o: &OutputSlot| json!({ "name": o.name, "view": view(&o.view), "updates": o.update });
+    let source = |s: &SourceSlot| {
+        let SourceSlot { kind, name, ty, buffer } = s;
+        json!({ "kind": source_kind(*kind), "name": name, "type": ty.to_string(), "buffer": buffer.index() })
+    };
+    let output = |o: &OutputSlot| {
+        let OutputSlot { name, view: v, update } = o;
+        json!({ "name": name, "view": view(v), "updates": update })
+    };
     json!({
-        "name": p.name,
-        "symbols": p.syms.iter().map(|s| s.as_str()).collect::<Vec<_>>(),
-        "buffers": p.buffers.iter().map(buffer).collect::<Vec<_>>(),
-        "sources": p.sources.iter().map(source).collect::<Vec<_>>(),
-        "steps": p.steps.iter().map(step).collect::<Vec<_>>(),
-        "outputs": p.outputs.iter().map(output).collect::<Vec<_>>(),
+        "name": name,
+        "symbols": syms.iter().map(|s| s.as_str()).collect::<Vec<_>>(),
+        "buffers": buffers.iter().map(buffer).collect::<Vec<_>>(),
+        "sources": sources.iter().map(source).collect::<Vec<_>>(),
+        "steps": steps.iter().map(step).collect::<Vec<_>>(),
+        "outputs": outputs.iter().map(output).collect::<Vec<_>>(),
     })
 }
 
 fn step(s: &Step) -> Value {
+    let Step { op, node, inputs, outputs } = s;
     let attributes: Map<String, Value> =
-        s.op.attrs().into_iter().map(|(name, a)| (name.to_string(), a.to_string().into())).collect();
+        op.attrs().into_iter().map(|(name, a)| (name.to_string(), a.to_string().into())).collect();
     json!({
-        "op": s.op.mnemonic(), "attributes": attributes, "node": s.node.index(),
-        "inputs": s.inputs.iter().map(view).collect::<Vec<_>>(),
-        "outputs": s.outputs.iter().map(view).collect::<Vec<_>>(),
+        "op": op.mnemonic(), "attributes": attributes, "node": node.index(),
+        "inputs": inputs.iter().map(view).collect::<Vec<_>>(),
+        "outputs": outputs.iter().map(view).collect::<Vec<_>>(),
     })
 }
 
 fn view(v: &View) -> Value {
-    let mut out = json!({ "buffer": v.buffer.index(), "type": v.ty.to_string() });
-    if v.offset.as_int() != Some(0) {
-        out["offset"] = v.offset.to_string().into();
+    let View { buffer, offset, ty, strided } = v;
+    let mut out = json!({ "buffer": buffer.index(), "type": ty.to_string() });
+    if offset.as_int() != Some(0) {
+        out["offset"] = offset.to_string().into();
     }
-    if let Some(s) = &v.strided {
-        out["rows"] = json!({ "length": s.cols.to_string(), "every": s.stride.to_string() });
+    if let Some(Strided { cols, stride }) = strided {
+        out["rows"] = json!({ "length": cols.to_string(), "every": stride.to_string() });
     }
     out
 }
@@ -111,7 +125,7 @@ mod tests {
         b.output("y", y);
         let p = crate::lower(&b.finish().unwrap());
         let d = program(&p);
-        assert_eq!(d["sources"][1], json!({ "kind": "param", "name": "w", "buffer": 1 }));
+        assert_eq!(d["sources"][1], json!({ "kind": "param", "name": "w", "type": "f32[4, 4]", "buffer": 1 }));
         let x = &d["steps"][0]["inputs"][0];
         assert_eq!(x["offset"], "4");
         assert_eq!(x["rows"], json!({ "length": "4", "every": "8" }));

@@ -29,7 +29,18 @@ struct Finding {
 
 /// Runs the verb.
 pub fn run(a: &Doctor, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
-    let all = [cpu(&pool), vectors(), memory(), kernels(&pool), rates(&pool), temporary(), terminal(), gpu(), nvrtc()];
+    let all = [
+        cpu(&pool),
+        vectors(),
+        memory(),
+        kernels(&pool),
+        rates(&pool),
+        temporary(),
+        terminal(),
+        gpu(),
+        nvrtc(),
+        cache(),
+    ];
     for f in &all {
         let state = match f.state {
             State::Good => "ok",
@@ -148,9 +159,10 @@ fn gpu() -> Finding {
     let driver = if has_library(c"libcuda.so.1") {
         "an NVIDIA driver (libcuda.so.1) is here, but goes unused"
     } else {
-        "there is no NVIDIA driver (libcuda.so.1) here either"
+        "there is no NVIDIA driver (libcuda.so.1) here"
     };
-    Finding { state: State::Note, topic: "GPU", text: format!("this version runs on the CPU only; {driver}") }
+    let text = format!("{driver}: programs run on the CPU, GPU kernels are compiled and simulated");
+    Finding { state: State::Note, topic: "GPU", text }
 }
 
 /// The CUDA compiler, which needs no GPU.
@@ -160,24 +172,63 @@ fn nvrtc() -> Finding {
     let mut broken = vec![];
     for path in installed() {
         match Nvrtc::open(&path) {
-            Ok(n) => found.push(format!("NVRTC {}.{} ({})", n.version.0, n.version.1, path.display())),
+            Ok(n) => try_out(&n, &path.display().to_string(), &mut found, &mut broken),
             Err(e) => broken.push(e.to_string()),
         }
     }
     if found.is_empty() && broken.is_empty() {
         match Nvrtc::open_any() {
-            Ok(n) => found.push(format!("NVRTC {}.{} (found by the linker)", n.version.0, n.version.1)),
+            Ok(n) => try_out(&n, "found by the linker", &mut found, &mut broken),
             Err(NvrtcError::Missing) => {}
             Err(e) => broken.push(e.to_string()),
         }
     }
     let state = if found.is_empty() { State::Note } else { State::Good };
     let text = match (found.is_empty(), broken.is_empty()) {
-        (true, true) => format!("NVRTC is not here: CUDA sources can't be compiled; {HELP}"),
+        (true, true) => format!("NVRTC is not here: GPU kernels can't be compiled; {HELP}"),
         (true, false) => format!("{}; {HELP}", broken.join("; ")),
-        _ => found.join("; "),
+        _ => found.into_iter().chain(broken).collect::<Vec<_>>().join("; "),
     };
     Finding { state, topic: "compiler", text }
+}
+
+/// Compiles a kernel for every target: a library may be here without its builtins.
+fn try_out(n: &rambac_codegen::nvrtc::Nvrtc, place: &str, found: &mut Vec<String>, broken: &mut Vec<String>) {
+    use rambac_codegen::cuda::Arch;
+    let name = format!("NVRTC {}.{} ({place})", n.version.0, n.version.1);
+    let source = "extern \"C\" __global__ void doctor(float* x) { x[threadIdx.x] += 1.0f; }\n";
+    let fails = |arch: &Arch| {
+        let option = format!("--gpu-architecture={arch}");
+        n.compile("doctor.cu", source, &[], &[&option]).err().map(|e| format!("{name} can't compile for {arch}: {e}"))
+    };
+    match Arch::ALL.iter().find_map(fails) {
+        Some(e) => broken.push(e),
+        None => found.push(format!("{name} compiles for {}", Arch::ALL.map(|a| a.name()).join(" and "))),
+    }
+}
+
+/// Where compiled kernels are kept.
+fn cache() -> Finding {
+    use rambac_codegen::cuda::{Cache, cache::VARIABLE};
+    let finding = |state, text| Finding { state, topic: "cache", text };
+    let cache = Cache::standard();
+    let Some(folder) = cache.folder() else {
+        return finding(State::Note, format!("none: every run compiles its GPU kernels; set {VARIABLE} to a folder"));
+    };
+    // It is made when it is first needed: then what counts is the nearest folder that exists.
+    let there = folder.ancestors().find(|p| p.is_dir()).unwrap_or(folder);
+    let folder = folder.display();
+    if let Err(e) = writable(there) {
+        return finding(State::Note, format!("{folder} can't be written ({e}); set {VARIABLE} to a folder that can"));
+    }
+    match cache.entries(false) {
+        Err(e) => finding(State::Note, format!("{folder} can't be read ({e})")),
+        Ok(all) => {
+            let bytes: u64 = all.iter().map(|e| e.bytes).sum();
+            let n = show::plural(all.len(), "kernel");
+            finding(State::Good, format!("{folder}: {n}, {}", show::bytes(bytes as usize)))
+        }
+    }
 }
 
 #[cfg(unix)]

@@ -2,6 +2,8 @@
 //!
 //! Nothing runs and no weights are read: everything here follows from the graph and the sizes.
 
+pub mod gpu;
+
 use crate::cli::{Explain, MemoryArgs};
 use crate::error::{self, Result, wrap};
 use crate::model::{self, Named};
@@ -28,11 +30,13 @@ const WIDTH: usize = 98;
 const LARGEST: usize = 10;
 
 /// Runs the verb.
-pub fn run(a: &Explain) -> Result<ExitCode> {
+pub fn run(a: &Explain, pool: &rayon::ThreadPool) -> Result<ExitCode> {
     let named = model::resolve(&a.model)?;
     let (graph, config) = match &named {
-        Named::Model { config, .. } => (model_graph(config, a.train)?, Some(config)),
-        Named::Ir { graph, .. } => (ir_graph(graph, a.train)?, None),
+        Named::Model { config, .. } if a.train => (model_step(config, &AdamW::default())?, Some(config)),
+        Named::Model { config, .. } => (stack::loss(config, Carry::Zero, false).map_err(wrap)?, Some(config)),
+        Named::Ir { graph, .. } if a.train => (ir_step(graph, &AdamW::default())?, None),
+        Named::Ir { graph, .. } => (graph.clone(), None),
     };
     let dims = dims(a, &graph)?;
     let fit = match a.memory {
@@ -43,14 +47,22 @@ pub fn run(a: &Explain) -> Result<ExitCode> {
         _ => None,
     };
     let r = Report::new(&graph, &dims, fit.transpose().map_err(error::unfit)?)?;
+    let gpu = match a.target {
+        Some(t) => Some(pool.install(|| gpu::Forms::new(&r.program, &r.costs, &dims, t.arch(), a.compile))?),
+        None => None,
+    };
     if a.ir {
         print!("{}", rambac_ir::text::print(&r.program.graph));
     } else if a.program {
         r.print_program();
     } else if a.json {
-        r.json(a, config)?.iter().for_each(|line| println!("{line}"));
+        let forms = gpu.iter().flat_map(|g| g.json());
+        r.json(a, config)?.into_iter().chain(forms).for_each(|line| println!("{line}"));
     } else {
         r.print(a, config)?;
+        if let Some(g) = &gpu {
+            g.print();
+        }
         if let Named::Ir { path, text, .. } = &named
             && !r.lints.is_empty()
         {
@@ -61,19 +73,15 @@ pub fn run(a: &Explain) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn model_graph(c: &Config, train: bool) -> Result<Graph> {
+/// A model's training step.
+pub fn model_step(c: &Config, adamw: &AdamW) -> Result<Graph> {
     let loss = stack::loss(c, Carry::Zero, false).map_err(wrap)?;
-    if !train {
-        return Ok(loss);
-    }
     let decays: HashSet<String> = c.parameters().into_iter().filter(|p| p.decay).map(|p| p.name).collect();
-    train_step(&loss, &AdamW::default(), |name| decays.contains(name)).map_err(wrap)
+    train_step(&loss, adamw, |name| decays.contains(name)).map_err(wrap)
 }
 
-fn ir_graph(g: &Graph, train: bool) -> Result<Graph> {
-    if !train {
-        return Ok(g.clone());
-    }
+/// The training step of a graph in text form.
+pub fn ir_step(g: &Graph, adamw: &AdamW) -> Result<Graph> {
     if g.output("loss").is_none() {
         let have: Vec<&str> = g.outputs.iter().map(|o| &*o.name).collect();
         return Err(miette!(
@@ -85,7 +93,7 @@ fn ir_graph(g: &Graph, train: bool) -> Result<Graph> {
     }
     // The file's params may be anything; matrices decay, as in models.
     let matrices: HashSet<String> = g.sources().filter(|(_, s)| s.ty.rank() > 1).map(|(_, s)| s.name.clone()).collect();
-    let step = train_step(g, &AdamW::default(), |name| matrices.contains(name)).map_err(wrap)?;
+    let step = train_step(g, adamw, |name| matrices.contains(name)).map_err(wrap)?;
     rambac_ir::verify::verify(&step).map_err(|e| {
         let all: Vec<String> = e.iter().map(ToString::to_string).collect();
         miette!("{}: its training step is not well-formed: {}", g.name, all.join("; "))

@@ -6,8 +6,8 @@ use crate::model;
 use crate::sample::Sampling;
 use crate::show;
 use miette::{IntoDiagnostic, miette};
-use rambac_models::Tokenizer;
 use rambac_models::data::rng::stream;
+use rambac_models::{Config, Tokenizer};
 use rambac_runtime::Session;
 use std::io::Write;
 use std::path::Path;
@@ -55,6 +55,40 @@ pub fn run(a: &Generate, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
     let params = model::parameters_for(&graphs, &options.passes, &config, Some(&weights))?;
     let mut session = Session::new(&graphs, params, pool, &options).map_err(wrap)?;
 
+    let w = Writing {
+        from: &a.checkpoint,
+        ids: false,
+        tokens: a.tokens,
+        sampling,
+        seed: a.seed,
+        segment: a.segment,
+        flash: a.flash,
+    };
+    write_on(&mut session, &config, &tokenizer, &prompts, &w)
+}
+
+/// How to write on.
+pub struct Writing<'a> {
+    /// Where the weights come from, for messages.
+    pub from: &'a str,
+    /// Write ids, not their text.
+    pub ids: bool,
+    pub tokens: usize,
+    pub sampling: Sampling,
+    pub seed: u64,
+    /// Tokens fed at once.
+    pub segment: usize,
+    pub flash: bool,
+}
+
+/// Reads the prompts, one per sequence of the session, and writes on.
+pub fn write_on(
+    session: &mut Session,
+    config: &Config,
+    tokenizer: &Tokenizer,
+    prompts: &[Vec<i32>],
+    a: &Writing,
+) -> Result<ExitCode> {
     let begin = Instant::now();
     let mut hidden = vec![];
     for (seq, ids) in prompts.iter().enumerate() {
@@ -83,14 +117,14 @@ pub fn run(a: &Generate, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
             let row = &row[..tokenizer.vocab_size().min(row.len())];
             let key = [i as u64, seq as u64];
             let key = if seq == 0 { &key[..1] } else { &key[..] };
-            let id = sampling.choose(row, &mut stream(a.seed, "generate", key)).ok_or_else(|| {
+            let id = a.sampling.choose(row, &mut stream(a.seed, "generate", key)).ok_or_else(|| {
                 miette!(
-                    help = format!("look for the broken tensor with: rambac inspect {}", a.checkpoint),
+                    help = format!("look for the broken tensor with: rambac inspect {}", a.from),
                     "the model's predictions are not finite"
                 )
             })? as i32;
             next[seq] = id;
-            let piece = texts[seq].push(id).map_err(wrap)?;
+            let piece = if a.ids { format!("{id} ") } else { texts[seq].push(id).map_err(wrap)? };
             if prompts.len() == 1 {
                 write!(out, "{piece}").into_diagnostic()?;
                 out.flush().into_diagnostic()?;
@@ -108,7 +142,8 @@ pub fn run(a: &Generate, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
         if prompts.len() > 1 {
             writeln!(out, "--- {}", seq + 1).into_diagnostic()?;
         }
-        writeln!(out, "{done}{}", text.finish().map_err(wrap)?).into_diagnostic()?;
+        let rest = if a.ids { String::new() } else { text.finish().map_err(wrap)? };
+        writeln!(out, "{done}{rest}").into_diagnostic()?;
     }
     let rate = |n: usize, t: Duration| show::digits(n as f64 / t.as_secs_f64().max(1e-9));
     let fed: usize = prompts.iter().map(Vec::len).sum();

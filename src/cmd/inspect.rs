@@ -1,6 +1,8 @@
-//! `rambac inspect`: what is in a run, a checkpoint, a model's folder or a safetensors file.
+//! `rambac inspect`: what is in an executable, a run, a checkpoint, a model's folder or a safetensors file.
 //!
 //! Every value is read, so that broken ones (NaN, infinities) are found.
+
+mod executable;
 
 use crate::cli::Inspect;
 use crate::cmd::explain::describe;
@@ -18,7 +20,7 @@ use std::process::ExitCode;
 const SETTINGS: usize = 60;
 
 /// Runs the verb.
-pub fn run(a: &Inspect) -> Result<ExitCode> {
+pub fn run(a: &Inspect, pool: &rayon::ThreadPool) -> Result<ExitCode> {
     let path = a.path.as_path();
     let meta = std::fs::metadata(path).map_err(|e| miette!("{}: {e}", path.display()))?;
     let index = path.file_name().is_some_and(|n| n.to_string_lossy().ends_with(".index.json"));
@@ -30,6 +32,10 @@ pub fn run(a: &Inspect) -> Result<ExitCode> {
         tensors(a, "weights", &Source::Folder(&WeightsFolder::open(path).map_err(wrap)?))?;
     } else {
         let file = TensorFile::open(path).map_err(wrap)?;
+        if file.metadata().contains_key("rambac_executable") {
+            pool.install(|| executable::print(a, &file))?;
+            return Ok(ExitCode::SUCCESS);
+        }
         for (key, value) in file.metadata() {
             if a.json {
                 println!("{}", json!({ "kind": "metadata", "key": key, "value": value }));
@@ -128,6 +134,8 @@ fn flatten(prefix: &str, value: &Json, out: &mut Vec<(String, String)>) {
 /// Where tensors come from.
 enum Source<'a> {
     File(&'a TensorFile),
+    /// Some of a file's tensors.
+    Part(&'a TensorFile, Vec<&'a str>),
     Folder(&'a WeightsFolder),
 }
 
@@ -135,25 +143,26 @@ impl Source<'_> {
     fn names(&self) -> Vec<&str> {
         match self {
             Source::File(f) => f.names().collect(),
+            Source::Part(_, names) => names.clone(),
             Source::Folder(f) => f.names().collect(),
         }
     }
     fn info(&self, name: &str) -> Option<&TensorInfo> {
         match self {
-            Source::File(f) => f.info(name),
+            Source::File(f) | Source::Part(f, _) => f.info(name),
             Source::Folder(f) => f.info(name),
         }
     }
     fn values(&self, name: &str) -> Result<Vec<f32>> {
         let (_, v) = match self {
-            Source::File(f) => f.get_f32(name).map_err(wrap)?,
+            Source::File(f) | Source::Part(f, _) => f.get_f32(name).map_err(wrap)?,
             Source::Folder(f) => f.get_f32(name).map_err(wrap)?,
         };
         Ok(v)
     }
     fn path(&self) -> PathBuf {
         match self {
-            Source::File(f) => f.path().into(),
+            Source::File(f) | Source::Part(f, _) => f.path().into(),
             Source::Folder(f) => f.path().into(),
         }
     }

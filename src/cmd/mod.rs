@@ -1,13 +1,17 @@
 //! The verbs, one file each.
 
 mod bench;
+mod cache;
 mod check;
+mod compile;
 mod demo;
 mod doctor;
 mod eval;
 mod explain;
 mod generate;
 mod inspect;
+mod report;
+mod run;
 mod simulate;
 mod train;
 
@@ -25,8 +29,12 @@ pub fn run(cli: Cli) -> Result<ExitCode> {
         Verb::Train(a) => train::run(&a, pool),
         Verb::Eval(a) => eval::run(&a, pool),
         Verb::Bench(a) => bench::run(&a, pool),
-        Verb::Explain(a) => explain::run(&a),
-        Verb::Inspect(a) => inspect::run(&a),
+        Verb::Compile(a) => compile::run(&a, pool),
+        Verb::Run(a) => run::run(&a, pool),
+        Verb::Explain(a) => explain::run(&a, &pool),
+        Verb::Inspect(a) => inspect::run(&a, &pool),
+        Verb::Cache(a) => cache::run(&a),
+        Verb::Report(a) => report::run(&a, pool),
         Verb::Doctor(a) => doctor::run(&a, pool),
         Verb::Generate(a) => generate::run(&a, pool),
         Verb::Check(a) => check::run(&a, pool),

@@ -1,6 +1,7 @@
-//! The command as a user meets it: bad input of every kind, runs that stop and go on, runs that are killed.
+//! The command as a user meets it: bad input of every kind, runs that stop and go on, runs that are killed, executables.
 
 mod bad_input;
 mod contexts;
+mod executables;
 mod runs;
 mod support;

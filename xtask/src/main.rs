@@ -176,12 +176,28 @@ fn test(only: Option<&str>) -> ExitCode {
     if failed.is_some() { ExitCode::FAILURE } else { ExitCode::SUCCESS }
 }
 
+/// Compiles every GPU kernel of the presets and writes what they take.
+fn report() -> ExitCode {
+    let cargo = std::env::var_os("CARGO").map_or_else(|| "cargo".into(), PathBuf::from);
+    let args = ["run", "--release", "--quiet", "--", "report", "--out", "docs/kernels.md"];
+    let made = std::fs::create_dir_all("docs").and_then(|()| Command::new(cargo).args(args).status());
+    match made {
+        Ok(s) if s.success() => ExitCode::SUCCESS,
+        Ok(_) => ExitCode::FAILURE,
+        Err(e) => {
+            eprintln!("cannot write docs/kernels.md: {e}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
 fn names() -> String {
     STAGES.iter().map(|s| s.name).collect::<Vec<_>>().join(", ")
 }
 
 fn usage() -> String {
-    format!("usage: cargo xtask test [--only STAGE] | cuda (installs NVRTC for tests)\nstages: {}", names())
+    let tasks = "test [--only STAGE] | cuda (installs NVRTC for tests) | report (writes docs/kernels.md)";
+    format!("usage: cargo xtask {tasks}\nstages: {}", names())
 }
 
 fn main() -> ExitCode {
@@ -200,6 +216,7 @@ fn main() -> ExitCode {
             failed.iter().for_each(|e| eprintln!("{e}"));
             if failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
         }
+        ["report"] => report(),
         ["help" | "--help" | "-h"] => {
             println!("{}", usage());
             ExitCode::SUCCESS

@@ -12,8 +12,11 @@
 //! ```
 
 use super::emit::{GpuProgram, GpuStep};
-use super::form::{Call, Form, GemmOperand, Kernel, Operand, Param};
+use super::form::{Call, Form, Gemm, GemmOperand, Kernel, Launch, Operand, Param, Workspace};
 use serde_json::{Value, json};
+
+// Structs are taken apart field by field: one that is added must be described too, or an executable could differ in it
+// unseen.
 
 /// The steps of a GPU program.
 pub fn describe(p: &GpuProgram) -> Value {
@@ -23,22 +26,25 @@ pub fn describe(p: &GpuProgram) -> Value {
 
 /// A kernel, without what it was compiled to.
 pub fn kernel(k: &Kernel) -> Value {
+    let Kernel { name, source, threads, shared, blocks_per_sm } = k;
     json!({
-        "name": k.name, "threads": k.threads, "dynamic_shared": k.shared, "blocks_per_sm": k.blocks_per_sm,
-        "source": k.source,
+        "name": name, "threads": threads, "dynamic_shared": shared, "blocks_per_sm": blocks_per_sm, "source": source,
     })
 }
 
+fn texts<T: ToString>(all: &[T]) -> Vec<String> {
+    all.iter().map(T::to_string).collect()
+}
+
 fn form(f: &Form) -> Value {
-    let workspace = f
-        .workspace
-        .iter()
-        .map(|w| json!({ "name": w.name, "type": w.dtype.name(), "elements": w.elements.to_string() }));
+    let Form { name, why, when, workspace, calls } = f;
+    let workspace = workspace.iter().map(|w| {
+        let Workspace { name, dtype, elements } = w;
+        json!({ "name": name, "type": dtype.name(), "elements": elements.to_string() })
+    });
     json!({
-        "name": f.name, "why": f.why,
-        "when": f.when.iter().map(|c| c.to_string()).collect::<Vec<_>>(),
-        "workspace": workspace.collect::<Vec<_>>(),
-        "calls": f.calls.iter().map(call).collect::<Vec<_>>(),
+        "name": name, "why": why, "when": texts(when), "workspace": workspace.collect::<Vec<_>>(),
+        "calls": calls.iter().map(call).collect::<Vec<_>>(),
     })
 }
 
@@ -51,31 +57,33 @@ fn operand(o: Operand) -> String {
 }
 
 fn call(c: &Call) -> Value {
-    let matrix = |m: &GemmOperand| {
-        json!({
-            "at": operand(m.at), "first": m.first.to_string(), "type": m.dtype.name(), "row": m.ld.to_string(), "matrix": m.step.to_string(),
-            "transposed": m.trans,
-        })
-    };
     match c {
-        Call::Launch(l) => json!({
-            "kernel": l.kernel.name,
-            "grid": l.grid.iter().map(|e| e.to_string()).collect::<Vec<_>>(),
-            "arguments": l.params.iter().map(param).collect::<Vec<_>>(),
+        Call::Launch(Launch { kernel, grid, params }) => json!({
+            "kernel": kernel.name, "grid": texts(grid), "arguments": params.iter().map(param).collect::<Vec<_>>(),
         }),
-        Call::Gemm(g) => json!({
+        Call::Gemm(Gemm { batch, m, n, k, a, b, c, add }) => json!({
             "product": {
-                "batch": g.batch.to_string(), "m": g.m.to_string(), "n": g.n.to_string(), "k": g.k.to_string(),
-                "a": matrix(&g.a), "b": matrix(&g.b), "c": matrix(&g.c), "add": g.add,
+                "batch": batch.to_string(), "m": m.to_string(), "n": n.to_string(), "k": k.to_string(),
+                "a": matrix(a), "b": matrix(b), "c": matrix(c), "add": add,
             }
         }),
     }
 }
 
+fn matrix(m: &GemmOperand) -> Value {
+    let GemmOperand { at, first, dtype, ld, step, trans } = m;
+    json!({
+        "at": operand(*at), "first": first.to_string(), "type": dtype.name(), "row": ld.to_string(),
+        "matrix": step.to_string(), "transposed": trans,
+    })
+}
+
 fn param(p: &Param) -> Value {
     match p {
         Param::Address(o) => json!({ "address": operand(*o) }),
-        Param::Element { at, first, .. } => json!({ "address": operand(*at), "first": first.to_string() }),
+        Param::Element { at, dtype, first } => {
+            json!({ "address": operand(*at), "type": dtype.name(), "first": first.to_string() })
+        }
         Param::Int(e) => json!({ "i32": e.to_string() }),
         Param::Long(e) => json!({ "i64": e.to_string() }),
         // JSON has no infinities.

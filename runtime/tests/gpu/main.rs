@@ -6,6 +6,7 @@
 mod attend;
 mod conv;
 mod elementwise;
+mod executables;
 mod harness;
 mod mutants;
 mod norm;
@@ -16,5 +17,14 @@ mod scan;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    harness::run(&[elementwise::ALL, rows::ALL, conv::ALL, norm::ALL, scan::ALL, attend::ALL, mutants::ALL])
+    harness::run(&[
+        elementwise::ALL,
+        rows::ALL,
+        conv::ALL,
+        norm::ALL,
+        scan::ALL,
+        attend::ALL,
+        executables::ALL,
+        mutants::ALL,
+    ])
 }
