@@ -7,39 +7,37 @@ use crate::{BufferId, View};
 use rambac_ir::ops::*;
 use rambac_ir::{DType, Dim, Ty};
 
-/// The product of the step's first two operands into `result`.
-fn gemm(m: &MatMul, site: &Site, c: Operand, result: &View) -> Result<Gemm, Unsupported> {
+/// The product of the step's first two operands into `c`, which is `result`.
+fn gemm(op: &MatMul, site: &Site, c: Operand, result: &View) -> Result<Gemm, Unsupported> {
     let (a, b) = (Operand::Input(0), Operand::Input(1));
-    {
-        let view = |at| if at == c { result } else { site.view(at) };
-        let shape = |at| &view(at).ty.shape;
-        // One matrix for all rows of `a`: the rows are one matrix too.
-        let shared = shape(b).len() == 2 && shape(a).len() > 2;
-        let rank = shape(c).len();
-        let operand = |at: Operand, trans: bool, flat: bool| -> Result<GemmOperand, Unsupported> {
-            let axis = shape(at).len() - 1;
-            let ld = row_stride(view(at), axis)?;
-            let rows = Expr::from(&shape(at)[axis - 1]);
-            let step = if flat || axis == 1 { Expr::int(0) } else { rows * ld.clone() };
-            Ok(GemmOperand { at, first: Expr::int(0), dtype: view(at).ty.dtype, ld, step, trans })
-        };
-        let (batch, m) = if shared {
-            (Expr::int(1), Expr::product(&shape(c)[..rank - 1]))
-        } else {
-            (Expr::product(&shape(c)[..rank - 2]), Expr::from(&shape(c)[rank - 2]))
-        };
-        let inner = shape(a).len() - if m.trans_a { 2 } else { 1 };
-        Ok(Gemm {
-            batch,
-            m,
-            n: Expr::from(&shape(c)[rank - 1]),
-            k: Expr::from(&shape(a)[inner]),
-            a: operand(a, m.trans_a, shared)?,
-            b: operand(b, m.trans_b, false)?,
-            c: operand(c, false, shared)?,
-            add: false,
-        })
-    }
+    let view = |at| if at == c { result } else { site.view(at) };
+    let shape = |at| &view(at).ty.shape;
+    // One matrix for all rows of `a`: the rows are one matrix too.
+    let shared = shape(b).len() == 2 && shape(a).len() > 2;
+    let rank = shape(c).len();
+    let operand = |at: Operand, trans: bool, flat: bool| -> Result<GemmOperand, Unsupported> {
+        let axis = shape(at).len() - 1;
+        let ld = row_stride(view(at), axis)?;
+        let rows = Expr::from(&shape(at)[axis - 1]);
+        let step = if flat || axis == 1 { Expr::int(0) } else { rows * ld.clone() };
+        Ok(GemmOperand { at, first: Expr::int(0), dtype: view(at).ty.dtype, ld, step, trans })
+    };
+    let (batch, m) = if shared {
+        (Expr::int(1), Expr::product(&shape(c)[..rank - 1]))
+    } else {
+        (Expr::product(&shape(c)[..rank - 2]), Expr::from(&shape(c)[rank - 2]))
+    };
+    let inner = shape(a).len() - if op.trans_a { 2 } else { 1 };
+    Ok(Gemm {
+        batch,
+        m,
+        n: Expr::from(&shape(c)[rank - 1]),
+        k: Expr::from(&shape(a)[inner]),
+        a: operand(a, op.trans_a, shared)?,
+        b: operand(b, op.trans_b, false)?,
+        c: operand(c, false, shared)?,
+        add: false,
+    })
 }
 
 impl Cuda for MatMul {
