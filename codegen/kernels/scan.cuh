@@ -21,7 +21,7 @@
 // even after a step of -1000; exponents are never positive.
 //
 // Traffic: x, y once; b, c once per CTA, from L2 for all but one.  Limits: reading c, b and g from shared memory per
-// warp (16 FLOP a byte) comes before tensor cores and memory; see `HeadsPerCta` for what sharing saves.
+// warp (16 FLOP a byte) comes before tensor cores and memory; heads that share a CTA share c·bᵀ and the copies of b and c.
 //
 // Three passes where (sequence, head) pairs are few: `scan_states` walks each segment from zero, `scan_combine` adds the
 // segments up, `scan_outputs` walks again from the right states.  All orders are fixed by shapes.

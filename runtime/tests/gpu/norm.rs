@@ -32,10 +32,22 @@ fn rms_norm(rig: &Rig) -> Result<String, String> {
         for wide in [false, true] {
             let all = inputs(&mut rng, dtype, width, &d, wide);
             rig.check(&Check::new(RmsNorm { eps: 1e-5 }, all[..2].to_vec(), &d, tolerance).sms(sms))?;
+            fused(rig, 1e-5, &all, &d, 2.0 * tolerance, sms)?;
             rig.check(&Check::new(RmsNormGrad { eps: 1e-5 }, all, &d, tolerance).sms(sms))?;
         }
     }
     Ok(String::new())
+}
+
+/// The gated norm of x with the gate z = dy of the others, its gradient, and the norm's gradient on top of a base.
+fn fused(rig: &Rig, eps: f64, all: &[Input], d: &Bindings, tolerance: f64, sms: usize) -> Result<(), String> {
+    let [x, w, dy] = [0, 1, 2].map(|i| all[i].clone());
+    let z = Input { value: x.value.clone(), ..dy.clone() };
+    let run = |c: Check| rig.check(&c.sms(sms)).map(|_| ());
+    let gated = vec![x.clone(), z.clone(), w.clone()];
+    run(Check::new(GatedRmsNorm { eps }, gated.clone(), d, tolerance))?;
+    run(Check::new(GatedRmsNormGrad { eps }, [gated, vec![dy.clone()]].concat(), d, tolerance))?;
+    run(Check::new(RmsNormGrad { eps }, vec![x, w, dy, z], d, tolerance))
 }
 
 /// What finds defects of the templates.
@@ -44,6 +56,7 @@ pub fn quick(rig: &Rig) -> Result<(), String> {
     let d = Bindings::new([("N", 1), ("L", 37)]);
     let all = inputs(&mut rng, DType::F32, 128, &d, true);
     rig.check(&Check::new(RmsNorm { eps: 0.5 }, all[..2].to_vec(), &d, 1e-6).sms(1))?;
+    fused(rig, 0.5, &all, &d, 2e-6, 1)?;
     rig.check(&Check::new(RmsNormGrad { eps: 0.5 }, all, &d, 1e-6).sms(1))?;
     Ok(())
 }

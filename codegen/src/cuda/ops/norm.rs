@@ -1,4 +1,4 @@
-//! RMS norm with its gradient, and the rotary embedding: rows held by the lanes of a warp or by a block.
+//! RMS norm, gated or not, with its gradient, and the rotary embedding: rows held by the lanes of a warp or by a block.
 
 use super::reduce::rows_of;
 use super::slots::Slots;
@@ -160,6 +160,20 @@ impl Cuda for RmsNormGrad {
         let [w, dy, base] = [1, 2, 3].map(Operand::Input);
         let base = (site.inputs.len() > 3).then_some(base);
         backward(site, self.eps, &Backward { gate: None, w, dy, base, dw: Operand::Output(1) })
+    }
+}
+
+impl Cuda for GatedRmsNorm {
+    fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
+        forward(site, self.eps, Some(Operand::Input(1)), Operand::Input(2))
+    }
+}
+
+impl Cuda for GatedRmsNormGrad {
+    fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
+        let [z, w, dy] = [1, 2, 3].map(Operand::Input);
+        let gate = Some((z, Operand::Output(1)));
+        backward(site, self.eps, &Backward { gate, w, dy, base: None, dw: Operand::Output(2) })
     }
 }
 
