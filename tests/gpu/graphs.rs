@@ -110,7 +110,8 @@ fn property(
         Ok(())
     };
     TestRunner::new(config(CASES)).run(&s, one).map_err(|e| e.to_string())?;
-    let text = format!(", {} graphs; {} had sizes of heads or channels that symbols decide", ran.get(), CASES - ran.get());
+    let text =
+        format!(", {} graphs; {} had sizes of heads or channels that symbols decide", ran.get(), CASES - ran.get());
     if 2 * ran.get() < CASES { Err(format!("too few{text}")) } else { Ok(text) }
 }
 
