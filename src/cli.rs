@@ -240,7 +240,8 @@ pub struct MemoryArgs {
     /// Compute all activations again in the backward instead of keeping them: least memory, more time
     #[arg(long)]
     pub recompute: bool,
-    /// Stay within this much memory, e.g. 2GiB or 800M, computing as little again as that takes
+    /// Plan no more memory than this, e.g. 2GiB or 800M, computing as little again as that takes; the process itself takes
+    /// about 15 MiB more
     #[arg(long, value_name = "SIZE", value_parser = bytes, conflicts_with = "recompute")]
     pub memory_limit: Option<usize>,
 }

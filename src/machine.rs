@@ -1,9 +1,11 @@
 //! What this machine is and how fast: what `bench` compares with and `doctor` prints.
 
 use rambac_cpu::kernels::gemm::{self, matmul};
-use rambac_cpu::kernels::reduce::total;
-use rambac_cpu::{Mat, MatMut, par};
+use rambac_cpu::kernels::matvec::total;
+use rambac_cpu::{Mat, MatMut, par, team};
+use rambac_runtime::huge_pages;
 use rayon::prelude::*;
+use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 /// Rates reached by plain work on all threads of a pool.
@@ -58,23 +60,38 @@ fn copy_rate() -> f64 {
     let t = shortest(|| {
         to.par_chunks_mut(PART).zip(from.par_chunks(PART)).for_each(|(to, from)| to.copy_from_slice(from));
     });
-    std::hint::black_box(&to);
+    black_box(&to);
     2.0 * (LEN * size_of::<f32>()) as f64 / t
 }
 
-/// Bytes read per second by all threads of a pool, each from a part of its own of 1 GiB: far more than caches hold.
-/// Half of the free memory where that is less.  Takes about a second.
-pub fn read_rate(pool: &rayon::ThreadPool) -> f64 {
-    let bytes = memory().map_or(1 << 30, |(_, free)| (free / 2).min(1 << 30));
-    let threads = pool.current_num_threads();
-    let part = (bytes / size_of::<f32>() / threads).max(1);
-    let mut data = vec![0.0f32; part * threads];
-    pool.install(|| data.par_chunks_mut(part).for_each(|p| p.fill(1.0)));
-    let t = shortest(|| {
-        let sums = pool.broadcast(|c| total(&data[c.index() * part..][..part]));
-        std::hint::black_box(sums);
-    });
-    (data.len() * size_of::<f32>()) as f64 / t
+/// Bytes ahead at which a stream asks for memory; which is best differs from machine to machine.
+const AHEAD: [usize; 4] = [256, 512, 1024, 2048];
+
+/// Bytes per second at which all threads of a pool read `bytes` of memory again and again, in large pages: the shortest of
+/// many runs, as one stream a thread, asked for ahead by several distances, and as decoding reads a weight, whatever is
+/// fastest.  At most 1 GiB, more than caches hold, and half of the free memory.  Takes about two seconds.
+pub fn read_rate(pool: &rayon::ThreadPool, bytes: usize) -> f64 {
+    const PART: usize = 1 << 14;
+    const COLS: usize = 1 << 10;
+    let most = memory().map_or(1 << 30, |(_, free)| (free / 2).min(1 << 30));
+    let parts = (bytes.min(most) / size_of::<f32>()).div_ceil(PART).max(1);
+    let mut data = vec![0.0f32; parts * PART];
+    huge_pages::prefer([(data.as_ptr().cast(), size_of_val(&*data))]);
+    pool.install(|| data.par_chunks_mut(PART).for_each(|p| p.fill(1.0)));
+    let (rows, x) = (data.len() / COLS, vec![1.0f32; COLS]);
+    let mut y = vec![0.0f32; rows];
+    let mut product =
+        || matmul(Mat::new(&x, 1, COLS), false, Mat::new(&data, rows, COLS), true, MatMut::new(&mut y, 1, rows), false);
+    let mut best = shortest(|| team::run(pool, &mut product));
+    let read = |ahead| {
+        par::for_each(parts, data.len(), |i| {
+            black_box(total(&data[i * PART..][..PART], ahead));
+        });
+    };
+    for ahead in AHEAD {
+        best = best.min(shortest(|| team::run(pool, || read(ahead))));
+    }
+    size_of_val(&*data) as f64 / best
 }
 
 /// Largest resident memory of this process so far, in bytes; 0 if the system does not tell.

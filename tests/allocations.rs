@@ -9,7 +9,8 @@ use rambac_models::{Config, InitRule, init_tensor, preset};
 use rambac_passes::train_step::AdamW;
 use rambac_passes::{Options, optimise};
 use rambac_runtime::executor::Outputs;
-use rambac_runtime::{Executor, MicroBatch, Store, Tensor, TensorRef, Trainer};
+use rambac_runtime::session::Segment;
+use rambac_runtime::{Executor, MicroBatch, Session, SessionGraphs, SessionOptions, Store, Tensor, TensorRef, Trainer};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -103,6 +104,46 @@ fn scratch_is_told() {
     let opt = AdamW::default();
     let mut t = Trainer::new(&loss, &opt, |_| false, 1, &Memory::Keep, weights(&c), pool).unwrap();
     t.step(0, &[batch(1, 4096)]).unwrap();
+    assert_eq!(rambac_cpu::par::heap_peak(), 0);
+}
+
+/// A session's next token: its hidden state, what it chose, its logits.
+#[test]
+fn session_step() {
+    let _turn = TURN.lock().unwrap();
+    let c = preset("tiny").unwrap();
+    let graphs = SessionGraphs {
+        lower: stack::lower(&c).unwrap(),
+        chunks: stack::chunks(&c).unwrap(),
+        upper: stack::upper(&c).unwrap(),
+        upper_flash: stack::upper_flash(&c).unwrap(),
+        head: stack::head(&c).unwrap(),
+        chunk_size: c.chunk_size,
+        hidden_size: c.hidden_size,
+        kv: [c.num_kv_heads, c.attention_head_dim()],
+        landmark: [c.num_kv_heads, c.retrieval_head_dim()],
+    };
+    for pool in pools() {
+        for bf16_weights in [false, true] {
+            let passes = Options { bf16_weights, ..Options::default() };
+            let options = SessionOptions { sequences: 2, passes, ..SessionOptions::default() };
+            let mut s = Session::new(&graphs, weights(&c), pool.clone(), &options).unwrap();
+            let (mut segment, mut logits) = (Segment::default(), vec![]);
+            // Until a chunk has just become whole: the tokens counted are of the next.
+            let text: Vec<i32> = (0..5 * c.chunk_size).map(|i| (i * 7 % 250) as i32).collect();
+            (0..2).for_each(|seq| drop(s.feed(seq, &text).unwrap()));
+            assert!(c.chunk_size > 10);
+            let count = pool.install(|| {
+                allocations(|| {
+                    s.step_into(&[7, 9], &mut segment).unwrap();
+                    s.logits_into(&segment.hidden, &mut logits).unwrap();
+                })
+            });
+            assert_eq!(count, 0, "{} threads, bf16: {bf16_weights}", pool.current_num_threads());
+            assert!(logits.len() == 2 * c.vocab_size && logits.iter().all(|x| x.is_finite()));
+            assert!(segment.retrieved.count.iter().any(|n| *n > 0));
+        }
+    }
     assert_eq!(rambac_cpu::par::heap_peak(), 0);
 }
 

@@ -20,7 +20,7 @@ use rambac_ir::testing::Rng;
 use rambac_ir::{Bindings, Graph, HostArray, text, verify};
 use rambac_passes::train_step::gradient_graph;
 use rambac_passes::{
-    Options, PASSES, Recompute, fuse_attention, fuse_loss, fuse_selection, narrow, optimise, recompute,
+    Options, PASSES, Recompute, fuse_attention, fuse_epilogue, fuse_loss, fuse_selection, narrow, optimise, recompute,
 };
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -102,6 +102,7 @@ fn passes(t: &FileTest, names: &[&str]) -> Result<String, String> {
         reasons.extend(match *name {
             "fuse_selection" => fuse_selection::unfused(&g),
             "fuse_attention" => fuse_attention::unfused(&g),
+            "fuse_epilogue" => fuse_epilogue::unfused(&g),
             "fuse_loss" => fuse_loss::unfused(&g),
             _ => vec![],
         });

@@ -190,12 +190,13 @@ impl Lowering<'_> {
             let ok = view.strided.is_none() || fits();
             inputs.push(if ok { view } else { self.copied(id, &view) });
         }
-        if let Op::FusedMap(m) = &op {
-            self.map_operands(id, m, &mut inputs);
+        match &op {
+            Op::FusedMap(m) => self.map_operands(id, &m.shape, &mut inputs),
+            Op::MatMulMap(_) => self.map_operands(id, &n.tys[0].shape, &mut inputs[2..]),
+            _ => {}
         }
         let mut outputs: Vec<View> = (0..n.tys.len()).map(|r| self.result(id.result(r))).collect();
-        if matches!(op, Op::FusedMap(_) | Op::RmsNorm(_) | Op::RmsNormGrad(_)) {
-            // All strided views of these must have rows of one length.
+        if by_rows(&op) {
             let cols = outputs.iter().find_map(|v| v.strided.as_ref().map(|s| s.cols.clone()));
             let cols = cols.or_else(|| inputs.iter().find_map(|v| v.strided.as_ref().map(|s| s.cols.clone())));
             for v in &mut inputs {
@@ -218,14 +219,14 @@ impl Lowering<'_> {
     }
 
     /// Operands of a map whose broadcast is neither a scalar, a suffix nor a prefix are broadcast by a step.
-    fn map_operands(&mut self, id: NodeId, m: &FusedMap, inputs: &mut [View]) {
+    fn map_operands(&mut self, id: NodeId, shape: &[Dim], inputs: &mut [View]) {
         for v in inputs {
-            if v.ty.shape != m.shape && v.strided.is_some() {
+            if v.ty.shape != shape && v.strided.is_some() {
                 *v = self.copied(id, v);
             }
-            if !simple_broadcast(&v.ty.shape, &m.shape) {
-                let y = self.fresh(&Ty::new(v.ty.dtype, m.shape.clone()));
-                let op = Broadcast { shape: m.shape.clone() }.into();
+            if !simple_broadcast(&v.ty.shape, shape) {
+                let y = self.fresh(&Ty::new(v.ty.dtype, shape.to_vec()));
+                let op = Broadcast { shape: shape.to_vec() }.into();
                 self.steps.push(Step { op, node: id, inputs: vec![v.clone()], outputs: vec![y.clone()] });
                 *v = y;
             }
@@ -333,7 +334,7 @@ impl Lowering<'_> {
         }
     }
 
-    /// Lets elementwise results take the buffer of an operand that dies there.
+    /// Lets results take the buffer of an operand that dies there, where their kernel allows it.
     fn in_place(&mut self, outputs: &mut [OutputSlot]) {
         let mut last = vec![0usize; self.buffers.len()];
         for (i, s) in self.steps.iter().enumerate() {
@@ -348,11 +349,11 @@ impl Lowering<'_> {
             for v in self.steps[i].outputs.iter_mut() {
                 v.buffer = become_[v.buffer.index()];
             }
-            let s = &self.steps[i];
-            if !kernel_traits(&s.op).in_place {
+            let t = kernel_traits(&self.steps[i].op);
+            if !t.in_place && t.overwrites.is_empty() {
                 continue;
             }
-            for o in 0..s.outputs.len() {
+            for o in 0..self.steps[i].outputs.len() {
                 let s = &self.steps[i];
                 let y = &s.outputs[o];
                 let own = |v: &View| {
@@ -368,11 +369,12 @@ impl Lowering<'_> {
                 if !own(y) || !first {
                     continue;
                 }
-                let dies = s.inputs.iter().find(|x| {
+                let may = |k: usize| t.in_place || t.overwrites.contains(&(o, k));
+                let dies = s.inputs.iter().enumerate().filter(|(k, _)| may(*k)).map(|(_, x)| x).find(|x| {
                     own(x)
                         && x.ty == y.ty
                         && last[x.buffer.index()] == i
-                        && s.inputs.iter().filter(|w| w.buffer == x.buffer).all(|w| w == *x)
+                        && s.inputs.iter().enumerate().all(|(k, w)| w.buffer != x.buffer || (w == *x && may(k)))
                         && s.outputs.iter().all(|w| w.buffer != x.buffer)
                 });
                 if let Some(x) = dies {
@@ -385,6 +387,16 @@ impl Lowering<'_> {
         }
         outputs.iter_mut().for_each(|o| o.view.buffer = become_[o.view.buffer.index()]);
     }
+}
+
+/// Norms, whose rows may hold several groups.
+fn is_norm(op: &Op) -> bool {
+    matches!(op, Op::RmsNorm(_) | Op::RmsNormGrad(_) | Op::GatedRmsNorm(_) | Op::GatedRmsNormGrad(_))
+}
+
+/// Whether all strided views of the op's step must have rows of one length.
+fn by_rows(op: &Op) -> bool {
+    matches!(op, Op::FusedMap(_)) || is_norm(op)
 }
 
 /// Whether the step may write its result `made` over `target` while reading it, whole: an elementwise op, or one that
@@ -422,7 +434,7 @@ fn strided_fits(op: &Op, v: &View) -> bool {
         Op::ChunkAttention(_) | Op::ChunkAttentionGrad(_) => tail(2),
         Op::Rotary(_) => v.ty.rank() >= 2 && tail(v.ty.rank() - 2),
         // A norm over heads reads rows that hold several of them.
-        Op::RmsNorm(_) | Op::RmsNormGrad(_) => (1..v.ty.rank()).any(tail),
+        _ if is_norm(op) => (1..v.ty.rank()).any(tail),
         Op::FusedMap(m) => v.ty.shape == m.shape,
         Op::Reshape(_) => true,
         _ => tail(v.ty.rank() - 1),

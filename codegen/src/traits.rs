@@ -31,6 +31,7 @@ pub fn reads_bf16(op: &Op, i: usize, ty: &Ty) -> bool {
     let form = match op {
         // Whole rows of a weight matrix that all rows of the other operand share.
         Op::MatMul(m) => !m.trans_a && m.trans_b && ty.rank() == 2,
+        Op::MatMulMap(m) => !m.trans_a && m.trans_b && ty.rank() == 2,
         _ => true,
     };
     form && kernel_traits(op).bf16_inputs.contains(&i)
@@ -69,8 +70,11 @@ traits! {
     Reduce: in [], out [];
     Cast: in [], out [], moves true;
     MatMul: in [0, 1], out [0], bf16_inputs &[1];
+    MatMulMap: in [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15], out [0, 1, 2, 3, 4, 5, 6, 7], bf16_inputs &[1];
     RmsNorm: in [0], out [0];
-    RmsNormGrad: in [0, 2], out [0];
+    RmsNormGrad: in [0, 2, 3], out [0];
+    GatedRmsNorm: in [0, 1], out [0], overwrites &[(0, 0)];
+    GatedRmsNormGrad: in [0, 1, 3], out [0, 1], overwrites &[(0, 3)];
     Rotary: in [0], out [0];
     Embedding: in [], out [0], bf16_inputs &[1];
     EmbeddingGrad: in [1], out [];

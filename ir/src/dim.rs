@@ -46,6 +46,15 @@ impl Bindings {
     pub fn set(&mut self, s: Sym, v: usize) {
         self.0.insert(s, v);
     }
+    /// Sets symbols by name: those that have a value without taking memory.
+    pub fn assign(&mut self, pairs: &[(&str, usize)]) {
+        for &(name, v) in pairs {
+            match self.0.iter_mut().find(|(s, _)| s.as_str() == name) {
+                Some((_, old)) => *old = v,
+                None => self.set(Sym::new(name), v),
+            }
+        }
+    }
     pub fn iter(&self) -> impl Iterator<Item = (&Sym, usize)> {
         self.0.iter().map(|(s, v)| (s, *v))
     }

@@ -56,7 +56,7 @@ pub fn grow(seed: u64, steps: &[(u16, u64)], differentiable: bool) -> Grown {
 
 /// Whether ops of this mnemonic have a gradient rule.
 pub fn has_gradient(mnemonic: &str) -> bool {
-    !(mnemonic.ends_with("_grad") || ["map", "selection", "chunk_attention"].contains(&mnemonic))
+    !(mnemonic.ends_with("_grad") || ["map", "matmul_map", "selection", "chunk_attention"].contains(&mnemonic))
 }
 
 /// SplitMix64.
@@ -305,6 +305,7 @@ impl Grower {
                 self.push(Cast { to }, &[x], bound);
             }
             "map" => self.map(),
+            "matmul_map" => self.matmul_map(),
             "broadcast" => self.broadcast(),
             "reshape" => {
                 let x = self.any(0, 1e9);
@@ -337,6 +338,18 @@ impl Grower {
                 self.push(Reduce { f, axes, keep }, &[x], 8.0 * 400.0);
             }
             "matmul" => self.matmul(),
+            "gated_rms_norm" | "gated_rms_norm_grad" => {
+                let x = self.any(1, 8.0);
+                let ty = self.b.ty(x).clone();
+                let (z, w) = (self.like(x, 8.0), self.of(ty.dtype, &[&ty.shape[ty.rank() - 1]], 4.0));
+                let eps = self.rng.pick(&[1e-5, 1e-6]);
+                if mnemonic == "gated_rms_norm" {
+                    self.push(GatedRmsNorm { eps }, &[x, z, w], 4.0 * 8.0);
+                } else {
+                    let dy = self.like(x, 1.0);
+                    self.push(GatedRmsNormGrad { eps }, &[x, z, w, dy], 1e6);
+                }
+            }
             "rms_norm" | "rms_norm_grad" => {
                 let x = self.any(1, 8.0);
                 let ty = self.b.ty(x).clone();
@@ -345,8 +358,11 @@ impl Grower {
                 if mnemonic == "rms_norm" {
                     self.push(RmsNorm { eps }, &[x, w], 4.0 * 8.0);
                 } else {
-                    let dy = self.like(x, 1.0);
-                    self.push(RmsNormGrad { eps }, &[x, w, dy], 1e5);
+                    let mut all = vec![x, w, self.like(x, 1.0)];
+                    if self.rng.one_in(2) {
+                        all.push(self.like(x, 1.0));
+                    }
+                    self.push(RmsNormGrad { eps }, &all, 1e5);
                 }
             }
             "rotary" => {
@@ -516,6 +532,28 @@ impl Grower {
         let first = self.any(0, 4.0);
         let shape = self.b.ty(first).shape.clone();
         let mut x = vec![first];
+        self.broadcast_operands(&shape, &mut x);
+        let (body, outs, dtypes) = self.region(vec![4.0; x.len()]);
+        self.push(FusedMap { shape, body, outs, dtypes }, &x, 3000.0);
+    }
+
+    fn matmul_map(&mut self) {
+        let r = 1 + self.rng.below(3);
+        let (rows, n, k) = (self.shape(r, 12), self.dim_below(17), self.dim_below(17));
+        let trans_b = self.rng.one_in(2);
+        let a: Vec<&Dim> = rows.iter().chain([&k]).collect();
+        let b = if trans_b { [&n, &k] } else { [&k, &n] };
+        let mut x = vec![self.of(DType::F32, &a, 8.0), self.of(DType::F32, &b, 8.0)];
+        let shape: Vec<Dim> = rows.iter().chain([&n]).cloned().collect();
+        self.broadcast_operands(&shape, &mut x);
+        let mut bounds = vec![4.0; x.len() - 1];
+        bounds[0] = 64.0 * 17.0;
+        let (body, outs, dtypes) = self.region(bounds);
+        self.push(MatMulMap { trans_a: false, trans_b, body, outs, dtypes }, &x, 3000.0);
+    }
+
+    /// Operands that broadcast to `shape`.
+    fn broadcast_operands(&mut self, shape: &[Dim], x: &mut Vec<Value>) {
         for _ in 0..self.rng.below(3) {
             // A broadcast operand: some leading axes gone, some axes 1.
             let skip = self.rng.below(shape.len() + 1);
@@ -524,7 +562,10 @@ impl Grower {
             let dtype = self.float_type();
             x.push(self.of(dtype, &small.iter().collect::<Vec<_>>(), 4.0));
         }
-        let mut bounds = vec![4.0; x.len()];
+    }
+
+    /// A body over operands of these bounds, the registers that leave it and their types.
+    fn region(&mut self, mut bounds: Vec<f64>) -> (MapBody, Vec<usize>, Vec<DType>) {
         let mut body: MapBody = vec![];
         let mut emit = |bounds: &mut Vec<f64>, f: MapFn, args: Vec<usize>, bound: f64| {
             body.push(MapInst { f, args: args.into_iter().map(|a| a as u32).collect() });
@@ -563,7 +604,7 @@ impl Grower {
         }
         let outs: Vec<usize> = (0..1 + self.rng.below(3)).map(|_| self.rng.below(bounds.len())).collect();
         let dtypes = outs.iter().map(|_| self.rng.pick(&[DType::F32, DType::BF16, DType::F16, DType::Bool])).collect();
-        self.push(FusedMap { shape, body, outs, dtypes }, &x, 3000.0);
+        (body, outs, dtypes)
     }
 
     fn broadcast(&mut self) {

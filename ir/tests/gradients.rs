@@ -254,6 +254,8 @@ fn layers(c: &mut Cases) {
     for shape in [vec![7], vec![3, 1], vec![2, 3, 17]] {
         let x = vec![c.random(&shape), c.random(&shape[shape.len() - 1..])];
         c.check(RmsNorm { eps: 1e-5 }, x);
+        let x = vec![c.random(&shape), c.random(&shape), c.random(&shape[shape.len() - 1..])];
+        c.check(GatedRmsNorm { eps: 1e-5 }, x);
     }
     for inverse in [false, true] {
         let x = c.random(&[2, 5, 3, 6]);

@@ -7,7 +7,7 @@
 //! %r = add %g, %c
 //! ```
 //! A region is a convex set of elementwise nodes of one shape and one phase (forward or backward); broadcasts and
-//! splats are absorbed as operands and constants.  Requires: constants are folded.  Ensures: no float elementwise op
+//! splats are absorbed as operands and constants.  Regions that read the same operands are one, too.  Requires: constants are folded.  Ensures: no float elementwise op
 //! is left, only maps.
 
 use crate::cse::is_backward;
@@ -102,6 +102,40 @@ impl Regions<'_> {
         }
         set.iter().for_each(|m| self.of[m.index()] = Some(r));
         self.members.push(set);
+    }
+
+    /// Joins regions that read the same: one whose operands another, later one reads as well.  No value lives longer
+    /// for it, and the operands are read once.
+    fn join_siblings(&mut self) {
+        let mut readers: HashMap<Value, Vec<usize>> = HashMap::new();
+        let operands: Vec<Vec<Value>> = self.members.iter().map(|m| self.operands(m)).collect();
+        for (r, of) in operands.iter().enumerate() {
+            of.iter().for_each(|&v| readers.entry(v).or_default().push(r));
+        }
+        for r in 0..self.members.len() {
+            let (Some(&last), Some(first)) = (self.members[r].last(), operands[r].first()) else { continue };
+            let n = self.g.node(last);
+            let whole = |v: &Value| self.g.ty(*v).shape == n.tys[0].shape;
+            if !operands[r].iter().any(whole) {
+                continue;
+            }
+            let fits = |&other: &usize| {
+                let Some(&end) = self.members[other].last() else { return false };
+                let m = self.g.node(end);
+                let alike = m.tys[0].shape == n.tys[0].shape && is_backward(m) == is_backward(n);
+                let union = || self.members[r].union(&self.members[other]).copied().collect();
+                end > last
+                    && alike
+                    && operands[r].iter().all(|v| operands[other].contains(v))
+                    && self.members[r].len() + self.members[other].len() <= MAX_INSTS
+                    && self.convex(&union())
+            };
+            if let Some(other) = readers[first].iter().copied().find(|o| *o != r && fits(o)) {
+                let moved = std::mem::take(&mut self.members[r]);
+                moved.iter().for_each(|m| self.of[m.index()] = Some(other));
+                self.members[other].extend(moved);
+            }
+        }
     }
 
     /// Makes every member a region of its own.
@@ -206,6 +240,7 @@ pub fn fuse_map(g: &Graph) -> Graph {
             regions.grow(id);
         }
     }
+    regions.join_siblings();
 
     let order = loop {
         match order(&regions) {

@@ -1,7 +1,10 @@
 //! The passes in order.
 
 use crate::recompute::Recompute;
-use crate::{cse, dce, fold, fuse_attention, fuse_loss, fuse_map, fuse_selection, narrow, recompute, simplify};
+use crate::{
+    cse, dce, fold, fuse_attention, fuse_epilogue, fuse_loss, fuse_map, fuse_norm, fuse_selection, narrow, recompute,
+    simplify,
+};
 use rambac_ir::Graph;
 
 /// What can be chosen about compiling.
@@ -23,12 +26,15 @@ pub const PASSES: &[Pass] = &[
     ("fold", |g, _| fold::fold(g)),
     ("simplify", |g, _| simplify::simplify(g)),
     ("cse", |g, _| cse::cse(g)),
+    ("fuse_norm", |g, _| fuse_norm::fuse_norm(g)),
     ("fuse_selection", |g, _| fuse_selection::fuse_selection(g)),
     ("fuse_attention", |g, _| fuse_attention::fuse_attention(g)),
     ("fuse_loss", |g, _| fuse_loss::fuse_loss(g)),
     (RECOMPUTE, |g, o| recompute::recompute(g, &o.recompute)),
     ("fuse_map", |g, _| fuse_map::fuse_map(g)),
     ("dce", |g, _| dce::dce(g)),
+    ("fuse_residual", |g, _| fuse_norm::fuse_residual(g)),
+    ("fuse_epilogue", |g, _| fuse_epilogue::fuse_epilogue(g)),
 ];
 
 /// The pass that buys memory with work, and before which [`prepare`] stops.

@@ -6,6 +6,7 @@
 //! [`apply`] updates from them.
 
 use crate::autodiff::{AutodiffError, GRAD, gradients};
+use crate::fuse_norm::fuse_norm;
 use rambac_ir::ops::{SourceKind, UnaryFn};
 use rambac_ir::{Builder, DType, Graph, Ty, Value};
 use std::f64::consts::PI;
@@ -73,6 +74,8 @@ fn params(g: &Graph) -> Vec<(String, Value)> {
 type Grad = (String, Value, Value);
 
 fn with_gradients(loss: &Graph, of: &str) -> Result<(Graph, Vec<Grad>), AutodiffError> {
+    // Before autodiff, so that the gradient is of the fused norm.
+    let loss = &fuse_norm(loss);
     let l = loss.output(of).unwrap_or_else(|| panic!("BUG: a loss graph has the output `{of}`"));
     let params = params(loss);
     let wrt: Vec<Value> = params.iter().map(|p| p.1).collect();

@@ -251,13 +251,10 @@ impl Executor {
         inputs: &[(&str, TensorRef)],
         store: &mut Store,
     ) -> Result<Outputs, ExecError> {
-        let mut times = self.recorded.take();
-        let out = self.run_timed(dims, inputs, store, times.as_mut());
-        self.recorded = times;
-        out
+        self.run_timed(dims, inputs, store, None)
     }
 
-    /// As [`run`](Self::run); adds the time of every step to `times`.
+    /// As [`run`](Self::run); adds the time of every step to `times`, if given.
     ///
     /// # Errors
     /// As [`run`](Self::run).
@@ -279,6 +276,23 @@ impl Executor {
     /// # Errors
     /// As [`run`](Self::run); the outputs are then those of the run before.
     pub fn run_into(
+        &mut self,
+        dims: &Bindings,
+        inputs: &[(&str, TensorRef)],
+        store: &mut Store,
+        outputs: &mut Outputs,
+        times: Option<&mut StepTimes>,
+    ) -> Result<(), ExecError> {
+        if times.is_some() {
+            return self.execute(dims, inputs, store, outputs, times);
+        }
+        let mut times = self.recorded.take();
+        let done = self.execute(dims, inputs, store, outputs, times.as_mut());
+        self.recorded = times;
+        done
+    }
+
+    fn execute(
         &mut self,
         dims: &Bindings,
         inputs: &[(&str, TensorRef)],

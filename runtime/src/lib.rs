@@ -7,6 +7,7 @@ pub mod cpu;
 pub mod executable;
 pub mod executor;
 pub mod gpu;
+pub mod huge_pages;
 pub mod session;
 pub mod store;
 pub mod tensor;

@@ -8,12 +8,13 @@
 //! Several sequences of different lengths are prefilled one by one and then decoded together.
 
 use crate::checkpoint::{TensorFile, TensorRef as Saved, write_safetensors};
-use crate::chunk_store::{ChunkStore, Geometry, Part, Precision, StoreError, Stores};
-use crate::executor::{ExecError, Executor};
+use crate::chunk_store::{ChunkStore, Geometry, Part, Precision, StoreError};
+use crate::executor::{ExecError, Executor, Outputs};
 use crate::store::Store;
 use crate::tensor::{Data, Tensor, TensorRef};
 use rambac_codegen::program::SourceSlot;
 use rambac_codegen::{Program, lower};
+use rambac_cpu::ChunkRows;
 use rambac_ir::ops::SourceKind;
 use rambac_ir::{Bindings, DType, Graph};
 use rambac_passes::{Options, optimise};
@@ -115,10 +116,37 @@ pub enum SessionError {
     TooLong,
 }
 
+/// A part of the model with the sizes and results of its last run, whose memory the next run uses again.
+struct Compiled {
+    executor: Executor,
+    dims: Bindings,
+    outputs: Outputs,
+}
+
+impl Compiled {
+    fn run(
+        &mut self,
+        dims: &[(&str, usize)],
+        inputs: &[(&str, TensorRef)],
+        store: &mut Store,
+    ) -> Result<(), ExecError> {
+        self.dims.assign(dims);
+        self.executor.run_into(&self.dims, inputs, store, &mut self.outputs, None)
+    }
+    /// A result of the last run; empty if the part has none of that name.
+    fn floats(&self, name: &str) -> &[f32] {
+        self.outputs.iter().find(|(n, _)| n == name).and_then(|(_, t)| t.as_f32()).unwrap_or_default()
+    }
+    /// As [`floats`](Self::floats).
+    fn ints(&self, name: &str) -> &[i32] {
+        self.outputs.iter().find(|(n, _)| n == name).and_then(|(_, t)| t.as_i32()).unwrap_or_default()
+    }
+}
+
 struct Halves {
-    chunks: Executor,
-    upper: Executor,
-    flash: Executor,
+    chunks: Compiled,
+    upper: Compiled,
+    flash: Compiled,
 }
 
 /// What a sequence carries besides its scan states.
@@ -129,17 +157,32 @@ struct Sequence {
     position: usize,
 }
 
+/// One part of the chunk stores of several sequences, as kernels read it.
+struct Pages<'a> {
+    sequences: &'a [Sequence],
+    part: Part,
+}
+
+impl ChunkRows for Pages<'_> {
+    fn read(&self, seq: usize, head: usize, first: usize, chunks: usize, out: &mut [f32]) {
+        let store = self.sequences[seq].chunks.as_ref().expect("BUG: a model with chunks has a store per sequence");
+        store.read(self.part, head, first, chunks, out);
+    }
+}
+
 /// See the module's comment.
 pub struct Session {
-    lower: Executor,
+    lower: Compiled,
     halves: Option<Halves>,
-    head: Executor,
+    head: Compiled,
     chunk_size: usize,
     hidden_size: usize,
     /// Params, and the scan states of all sequences.
     store: Store,
     states: Vec<String>,
     sequences: Vec<Sequence>,
+    /// Positions of the sequences that run.
+    start: Vec<i32>,
 }
 
 /// What a run of the upper half tells of its last retrieval, for `rows` tokens in order.
@@ -162,21 +205,16 @@ pub struct Segment {
     pub retrieved: Retrieved,
 }
 
-fn dims(pairs: &[(&str, usize)]) -> Bindings {
-    Bindings::new(pairs.iter().copied())
-}
-
-fn take(out: &mut Vec<(String, Tensor)>, name: &str) -> Option<Data> {
-    let at = out.iter().position(|(n, _)| n == name)?;
-    Some(out.swap_remove(at).1.data)
-}
-
-fn floats(out: &mut Vec<(String, Tensor)>, name: &str) -> Vec<f32> {
-    if let Some(Data::F32(v)) = take(out, name) { v } else { vec![] }
-}
-
-fn ints(out: &mut Vec<(String, Tensor)>, name: &str) -> Vec<i32> {
-    if let Some(Data::I32(v)) = take(out, name) { v } else { vec![] }
+impl Segment {
+    /// Without rows, the memory kept.
+    fn clear(&mut self) {
+        let Self { hidden, retrieved: Retrieved { indices, count, weights, query } } = self;
+        hidden.clear();
+        indices.clear();
+        count.clear();
+        weights.clear();
+        query.clear();
+    }
 }
 
 impl Session {
@@ -203,7 +241,11 @@ impl Session {
         pool: Arc<rayon::ThreadPool>,
         options: &SessionOptions,
     ) -> Result<Self, SessionError> {
-        let compile = |p: &Program| Executor::new(p.clone(), pool.clone());
+        let compile = |p: &Program| Compiled {
+            executor: Executor::new(p.clone(), pool.clone()),
+            dims: Bindings::default(),
+            outputs: vec![],
+        };
         let halves = match (&g.chunks, &g.upper, &g.upper_flash) {
             (Some(c), Some(u), Some(f)) => Some(Halves { chunks: compile(c), upper: compile(u), flash: compile(f) }),
             _ => None,
@@ -232,11 +274,12 @@ impl Session {
             store: params,
             states: vec![],
             sequences: vec![],
+            start: vec![],
         };
-        let all = dims(&[("N", n)]);
+        let all = Bindings::new([("N", n)]);
         let programs = [Some(&s.lower), s.halves.as_ref().map(|h| &h.upper)];
         let mut states = vec![];
-        for slot in programs.into_iter().flatten().flat_map(|e| &e.program().sources) {
+        for slot in programs.into_iter().flatten().flat_map(|e| &e.executor.program().sources) {
             if slot.kind == SourceKind::State {
                 states.push((slot.name.clone(), slot.ty.bind(&all).map_err(ExecError::from)?));
             }
@@ -252,6 +295,8 @@ impl Session {
             s.store.insert(name.clone(), Tensor::zeros(&ty));
             s.states.push(name);
         }
+        // Every token reads all of it.
+        s.store.prefer_huge_pages();
         if let Tier::Resume(path) = &options.tier {
             s.resume(path, geometry, fingerprint)?;
             return Ok(s);
@@ -281,9 +326,9 @@ impl Session {
     }
     /// The compiled parts in the order in which a token meets them: `lower`, `chunks` and `upper` where there are any, `head`.
     pub fn parts(&mut self) -> Vec<&mut Executor> {
-        let mut all = vec![&mut self.lower];
-        all.extend(self.halves.iter_mut().flat_map(|h| [&mut h.chunks, &mut h.upper]));
-        all.push(&mut self.head);
+        let mut all = vec![&mut self.lower.executor];
+        all.extend(self.halves.iter_mut().flat_map(|h| [&mut h.chunks.executor, &mut h.upper.executor]));
+        all.push(&mut self.head.executor);
         all
     }
 
@@ -312,7 +357,9 @@ impl Session {
     /// # Errors
     /// An id outside the vocabulary; no memory; a store that can't be written or read.
     pub fn feed(&mut self, seq: usize, ids: &[i32]) -> Result<Segment, SessionError> {
-        self.run_some(seq..seq + 1, ids, false)
+        let mut out = Segment::default();
+        self.run_some(seq..seq + 1, ids, false, &mut out)?;
+        Ok(out)
     }
 
     /// Feeds tokens whose output nobody wants, without retrieval and attention ("flash inference"): the memory becomes
@@ -321,7 +368,7 @@ impl Session {
     /// # Errors
     /// As [`feed`](Self::feed).
     pub fn skim(&mut self, seq: usize, ids: &[i32]) -> Result<(), SessionError> {
-        self.run_some(seq..seq + 1, ids, true).map(drop)
+        self.run_some(seq..seq + 1, ids, true, &mut Segment::default())
     }
 
     /// Feeds one token to every sequence; the hidden states are `[sequences, D]`.
@@ -329,17 +376,35 @@ impl Session {
     /// # Errors
     /// As [`feed`](Self::feed).
     pub fn step(&mut self, ids: &[i32]) -> Result<Segment, SessionError> {
+        let mut out = Segment::default();
+        self.step_into(ids, &mut out)?;
+        Ok(out)
+    }
+
+    /// As [`step`](Self::step), into the segment of a step before: nothing is allocated after the first ones, but where a
+    /// chunk becomes whole.
+    ///
+    /// # Errors
+    /// As [`feed`](Self::feed).
+    pub fn step_into(&mut self, ids: &[i32], out: &mut Segment) -> Result<(), SessionError> {
         assert_eq!(ids.len(), self.sequences.len(), "BUG: one token per sequence");
-        self.run_some(0..ids.len(), ids, false)
+        self.run_some(0..ids.len(), ids, false, out)
     }
 
     /// As many tokens of each of `seqs`.
-    fn run_some(&mut self, seqs: Range<usize>, ids: &[i32], flash: bool) -> Result<Segment, SessionError> {
+    fn run_some(
+        &mut self,
+        seqs: Range<usize>,
+        ids: &[i32],
+        flash: bool,
+        out: &mut Segment,
+    ) -> Result<(), SessionError> {
+        out.clear();
         if ids.is_empty() {
-            return Ok(Segment::default());
+            return Ok(());
         }
         if seqs.len() == self.sequences.len() {
-            return self.run(seqs, ids, flash);
+            return self.run(seqs, ids, flash, out);
         }
         // The programs carry the states of whole batches: those of the others step aside.
         let (all, rows) = (self.sequences.len(), seqs.clone());
@@ -352,7 +417,7 @@ impl Session {
             self.store.insert(name.clone(), Tensor::f32(&shape, part));
             aside.push(whole);
         }
-        let result = self.run(seqs, ids, flash);
+        let result = self.run(seqs, ids, flash, out);
         for (name, mut whole) in self.states.iter().zip(aside) {
             let part = self.store.0.remove(name).expect("BUG: inserted above");
             if let (Data::F32(whole), Data::F32(part)) = (&mut whole.data, &part.data) {
@@ -364,22 +429,24 @@ impl Session {
         result
     }
 
-    fn run(&mut self, seqs: Range<usize>, ids: &[i32], flash: bool) -> Result<Segment, SessionError> {
+    fn run(&mut self, seqs: Range<usize>, ids: &[i32], flash: bool, out: &mut Segment) -> Result<(), SessionError> {
         let (n, s, d) = (seqs.len(), self.chunk_size, self.hidden_size);
         let l = ids.len() / n;
         let by_sequence = [n];
         let ids_shape = [n, l];
         let sequences = &mut self.sequences[seqs];
-        let start: Vec<i32> = sequences.iter().map(|x| x.position as i32).collect();
+        self.start.clear();
+        self.start.extend(sequences.iter().map(|x| x.position as i32));
         for x in sequences.iter_mut() {
             x.position += l;
             i32::try_from(x.position).map_err(|_| SessionError::TooLong)?;
         }
         let inputs = [("input_ids", TensorRef::I32(&ids_shape, ids))];
-        let mut out = self.lower.run(&dims(&[("N", n), ("L", l)]), &inputs, &mut self.store)?;
-        let hidden = floats(&mut out, "hidden");
+        self.lower.run(&[("N", n), ("L", l)], &inputs, &mut self.store)?;
+        let hidden = self.lower.floats("hidden");
         let Some(halves) = &mut self.halves else {
-            return Ok(Segment { hidden, retrieved: Retrieved::default() });
+            out.hidden.extend_from_slice(hidden);
+            return Ok(());
         };
 
         for (x, rows) in sequences.iter_mut().zip(hidden.chunks_exact(l * d)) {
@@ -388,44 +455,44 @@ impl Session {
             let (Some(chunks), true) = (&mut x.chunks, whole > 0) else { continue };
             let shape = [1, whole * s, d];
             let inputs = [("hidden", TensorRef::F32(&shape, &x.waiting[..whole * s * d]))];
-            let mut out = halves.chunks.run(&dims(&[("N", 1), ("B", whole)]), &inputs, &mut self.store)?;
-            let [k, v, landmarks] = ["k", "v", "landmarks"].map(|name| floats(&mut out, name));
-            chunks.append(&k, &v, &landmarks)?;
+            halves.chunks.run(&[("N", 1), ("B", whole)], &inputs, &mut self.store)?;
+            let [k, v, landmarks] = ["k", "v", "landmarks"].map(|name| halves.chunks.floats(name));
+            chunks.append(k, v, landmarks)?;
             x.waiting.drain(..whole * s * d);
         }
 
         let hidden_shape = [n, l, d];
-        let hidden = ("hidden", TensorRef::F32(&hidden_shape, &hidden));
+        let hidden = ("hidden", TensorRef::F32(&hidden_shape, hidden));
         if flash {
-            halves.flash.run(&dims(&[("N", n), ("L", l)]), &[hidden], &mut self.store)?;
-            return Ok(Segment::default());
+            halves.flash.run(&[("N", n), ("L", l)], &[hidden], &mut self.store)?;
+            return Ok(());
         }
-        let stores: Vec<&ChunkStore> = sequences.iter().filter_map(|x| x.chunks.as_ref()).collect();
-        let Geometry { heads, dim, landmark_dim, .. } = stores[0].geometry();
+        let sequences = &*sequences;
+        let stores = || sequences.iter().filter_map(|x| x.chunks.as_ref());
+        let Geometry { heads, dim, landmark_dim, .. } = stores().next().expect("BUG: halves have stores").geometry();
         // A token sees what its position says: any number that is large enough will do, and few of them bind few plans.
-        let c = stores.iter().map(|x| x.chunks()).max().unwrap_or(0).next_power_of_two();
+        let c = stores().map(|x| x.chunks()).max().unwrap_or(0).next_power_of_two();
         let (kv_shape, lm_shape) = ([n, c * s, heads, dim], [n, c, heads, landmark_dim]);
-        let [k, v, landmarks] =
-            [Part::Keys, Part::Values, Part::Landmarks].map(|part| Stores { stores: stores.clone(), part });
+        let [k, v, landmarks] = [Part::Keys, Part::Values, Part::Landmarks].map(|part| Pages { sequences, part });
         let inputs = [
             hidden,
-            ("start", TensorRef::I32(&by_sequence, &start)),
+            ("start", TensorRef::I32(&by_sequence, &self.start)),
             ("k", TensorRef::Paged(&kv_shape, &k)),
             ("v", TensorRef::Paged(&kv_shape, &v)),
             ("landmarks", TensorRef::Paged(&lm_shape, &landmarks)),
         ];
-        let out = halves.upper.run(&dims(&[("N", n), ("L", l), ("C", c)]), &inputs, &mut self.store);
-        if let Some(e) = stores.iter().find_map(|x| x.failure()) {
+        let done = halves.upper.run(&[("N", n), ("L", l), ("C", c)], &inputs, &mut self.store);
+        if let Some(e) = stores().find_map(|x| x.failure()) {
             return Err(e.into());
         }
-        let mut out = out?;
-        let retrieved = Retrieved {
-            indices: ints(&mut out, "indices"),
-            count: ints(&mut out, "count"),
-            weights: floats(&mut out, "weights"),
-            query: floats(&mut out, "query"),
-        };
-        Ok(Segment { hidden: floats(&mut out, "upper"), retrieved })
+        done?;
+        out.hidden.extend_from_slice(halves.upper.floats("upper"));
+        let r = &mut out.retrieved;
+        r.indices.extend_from_slice(halves.upper.ints("indices"));
+        r.count.extend_from_slice(halves.upper.ints("count"));
+        r.weights.extend_from_slice(halves.upper.floats("weights"));
+        r.query.extend_from_slice(halves.upper.floats("query"));
+        Ok(())
     }
 
     /// Logits `[rows, V]` of hidden states `[rows, D]`.
@@ -433,12 +500,24 @@ impl Session {
     /// # Errors
     /// No memory.
     pub fn logits(&mut self, hidden: &[f32]) -> Result<Vec<f32>, SessionError> {
+        let mut out = vec![];
+        self.logits_into(hidden, &mut out)?;
+        Ok(out)
+    }
+
+    /// As [`logits`](Self::logits), into the memory of a call before.
+    ///
+    /// # Errors
+    /// As [`logits`](Self::logits).
+    pub fn logits_into(&mut self, hidden: &[f32], out: &mut Vec<f32>) -> Result<(), SessionError> {
         let d = self.hidden_size;
         let rows = hidden.len() / d;
         let shape = [1, rows, d];
         let inputs = [("upper", TensorRef::F32(&shape, hidden))];
-        let mut out = self.head.run(&dims(&[("N", 1), ("L", rows)]), &inputs, &mut self.store)?;
-        Ok(floats(&mut out, "logits"))
+        self.head.run(&[("N", 1), ("L", rows)], &inputs, &mut self.store)?;
+        out.clear();
+        out.extend_from_slice(self.head.floats("logits"));
+        Ok(())
     }
 
     /// How many stored chunks score better than `chunk` for a query `[h, r]` of [`Retrieved`], per head: chunks with a

@@ -1,5 +1,6 @@
 //! Named tensors that live between runs: params and states.
 
+use crate::huge_pages;
 use crate::tensor::Tensor;
 use std::collections::BTreeMap;
 
@@ -16,6 +17,10 @@ impl Store {
     }
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.0.keys().map(String::as_str)
+    }
+    /// Asks for [large pages](crate::huge_pages) under all tensors.
+    pub fn prefer_huge_pages(&self) {
+        huge_pages::prefer(self.0.values().map(|t| (t.view().as_ptr(), t.ty().bytes())));
     }
     pub fn bytes(&self) -> usize {
         self.0.values().map(|t| t.ty().bytes()).sum()

@@ -17,7 +17,9 @@ use rambac_ir::{Bindings, Cost, Diagnostic, Graph, NodeId, Sym};
 use rambac_models::stack::{self, Carry};
 use rambac_models::{Config, LayerKind};
 use rambac_passes::train_step::{AdamW, train_step};
-use rambac_passes::{Options, Recompute, Target, fuse_attention, fuse_loss, fuse_selection, pipeline, recompute};
+use rambac_passes::{
+    Options, Recompute, Target, fuse_attention, fuse_epilogue, fuse_loss, fuse_selection, pipeline, recompute,
+};
 use rambac_runtime::cpu::scratch;
 use rambac_runtime::executor::slow_steps;
 use serde_json::{Value as Json, json};
@@ -199,6 +201,7 @@ impl Report {
             let stay = match name {
                 "fuse_selection" => fuse_selection::unfused(g),
                 "fuse_attention" => fuse_attention::unfused(g),
+                "fuse_epilogue" => fuse_epilogue::unfused(g),
                 "fuse_loss" => fuse_loss::unfused(g),
                 _ => vec![],
             };
@@ -252,17 +255,30 @@ impl Report {
             let places = at(forward).into_iter().map(|id| work::layer(self.scope(id))).collect::<Vec<_>>();
             (forward, places, at(backward).len())
         };
-        let all = [of("selection", "selection_grad"), of("chunk_attention", "chunk_attention_grad")];
+        let all = [
+            of("gated_rms_norm", "gated_rms_norm_grad"),
+            of("selection", "selection_grad"),
+            of("chunk_attention", "chunk_attention_grad"),
+        ];
         all.into_iter().filter(|f| !f.1.is_empty()).collect()
+    }
+
+    /// Products with a map as their epilogue, forward and backward.
+    fn epilogues(&self) -> (usize, usize) {
+        let all = self.graph().nodes.iter().filter(|n| matches!(n.op, Op::MatMulMap(_)));
+        all.fold((0, 0), |(f, b), n| match work::phase(n.scope.as_deref()) {
+            "backward" => (f, b + 1),
+            _ => (f + 1, b),
+        })
     }
 
     /// Maps, and the instructions of the longest.
     fn maps(&self) -> (usize, usize) {
-        let lengths = self
-            .graph()
-            .nodes
-            .iter()
-            .filter_map(|n| if let Op::FusedMap(m) = &n.op { Some(m.body.len()) } else { None });
+        let lengths = self.graph().nodes.iter().filter_map(|n| match &n.op {
+            Op::FusedMap(m) => Some(m.body.len()),
+            Op::MatMulMap(m) => Some(m.body.len()),
+            _ => None,
+        });
         lengths.fold((0, 0), |(n, longest), len| (n + 1, longest.max(len)))
     }
 
@@ -336,6 +352,11 @@ impl Report {
         if maps > 0 {
             let (ops, maps) = (show::plural(self.elementwise, "small op"), show::plural(maps, "map"));
             println!("  {ops} in {maps}, the longest of {}", show::plural(longest, "instruction"));
+        }
+        let (forward, backward) = self.epilogues();
+        if forward + backward > 0 {
+            let maps = show::plural(forward + backward, "map");
+            println!("  {maps} in products as their epilogue, {backward} of them backward");
         } else if self.fused().is_empty() {
             println!("  nothing");
         }

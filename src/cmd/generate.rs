@@ -9,6 +9,7 @@ use miette::{IntoDiagnostic, miette};
 use rambac_models::data::rng::stream;
 use rambac_models::{Config, Tokenizer};
 use rambac_runtime::Session;
+use rambac_runtime::session::Segment;
 use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
@@ -110,8 +111,10 @@ pub fn write_on(
     // One text is shown as it comes; several would mix.
     let mut written = vec![String::new(); prompts.len()];
     let mut next = vec![0; prompts.len()];
+    let mut last = Segment { hidden, ..Segment::default() };
+    let mut logits = vec![];
     for i in 0..a.tokens {
-        let mut logits = session.logits(&hidden).map_err(wrap)?;
+        session.logits_into(&last.hidden, &mut logits).map_err(wrap)?;
         for (seq, row) in logits.chunks_exact_mut(config.vocab_size).enumerate() {
             // A model may have more rows in its embedding than its tokenizer has ids.
             let row = &row[..tokenizer.vocab_size().min(row.len())];
@@ -134,7 +137,7 @@ pub fn write_on(
         }
         // The last token is read only by who goes on later.
         if i + 1 < a.tokens || session.chunks(0).is_some_and(|c| c.path().is_some()) {
-            hidden = session.step(&next).map_err(wrap)?.hidden;
+            session.step_into(&next, &mut last).map_err(wrap)?;
         }
     }
     session.save().map_err(wrap)?;

@@ -177,3 +177,23 @@ fn runs_do_not_overwrite_each_other() {
     assert!(r.err.contains("already holds a run") && r.err.contains("--resume"), "{}", r.err);
     assert_eq!(fs::read(out.join("latest/model.safetensors")).unwrap(), before);
 }
+
+/// The plan within a limit is what the process then takes, but for what a process is.
+#[cfg(target_os = "linux")]
+#[test]
+fn memory_limits_hold() {
+    const BESIDE: u64 = 32 << 20;
+    let bench = ["bench", "train", "--preset", "small", "--len", "4096", "--runs", "1"];
+    for limit in [130u64, 180] {
+        let size = format!("{limit}M");
+        let r = succeeds(&[&bench[..], &["--json", "--memory-limit", &size]].concat());
+        let line: serde_json::Value = serde_json::from_str(r.out.lines().next().unwrap()).unwrap();
+        let bytes = |key: &str| line[key].as_u64().unwrap();
+        let (planned, resident) = (bytes("peak_bytes"), bytes("peak_rss_bytes"));
+        assert!(planned <= limit << 20, "{planned} bytes planned within {limit} MiB");
+        assert!((planned..=planned + BESIDE).contains(&resident), "{planned} bytes planned, {resident} resident");
+    }
+    let r = rambac(&[&bench[..], &["--memory-limit", "30M"]].concat());
+    assert_eq!(r.code, Some(1), "{}", r.err);
+    assert!(r.err.contains("does not fit into 30.0 MiB") && r.err.contains("--memory-limit"), "{}", r.err);
+}

@@ -61,6 +61,15 @@ fn single_dtype(d: DType) -> DType {
     if d.is_float() { DType::F32 } else { d }
 }
 
+fn single_body(body: &mut MapBody, dtypes: &mut [DType]) {
+    dtypes.iter_mut().for_each(|d| *d = single_dtype(*d));
+    for i in body {
+        if let MapFn::Cast(to) = &mut i.f {
+            *to = single_dtype(*to);
+        }
+    }
+}
+
 /// The same graph with f32 for every float type: what the CPU runs.
 pub fn as_f32(g: &Grown) -> Grown {
     let old = &g.graph;
@@ -74,13 +83,12 @@ pub fn as_f32(g: &Grown) -> Grown {
             Op::Iota(i) => Op::Iota(Iota { ty: single(&i.ty), ..i }),
             Op::Cast(c) => Op::Cast(Cast { to: single_dtype(c.to) }),
             Op::FusedMap(mut m) => {
-                m.dtypes.iter_mut().for_each(|d| *d = single_dtype(*d));
-                for i in &mut m.body {
-                    if let MapFn::Cast(to) = &mut i.f {
-                        *to = single_dtype(*to);
-                    }
-                }
+                single_body(&mut m.body, &mut m.dtypes);
                 Op::FusedMap(m)
+            }
+            Op::MatMulMap(mut m) => {
+                single_body(&mut m.body, &mut m.dtypes);
+                Op::MatMulMap(m)
             }
             op => op,
         };

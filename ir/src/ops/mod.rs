@@ -19,9 +19,9 @@ macro_rules! for_each_op {
             Source, Constant, Iota,
             Unary, Binary, Where, Cast, FusedMap,
             Broadcast, Reshape, Transpose, Slice, Pad, Concat,
-            Reduce, MatMul,
-            RmsNorm, RmsNormGrad, Rotary, Embedding, EmbeddingGrad, CrossEntropy, CrossEntropyGrad,
-            LinearCrossEntropy, LinearCrossEntropyGrad,
+            Reduce, MatMul, MatMulMap,
+            RmsNorm, RmsNormGrad, GatedRmsNorm, GatedRmsNormGrad, Rotary, Embedding, EmbeddingGrad,
+            CrossEntropy, CrossEntropyGrad, LinearCrossEntropy, LinearCrossEntropyGrad,
             CausalConv1d, CausalConv1dGrad, SelectiveScan, SelectiveScanGrad, Attention, AttentionGrad,
             Summarise, Score, ScoreGrad, Select, Weigh, WeighGrad, Attend, AttendGrad, Aggregate, AggregateGrad,
             Selection, SelectionGrad, ChunkAttention, ChunkAttentionGrad
@@ -37,9 +37,11 @@ mod chunk_attention;
 mod cross_entropy;
 mod embedding;
 mod fused_map;
+mod gated_rms_norm;
 mod linear_cross_entropy;
 mod map;
 mod matmul;
+mod matmul_map;
 mod reduce;
 mod rms_norm;
 mod rotary;
@@ -60,9 +62,11 @@ pub use chunk_attention::{ChunkAttention, ChunkAttentionGrad};
 pub use cross_entropy::{CrossEntropy, CrossEntropyGrad};
 pub use embedding::{Embedding, EmbeddingGrad};
 pub use fused_map::{FusedMap, MapBody, MapFn, MapInst};
+pub use gated_rms_norm::{GatedRmsNorm, GatedRmsNormGrad};
 pub use linear_cross_entropy::{LinearCrossEntropy, LinearCrossEntropyGrad};
 pub use map::{Binary, BinaryFn, Cast, Unary, UnaryFn, Where};
 pub use matmul::MatMul;
+pub use matmul_map::MatMulMap;
 pub use reduce::{Reduce, ReduceFn};
 pub use rms_norm::{RmsNorm, RmsNormGrad};
 pub use rotary::Rotary;

@@ -11,7 +11,8 @@ op_struct! {
 }
 
 op_struct! {
-    /// `rms_norm_grad x, w, dy` → `dx`, `dw`.
+    /// `rms_norm_grad x, w, dy` → `dx`, `dw`; with a fourth operand, which the pass `fuse_residual` gives, that is added to
+    /// `dx`.
     RmsNormGrad = "rms_norm_grad" { eps: f64 }
 }
 
@@ -52,13 +53,17 @@ impl OpDef for RmsNorm {
 
 impl OpDef for RmsNormGrad {
     fn infer(&self, x: &[&Ty]) -> Result<Vec<Ty>, OpError> {
-        arity(x, 3)?;
+        if x.len() != 4 {
+            arity(x, 3)?;
+        }
         check(x)?;
-        exactly(x, 2, x[0].dtype, &x[0].shape.iter().collect::<Vec<_>>())?;
+        for i in 2..x.len() {
+            exactly(x, i, x[0].dtype, &x[0].shape.iter().collect::<Vec<_>>())?;
+        }
         Ok(vec![x[0].clone(), x[1].clone()])
     }
     fn cost(&self, x: &[ConcreteTy], y: &[ConcreteTy]) -> Cost {
-        Cost { flops: 10.0 * x[0].elements() as f64, bytes: traffic(x, y) }
+        Cost { flops: (7 + x.len()) as f64 * x[0].elements() as f64, bytes: traffic(x, y) }
     }
     fn eval(&self, x: &[&HostArray], y: &[ConcreteTy]) -> Vec<HostArray> {
         let w = x[1].f();
@@ -72,6 +77,9 @@ impl OpDef for RmsNormGrad {
                 dx.push(r * (w[j] * dy[j] - row[j] * r * m));
                 dw[j] += dy[j] * row[j] * r;
             }
+        }
+        if let Some(base) = x.get(3) {
+            dx.iter_mut().zip(base.f()).for_each(|(d, b)| *d += b);
         }
         vec![HostArray::from_f64(&y[0], dx), HostArray::from_f64(&y[1], dw)]
     }

@@ -3,7 +3,8 @@
 //! Waking a sleeping thread costs tens of microseconds, as much as a whole step of decoding.  In a team one thread runs
 //! the program and the others wait, spinning, for the loops of [`par::for_each`](crate::par::for_each).  A loop's tasks
 //! are dealt in runs of neighbours, so that a thread streams contiguous memory; who is done takes tasks from the end of
-//! another's run.  A thread that comes late, or never, is not waited for.
+//! another's run.  A thread that does not come at once is not waited for, and not let in later: it might be inside a task
+//! that the program itself waits for.  Who has waited long sleeps until the next loop.
 //! Invariants: as in `par`, what a task computes depends on its index alone.  A loop inside a task is no business of the
 //! team: it runs on the pool as ever.
 
@@ -11,11 +12,13 @@ use std::any::Any;
 use std::cell::{Cell, UnsafeCell};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::ptr::null;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::*};
+use std::sync::{Condvar, Mutex};
 
 /// Looks at the next loop before a waiting thread lets others run: about 100 µs.
 const PATIENCE: usize = 2000;
+/// Looks before it sleeps: a few hundred µs more, which no step of decoding takes.
+const ASLEEP: usize = PATIENCE + 500;
 
 /// Threads that a team can have.
 const MOST: usize = 128;
@@ -59,9 +62,15 @@ pub(crate) struct Team {
     shares: [Share; MOST],
     /// Shares in use.
     threads: usize,
+    /// Twice the number of helpers that have come; odd when nobody is let in any more.
+    door: AtomicUsize,
     /// Threads that are, or may be, inside the open loop.
     helping: AtomicUsize,
     over: AtomicBool,
+    /// Threads that sleep, or are about to; changed under `bed`.
+    sleepers: AtomicUsize,
+    bed: Mutex<()>,
+    call: Condvar,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
 
@@ -117,7 +126,8 @@ struct Over<'a>(&'a Team);
 
 impl Drop for Over<'_> {
     fn drop(&mut self) {
-        self.0.over.store(true, Release);
+        self.0.over.store(true, SeqCst);
+        self.0.wake();
     }
 }
 
@@ -132,14 +142,19 @@ pub fn run<R: Send>(pool: &rayon::ThreadPool, f: impl FnOnce() -> R + Send) -> R
         job: UnsafeCell::new(null::<fn(usize)>() as *const Task<'static>),
         shares: [const { Share(AtomicU64::new(0)) }; MOST],
         threads,
+        door: AtomicUsize::new(0),
         helping: AtomicUsize::new(0),
         over: AtomicBool::new(false),
+        sleepers: AtomicUsize::new(0),
+        bed: Mutex::new(()),
+        call: Condvar::new(),
         panic: Mutex::new(None),
     };
     let program = || {
         let _over = Over(&team);
         // A program inside a team's task is none of that team's loops.
         let _member = Member::join();
+        team.close_door();
         let _entered = Entered::new(&team);
         f()
     };
@@ -161,6 +176,23 @@ impl Team {
         }
     }
 
+    /// Waits a little for the helpers, then goes without those that are missing.
+    fn close_door(&self) {
+        for _ in 0..PATIENCE {
+            if self.door.load(Relaxed) / 2 + 1 == self.threads {
+                break;
+            }
+            std::hint::spin_loop();
+        }
+        self.door.fetch_add(1, SeqCst);
+    }
+
+    /// Whether a helper that comes now is let in.
+    fn enter(&self) -> bool {
+        let open = |door: usize| door.is_multiple_of(2).then_some(door + 2);
+        self.door.fetch_update(SeqCst, SeqCst, open).is_ok()
+    }
+
     /// Calls `f` for every index below `tasks`, on this thread and on whoever helps; false if it is not for a team.
     pub(crate) fn each(&self, tasks: usize, f: &Task<'_>) -> bool {
         if tasks > MAX_TASKS {
@@ -173,6 +205,7 @@ impl Team {
         // which does not return, nor unwind, before every thread has left the loop.
         unsafe { *self.job.get() = std::mem::transmute::<*const Task<'_>, *const Task<'static>>(f) };
         self.epoch.fetch_add(1, SeqCst);
+        self.wake();
         let mine = catch_unwind(AssertUnwindSafe(|| {
             let _entered = Entered::new(null());
             self.work(0, f);
@@ -205,15 +238,44 @@ impl Team {
         }
     }
 
+    /// Until a loop is open that is not `done`, or the program is over.
+    fn sleep(&self, done: usize) {
+        let mut bed = lock(&self.bed);
+        // Either `wake`, which comes after a change, sees this thread, or this thread sees the change.
+        self.sleepers.fetch_add(1, SeqCst);
+        while !self.over.load(SeqCst) {
+            let epoch = self.epoch.load(SeqCst);
+            if !epoch.is_multiple_of(2) && epoch != done {
+                break;
+            }
+            bed = self.call.wait(bed).unwrap_or_else(|e| e.into_inner());
+        }
+        self.sleepers.fetch_sub(1, SeqCst);
+    }
+
+    fn wake(&self) {
+        if self.sleepers.load(SeqCst) > 0 {
+            drop(lock(&self.bed));
+            self.call.notify_all();
+        }
+    }
+
     /// What the other threads do until the program is over.
     fn help(&self, me: usize) {
         // A member that waits for a loop of its own may meet this call in its queue: it must not wait here for others.
         let Some(_member) = Member::join() else { return };
+        if !self.enter() {
+            return;
+        }
         let (mut done, mut looks) = (0, 0);
-        while !self.over.load(Acquire) {
+        while !self.over.load(SeqCst) {
             let epoch = self.epoch.load(SeqCst);
             if epoch.is_multiple_of(2) || epoch == done {
                 wait(&mut looks);
+                if looks > ASLEEP {
+                    self.sleep(done);
+                    looks = 0;
+                }
                 continue;
             }
             self.helping.fetch_add(1, SeqCst);
@@ -279,6 +341,33 @@ mod tests {
             });
         });
         assert_eq!(count.into_inner(), 1000);
+    }
+
+    /// Loops of rayon itself inside a program, as long as threads still come: nobody waits for ever.
+    #[test]
+    fn team_beside_loops_of_the_pool() {
+        use rayon::prelude::*;
+        let p = pool(5);
+        for _ in 0..2000 {
+            let sum: usize = run(&p, || (0..64usize).into_par_iter().with_max_len(1).map(|i| i + 1).sum());
+            assert_eq!(sum, 65 * 32);
+        }
+    }
+
+    /// Loops come so seldom that helpers sleep in between.
+    #[test]
+    fn team_wakes_who_sleeps() {
+        let count = AtomicUsize::new(0);
+        run(&pool(3), || {
+            for _ in 0..5 {
+                std::thread::sleep(std::time::Duration::from_millis(30));
+                par::for_each(300, usize::MAX, |_| {
+                    std::thread::sleep(std::time::Duration::from_micros(20));
+                    count.fetch_add(1, Relaxed);
+                });
+            }
+        });
+        assert_eq!(count.into_inner(), 1500);
     }
 
     #[test]

@@ -14,7 +14,6 @@ mod pages;
 
 pub use error::StoreError;
 use pages::Pages;
-use rambac_cpu::ChunkRows;
 use std::io;
 use std::path::Path;
 use std::sync::Mutex;
@@ -265,18 +264,6 @@ impl ChunkStore {
     pub fn failure(&self) -> Option<StoreError> {
         let e = self.failed.lock().unwrap_or_else(|p| p.into_inner()).take()?;
         Some(StoreError::io(self.path().unwrap_or(Path::new("memory")), "read chunks of it")(e))
-    }
-}
-
-/// One part of the stores of several sequences, as kernels read it.
-pub struct Stores<'a> {
-    pub stores: Vec<&'a ChunkStore>,
-    pub part: Part,
-}
-
-impl ChunkRows for Stores<'_> {
-    fn read(&self, seq: usize, head: usize, first: usize, chunks: usize, out: &mut [f32]) {
-        self.stores[seq].read(self.part, head, first, chunks, out);
     }
 }
 

@@ -28,6 +28,10 @@ impl<'a> Arg<'a> {
     pub(crate) fn paged(ty: &'a ConcreteTy, pages: &'a dyn ChunkRows) -> Self {
         Self { ptr: std::ptr::null_mut(), ty, strided: None, pages: Some(pages) }
     }
+    /// The same operand or result.
+    pub(crate) fn reborrow(&self) -> Arg<'_> {
+        Arg { ..*self }
+    }
     pub(crate) fn len(&self) -> usize {
         self.ty.elements()
     }

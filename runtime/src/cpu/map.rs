@@ -9,11 +9,13 @@ use rambac_cpu::par;
 use rambac_cpu::simd::dispatch;
 use rambac_ir::DType;
 use rambac_ir::ops::*;
+use std::ops::Range;
 
 /// Elements of a register: 2 KiB, so that a dozen registers fit in L1.
 const BLOCK: usize = 512;
-/// Operands of most maps: those that fusion makes have no more.
-const FEW: usize = 16;
+/// Operands of most maps, and registers: those that fusion makes have no more.
+const OPERANDS: usize = 16;
+const REGISTERS: usize = 96;
 /// Blocks per parallel task.
 const TASK: usize = 32;
 
@@ -182,47 +184,173 @@ fn step(inst: &MapInst, args: [&[f32]; 3], y: &mut [f32]) {
     }
 }
 
+/// A region with its operands and results bound.
+pub(super) struct Region<'a> {
+    body: &'a [MapInst],
+    outs: &'a [usize],
+    /// The first operand of an epilogue: the product.
+    product: Option<&'a Arg<'a>>,
+    rest: &'a [Arg<'a>],
+    ix: Few<Index, OPERANDS>,
+    y: &'a [Arg<'a>],
+}
+
+/// As many values as there are, without the heap if there are no more than `N`.
+struct Few<T, const N: usize> {
+    few: [T; N],
+    many: Vec<T>,
+    len: usize,
+}
+
+impl<T: Copy, const N: usize> Few<T, N> {
+    fn new(len: usize, filler: T) -> Self {
+        let many = if len > N { vec![filler; len] } else { vec![] };
+        Self { few: [filler; N], many, len }
+    }
+    fn all(&mut self) -> &mut [T] {
+        if self.len > N { &mut self.many } else { &mut self.few[..self.len] }
+    }
+    fn at(&self, i: usize) -> T {
+        if self.len > N { self.many[i] } else { self.few[i] }
+    }
+}
+
+impl<'a> Region<'a> {
+    /// The operands are `product`, if any, and `rest`.
+    pub(super) fn new(
+        body: &'a [MapInst],
+        outs: &'a [usize],
+        product: Option<&'a Arg<'a>>,
+        rest: &'a [Arg<'a>],
+        y: &'a [Arg<'a>],
+    ) -> Self {
+        let mut ix = Few::new(rest.len() + product.is_some() as usize, Index::Scalar);
+        for (ix, x) in ix.all().iter_mut().zip(product.into_iter().chain(rest)) {
+            *ix = index(x.shape(), y[0].shape());
+        }
+        Self { body, outs, product, rest, ix, y }
+    }
+
+    fn operands(&self) -> impl Iterator<Item = &'a Arg<'a>> {
+        self.product.into_iter().chain(self.rest)
+    }
+
+    fn registers(&self) -> usize {
+        self.ix.len + self.body.len()
+    }
+
+    /// Where instruction `k` can write elements `start..start + len` in place of a register: in the result that it
+    /// makes, but not where that lies over an operand, which later instructions may read.
+    fn direct(&self, k: usize, start: usize, len: usize) -> Option<(usize, *mut f32)> {
+        let o = self.outs.iter().position(|&r| r == self.ix.len + k)?;
+        let own = self.operands().all(|x| !x.is(&self.y[o]));
+        own.then(|| run(&self.y[o], Index::Same, start, len)).flatten().map(|at| (o, at))
+    }
+
+    /// Elements `start..start + len`, at most [`BLOCK`].
+    ///
+    /// # Safety
+    /// The region has them, operands that lie in results' memory hold their values, and nobody else touches the results'
+    /// elements.
+    unsafe fn block(&self, start: usize, len: usize, file: &mut [f32], at: &mut [*mut f32]) {
+        let (n, file) = (self.ix.len, file.as_mut_ptr());
+        // SAFETY: registers are BLOCK floats apart in the file, or runs of an operand or a result; an instruction reads
+        // registers made before it, and results that operands lie in are written at the end.
+        unsafe {
+            for (k, a) in self.operands().enumerate() {
+                let own = file.add(k * BLOCK);
+                // A register that leaves as it came must outlive the results' writing.
+                let leaves = self.y.iter().zip(self.outs).any(|(y, &r)| r == k && !a.is(y));
+                let run = if leaves { None } else { run(a, self.ix.at(k), start, len) };
+                at[k] = run.unwrap_or(own);
+                if run.is_none() {
+                    load(a, self.ix.at(k), start, std::slice::from_raw_parts_mut(own, len));
+                }
+            }
+            for (k, inst) in self.body.iter().enumerate() {
+                at[n + k] = self.direct(k, start, len).map_or(file.add((n + k) * BLOCK), |(_, at)| at);
+                let arg = |j: usize| match inst.args.get(j) {
+                    Some(&r) => std::slice::from_raw_parts(at[r as usize], len),
+                    None => &[][..],
+                };
+                step(inst, [arg(0), arg(1), arg(2)], std::slice::from_raw_parts_mut(at[n + k], len));
+            }
+            for (o, (out, &r)) in self.y.iter().zip(self.outs).enumerate() {
+                let there = match r.checked_sub(n) {
+                    Some(k) => self.direct(k, start, len).is_some_and(|(to, _)| to == o),
+                    None => self.operands().nth(r).is_some_and(|x| x.is(out)),
+                };
+                if !there {
+                    store(out, start, std::slice::from_raw_parts(at[r], len));
+                }
+            }
+        }
+    }
+
+    /// Blocks `blocks` of [`BLOCK`] elements of the whole.
+    ///
+    /// # Safety
+    /// As [`block`](Self::block).
+    unsafe fn blocks(&self, blocks: Range<usize>) {
+        let n = self.y[0].len();
+        self.with_file(|file, at| {
+            for start in blocks.map(|b| b * BLOCK) {
+                // SAFETY: the caller's promise.
+                unsafe { self.block(start, BLOCK.min(n - start), file, at) };
+            }
+        });
+    }
+
+    /// A part of the region seen as a matrix of `n` columns.
+    ///
+    /// # Safety
+    /// As [`block`](Self::block).
+    pub(super) unsafe fn part(&self, n: usize, rows: Range<usize>, cols: Range<usize>) {
+        self.with_file(|file, at| {
+            let mut run = |start: usize, len: usize| {
+                for first in (start..start + len).step_by(BLOCK) {
+                    // SAFETY: the caller's promise.
+                    unsafe { self.block(first, BLOCK.min(start + len - first), file, at) };
+                }
+            };
+            if cols.len() == n {
+                return run(rows.start * n, rows.len() * n);
+            }
+            rows.for_each(|r| run(r * n + cols.start, cols.len()));
+        });
+    }
+
+    fn with_file(&self, f: impl FnOnce(&mut [f32], &mut [*mut f32])) {
+        let mut at = Few::<_, REGISTERS>::new(self.registers(), std::ptr::null_mut());
+        par::with_scratch(self.registers() * BLOCK, |file| f(file, at.all()));
+    }
+}
+
+/// Where elements `start..start + len` lie, if they are neighbours in memory, as floats.
+fn run(x: &Arg, ix: Index, start: usize, len: usize) -> Option<*mut f32> {
+    if x.ty.dtype != DType::F32 {
+        return None;
+    }
+    let (from, left) = match ix {
+        Index::Same => {
+            let (_, cols, stride) = x.rows();
+            (start / cols * stride + start % cols, cols - start % cols)
+        }
+        Index::Period(p) => (start % p, p - start % p),
+        Index::Scalar | Index::Repeat(_) => return None,
+    };
+    // SAFETY: inside the operand.
+    (len <= left).then(|| unsafe { x.ptr().cast::<f32>().add(from) })
+}
+
 impl CpuKernel for FusedMap {
     fn run(&self, x: &[Arg], y: &[Arg]) -> Result<(), KernelError> {
         let n = y[0].len();
-        let shape = y[0].shape();
-        let (mut few, many): ([Index; FEW], Vec<Index>);
-        let of = |a: &Arg| index(a.shape(), shape);
-        let ix = if x.len() <= FEW {
-            few = [Index::Scalar; FEW];
-            few.iter_mut().zip(x).for_each(|(ix, a)| *ix = of(a));
-            &few[..]
-        } else {
-            many = x.iter().map(of).collect();
-            &many
-        };
-        let regs = x.len() + self.body.len();
+        let region = Region::new(&self.body, &self.outs, None, x, y);
         // Blocks are cut by the size alone, so any number of threads gives the same bits.
-        let work = |blocks: std::ops::Range<usize>, file: &mut [f32]| {
-            for b in blocks {
-                let start = b * BLOCK;
-                let len = BLOCK.min(n - start);
-                for (k, a) in x.iter().enumerate() {
-                    // SAFETY: the operand broadcasts to the shape.
-                    unsafe { load(a, ix[k], start, &mut file[k * BLOCK..k * BLOCK + len]) };
-                }
-                for (k, inst) in self.body.iter().enumerate() {
-                    let (done, rest) = file.split_at_mut((x.len() + k) * BLOCK);
-                    let arg = |j: usize| match inst.args.get(j) {
-                        Some(&r) => &done[r as usize * BLOCK..][..len],
-                        None => &[][..],
-                    };
-                    step(inst, [arg(0), arg(1), arg(2)], &mut rest[..len]);
-                }
-                for (out, &r) in y.iter().zip(&self.outs) {
-                    // SAFETY: blocks are disjoint; an operand that shares the buffer was read above.
-                    unsafe { store(out, start, &file[r * BLOCK..r * BLOCK + len]) };
-                }
-            }
-        };
-        let blocks = n.div_ceil(BLOCK);
-        par::for_blocks(blocks, TASK, n * regs, |_, start, end| {
-            par::with_scratch(regs * BLOCK, |file| work(start..end, file));
+        par::for_blocks(n.div_ceil(BLOCK), TASK, n * region.registers(), |_, start, end| {
+            // SAFETY: the operands broadcast to the shape, blocks are disjoint.
+            unsafe { region.blocks(start..end) };
         });
         Ok(())
     }

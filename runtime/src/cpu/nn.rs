@@ -1,11 +1,13 @@
 //! Products, norms, embeddings, loss, convolution, rotary, reductions.
 
+use super::map::Region;
 use super::{Arg, CpuKernel, KernelError, Shaped};
 use rambac_cpu::kernels::{conv, cross_entropy, embedding, gemm, linear_cross_entropy as lce, norm, reduce, rotary};
 use rambac_cpu::par;
 use rambac_ir::DType;
 use rambac_ir::ops::*;
 use rambac_ir::ty::ConcreteTy;
+use std::ops::Range;
 
 fn last(x: &impl Shaped) -> usize {
     x.shape().last().copied().unwrap_or(1)
@@ -18,7 +20,7 @@ impl CpuKernel for MatMul {
             // One matrix for all rows.
             let (a, c) = (x[0].mat(last(&x[0])), y[0].mat_mut(last(&y[0])));
             if x[1].ty.dtype == DType::BF16 {
-                gemm::matmul_bf16(a, x[1].mat_bf16(last(&x[1])), c);
+                gemm::matmul_bf16(a, x[1].mat_bf16(last(&x[1])), c, None);
                 return Ok(());
             }
             let b = x[1].mat(last(&x[1]));
@@ -44,6 +46,35 @@ impl CpuKernel for MatMul {
     }
 }
 
+impl CpuKernel for MatMulMap {
+    fn run(&self, x: &[Arg], y: &[Arg]) -> Result<(), KernelError> {
+        let n = last(&y[0]);
+        // The product waits in the first result, or beside where that is no f32.
+        let (mut beside, ty);
+        let held = if y[0].ty.dtype == DType::F32 {
+            y[0].reborrow()
+        } else {
+            ty = ConcreteTy { dtype: DType::F32, shape: y[0].shape().to_vec() };
+            beside = vec![0.0f32; ty.elements()];
+            Arg::new(beside.as_mut_ptr().cast(), 0, &ty, None)
+        };
+        let region = Region::new(&self.body, &self.outs, Some(&held), &x[2..], y);
+        let then = |rows: Range<usize>, cols: Range<usize>| {
+            // SAFETY: every element is in one part, and its product is finished.
+            unsafe { region.part(n, rows, cols) }
+        };
+        let (a, c) = (x[0].mat(last(&x[0])), held.mat_mut(n));
+        match x[1].ty.dtype {
+            DType::BF16 => gemm::matmul_bf16(a, x[1].mat_bf16(last(&x[1])), c, Some(&then)),
+            _ => gemm::matmul_then(a, self.trans_a, x[1].mat(last(&x[1])), self.trans_b, c, &then),
+        }
+        Ok(())
+    }
+    fn scratch(&self, x: &[ConcreteTy], y: &[ConcreteTy]) -> usize {
+        self.product().scratch(&x[..2], &y[..1])
+    }
+}
+
 impl CpuKernel for RmsNorm {
     fn run(&self, x: &[Arg], y: &[Arg]) -> Result<(), KernelError> {
         let d = x[0].rows_for(last(&x[0]), &[&y[0]]);
@@ -54,13 +85,43 @@ impl CpuKernel for RmsNorm {
 
 impl CpuKernel for RmsNormGrad {
     fn run(&self, x: &[Arg], y: &[Arg]) -> Result<(), KernelError> {
-        let d = x[0].rows_for(last(&x[0]), &[&x[2], &y[0]]);
-        norm::rms_norm_backward(x[0].mat(d), x[1].f32(), self.eps as f32, x[2].mat(d), y[0].mat_mut(d), y[1].f32_mut());
+        let d = x[0].rows_for(last(&x[0]), &[&x[2], x.get(3).unwrap_or(&x[2]), &y[0]]);
+        let (dy, base) = (x[2].mat(d), x.get(3).map(|b| b.mat(d)));
+        norm::rms_norm_backward(x[0].mat(d), x[1].f32(), self.eps as f32, dy, base, y[0].mat_mut(d), y[1].f32_mut());
         Ok(())
     }
     fn scratch(&self, x: &[ConcreteTy], _: &[ConcreteTy]) -> usize {
         let width = last(&x[0]);
         norm::rms_norm_backward_scratch(x[0].elements().checked_div(width).unwrap_or(0), width, width)
+    }
+}
+
+impl CpuKernel for GatedRmsNorm {
+    fn run(&self, x: &[Arg], y: &[Arg]) -> Result<(), KernelError> {
+        let d = x[0].rows_for(last(&x[0]), &[&x[1], &y[0]]);
+        norm::gated_rms_norm(x[0].mat(d), x[1].mat(d), x[2].f32(), self.eps as f32, y[0].mat_mut(d));
+        Ok(())
+    }
+}
+
+impl CpuKernel for GatedRmsNormGrad {
+    fn run(&self, x: &[Arg], y: &[Arg]) -> Result<(), KernelError> {
+        let d = x[0].rows_for(last(&x[0]), &[&x[1], &x[3], &y[0], &y[1]]);
+        norm::gated_rms_norm_backward(
+            x[0].mat(d),
+            x[1].mat(d),
+            x[2].f32(),
+            self.eps as f32,
+            x[3].mat(d),
+            y[0].mat_mut(d),
+            y[1].mat_mut(d),
+            y[2].f32_mut(),
+        );
+        Ok(())
+    }
+    fn scratch(&self, x: &[ConcreteTy], _: &[ConcreteTy]) -> usize {
+        let width = last(&x[0]);
+        norm::gated_rms_norm_backward_scratch(x[0].elements().checked_div(width).unwrap_or(0), width, width)
     }
 }
 

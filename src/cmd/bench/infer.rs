@@ -1,7 +1,8 @@
 //! `rambac bench prefill` and `decode`: a session as `generate` runs it.
 //!
 //! Decoding one token reads every weight once, so its limit is the bytes of the weights over the rate at which this
-//! machine reads memory; prefill's is its FLOPs over the rate of large products.  Both rates are measured in the same run.
+//! machine reads an array of that size; prefill's is its FLOPs over the rate of large products.  Both rates are measured
+//! in the same run.
 
 use super::{Kinds, WARM_UP, add_steps, median, profile};
 use crate::cli::{Bench, Weights, Work};
@@ -15,6 +16,7 @@ use rambac_ir::ops::{Op, SourceKind};
 use rambac_ir::{Bindings, Cost};
 use rambac_models::Config;
 use rambac_models::data::rng;
+use rambac_runtime::session::Segment;
 use rambac_runtime::{Session, SessionOptions};
 use rand::Rng;
 use serde_json::json;
@@ -34,12 +36,13 @@ pub fn run(a: &Bench, config: &Config, weights: Option<&Path>, pool: Arc<rayon::
     let options = SessionOptions { sequences: a.batch, passes: a.weights.options(), ..SessionOptions::default() };
     let params = model::parameters_for(&graphs, &options.passes, config, weights)?;
     let session = Session::new(&graphs, params, pool.clone(), &options).map_err(wrap)?;
-    let mut b = Infer { a, config, session, rng: rng::stream(0, "bench", &[]) };
+    let mut b =
+        Infer { a, config, session, rng: rng::stream(0, "bench", &[]), segment: Segment::default(), logits: vec![] };
     let r = if a.what == Work::Decode { b.decode()? } else { b.prefill()? };
     // Before the rates are measured, which takes memory of its own.
     let rss = machine::peak_rss();
     let rates = machine::rates(&pool);
-    let read = machine::read_rate(&pool);
+    let read = machine::read_rate(&pool, r.cost.bytes as usize);
     b.print(&r, rates, read, rss);
     if a.profile {
         profile(r.name, r.sums, a.json);
@@ -65,6 +68,9 @@ struct Infer<'a> {
     config: &'a Config,
     session: Session,
     rng: rand_chacha::ChaCha8Rng,
+    /// Of the last step.
+    segment: Segment,
+    logits: Vec<f32>,
 }
 
 impl Infer<'_> {
@@ -86,9 +92,10 @@ impl Infer<'_> {
     }
 
     /// One more token in every sequence; the logits.
-    fn step(&mut self, ids: &[i32]) -> Result<Vec<f32>> {
-        let hidden = self.session.step(ids).map_err(wrap)?.hidden;
-        self.session.logits(&hidden).map_err(wrap)
+    fn step(&mut self, ids: &[i32]) -> Result<&[f32]> {
+        self.session.step_into(ids, &mut self.segment).map_err(wrap)?;
+        self.session.logits_into(&self.segment.hidden, &mut self.logits).map_err(wrap)?;
+        Ok(&self.logits)
     }
 
     fn record(&mut self) {
@@ -235,7 +242,7 @@ impl Infer<'_> {
             show::si(rates.gemm, "FLOP/s")
         );
         println!(
-            "  {}   {}: {}, {} of this machine's large reads ({})",
+            "  {}   {}: {}, {} of this machine's fastest reads of as much ({})",
             if decode { "weights" } else { "traffic" },
             show::si(r.cost.bytes, "B"),
             show::si(r.cost.bytes / t, "B/s"),

@@ -1,9 +1,9 @@
 //! Elementwise ops: the region's arithmetic is written into the stub, reading and writing is `map.cuh`.
 
-use super::{Cuda, Site, Unsupported, because};
+use super::{Cuda, Site, Unsupported, because, vector};
 use crate::View;
 use crate::cuda::expr::Expr;
-use crate::cuda::form::{Form, Launch, Operand};
+use crate::cuda::form::{Call, Form, Launch, Operand};
 use crate::cuda::stub::{Stub, c_float, packed};
 use rambac_ir::ops::*;
 use rambac_ir::{DType, Dim};
@@ -62,6 +62,7 @@ fn row_length(stub: &mut Stub, d: &Dim, name: &str) -> (usize, String) {
 
 /// A region: registers `v0..` are the operands, then one per instruction.
 struct Region<'a> {
+    operands: Vec<(Operand, &'a View)>,
     shape: &'a [Dim],
     body: &'a [MapInst],
     outs: &'a [usize],
@@ -72,15 +73,15 @@ struct Region<'a> {
 impl Region<'_> {
     fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
         let n = Expr::product(self.shape);
-        let indices = site.inputs.iter().map(|v| index(v, self.shape)).collect::<Result<Vec<_>, _>>()?;
+        let indices = self.operands.iter().map(|(_, v)| index(v, self.shape)).collect::<Result<Vec<_>, _>>()?;
         let results = site.outputs.iter().map(|v| index(v, self.shape)).collect::<Result<Vec<_>, _>>()?;
-        let operands: Vec<Operand> = (0..site.inputs.len())
+        let moved: Vec<&View> = (0..self.operands.len())
             .filter(|&i| indices[i] != Index::Scalar)
-            .map(Operand::Input)
-            .chain((0..site.outputs.len()).map(Operand::Output))
+            .map(|i| self.operands[i].1)
+            .chain(site.outputs)
             .collect();
         // 16 bytes of the widest element at a time, where all rows allow it.
-        let widest = operands.iter().map(|&at| site.dtype(at).size()).max().unwrap_or(4).max(2);
+        let widest = moved.iter().map(|v| v.ty.dtype.size()).max().unwrap_or(4).max(2);
         let even = |w: usize| {
             let fits = |d: &Dim| d.is_multiple_of(w as u64);
             let row = |i: &Index| match i {
@@ -89,7 +90,7 @@ impl Region<'_> {
             };
             Dim::product(self.shape).is_some_and(|d| fits(&d)) && indices.iter().chain(&results).all(row)
         };
-        let mut w = site.vector(&operands, 16 / widest);
+        let mut w = vector(moved.iter().copied(), 16 / widest);
         while w > 1 && !even(w) {
             w /= 2;
         }
@@ -98,7 +99,7 @@ impl Region<'_> {
         let mut body = vec![];
         for (i, ix) in indices.iter().enumerate() {
             let name = format!("x{i}");
-            stub = stub.read(&name, site.dtype(Operand::Input(i)), Operand::Input(i));
+            stub = stub.read(&name, self.operands[i].1.ty.dtype, self.operands[i].0);
             let load = match ix {
                 Index::Same => format!("load_same<{w}>({name}, i)"),
                 Index::Scalar => format!("load_scalar<{w}>({name})"),
@@ -118,19 +119,19 @@ impl Region<'_> {
             };
             body.push(format!("auto a{i} = {load};"));
         }
-        let kind = |o: usize| if self.integer(site, self.outs[o]) { "i32" } else { "float" };
+        let kind = |o: usize| if self.integer(self.outs[o]) { "i32" } else { "float" };
         for o in 0..self.outs.len() {
             body.push(format!("Values<{}, {w}> r{o};", kind(o)));
         }
         let mut inner = vec![];
-        for i in 0..site.inputs.len() {
-            let ty = if self.integer(site, i) { "i32" } else { "float" };
+        for i in 0..self.operands.len() {
+            let ty = if self.integer(i) { "i32" } else { "float" };
             inner.push(format!("{ty} v{i} = a{i}[e];"));
         }
         for (k, inst) in self.body.iter().enumerate() {
-            let r = site.inputs.len() + k;
-            let ty = if self.integer(site, r) { "i32" } else { "float" };
-            inner.push(format!("{ty} v{r} = {};", self.expression(site, inst)));
+            let r = self.operands.len() + k;
+            let ty = if self.integer(r) { "i32" } else { "float" };
+            inner.push(format!("{ty} v{r} = {};", self.expression(inst)));
         }
         for (o, r) in self.outs.iter().enumerate() {
             inner.push(format!("r{o}[e] = v{r};"));
@@ -161,22 +162,22 @@ impl Region<'_> {
         Ok(vec![Form::new("map", why, vec![stub.hashed().launch_body(grid, text).into()])])
     }
 
-    fn integer(&self, site: &Site, r: usize) -> bool {
+    fn integer(&self, r: usize) -> bool {
         if !self.ints {
             return false;
         }
-        match r.checked_sub(site.inputs.len()) {
-            None => site.dtype(Operand::Input(r)) == DType::I32,
+        match r.checked_sub(self.operands.len()) {
+            None => self.operands[r].1.ty.dtype == DType::I32,
             Some(k) => match self.body[k].f {
                 MapFn::Cast(d) => d == DType::I32,
-                MapFn::Binary(f) => !f.is_comparison() && self.integer(site, self.body[k].args[0] as usize),
-                MapFn::Where => self.integer(site, self.body[k].args[1] as usize),
+                MapFn::Binary(f) => !f.is_comparison() && self.integer(self.body[k].args[0] as usize),
+                MapFn::Where => self.integer(self.body[k].args[1] as usize),
                 MapFn::Unary(_) | MapFn::Const(_) => false,
             },
         }
     }
 
-    fn expression(&self, site: &Site, inst: &MapInst) -> String {
+    fn expression(&self, inst: &MapInst) -> String {
         let args: Vec<String> = inst.args.iter().map(|a| format!("v{a}")).collect();
         let call = |f: &str| format!("fn::{f}({})", args.join(", "));
         match inst.f {
@@ -186,16 +187,29 @@ impl Region<'_> {
             MapFn::Cast(DType::Bool) => call("truth"),
             MapFn::Cast(DType::I32) if self.ints => format!("(i32){}", args[0]),
             MapFn::Cast(DType::I32) => call("trunc"),
-            MapFn::Cast(_) if self.integer(site, inst.args[0] as usize) => format!("(float){}", args[0]),
+            MapFn::Cast(_) if self.integer(inst.args[0] as usize) => format!("(float){}", args[0]),
             MapFn::Cast(_) => args[0].clone(),
             MapFn::Const(c) => c_float(c),
         }
     }
 }
 
+/// The step's operands.
+fn inputs<'a>(site: &Site<'a>) -> Vec<(Operand, &'a View)> {
+    site.inputs.iter().enumerate().map(|(i, v)| (Operand::Input(i), v)).collect()
+}
+
+/// The launch of a region whose first operand is the product in workspace and whose others follow a product's two.
+pub(super) fn of_product(map: &FusedMap, product: &View, at: Operand, site: &Site) -> Result<Vec<Call>, Unsupported> {
+    let operands = std::iter::once((at, product)).chain(inputs(site).into_iter().skip(2)).collect();
+    let r = Region { operands, shape: &map.shape, body: &map.body, outs: &map.outs, ints: false };
+    Ok(r.forms(site)?.remove(0).calls)
+}
+
 impl Cuda for FusedMap {
     fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
-        Region { shape: &self.shape, body: &self.body, outs: &self.outs, ints: false }.forms(site)
+        Region { operands: inputs(site), shape: &self.shape, body: &self.body, outs: &self.outs, ints: false }
+            .forms(site)
     }
 }
 
@@ -203,12 +217,12 @@ impl Cuda for FusedMap {
 fn single(site: &Site, f: MapFn) -> Result<Vec<Form>, Unsupported> {
     let n = site.inputs.len();
     let body = [MapInst { f, args: (0..n as u32).collect() }];
-    Region { shape: &site.outputs[0].ty.shape, body: &body, outs: &[n], ints: true }.forms(site)
+    Region { operands: inputs(site), shape: &site.outputs[0].ty.shape, body: &body, outs: &[n], ints: true }.forms(site)
 }
 
 /// A region without instructions: the operand as it is, broadcast if it is smaller.
 pub(super) fn copy(site: &Site) -> Result<Vec<Form>, Unsupported> {
-    Region { shape: &site.outputs[0].ty.shape, body: &[], outs: &[0], ints: true }.forms(site)
+    Region { operands: inputs(site), shape: &site.outputs[0].ty.shape, body: &[], outs: &[0], ints: true }.forms(site)
 }
 
 /// `n` elements as another type.
@@ -248,6 +262,7 @@ impl Cuda for Constant {
             body.push(MapInst { f: MapFn::Cast(DType::I32), args: vec![0] });
         }
         let outs = [body.len() - 1];
-        Region { shape: &site.outputs[0].ty.shape, body: &body, outs: &outs, ints: true }.forms(site)
+        Region { operands: inputs(site), shape: &site.outputs[0].ty.shape, body: &body, outs: &outs, ints: true }
+            .forms(site)
     }
 }

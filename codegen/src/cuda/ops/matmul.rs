@@ -1,40 +1,63 @@
 //! Dense products go to the vendor's library.
 
-use super::{Cuda, Site, Unsupported};
+use super::{Cuda, Site, Unsupported, row_stride};
 use crate::cuda::expr::Expr;
 use crate::cuda::form::{Call, Form, Gemm, GemmOperand, Operand};
+use crate::{BufferId, View};
 use rambac_ir::ops::*;
+use rambac_ir::{DType, Dim, Ty};
+
+/// The product of the step's first two operands into `c`, which is `result`.
+fn gemm(op: &MatMul, site: &Site, c: Operand, result: &View) -> Result<Gemm, Unsupported> {
+    let (a, b) = (Operand::Input(0), Operand::Input(1));
+    let view = |at| if at == c { result } else { site.view(at) };
+    let shape = |at| &view(at).ty.shape;
+    // One matrix for all rows of `a`: the rows are one matrix too.
+    let shared = shape(b).len() == 2 && shape(a).len() > 2;
+    let rank = shape(c).len();
+    let operand = |at: Operand, trans: bool, flat: bool| -> Result<GemmOperand, Unsupported> {
+        let axis = shape(at).len() - 1;
+        let ld = row_stride(view(at), axis)?;
+        let rows = Expr::from(&shape(at)[axis - 1]);
+        let step = if flat || axis == 1 { Expr::int(0) } else { rows * ld.clone() };
+        Ok(GemmOperand { at, first: Expr::int(0), dtype: view(at).ty.dtype, ld, step, trans })
+    };
+    let (batch, m) = if shared {
+        (Expr::int(1), Expr::product(&shape(c)[..rank - 1]))
+    } else {
+        (Expr::product(&shape(c)[..rank - 2]), Expr::from(&shape(c)[rank - 2]))
+    };
+    let inner = shape(a).len() - if op.trans_a { 2 } else { 1 };
+    Ok(Gemm {
+        batch,
+        m,
+        n: Expr::from(&shape(c)[rank - 1]),
+        k: Expr::from(&shape(a)[inner]),
+        a: operand(a, op.trans_a, shared)?,
+        b: operand(b, op.trans_b, false)?,
+        c: operand(c, false, shared)?,
+        add: false,
+    })
+}
 
 impl Cuda for MatMul {
     fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
-        let (a, b, c) = (Operand::Input(0), Operand::Input(1), Operand::Output(0));
-        let shape = |at| &site.view(at).ty.shape;
-        // One matrix for all rows of `a`: the rows are one matrix too.
-        let shared = shape(b).len() == 2 && shape(a).len() > 2;
-        let rank = shape(c).len();
-        let operand = |at: Operand, trans: bool, flat: bool| -> Result<GemmOperand, Unsupported> {
-            let axis = shape(at).len() - 1;
-            let ld = site.row_stride(at, axis)?;
-            let rows = Expr::from(&shape(at)[axis - 1]);
-            let step = if flat || axis == 1 { Expr::int(0) } else { rows * ld.clone() };
-            Ok(GemmOperand { at, first: Expr::int(0), dtype: site.dtype(at), ld, step, trans })
-        };
-        let (batch, m) = if shared {
-            (Expr::int(1), Expr::product(&shape(c)[..rank - 1]))
-        } else {
-            (Expr::product(&shape(c)[..rank - 2]), Expr::from(&shape(c)[rank - 2]))
-        };
-        let inner = shape(a).len() - if self.trans_a { 2 } else { 1 };
-        let gemm = Gemm {
-            batch,
-            m,
-            n: Expr::from(&shape(c)[rank - 1]),
-            k: Expr::from(&shape(a)[inner]),
-            a: operand(a, self.trans_a, shared)?,
-            b: operand(b, self.trans_b, false)?,
-            c: operand(c, false, shared)?,
-            add: false,
-        };
-        Ok(vec![Form::new("gemm", "a dense product of the vendor's library", vec![Call::Gemm(gemm)])])
+        let g = gemm(self, site, Operand::Output(0), &site.outputs[0])?;
+        Ok(vec![Form::new("gemm", "a dense product of the vendor's library", vec![Call::Gemm(g)])])
+    }
+}
+
+impl Cuda for MatMulMap {
+    fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
+        let product = Operand::Workspace(0);
+        let shape = &site.outputs[0].ty.shape;
+        let ty = Ty::new(DType::F32, shape.iter().cloned());
+        // A view of workspace: its buffer is never asked for.
+        let view = View { buffer: BufferId(u32::MAX), offset: Dim::int(0), ty, strided: None };
+        let g = gemm(&self.product(), site, product, &view)?;
+        let mut calls = vec![Call::Gemm(g)];
+        calls.extend(super::map::of_product(&self.map(shape.clone()), &view, product, site)?);
+        let why = "a dense product of the vendor's library, then one pass over its result";
+        Ok(vec![Form::new("gemm_map", why, calls).with("product", DType::F32, Expr::product(shape))])
     }
 }

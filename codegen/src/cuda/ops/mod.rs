@@ -61,15 +61,9 @@ impl Site<'_> {
             None => because(format!("axis {axis} of {ty} must have an integer size")),
         }
     }
-    /// The distance, in elements, of rows that hold axes `axis..` of the operand.
+    /// As [`row_stride`], of an operand.
     pub fn row_stride(&self, at: Operand, axis: usize) -> Result<Expr, Unsupported> {
-        let v = self.view(at);
-        let cols = Expr::product(&v.ty.shape[axis..]);
-        match &v.strided {
-            None => Ok(cols),
-            Some(s) if Expr::from(&s.cols) == cols => Ok(Expr::from(&s.stride)),
-            Some(s) => because(format!("rows of {cols} wanted, the view has rows of {}", s.cols)),
-        }
+        row_stride(self.view(at), axis)
     }
     /// Refuses a strided operand.
     pub fn contiguous(&self, at: Operand) -> Result<(), Unsupported> {
@@ -78,21 +72,9 @@ impl Site<'_> {
             Some(s) => because(format!("a contiguous operand is wanted, this one has rows of {}", s.cols)),
         }
     }
-    /// The largest number of elements, a power of two of at most `most`, that every row and row distance is a multiple of:
-    /// so many can be moved at once.
+    /// As [`vector`], of operands.
     pub fn vector(&self, all: &[Operand], most: usize) -> usize {
-        let fits = |w: usize| {
-            all.iter().all(|&at| {
-                let v = self.view(at);
-                let even = |d: &Dim| d.is_multiple_of(w as u64);
-                let rows = match &v.strided {
-                    None => true,
-                    Some(s) => even(&s.cols) && even(&s.stride),
-                };
-                rows && even(&v.offset)
-            })
-        };
-        std::iter::successors(Some(most.max(1)), |w| (*w > 1).then_some(w / 2)).find(|&w| fits(w)).unwrap_or(1)
+        vector(all.iter().map(|&at| self.view(at)), most)
     }
     pub fn dtype(&self, at: Operand) -> DType {
         self.view(at).ty.dtype
@@ -100,6 +82,31 @@ impl Site<'_> {
     pub fn c_type(&self, at: Operand) -> &'static str {
         c_type(self.dtype(at))
     }
+}
+
+/// The distance, in elements, of rows that hold axes `axis..` of the view.
+///
+/// # Errors
+/// It is strided by other rows.
+pub fn row_stride(v: &View, axis: usize) -> Result<Expr, Unsupported> {
+    let cols = Expr::product(&v.ty.shape[axis..]);
+    match &v.strided {
+        None => Ok(cols),
+        Some(s) if Expr::from(&s.cols) == cols => Ok(Expr::from(&s.stride)),
+        Some(s) => because(format!("rows of {cols} wanted, the view has rows of {}", s.cols)),
+    }
+}
+
+/// The largest number of elements, a power of two of at most `most`, that every row and row distance is a multiple of:
+/// so many can be moved at once.
+pub fn vector<'a>(views: impl Iterator<Item = &'a View> + Clone, most: usize) -> usize {
+    let fits = |w: usize| {
+        views.clone().all(|v| {
+            let even = |d: &Dim| d.is_multiple_of(w as u64);
+            v.strided.as_ref().is_none_or(|s| even(&s.cols) && even(&s.stride)) && even(&v.offset)
+        })
+    };
+    std::iter::successors(Some(most.max(1)), |w| (*w > 1).then_some(w / 2)).find(|&w| fits(w)).unwrap_or(1)
 }
 
 /// Implemented for every op.
@@ -134,4 +141,5 @@ macro_rules! none_yet {
     };
 }
 // Ops that have no kernel: a source is no step, and what fusion should have removed holds values of L×C.
+none_yet! { GatedRmsNorm, GatedRmsNormGrad }
 none_yet! { Source, Score, ScoreGrad, Select, Weigh, WeighGrad, Attend, AttendGrad, Aggregate, AggregateGrad, Summarise }

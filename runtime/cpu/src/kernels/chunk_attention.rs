@@ -453,9 +453,15 @@ impl WithSimd for SumSlots<'_> {
                         let mut sum = simd.splat_f32s(0.0);
                         for pair in 0..count {
                             let at = pair * slot + g * wide + column;
-                            sum = simd.add_f32s(sum, simd.partial_load_f32s(&pairs[at..at + S::F32_LANES]));
+                            let part = &pairs[at..at + S::F32_LANES];
+                            // SAFETY: a whole vector, as just cut; rows of slots are padded to whole ones.
+                            sum = simd.add_f32s(sum, unsafe { part.as_ptr().cast::<S::f32s>().read_unaligned() });
                         }
-                        simd.partial_store_f32s(&mut out[column..dim.min(column + S::F32_LANES)], sum);
+                        let out = &mut out[column..dim.min(column + S::F32_LANES)];
+                        match S::as_mut_simd_f32s(out) {
+                            ([whole], []) => *whole = sum,
+                            _ => simd.partial_store_f32s(out, sum),
+                        }
                     }
                 }
             }

@@ -5,7 +5,7 @@
 //! A long contraction with a small result (weight gradients: k = tokens) is cut in parts whose results are summed in
 //! order.  Few rows (decoding) read B once, see matvec.rs.  A B in bf16 is widened while it is packed.
 //! Invariants: tile and part counts never depend on threads (bits do depend on the instruction set); C is overwritten
-//! unless `accumulate`.
+//! unless `accumulate`.  An epilogue sees every part of C once, finished, while it is in a cache.
 
 // Index loops over several arrays at once read like the formulas.
 #![allow(clippy::needless_range_loop)]
@@ -17,14 +17,28 @@ use crate::par::{self, SharedMut};
 use crate::simd::dispatch;
 use crate::{Mat, MatMut};
 use half::bf16;
+use std::ops::Range;
 
 /// Products with at most this many rows read B once, in place.
 const FEW_ROWS: usize = 6;
 /// The same where B's columns are contiguous: dot products need no packing, which costs as much as many rows do.
 const DOT_ROWS: usize = 32;
 
+/// What is done with a finished part of C, `then(rows, columns)`, by the thread that finished it: every element is in
+/// exactly one part.
+pub type Epilogue<'a> = &'a (dyn Fn(Range<usize>, Range<usize>) + Sync);
+
 /// c (m x n) = op(a) op(b), plus the old c if `accumulate`; op transposes where its flag is set.
 pub fn matmul(a: Mat, trans_a: bool, b: Mat, trans_b: bool, c: MatMut, accumulate: bool) {
+    product(a, trans_a, b, trans_b, c, accumulate, None);
+}
+
+/// c (m x n) = op(a) op(b), and `then` on each part of it while that is in a cache.
+pub fn matmul_then(a: Mat, trans_a: bool, b: Mat, trans_b: bool, c: MatMut, then: Epilogue) {
+    product(a, trans_a, b, trans_b, c, false, Some(then));
+}
+
+fn product(a: Mat, trans_a: bool, b: Mat, trans_b: bool, c: MatMut, accumulate: bool, then: Option<Epilogue>) {
     let (m, k) = if trans_a { (a.cols(), a.rows()) } else { (a.rows(), a.cols()) };
     let (kb, n) = if trans_b { (b.cols(), b.rows()) } else { (b.rows(), b.cols()) };
     assert!(
@@ -37,7 +51,7 @@ pub fn matmul(a: Mat, trans_a: bool, b: Mat, trans_b: bool, c: MatMut, accumulat
     let (brs, bcs) = if trans_b { (1, b.stride()) } else { (b.stride(), 1) };
     let p = Product { m, n, k, a: a.as_ptr(), ars, acs, b: b.as_ptr(), brs, bcs };
     // SAFETY: the strides describe the matrices just checked; `c` is exclusive.
-    unsafe { p.run(c.as_mut_ptr(), c.stride(), accumulate) }
+    unsafe { p.run(c.as_mut_ptr(), c.stride(), accumulate, then) }
 }
 
 /// Floats of scratch that [`matmul`] takes on the calling thread for contiguous operands of these sizes.
@@ -65,8 +79,8 @@ fn tiles_scratch(m: usize, n: usize, k: usize, pack: bool) -> usize {
     par::rounded(packed) + par::rounded(if parts > 1 { parts * m * n } else { 0 })
 }
 
-/// c (m x n) = a (m x k) wᵀ with w (n x k) in bf16, products and sums in f32.
-pub fn matmul_bf16(a: Mat, w: Mat<bf16>, c: MatMut) {
+/// c (m x n) = a (m x k) wᵀ with w (n x k) in bf16, products and sums in f32; then the epilogue, if any.
+pub fn matmul_bf16(a: Mat, w: Mat<bf16>, c: MatMut, then: Option<Epilogue>) {
     let (m, n, k) = (a.rows(), w.rows(), a.cols());
     assert!(
         w.cols() == k && c.rows() == m && c.cols() == n,
@@ -79,7 +93,8 @@ pub fn matmul_bf16(a: Mat, w: Mat<bf16>, c: MatMut) {
     unsafe {
         if m <= DOT_ROWS {
             let (a, w) = ((a.as_ptr(), a.stride(), 1), (w.as_ptr(), w.stride()));
-            return rows_times::<bf16, 2>(m, n, k, a, w, (c.as_mut_ptr(), c.stride()), false);
+            rows_times::<bf16, 2>(m, n, k, a, w, (c.as_mut_ptr(), c.stride()), false);
+            return after(m, n, then);
         }
         // B is read from its packed copy alone.
         let p = Product { m, n, k, a: a.as_ptr(), ars: a.stride(), acs: 1, b: std::ptr::null(), brs: 0, bcs: 0 };
@@ -93,8 +108,15 @@ pub fn matmul_bf16(a: Mat, w: Mat<bf16>, c: MatMut) {
                     transpose_small(Mat::new(wide, width, kb), to, PANEL);
                 });
             });
-            p.tiles(Some(packed), &plan, c.as_mut_ptr(), c.stride(), false);
+            p.tiles(Some(packed), &plan, c.as_mut_ptr(), c.stride(), false, then);
         });
+    }
+}
+
+/// The epilogue of a product that was not made part by part.
+fn after(m: usize, n: usize, then: Option<Epilogue>) {
+    if let Some(then) = then {
+        par::for_blocks(m, par::rows_per_task(8 * n), 8 * m * n, |_, start, end| then(start..end, 0..n));
     }
 }
 
@@ -152,7 +174,7 @@ pub fn batched_matmul(
         for i in start..end {
             let p = Product { m, n, k, a: a[i * m * k..].as_ptr(), ars, acs, b: b[i * k * n..].as_ptr(), brs, bcs };
             // SAFETY: product `i` owns its part of c; sizes were checked.
-            unsafe { p.run(out.slice(i * m * n, m * n).as_mut_ptr(), n, false) }
+            unsafe { p.run(out.slice(i * m * n, m * n).as_mut_ptr(), n, false, None) }
         }
     });
 }
@@ -205,16 +227,18 @@ struct Plan {
 
 impl Plan {
     fn new(m: usize, n: usize, k: usize) -> Self {
-        let depth = k.div_ceil(k.div_ceil(320)).next_multiple_of(4);
         let cols = n.div_ceil(n.div_ceil(256)).next_multiple_of(PANEL);
         let mut rows = 192;
         while rows > 48 && m.div_ceil(rows) * n.div_ceil(cols) < 16 && k <= 1024 {
             rows /= 2;
         }
-        let (tiles, all) = (m.div_ceil(rows) * n.div_ceil(cols), k.div_ceil(depth));
+        let tiles = m.div_ceil(rows) * n.div_ceil(cols);
         // Enough tasks for many cores; the parts' results must stay small beside the operands.
-        let parts = if tiles >= 16 { 1 } else { (32 / tiles).min(all / 2).max(1) };
-        Self { rows, cols, depth, blocks: all.div_ceil(parts) }
+        let parts = if tiles >= 16 { 1 } else { (32 / tiles).min(k / 512).max(1) };
+        // Equal parts of equal blocks: a short last one would leave threads idle.
+        let part = k.div_ceil(parts);
+        let blocks = part.div_ceil(320);
+        Self { rows, cols, depth: part.div_ceil(blocks).next_multiple_of(4), blocks }
     }
     /// Parts of k with a partial result each.
     fn parts(&self, k: usize) -> usize {
@@ -267,7 +291,7 @@ impl Product {
         self.bcs != 1 || (!self.transposed_a() && self.m > UNPACKED_ROWS)
     }
 
-    unsafe fn run(&self, c: *mut f32, crs: usize, add: bool) {
+    unsafe fn run(&self, c: *mut f32, crs: usize, add: bool, then: Option<Epilogue>) {
         let &Product { m, n, k, .. } = self;
         let a = (self.a, self.ars, self.acs);
         // SAFETY: the caller's matrices, forwarded.
@@ -277,12 +301,13 @@ impl Product {
                 Path::Dots => rows_times::<f32, 1>(m, n, k, a, (self.b, self.bcs), (c, crs), add),
                 Path::Few => self.few_rows(c, crs, add),
                 Path::Small => small(m, n, k, a, (self.b, self.brs), (c, crs), add),
-                Path::Tiled => self.tiled(c, crs, add),
+                Path::Tiled => return self.tiled(c, crs, add, then),
             }
         }
+        after(m, n, then);
     }
 
-    unsafe fn tiled(&self, c: *mut f32, crs: usize, add: bool) {
+    unsafe fn tiled(&self, c: *mut f32, crs: usize, add: bool, then: Option<Epilogue>) {
         let &Product { m, n, k, .. } = self;
         let plan = Plan::new(m, n, k);
         let pack = self.packs_b();
@@ -291,12 +316,20 @@ impl Product {
                 self.pack_b(packed, plan.depth);
             }
             // SAFETY: the caller's matrices.
-            unsafe { self.tiles(pack.then_some(&*packed), &plan, c, crs, add) }
+            unsafe { self.tiles(pack.then_some(&*packed), &plan, c, crs, add, then) }
         });
     }
 
     /// Every tile and part; `packed` as by `pack_panels`, or B is read in place.
-    unsafe fn tiles(&self, packed: Option<&[f32]>, plan: &Plan, c: *mut f32, crs: usize, add: bool) {
+    unsafe fn tiles(
+        &self,
+        packed: Option<&[f32]>,
+        plan: &Plan,
+        c: *mut f32,
+        crs: usize,
+        add: bool,
+        then: Option<Epilogue>,
+    ) {
         let &Product { m, n, k, .. } = self;
         let step = plan.depth * plan.blocks;
         let (rows, cols, parts) = (m.div_ceil(plan.rows), n.div_ceil(plan.cols), plan.parts(k));
@@ -310,6 +343,9 @@ impl Product {
                     let ks = (p * step, step.min(k - p * step));
                     if parts == 1 {
                         self.tile(packed, (i, tm), (j, tn), ks, plan.depth, c.get().add(i * crs + j), crs, add);
+                        if let Some(then) = then {
+                            then(i..i + tm, j..j + tn);
+                        }
                     } else {
                         let to = shared.ptr(p * m * n + i * n + j, (tm - 1) * n + tn);
                         self.tile(packed, (i, tm), (j, tn), ks, plan.depth, to, n, false);
@@ -322,6 +358,9 @@ impl Product {
                         // SAFETY: row i of c belongs to this task.
                         let row = unsafe { std::slice::from_raw_parts_mut(c.get().add(i * crs), n) };
                         sum_rows(partial, m * n, i * n, parts, row, add);
+                    }
+                    if let Some(then) = then {
+                        then(start..end, 0..n);
                     }
                 });
             }

@@ -22,7 +22,9 @@ compile_error!("bf16 weights are read two at a time as little-endian words");
 const ROWS: usize = 6;
 /// Bytes of w that a task reads: a few microseconds.
 const TASK_BYTES: usize = 1 << 16;
-/// Bytes that are asked for ahead of the ones used.
+/// Bytes up to which rows of w are asked for while the ones before them are used: half of L1.
+const NEXT_ROWS: usize = 24 << 10;
+/// Bytes that are asked for ahead of the ones used where rows are longer.
 const AHEAD: usize = 1024;
 /// Lanes of the widest vector: planes of `a` are padded to it.
 const LANES: usize = 16;
@@ -189,11 +191,14 @@ impl<W: Weight<P>, const P: usize> Part<'_, W, P> {
         unsafe {
             let x = planes.as_ptr().add(i * P * len);
             let rows: [*const W; NR] = std::array::from_fn(|r| w.add((j + r) * ws));
+            // Every line is asked for once, the beginnings of rows too.
+            let next = NR * ws * size_of::<W>();
+            let ahead = if next <= NEXT_ROWS { next } else { AHEAD };
             for v in 0..k / step {
                 for r in 0..NR {
                     let at = rows[r].add(v * step);
                     if !S::IS_SCALAR {
-                        prefetch(at.wrapping_byte_add(AHEAD));
+                        prefetch(at.wrapping_byte_add(ahead));
                     }
                     let w = W::load(simd, at);
                     for p in 0..P {
@@ -231,7 +236,7 @@ impl<W: Weight<P>, const P: usize> Part<'_, W, P> {
 
 /// Asks for the cache line at `at`, which need not exist.
 #[inline(always)]
-fn prefetch<T>(at: *const T) {
+pub(super) fn prefetch<T>(at: *const T) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: a hint; it reads nothing.
     unsafe {
@@ -239,6 +244,40 @@ fn prefetch<T>(at: *const T) {
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = at;
+}
+
+/// Sum of `x` on the calling thread, as one stream that is asked for `ahead` bytes ahead: a measure of how fast memory
+/// can be read.
+pub fn total(x: &[f32], ahead: usize) -> f32 {
+    dispatch(Total { x, ahead })
+}
+
+struct Total<'a> {
+    x: &'a [f32],
+    ahead: usize,
+}
+
+impl WithSimd for Total<'_> {
+    type Output = f32;
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) -> f32 {
+        let (body, rest) = S::as_simd_f32s(self.x);
+        let (blocks, tail) = body.as_chunks::<8>();
+        let mut acc = [simd.splat_f32s(0.0); 8];
+        for block in blocks {
+            for (a, v) in acc.iter_mut().zip(block) {
+                if !S::IS_SCALAR {
+                    prefetch(std::ptr::from_ref(v).wrapping_byte_add(self.ahead));
+                }
+                *a = simd.add_f32s(*a, *v);
+            }
+        }
+        let mut sum = simd.splat_f32s(0.0);
+        for v in acc.iter().chain(tail) {
+            sum = simd.add_f32s(sum, *v);
+        }
+        simd.reduce_sum_f32s(sum) + rest.iter().sum::<f32>()
+    }
 }
 
 #[cfg(test)]
@@ -284,6 +323,14 @@ mod tests {
                     assert!((got as f64 - 1.0 - dot).abs() < 1e-5, "{which}: {m}x{n}x{k}: {got} for {}", dot + 1.0);
                 }
             }
+        }
+    }
+
+    #[test]
+    fn matvec_total_sums_all() {
+        for n in [0, 1, 15, 16, 127, 128, 1000, 16384] {
+            let x: Vec<f32> = (0..n).map(|i| (i % 7) as f32).collect();
+            assert_eq!(total(&x, 512), x.iter().sum::<f32>(), "{n}");
         }
     }
 

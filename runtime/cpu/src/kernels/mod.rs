@@ -10,7 +10,7 @@ pub mod gemm;
 mod gemm_micro;
 pub mod inverted_index;
 pub mod linear_cross_entropy;
-mod matvec;
+pub mod matvec;
 pub mod norm;
 pub mod reduce;
 pub mod rotary;

@@ -10,6 +10,8 @@ use crate::{Mat, MatMut};
 
 /// Scalar operations of `rms_norm_backward` per element.
 const BACKWARD_COST: usize = 10;
+/// As [`BACKWARD_COST`], with a gate.
+const GATED_BACKWARD_COST: usize = 40;
 /// Most partial weight gradients of one call.
 const MAX_PARTS: usize = 64;
 
@@ -89,19 +91,34 @@ pub fn rms_norm(x: Mat, weight: &[f32], eps: f32, y: MatMut) {
     });
 }
 
+simd_fn! {
+    fn add<'a, S>(x: &'a [f32], y: &'a mut [f32]) {
+        for (y, x) in y.iter_mut().zip(x) {
+            *y += x;
+        }
+    }
+}
+
 /// Floats of scratch that [`rms_norm_backward`] takes on the calling thread.
 pub fn rms_norm_backward_scratch(rows: usize, cols: usize, width: usize) -> usize {
     par::rounded(rows.div_ceil(block_rows(rows, BACKWARD_COST * cols)) * width)
 }
 
-/// Gradients of `rms_norm`: dx (rows, cols), dw (weight.len()).
-pub fn rms_norm_backward(x: Mat, weight: &[f32], eps: f32, dy: Mat, dx: MatMut, dw: &mut [f32]) {
+/// Gradients of `rms_norm`: dx (rows, cols), to which `base` is added, and dw (weight.len()).
+pub fn rms_norm_backward(x: Mat, weight: &[f32], eps: f32, dy: Mat, base: Option<Mat>, dx: MatMut, dw: &mut [f32]) {
     check(&x, weight.len(), &[(dy.rows(), dy.cols()), (dx.rows(), dx.cols())]);
+    if let Some(base) = &base {
+        check(&x, weight.len(), &[(base.rows(), base.cols())]);
+    }
     blocks_with_dw(x.rows(), BACKWARD_COST * x.cols(), weight.len(), dw, |start, end, dw| {
         par::with_scratch(weight.len(), |g| {
             for i in start..end {
                 // SAFETY: row i belongs to this task.
-                row_backward(x.row(i), weight, eps, dy.row(i), g, unsafe { dx.row_unchecked(i) }, dw);
+                let dx = unsafe { dx.row_unchecked(i) };
+                row_backward(x.row(i), weight, eps, dy.row(i), g, dx, dw);
+                if let Some(base) = &base {
+                    add(base.row(i), dx);
+                }
             }
         });
     });
@@ -122,6 +139,11 @@ pub fn gated_rms_norm(x: Mat, z: Mat, weight: &[f32], eps: f32, y: MatMut) {
     });
 }
 
+/// Floats of scratch that [`gated_rms_norm_backward`] takes on the calling thread.
+pub fn gated_rms_norm_backward_scratch(rows: usize, cols: usize, width: usize) -> usize {
+    par::rounded(rows.div_ceil(block_rows(rows, GATED_BACKWARD_COST * cols)) * width)
+}
+
 /// Gradients of `gated_rms_norm`: dx, dz (rows, cols), dw (weight.len()).
 #[allow(clippy::too_many_arguments)]
 pub fn gated_rms_norm_backward(
@@ -137,7 +159,7 @@ pub fn gated_rms_norm_backward(
     let dims = [(z.rows(), z.cols()), (dy.rows(), dy.cols()), (dx.rows(), dx.cols()), (dz.rows(), dz.cols())];
     check(&x, weight.len(), &dims);
     let cols = x.cols();
-    blocks_with_dw(x.rows(), 40 * cols, weight.len(), dw, |start, end, dw| {
+    blocks_with_dw(x.rows(), GATED_BACKWARD_COST * cols, weight.len(), dw, |start, end, dw| {
         par::with_scratch(2 * cols + weight.len(), |buf| {
             let (u, rest) = buf.split_at_mut(cols);
             let (du, g) = rest.split_at_mut(cols);

@@ -17,13 +17,6 @@ pub fn sum(x: &[f32], outer: usize, axis: usize, inner: usize, y: &mut [f32]) {
     reduce(Kind::Sum, x, outer, axis, inner, 1.0, y);
 }
 
-simd_fn! {
-    /// Sum of a slice on the calling thread, in float32 lanes: a measure of how fast memory is read.
-    pub fn total<'a, S>(x: &'a [f32]) -> f32 {
-        fold::sum(x)
-    }
-}
-
 /// y[o, i] = scale * sum over a of x[o, a, i]; scale = 1 / axis gives the mean.
 pub fn sum_scaled(x: &[f32], outer: usize, axis: usize, inner: usize, scale: f32, y: &mut [f32]) {
     reduce(Kind::Sum, x, outer, axis, inner, scale, y);

@@ -6,6 +6,7 @@
 // Index loops over several arrays at once read like the formulas.
 #![allow(clippy::needless_range_loop)]
 
+use super::matvec::prefetch;
 use super::scan::{Operands, SelectiveScan};
 use crate::MatMut;
 use crate::par::{self, SharedMut};
@@ -92,6 +93,10 @@ impl Step<'_> {
                 // SAFETY: vector v of row i lies inside h.
                 unsafe {
                     let at = at.add(i * r + v * S::F32_LANES).cast::<S::f32s>();
+                    if !S::IS_SCALAR {
+                        // The same place of the next rows, or of the next head.
+                        prefetch(at.wrapping_byte_add(N * r * size_of::<f32>()));
+                    }
                     let new = simd.mul_add_e_f32s(scale[i], *b, simd.mul_f32s(decay, at.read_unaligned()));
                     at.write_unaligned(new);
                     acc[i] = simd.mul_add_e_f32s(new, *c, acc[i]);

@@ -2,8 +2,10 @@
 
 use crate::common::*;
 use half::bf16;
-use rambac_cpu::kernels::gemm::{batched_matmul, matmul, matmul_bf16};
+use rambac_cpu::kernels::gemm::{batched_matmul, matmul, matmul_bf16, matmul_then};
+use rambac_cpu::par::SharedMut;
 use rambac_cpu::{Mat, MatMut};
+use std::ops::Range;
 
 fn reference(a: &[f32], ta: bool, b: &[f32], tb: bool, m: usize, n: usize, k: usize) -> Vec<f64> {
     let mut c = vec![0.0; m * n];
@@ -70,10 +72,50 @@ fn gemm_bf16_weights_match_reference() {
         let ap = Padded::new(&a, m, k, 5);
         let got = same_bits(|| {
             let mut c = Padded::out(m, n, 1);
-            matmul_bf16(ap.mat(), Mat::new(&w, n, k), c.mat_mut());
+            matmul_bf16(ap.mat(), Mat::new(&w, n, k), c.mat_mut(), None);
             c.values()
         });
         close(&format!("{m}x{n}x{k}"), &got, &want, 3e-6);
+    }
+}
+
+/// An epilogue meets every element once, finished, on every path.
+#[test]
+fn gemm_epilogue_follows_the_product() {
+    let mut src = Source::new(5);
+    for (m, n, k) in [(1, 300, 77), (5, 9, 0), (40, 64, 8), (64, 40, 3000), (500, 600, 350), (67, 45, 2100)] {
+        let (a, b) = (src.vec(m * k), src.vec(k * n));
+        let half: Vec<bf16> = b.iter().map(|b| bf16::from_f32(*b)).collect();
+        for (ta, tb) in [(false, false), (false, true), (true, false)] {
+            let ap = if ta { Mat::new(&a, k, m) } else { Mat::new(&a, m, k) };
+            let bp = if tb { Mat::new(&b, n, k) } else { Mat::new(&b, k, n) };
+            for narrow in [false, true] {
+                if narrow && (ta || !tb) {
+                    continue;
+                }
+                let run = |then: Option<f32>| {
+                    let mut c = vec![0.0; m * n];
+                    let shared = SharedMut::new(&mut c);
+                    // SAFETY: the product's result, and its parts in the epilogue.
+                    let out = unsafe { MatMut::from_raw(shared.ptr(0, m * n), m, n, n) };
+                    let twice = |rows: Range<usize>, cols: Range<usize>| {
+                        for r in rows {
+                            let part = unsafe { shared.slice(r * n + cols.start, cols.len()) };
+                            part.iter_mut().for_each(|c| *c = *c * then.unwrap_or(1.0) + 1.0);
+                        }
+                    };
+                    match (narrow, then) {
+                        (true, None) => matmul_bf16(ap, Mat::new(&half, n, k), out, None),
+                        (true, _) => matmul_bf16(ap, Mat::new(&half, n, k), out, Some(&twice)),
+                        (false, None) => matmul(ap, ta, bp, tb, out, false),
+                        (false, _) => matmul_then(ap, ta, bp, tb, out, &twice),
+                    }
+                    c
+                };
+                let want: Vec<f32> = run(None).into_iter().map(|c| c * 2.0 + 1.0).collect();
+                assert_eq!(same_bits(|| run(Some(2.0))), want, "{m}x{n}x{k} {ta} {tb} {narrow}");
+            }
+        }
     }
 }
 
@@ -88,7 +130,7 @@ fn gemm_few_rows_are_independent() {
         let m = a.len() / k;
         let (mut c, mut d) = (vec![0.0; m * n], vec![0.0; m * n]);
         matmul(Mat::new(a, m, k), false, Mat::new(&w, n, k), true, MatMut::new(&mut c, m, n), false);
-        matmul_bf16(Mat::new(a, m, k), Mat::new(&half, n, k), MatMut::new(&mut d, m, n));
+        matmul_bf16(Mat::new(a, m, k), Mat::new(&half, n, k), MatMut::new(&mut d, m, n), None);
         [c, d]
     };
     let all = run(&a);

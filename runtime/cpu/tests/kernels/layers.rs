@@ -30,7 +30,11 @@ fn norm_matches_reference_and_differences() {
         let mut dw = vec![f32::NAN; width];
         norm::rms_norm(px.mat(), &w, eps, y.mat_mut());
         close("rms_norm", &y.values(), &norm_reference(&f64s(&x), None, &f64s(&w), eps as f64), 1e-6);
-        norm::rms_norm_backward(px.mat(), &w, eps, pdy.mat(), dx.mat_mut(), &mut dw);
+        norm::rms_norm_backward(px.mat(), &w, eps, pdy.mat(), Some(pz.mat()), dx.mat_mut(), &mut dw);
+        let with_base = dx.values();
+        norm::rms_norm_backward(px.mat(), &w, eps, pdy.mat(), None, dx.mat_mut(), &mut dw);
+        let sums = dx.values().iter().zip(&z).map(|(d, z)| d + z).collect::<Vec<_>>();
+        assert_eq!(with_base, sums, "dx with a base");
         let d = gradients(&[&x, &w], |v| dot(&norm_reference(&v[0], None, &v[1], eps as f64), &dy));
         close("dx", &dx.values(), &d[0], 2e-5);
         close("dw", &dw, &d[1], 2e-5);
