@@ -46,9 +46,9 @@ struct Row {
 fn report() -> Result<String> {
     let nvrtc = Nvrtc::open_any().map_err(wrap)?;
     let mut out = format!(
-        "# Kernels of the presets\n\nMade by `cargo xtask report` with NVRTC {}.{}. FLOPs and bytes are predicted from the ops' \
-         definitions, for one run at N=1 and {LEN} tokens (decode: one token after so many). Dense products by the vendor's \
-         library count as products.\n",
+        "# Kernels of the presets\n\n\
+         Made by `cargo xtask report` with NVRTC {}.{}. FLOPs and bytes are predicted from the ops' definitions, for one run at\n\
+         N=1 and {LEN} tokens (decode: one token after so many). Products are the vendor library's, dense ones.\n",
         nvrtc.version.0, nvrtc.version.1
     );
     for arch in Arch::ALL {

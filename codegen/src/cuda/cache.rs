@@ -46,7 +46,7 @@ pub struct CompileError {
     pub step: Option<String>,
     /// Where its text lies.
     pub stub: Option<PathBuf>,
-    pub error: NvrtcError,
+    pub error: Box<NvrtcError>,
 }
 
 impl std::error::Error for CompileError {}
@@ -247,7 +247,7 @@ impl Cache {
         let beside = base.clone().map(|b| with(&b, "cu"));
         let elsewhere = std::env::temp_dir().join(format!("rambac-{}.cu", short(&kernel.name)));
         let stub = beside.into_iter().chain([elsewhere]).find(|p| put(p, kernel.source.as_bytes()).is_ok());
-        CompileError { kernel: kernel.name.clone(), arch, step: None, stub, error }
+        CompileError { kernel: kernel.name.clone(), arch, step: None, stub, error: Box::new(error) }
     }
 
     /// All entries, by architecture and name; `check`: contents are read and compared with their hashes.

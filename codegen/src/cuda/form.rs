@@ -79,6 +79,8 @@ pub struct Gemm {
 
 /// One call of a step, after the ones before it.
 #[derive(Clone, Debug, PartialEq)]
+// A step has a few of them: boxes would cost more than they save.
+#[allow(clippy::large_enum_variant)]
 pub enum Call {
     Launch(Launch),
     /// A dense product by the vendor's library.
