@@ -10,7 +10,10 @@ use rayon::prelude::*;
 pub const ALL: &[Case] = &[("seeded_defects", every_defect)];
 
 /// Templates and the checks that must find what is wrong with them.
-const FAMILIES: &[(&str, fn(&Rig) -> Result<(), String>)] = &[
+/// A family's tests.
+type Tests = fn(&Rig) -> Result<(), String>;
+
+const FAMILIES: &[(&str, Tests)] = &[
     ("attend.cuh", attend::quick_query_tiles),
     ("chunk_softmax.cuh", attend::quick_query_tiles),
     ("attend_chunks.cuh", attend::quick_chunk_major),

@@ -272,7 +272,7 @@ impl Check {
                     continue;
                 }
                 let off = (a - b).abs() / scale;
-                if exact || !(off <= self.tolerance) {
+                if exact || off.is_nan() || off > self.tolerance {
                     let shape = &w.shape;
                     return Err(format!(
                         "result {r} {shape:?}, element {i}: {a}, {b} wanted ({off:.2e} of the largest, {:.1e} allowed)\n{}",
