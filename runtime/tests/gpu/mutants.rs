@@ -9,10 +9,10 @@ use rayon::prelude::*;
 
 pub const ALL: &[Case] = &[("seeded_defects", every_defect)];
 
-/// Templates and the checks that must find what is wrong with them.
 /// A family's tests.
 type Tests = fn(&Rig) -> Result<(), String>;
 
+/// Templates and the checks that must find what is wrong with them.
 const FAMILIES: &[(&str, Tests)] = &[
     ("attend.cuh", attend::quick_query_tiles),
     ("chunk_softmax.cuh", attend::quick_query_tiles),
