@@ -230,7 +230,7 @@ fn forged_programs_are_refused() {
             "program.graph at steps[0].inputs[0].offset: \"9\" in the first",
         ),
         (r#"\"buffer\":2"#, r#"\"buffer\":4294967295"#, "program.graph"),
-        (r#"\"address\":\"input 0\""#, r#"\"address\":\"input 7\""#, "gpu.graph.sm_80"),
+        (r#"\"address\":\""#, r#"\"address\":\"other "#, "gpu.graph.sm_80"),
         ("step_by", "step_by", ""),
         (r#"\"threads\":"#, r#"\"threads\":1"#, "kernels.sm_80"),
         ("slice %0 {axis = 2, start = 8, end = 16}", "slice %0 {axis = 2, start = 0, end = 8}", "program.graph"),
