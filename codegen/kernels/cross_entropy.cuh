@@ -9,15 +9,16 @@ namespace rambac {
 
 struct LogSum {
     float top, sum;
+    // What a part with this maximum counts beside `t`: nothing at −∞, where −∞ − −∞ would be NaN.
+    static __device__ __forceinline__ float scale(float top, float t) { return top == -infinity() ? 0.f : expf(top - t); }
     __device__ __forceinline__ void add(float z) {
         float t = fmaxf(top, z);
-        sum = sum * expf(top - t) + expf(z - t);
+        sum = sum * scale(top, t) + scale(z, t);
         top = t;
     }
     __device__ __forceinline__ void join(LogSum o) {
         float t = fmaxf(top, o.top);
-        // An empty half has no weight, and −∞ − −∞ would be NaN.
-        sum = (sum > 0.f ? sum * expf(top - t) : 0.f) + (o.sum > 0.f ? o.sum * expf(o.top - t) : 0.f);
+        sum = sum * scale(top, t) + o.sum * scale(o.top, t);
         top = t;
     }
 };
@@ -25,9 +26,7 @@ struct LogSum {
 // ln Σ exp of a row, for all threads.
 template <int THREADS, class T> __device__ __forceinline__ float log_sum_exp(const T* z, int cols, LogSum* scratch) {
     LogSum a{-infinity(), 0.f};
-    int j = threadIdx.x;
-    if (j < cols) a = {to_f32(z[j]), 1.f};
-    for (j += THREADS; j < cols; j += THREADS) a.add(to_f32(z[j]));
+    for (int j = threadIdx.x; j < cols; j += THREADS) a.add(to_f32(z[j]));
 #pragma unroll
     for (int d = 16; d > 0; d /= 2)
         a.join({__shfl_xor_sync(ALL_LANES, a.top, d), __shfl_xor_sync(ALL_LANES, a.sum, d)});

@@ -9,14 +9,15 @@ namespace rambac {
 
 // C: T, threads, w.  A thread moves w elements; an id outside the table gives zeros.
 template <class C>
-__device__ __forceinline__ void embedding(const i32* ids, const typename C::T* table, typename C::T* y, i64 n, i32 cols, i32 vocab) {
+__device__ __forceinline__ void embedding(const i32* ids, const typename C::T* table, typename C::T* y, i64 y_stride, i64 n,
+                                          i32 cols, i32 vocab) {
     i64 i = ((i64)blockIdx.x * C::threads + threadIdx.x) * C::w;
     if (i >= n * cols) return;
     i64 token = i / cols, col = i - token * cols;
     i32 id = ids[token];
     Vec<typename C::T, C::w> v{};
     if (id >= 0 && id < vocab) v = load<typename C::T, C::w>(table + (i64)id * cols + col);
-    store<typename C::T, C::w>(y + i, v);
+    store<typename C::T, C::w>(y + token * y_stride + col, v);
 }
 
 // C: T, threads = cols of a block, rows (at most 32).

@@ -1,6 +1,6 @@
-// Sums and maxima over the middle axis of [outer, mid, inner]: two launches, both in a fixed order.
+// Sums and maxima over the middle axis of [outer, mid, inner]: one launch or two, in a fixed order.
 //
-// A block takes `inner` columns LANES·W at a time and one part of `mid`; its ROWS·LANES threads step down the part's rows,
+// A block takes `inner` columns LANES at a time and one part of `mid`; its ROWS·LANES threads step down the part's rows,
 // then rows are combined in shared memory, lowest first.  The second launch combines the parts in the same way.
 //
 //            inner: lanes side by side, coalesced; with inner = 1 the lanes walk along mid
@@ -27,7 +27,8 @@ __device__ __forceinline__ void reduce(const typename C::In* x, i64 outer_stride
     using F = typename C::F;
     __shared__ float rows[C::rows][C::lanes];
     int lane = threadIdx.x % C::lanes, row = threadIdx.x / C::lanes;
-    i64 col = (i64)blockIdx.x * C::lanes + lane, parts = gridDim.y, outer = blockIdx.z;
+    i64 tiles = ceil_div(inner, C::lanes), outer = blockIdx.x / tiles, parts = gridDim.y;
+    i64 col = (blockIdx.x - outer * tiles) * C::lanes + lane;
     i64 first = blockIdx.y * part, last = min_of(first + part, mid);
     const typename C::In* from = x + outer * outer_stride + col;
     float sum = F::none();

@@ -1,6 +1,6 @@
 // Numbers: fixed-width names, the two 16-bit float formats with f32 arithmetic, and 16-byte vectors of any of them.
 //
-// No header of CUDA is included: NVRTC then needs no include path, and a kernel compiles in milliseconds.
+// No header of CUDA is included: NVRTC then needs no include path and has little to read.
 #pragma once
 
 namespace rambac {

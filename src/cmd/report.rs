@@ -1,4 +1,4 @@
-//! `rambac report`: the table of all GPU kernels of the presets, as docs/kernels.md holds it (`cargo xtask report`).
+//! `rambac report`: the table of all GPU kernels of tiny, small, 370m and 3b, as docs/kernels.md holds it (`cargo xtask report`).
 
 use crate::cli::Report;
 use crate::cmd::explain::gpu::{Chosen, Forms};

@@ -63,6 +63,9 @@ enum Machine {
 impl Machine {
     fn new(a: &Run, e: &Executable, part: &Part, pool: Arc<rayon::ThreadPool>) -> Result<Machine> {
         if a.device == RunDevice::Cpu {
+            if a.target.is_some() {
+                return Err(miette!("--target chooses what the simulator runs: add --device simulator"));
+            }
             return Ok(Machine::Cpu(Box::new(Executor::new((*part.program).clone(), pool))));
         }
         let first = e.targets.first().copied().ok_or_else(|| {
@@ -126,6 +129,16 @@ fn dims(a: &Run, part: &Part) -> Result<Bindings> {
         return Err(miette!(help = format!("add --dims {s}=64"), "the symbol {s} has no value"));
     }
     Ok(dims)
+}
+
+/// The file of inputs; names that the graph does not know are told.
+fn given_file(a: &Run, part: &Part) -> Result<Option<TensorFile>> {
+    let file = a.inputs.as_ref().map(TensorFile::open).transpose().map_err(wrap)?;
+    let is_input = |n: &str| part.program.source(n).is_some_and(|s| s.kind == SourceKind::Input);
+    for n in file.iter().flat_map(TensorFile::names).filter(|n| !is_input(n)) {
+        warn(format!("--inputs: the graph has no input {n:?}, it is left out"));
+    }
+    Ok(file)
 }
 
 /// Inputs that were given, else drawn; whole numbers and truth values are 0.
@@ -233,12 +246,15 @@ fn train(
                 let (most, v) = (task.vocab_size() - 1, c.vocab_size);
                 return Err(miette!("the task has ids up to {most}, the model's vocabulary is {v}"));
             }
+            if !a.dims.is_empty() {
+                return Err(miette!("--dims is for graphs; a model's step takes --batch and --len"));
+            }
             dims = Bindings::new([("N", a.batch), ("L", a.len)]);
             Some(task)
         }
         _ => None,
     };
-    let file = a.inputs.as_ref().map(TensorFile::open).transpose().map_err(wrap)?;
+    let file = given_file(a, part)?;
     let mut machine = Machine::new(a, e, part, pool)?;
     prepare(part, &dims, &mut store)?;
     if !a.json {
@@ -288,7 +304,7 @@ fn train(
 fn graph(a: &Run, e: &Executable, mut store: Store, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
     let part = &e.parts[0];
     let dims = dims(a, part)?;
-    let file = a.inputs.as_ref().map(TensorFile::open).transpose().map_err(wrap)?;
+    let file = given_file(a, part)?;
     let mut machine = Machine::new(a, e, part, pool)?;
     prepare(part, &dims, &mut store)?;
     let mut out = vec![];

@@ -13,7 +13,7 @@
 //! - What is read is compared with its hashes; a damaged entry is compiled again.
 //! - A folder that can't be written costs time, nothing else: [`Cache::trouble`] says so.
 //!
-//! Deliberately absent: limits of size and age (`clear` takes a second to undo), locks.
+//! Deliberately absent: limits of size and age (`clear` costs time, nothing else), locks.
 
 use super::compile::{OPTIONS, compile};
 use super::form::Kernel;

@@ -24,11 +24,16 @@ pub fn describe(p: &GpuProgram) -> Value {
     p.steps.iter().map(step).collect()
 }
 
-/// A kernel, without what it was compiled to.
+/// A kernel, without what it was compiled to; the hash of its headers tells code of another version.
 pub fn kernel(k: &Kernel) -> Value {
+    let mut headers = crate::hash::Parts::default();
+    for (name, text) in super::headers::included(&k.source) {
+        headers.add(name.as_bytes()).add(text.as_bytes());
+    }
     let Kernel { name, source, threads, shared, blocks_per_sm } = k;
     json!({
         "name": name, "threads": threads, "dynamic_shared": shared, "blocks_per_sm": blocks_per_sm, "source": source,
+        "headers": headers.finish(),
     })
 }
 

@@ -22,7 +22,7 @@
 //! compared with their hash when they are read; all else before [`Executable::open`] returns.
 //!
 //! Deliberately absent: signatures.  The hashes tell damage, not malice; a file that was forged whole is as safe to load as
-//! any graph in text form.
+//! any graph in text form.  Its kernels' code is not made again: run on a GPU, a forged file runs what its author wrote.
 
 mod error;
 mod read;

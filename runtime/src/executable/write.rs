@@ -11,9 +11,10 @@ use rambac_codegen::cuda::{Arch, GpuProgram, Kernel, describe, kernel};
 use rambac_codegen::describe::program;
 use rambac_codegen::hash::Pieces;
 use rambac_ir::ops::SourceKind;
+use rambac_ir::{Bindings, DType, Ty};
 use rayon::prelude::*;
 use serde_json::{Map, Value, json};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::io::{self, BufWriter, Write};
 use std::path::Path;
 
@@ -162,13 +163,21 @@ fn weights<'a>(c: &Contents<'a>) -> Result<Vec<Entry<'a>>, ExecutableError> {
     let Some(store) = c.weights else { return Ok(vec![]) };
     let unsavable = |what: String| Err(ExecutableError::Unsavable { what });
     let params = c.parts.iter().flat_map(|p| &p.program.sources).filter(|s| s.kind == SourceKind::Param);
-    let names: BTreeSet<&str> = params.map(|s| s.name.as_str()).collect();
+    let params: BTreeMap<&str, &Ty> = params.map(|s| (s.name.as_str(), &s.ty)).collect();
     let mut out = vec![];
-    for name in names {
+    for (name, ty) in params {
         if name.starts_with("kernel.") || name == TOKENIZER || name == "__metadata__" {
             return unsavable(format!("the param name {name:?} is reserved in executables; give it another"));
         }
         let Some(t) = store.get(name) else { return unsavable(format!("the weights lack the param {name:?}")) };
+        // What the reader would call damaged is not written.
+        let known = matches!(ty.dtype, DType::F32 | DType::BF16 | DType::I32);
+        if !known || ty.bind(&Bindings::default()).ok().as_ref() != Some(&t.ty()) {
+            let found = t.ty();
+            return unsavable(format!(
+                "the param {name:?} is {ty}, its weights are {found}; f32, bf16 and i32 can be saved"
+            ));
+        }
         let elements = match &t.data {
             Data::F32(v) => Elements::F32(v),
             Data::Bf16(v) => Elements::Bf16(v),

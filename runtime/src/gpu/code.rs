@@ -1,8 +1,7 @@
 //! What a program's kernels were compiled to.
 
-use rambac_codegen::cuda::compile::compile;
-use rambac_codegen::cuda::{Cache, CompileError, Form, GpuProgram, Kernel, Target};
-use rambac_codegen::nvrtc::{Compiled, Nvrtc, NvrtcError};
+use rambac_codegen::cuda::{Cache, CompileError, Form, GpuProgram, Kernel};
+use rambac_codegen::nvrtc::{Compiled, Nvrtc};
 use rayon::prelude::*;
 use std::collections::BTreeMap;
 
@@ -27,15 +26,6 @@ impl Code {
             Err(e) => Err(CompileError { step: step_of(p, k), ..e }),
         };
         all.par_iter().map(one).collect::<Result<BTreeMap<_, _>, _>>().map(Code)
-    }
-
-    /// Compiles these kernels, without a cache.
-    ///
-    /// # Errors
-    /// The first kernel that does not compile, with the compiler's log.
-    pub fn of(nvrtc: &Nvrtc, kernels: &[Kernel], target: &Target) -> Result<Code, NvrtcError> {
-        let one = |k: &Kernel| Ok((k.name.clone(), compile(nvrtc, k, target.arch)?));
-        kernels.par_iter().map(one).collect::<Result<BTreeMap<_, _>, _>>().map(Code)
     }
 }
 

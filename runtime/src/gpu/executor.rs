@@ -125,14 +125,16 @@ where
     /// Runs once: reads `inputs`, updates params and states, returns the other outputs in order.
     ///
     /// # Errors
-    /// See [`GpuError`].  Params and states may be half updated after an error of the device, not after any other.
+    /// See [`GpuError`].  Params and states may be half updated after an error of the device or an argument that
+    /// overflows, not after any other.
     pub fn run(&mut self, dims: &Bindings, inputs: &[(&str, &Bytes)]) -> Outcome<Vec<(String, Bytes)>, D> {
         let mut temporary = vec![];
         let result = self.run_with(dims, inputs, &mut temporary);
+        let mut freed = Ok(());
         for b in temporary {
-            self.device.free(b).map_err(self.failed("free"))?;
+            freed = freed.and(self.device.free(b).map_err(self.failed("free")));
         }
-        result
+        result.and_then(|out| freed.map(|()| out))
     }
 
     fn run_with(
@@ -178,6 +180,9 @@ where
             places[slot.buffer.index()] = Some((buffer, 0));
         }
         self.place_activations(&plan, dims, &mut places, temporary)?;
+        for (i, form) in forms.iter().enumerate() {
+            form.launches().try_for_each(|l| self.extent(i, l, dims).map(drop))?;
+        }
         for (i, form) in forms.iter().enumerate() {
             self.step(i, form, plan.scratch[i].0, dims, &places)?;
         }

@@ -139,7 +139,9 @@ fn integers(rig: &Rig) -> Result<String, String> {
         let x = Input::new(&mut rng, ty(DType::I32, &shape), &d, -9.0, 9.0);
         rig.check(&Check::new(Cast { to }, vec![x], &d, 0.0))?;
     }
-    for (value, dtype) in [(0.5, DType::F32), (-100.0, DType::I32), (1.0, DType::Bool), (0.25, DType::BF16)] {
+    for (value, dtype) in
+        [(0.5, DType::F32), (-100.0, DType::I32), (16_777_217.0, DType::I32), (1.0, DType::Bool), (0.25, DType::BF16)]
+    {
         rig.check(&Check::new(Constant { value, ty: ty(dtype, &shape) }, vec![], &d, 0.0))?;
     }
     rig.check(&Check::new(Iota { axis: 1, ty: ty(DType::I32, &shape) }, vec![], &d, 0.0))?;

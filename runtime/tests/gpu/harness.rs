@@ -12,8 +12,17 @@ pub type Case = (&'static str, fn(&Rig) -> Result<String, String>);
 pub fn run(families: &[&[Case]]) -> ExitCode {
     // As libtest: a word chooses tests by part of their name; flags that it knows are no error here.
     let args: Vec<String> = std::env::args().skip(1).collect();
-    let words: Vec<&String> = args.iter().filter(|a| !a.starts_with('-')).collect();
-    let chosen = |name: &str| words.is_empty() || words.iter().any(|w| name.contains(w.as_str()));
+    let (mut words, mut skip, mut rest) = (vec![], vec![], args.iter());
+    while let Some(a) = rest.next() {
+        match a.as_str() {
+            "--skip" => skip.extend(rest.next()),
+            "--test-threads" | "--format" | "--color" | "--logfile" | "-Z" => drop(rest.next()),
+            flag if flag.starts_with('-') => {}
+            _ => words.push(a),
+        }
+    }
+    let within = |name: &str, of: &[&String]| of.iter().any(|w| name.contains(w.as_str()));
+    let chosen = |name: &str| (words.is_empty() || within(name, &words)) && !within(name, &skip);
     let cases: Vec<Case> = families.iter().flat_map(|f| f.iter().copied()).filter(|c| chosen(c.0)).collect();
     if args.iter().any(|a| a == "--list") {
         cases.iter().for_each(|c| println!("{}: test", c.0));

@@ -19,7 +19,12 @@ fn cross_entropy(rig: &Rig) -> Result<String, String> {
             for wide in [None, Some(2)] {
                 let mut z = Input::new(&mut rng, ty(dtype, &[Dim::int(vocab)]), &d, -30.0, 30.0);
                 z.wide = wide;
-                let mut labels = Input::new(&mut rng, ty(DType::I32, &[]), &d, 0.0, vocab as f64);
+                // Rows that begin with −∞, and one with a NaN, which must be seen.
+                if let rambac_ir::host::Data::Float(v) = &mut z.value.data {
+                    v[..vocab / 2].fill(f64::NEG_INFINITY);
+                    v[vocab + vocab / 2] = f64::NAN;
+                }
+                let mut labels = Input::new(&mut rng, ty(DType::I32, &[]), &d, (vocab / 2) as f64, vocab as f64);
                 if let rambac_ir::host::Data::Int(v) = &mut labels.value.data {
                     v[3] = -100;
                 }

@@ -185,7 +185,14 @@ impl Region<'_> {
             MapFn::Binary(f) => call(f.name()),
             MapFn::Where => call("where"),
             MapFn::Cast(DType::Bool) => call("truth"),
-            MapFn::Cast(DType::I32) if self.ints => format!("(i32){}", args[0]),
+            // A whole number that f32 can't hold is written as it is.
+            MapFn::Cast(DType::I32) if self.ints => {
+                let made_by = (inst.args[0] as usize).checked_sub(self.operands.len()).map(|k| self.body[k].f);
+                match made_by {
+                    Some(MapFn::Const(c)) => format!("{}", c as i32),
+                    _ => format!("(i32){}", args[0]),
+                }
+            }
             MapFn::Cast(DType::I32) => call("trunc"),
             MapFn::Cast(_) if self.integer(inst.args[0] as usize) => format!("(float){}", args[0]),
             MapFn::Cast(_) => args[0].clone(),

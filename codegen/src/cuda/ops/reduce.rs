@@ -52,7 +52,7 @@ impl Group {
             .i64("mid", mid)
             .i64("inner", inner.clone())
             .i64("part", part)
-            .launch((inner.ceil_div(lanes), parts, self.outer.clone()))
+            .launch((inner.ceil_div(lanes) * self.outer.clone(), parts, 1))
     }
 }
 

@@ -77,12 +77,12 @@ impl Cuda for Embedding {
     fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
         const THREADS: usize = 256;
         let (ids, table, y) = (Operand::Input(0), Operand::Input(1), Operand::Output(0));
-        [ids, table, y].into_iter().try_for_each(|at| site.contiguous(at))?;
+        [ids, table].into_iter().try_for_each(|at| site.contiguous(at))?;
         if site.dtype(table) != site.dtype(y) {
             return because("the table and the result must have one type");
         }
         let (vocab, cols) = (&site.inputs[1].ty.shape[0], &site.inputs[1].ty.shape[1]);
-        let most = 16 / site.dtype(y).size();
+        let most = site.vector(&[table, y], 16 / site.dtype(y).size());
         let w = (0..).map(|k| most >> k).find(|&w| w <= 1 || cols.is_multiple_of(w as u64)).unwrap_or(1);
         let n = Expr::product(&site.inputs[0].ty.shape);
         let l = Stub::new("embedding", "embedding", THREADS)
@@ -93,6 +93,7 @@ impl Cuda for Embedding {
             .read("ids", DType::I32, ids)
             .read("table", site.dtype(table), table)
             .write("y", site.dtype(y), y)
+            .i64("y_stride", site.row_stride(y, site.outputs[0].ty.shape.len() - 1)?)
             .i64("n", n.clone())
             .i32("cols", cols)
             .i32("vocab", vocab)
