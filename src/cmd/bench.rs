@@ -438,13 +438,7 @@ impl Bencher<'_> {
             show::seconds(r.seconds[0]),
             show::seconds(r.seconds[r.seconds.len() - 1])
         );
-        println!(
-            "  work      {}: {}, {} of this machine's large products ({})",
-            show::si(r.cost.flops, "FLOP"),
-            show::si(r.cost.flops / t, "FLOP/s"),
-            show::share(r.cost.flops / t, rates.gemm),
-            show::si(rates.gemm, "FLOP/s")
-        );
+        print_work(r.cost.flops, t, rates.gemm);
         println!(
             "  traffic   {}: {}, {} of this machine's large copies ({})",
             show::si(r.cost.bytes, "B"),
@@ -459,6 +453,17 @@ impl Bencher<'_> {
             show::bytes(rss)
         );
     }
+}
+
+/// The line of a report on FLOPs: how many, how fast, beside the rate of large products.
+fn print_work(flops: f64, seconds: f64, gemm: f64) {
+    println!(
+        "  work      {}: {}, {} of this machine's large products ({})",
+        show::si(flops, "FLOP"),
+        show::si(flops / seconds, "FLOP/s"),
+        show::share(flops / seconds, gemm),
+        show::si(gemm, "FLOP/s")
+    );
 }
 
 /// Prints the time per kind of op, longest first.

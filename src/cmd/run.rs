@@ -83,8 +83,13 @@ impl Machine {
         Ok(Machine::Simulator(Box::new(sim)))
     }
 
-    fn run(&mut self, dims: &Bindings, inputs: &[(&str, Tensor)], store: &mut Store) -> Result<Vec<(String, Tensor)>> {
-        let views: Vec<_> = inputs.iter().map(|(n, t)| (*n, t.view())).collect();
+    fn run(
+        &mut self,
+        dims: &Bindings,
+        inputs: &[(String, Tensor)],
+        store: &mut Store,
+    ) -> Result<Vec<(String, Tensor)>> {
+        let views: Vec<_> = inputs.iter().map(|(n, t)| (n.as_str(), t.view())).collect();
         match self {
             Machine::Cpu(e) => e.run(dims, &views, store).map_err(wrap),
             Machine::Simulator(s) => {
@@ -273,7 +278,6 @@ fn train(
             }
             None => inputs(a, part, &dims, file.as_ref(), step)?,
         };
-        let given: Vec<(&str, Tensor)> = given.iter().map(|(n, t)| (n.as_str(), t.clone())).collect();
         let began = Instant::now();
         let out = machine.run(&dims, &given, &mut store)?;
         let seconds = began.elapsed().as_secs_f64();
@@ -311,7 +315,6 @@ fn graph(a: &Run, e: &Executable, mut store: Store, pool: Arc<rayon::ThreadPool>
     let began = Instant::now();
     for run in 0..a.steps {
         let given = inputs(a, part, &dims, file.as_ref(), run)?;
-        let given: Vec<(&str, Tensor)> = given.iter().map(|(n, t)| (n.as_str(), t.clone())).collect();
         out = machine.run(&dims, &given, &mut store)?;
     }
     let seconds = began.elapsed().as_secs_f64() / a.steps as f64;

@@ -4,7 +4,7 @@
 //! machine reads an array of that size; prefill's is its FLOPs over the rate of large products.  Both rates are measured
 //! in the same run.
 
-use super::{Kinds, WARM_UP, add_steps, median, profile};
+use super::{Kinds, WARM_UP, add_steps, median, print_work, profile};
 use crate::cli::{Bench, Weights, Work};
 use crate::error::{Result, wrap};
 use crate::machine;
@@ -234,13 +234,7 @@ impl Infer<'_> {
             show::seconds(least),
             show::seconds(most)
         );
-        println!(
-            "  work      {}: {}, {} of this machine's large products ({})",
-            show::si(r.cost.flops, "FLOP"),
-            show::si(r.cost.flops / t, "FLOP/s"),
-            show::share(r.cost.flops / t, rates.gemm),
-            show::si(rates.gemm, "FLOP/s")
-        );
+        print_work(r.cost.flops, t, rates.gemm);
         println!(
             "  {}   {}: {}, {} of this machine's fastest reads of as much ({})",
             if decode { "weights" } else { "traffic" },

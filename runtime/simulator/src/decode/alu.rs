@@ -100,29 +100,22 @@ trait Half: Lane {
     fn narrow64(x: f64) -> Self;
 }
 
-impl Half for f16 {
-    fn wide(self) -> f32 {
-        self.to_f32()
-    }
-    fn narrow(x: f32) -> f16 {
-        f16::from_f32(x)
-    }
-    fn narrow64(x: f64) -> f16 {
-        f16::from_f64(round::to_format(x, round::F16, Round::Nearest))
-    }
+macro_rules! halves {
+    ($($t:ty = $format:expr),*) => { $(
+        impl Half for $t {
+            fn wide(self) -> f32 {
+                self.to_f32()
+            }
+            fn narrow(x: f32) -> $t {
+                <$t>::from_f32(x)
+            }
+            fn narrow64(x: f64) -> $t {
+                <$t>::from_f64(round::to_format(x, $format, Round::Nearest))
+            }
+        }
+    )* };
 }
-
-impl Half for bf16 {
-    fn wide(self) -> f32 {
-        self.to_f32()
-    }
-    fn narrow(x: f32) -> bf16 {
-        bf16::from_f32(x)
-    }
-    fn narrow64(x: f64) -> bf16 {
-        bf16::from_f64(round::to_format(x, round::BF16, Round::Nearest))
-    }
-}
+halves!(f16 = round::F16, bf16 = round::BF16);
 
 fn fused<T: Half>(a: T, b: T, c: T) -> T {
     let (p, c) = (f64::from(a.wide()) * f64::from(b.wide()), f64::from(c.wide()));
