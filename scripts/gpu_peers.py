@@ -11,6 +11,7 @@ import json
 import sys
 
 import torch
+import torch._functorch.config
 import triton
 import triton.language as tl
 from triton.testing import do_bench
@@ -203,6 +204,8 @@ def main():
     a.add_argument("--json")
     a = a.parse_args()
     only, dev, out = a.only.split(","), "cuda", {}
+    # Gradients are taken many times of one forward.
+    torch._functorch.config.donated_buffer = False
     bf = lambda *s: torch.randn(*s, device=dev, dtype=torch.bfloat16)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
     print(f"{'':44} {'us':>12}  peak MiB")
