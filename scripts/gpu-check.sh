@@ -45,10 +45,10 @@ tests() {
 
 # The same steps on the cpu and on the device; the losses side by side.
 compare() {
-    local file=$1
-    shift
+    local file=$1 arch=$2
+    shift 2
     "$rambac" run "$file" --device cpu --json "$@" >"$out/cpu.json" || return 1
-    "$rambac" run "$file" --device "$RAMBAC_TEST_DEVICE" --json "$@" >"$out/device.json" || return 1
+    "$rambac" run "$file" --device "$RAMBAC_TEST_DEVICE" --target "$arch" --json "$@" >"$out/device.json" || return 1
     python3 - "$out/cpu.json" "$out/device.json" <<'P'
 import json, sys
 a, b = ([json.loads(l) for l in open(p)] for p in sys.argv[1:])
@@ -67,7 +67,7 @@ step doctor 60 "$rambac" doctor
 step check 120 "$rambac" check "$folder/fixtures" --device "$RAMBAC_TEST_DEVICE"
 for file in "$folder"/tiny-train.rambac; do
     for arch in sm_90a sm_80; do
-        step "tiny-$arch" 60 compare "$file" --target $arch --len 256 --batch 2 --steps 5
+        step "tiny-$arch" 60 compare "$file" $arch --len 256 --batch 2 --steps 5
     done
 done
 step tests-kernels 200 tests kernels "$folder/gpu-kernels" 100
