@@ -6,15 +6,10 @@
 use rambac_codegen::cuda::compile::{OPTIONS, compile};
 use rambac_codegen::cuda::headers::included;
 use rambac_codegen::cuda::{Arch, Form, GpuProgram, Kernel, Target, emit};
-<<<<<<< HEAD
+use rambac_codegen::libraries::installed;
 use rambac_codegen::nvrtc::{Compiled, Nvrtc, NvrtcError};
 use rambac_codegen::{Kernels, lower_for};
-=======
-use rambac_codegen::libraries::installed;
-use rambac_codegen::lower;
-use rambac_codegen::nvrtc::{Compiled, Nvrtc, NvrtcError};
 use rambac_cuda::{CUBLASLT, CudaDevice};
->>>>>>> cuda
 use rambac_ir::ops::Op;
 use rambac_ir::testing::Rng;
 use rambac_ir::{Bindings, Builder, DType, Dim, HostArray, Ty, Value};
