@@ -33,7 +33,7 @@ pub use read::{Executable, KernelInfo};
 pub use write::{Contents, Written, write};
 
 use rambac_codegen::cuda::{Arch, GpuProgram, Target, emit};
-use rambac_codegen::{Program, lower};
+use rambac_codegen::{Kernels, Program, lower, lower_for};
 use rambac_ir::{Graph, text};
 use rambac_passes::{Options, optimise};
 use std::sync::Arc;
@@ -109,7 +109,7 @@ impl Part {
         targets: &[Arch],
     ) -> Result<Part, ExecutableError> {
         let program = lower(graph);
-        let gpu = targets.iter().map(|a| Ok(Arc::new(emit(program.clone(), Target::of(*a))?)));
+        let gpu = targets.iter().map(|a| Ok(Arc::new(emit(lower_for(graph, Kernels::Gpu), Target::of(*a))?)));
         let gpu = gpu.collect::<Result<Vec<_>, ExecutableError>>()?;
         Ok(Part { name: name.into(), before, after, program: Arc::new(program), gpu })
     }

@@ -7,8 +7,8 @@ use rambac_codegen::cuda::compile::{OPTIONS, compile};
 use rambac_codegen::cuda::headers::included;
 use rambac_codegen::cuda::{Arch, Form, GpuProgram, Kernel, Target, emit};
 use rambac_codegen::libraries::installed;
-use rambac_codegen::lower;
 use rambac_codegen::nvrtc::{Compiled, Nvrtc, NvrtcError};
+use rambac_codegen::{Kernels, lower_for};
 use rambac_cuda::{CUBLASLT, CudaDevice};
 use rambac_ir::ops::Op;
 use rambac_ir::testing::Rng;
@@ -218,7 +218,7 @@ impl Rig {
         let want = c.want();
         let mut target = Target::of(c.arch);
         target.sms = c.sms.unwrap_or(target.sms);
-        let mut program = emit(lower(&graph), target).map_err(|e| e.to_string())?;
+        let mut program = emit(lower_for(&graph, Kernels::Gpu), target).map_err(|e| e.to_string())?;
         if let Some(name) = c.form {
             let op = program.program.steps.iter().position(|s| s.op.mnemonic() == c.op.mnemonic());
             let forms = &mut program.steps[op.ok_or("the op is no step")?].forms;
