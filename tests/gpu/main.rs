@@ -7,6 +7,7 @@ mod each_op;
 mod graphs;
 #[path = "../../runtime/tests/gpu/harness.rs"]
 mod harness;
+mod kernels;
 mod models;
 #[path = "../../runtime/tests/gpu/rig.rs"]
 #[allow(dead_code)] // what checks of single ops need
@@ -18,5 +19,5 @@ mod support;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    harness::run(&[graphs::ALL, models::ALL])
+    harness::run(&[graphs::ALL, models::ALL, kernels::ALL])
 }

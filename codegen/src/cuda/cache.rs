@@ -200,7 +200,7 @@ impl Cache {
     pub fn compile(&self, nvrtc: &Nvrtc, kernel: &Kernel, arch: Arch) -> Result<Compiled, CompileError> {
         // Two builds of one version are told apart by size: hashing a hundred megabytes would cost more than it gives.
         let size = std::fs::metadata(&nvrtc.path).map_or(0, |m| m.len());
-        let compiler = format!("NVRTC {}.{} ({size} bytes)", nvrtc.version.0, nvrtc.version.1);
+        let compiler = format!("{} ({size} bytes)", nvrtc.name());
         self.through(&compiler, kernel, arch, || compile(nvrtc, kernel, arch))
     }
 
@@ -345,9 +345,7 @@ fn key(compiler: &str, kernel: &Kernel, arch: Arch) -> String {
         p.add(o.as_bytes());
     });
     p.add(kernel.name.as_bytes()).add(kernel.source.as_bytes());
-    for (name, text) in included(&kernel.source) {
-        p.add(name.as_bytes()).add(text.as_bytes());
-    }
+    p.add(super::headers::hash(&kernel.source).as_bytes());
     let mut key = p.finish();
     key.truncate(32);
     key

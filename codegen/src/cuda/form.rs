@@ -1,6 +1,8 @@
 //! How a step runs on a GPU: kernels to compile, launches with sizes and arguments, workspace, library calls.
 
 use super::expr::Expr;
+use super::target::Target;
+use crate::nvrtc::Usage;
 use crate::plan::ALIGN;
 use rambac_ir::{Bindings, DType, DimError};
 
@@ -17,6 +19,33 @@ pub struct Kernel {
     pub shared: u32,
     /// Blocks per multiprocessor that the choice of its tile counted on.
     pub blocks_per_sm: u32,
+}
+
+impl Kernel {
+    /// Blocks that fit on a multiprocessor, by what ptxas says that the kernel takes.
+    pub fn fit(&self, u: &Usage, target: &Target) -> usize {
+        target.occupancy(self.threads as usize, u.registers as usize, (u.shared + self.shared) as usize)
+    }
+    /// Holds the compiler to what the choice of the tile counted on: no spills, and as many blocks on a multiprocessor.
+    ///
+    /// # Errors
+    /// What does not hold, with the kernel's name.
+    pub fn hold_to(&self, u: &Usage, target: &Target) -> Result<(), String> {
+        let (name, arch) = (&self.name, target.arch);
+        if u.spill_stores + u.spill_loads > 0 {
+            return Err(format!("{name} for {arch} spills {} bytes", u.spill_stores + u.spill_loads));
+        }
+        let fit = self.fit(u, target);
+        if fit < self.blocks_per_sm as usize {
+            return Err(format!(
+                "{name} for {arch}: {fit} blocks fit ({} registers, {} B shared), {} were counted on",
+                u.registers,
+                u.shared + self.shared,
+                self.blocks_per_sm
+            ));
+        }
+        Ok(())
+    }
 }
 
 /// What a call reads or writes.

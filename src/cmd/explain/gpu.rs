@@ -11,6 +11,7 @@ use rambac_ir::{Bindings, Cost};
 use rambac_runtime::gpu::Code;
 use serde_json::{Value as Json, json};
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 /// Lines are this wide at most.
 const WIDTH: usize = 98;
@@ -54,7 +55,7 @@ impl Forms {
         for (i, s) in p.steps.iter().enumerate() {
             let site = Site { inputs: &s.inputs, outputs: &s.outputs, target: &f.target };
             let step = match forms(&s.op, &site) {
-                Ok(forms) => GpuStep { forms },
+                Ok(forms) => GpuStep { forms: Arc::new(forms) },
                 Err(why) => {
                     let (op, why) = (work::kind(s), why.to_string());
                     match f.none.iter_mut().find(|n| (n.0, &n.1) == (op, &why)) {
@@ -66,7 +67,7 @@ impl Forms {
             };
             let form = step.form(dims).map_err(wrap)?.clone();
             f.add(i, work::kind(s), &form, step.forms.len() - 1, dims, costs[i])?;
-            steps.push(GpuStep { forms: vec![form] });
+            steps.push(GpuStep { forms: Arc::new(vec![form]) });
         }
         if compile {
             f.compile(p, steps)?;
@@ -105,7 +106,7 @@ impl Forms {
     fn compile(&mut self, p: &Program, steps: Vec<GpuStep>) -> Result<()> {
         let nvrtc = Nvrtc::open_any().map_err(wrap)?;
         let kernels = self.kernels.values().map(|u| u.kernel.clone()).collect();
-        let gpu = GpuProgram { program: p.clone(), target: self.target.clone(), steps, kernels };
+        let gpu = GpuProgram { program: Arc::new(p.clone()), target: self.target.clone(), steps, kernels };
         let cache = Cache::standard();
         let code = Code::compile(&nvrtc, &[&gpu], &cache).map_err(wrap)?;
         if let Some(t) = cache.trouble() {
@@ -119,9 +120,7 @@ impl Forms {
 
     /// Blocks that fit on a multiprocessor.
     pub fn blocks(&self, u: &Used) -> Option<usize> {
-        let usage = u.usage.as_ref()?;
-        let shared = (usage.shared + u.kernel.shared) as usize;
-        Some(self.target.occupancy(u.kernel.threads as usize, usage.registers as usize, shared))
+        Some(u.kernel.fit(u.usage.as_ref()?, &self.target))
     }
 
     pub fn print(&self) {
