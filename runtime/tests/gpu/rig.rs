@@ -8,7 +8,7 @@ use rambac_codegen::nvrtc::{Compiled, Nvrtc, NvrtcError};
 use rambac_ir::ops::Op;
 use rambac_ir::testing::Rng;
 use rambac_ir::{Bindings, Builder, DType, Dim, HostArray, Ty, Value};
-use rambac_runtime::gpu::{Bytes, Code, GpuExecutor, Placement};
+use rambac_runtime::gpu::{Bytes, Code, Machine, Placement};
 use rambac_simulator::Options;
 use rambac_simulator::count::Counts;
 use rambac_simulator::device::Simulator;
@@ -181,14 +181,15 @@ impl Rig {
         for o in schedules() {
             let at = format!("seed {}, lazy {}", o.seed, o.lazy);
             let sim = Simulator::new(o);
-            let mut e = GpuExecutor::new(sim, program.clone(), &code, Placement::Apart).map_err(|e| e.to_string())?;
+            let mut e = Machine::new(sim, Placement::Apart);
+            let id = e.load(program.clone(), &code).map_err(|e| e.to_string())?;
             let inputs: Vec<(&str, &Bytes)> = given.iter().map(|(n, b)| (n.as_str(), b)).collect();
-            let out = e.run(&c.dims, &inputs).map_err(|e| format!("{at}: {e}"))?;
-            let findings = e.device.take_findings();
+            let out = e.run(id, &c.dims, &inputs).map_err(|e| format!("{at}: {e}"))?;
+            let findings = e.device().take_findings();
             if let Some(f) = findings.first() {
                 return Err(format!("{at}: {} findings, first: {f}\n{}", findings.len(), c.describe()));
             }
-            counts = e.device.take_counts();
+            counts = e.device().take_counts();
             let out: Vec<Bytes> = out.into_iter().map(|(_, b)| b).collect();
             match &first {
                 None => first = Some(out),
