@@ -5,7 +5,7 @@
 //! see [`describe`](crate::describe).
 //!
 //! ```json
-//! [{"forms": [{"name": "rows", "why": "…", "when": ["N*L >= 64"],
+//! [{"forms": [{"name": "rows", "why": "…", "chosen": "predicted", "needs": [], "when": ["N*L >= 64"],
 //!              "workspace": [{"name": "partial", "type": "f32", "elements": "64*N"}],
 //!              "calls": [{"kernel": "rms_norm_bf16_1024", "grid": ["L*N", "1", "1"],
 //!                         "arguments": [{"address": "input 0"}, {"i64": "1024"}, {"address": "output 0"}]}]}]}]
@@ -50,14 +50,15 @@ fn texts<T: ToString>(all: &[T]) -> Vec<String> {
     all.iter().map(T::to_string).collect()
 }
 
-fn form(f: &Form) -> Value {
-    let Form { name, why, when, workspace, calls } = f;
+pub(super) fn form(f: &Form) -> Value {
+    let Form { name, why, measured, needs, when, workspace, calls } = f;
     let workspace = workspace.iter().map(|w| {
         let Workspace { name, dtype, elements } = w;
         json!({ "name": name, "type": dtype.name(), "elements": elements.to_string() })
     });
+    let chosen = if *measured { "measured" } else { "predicted" };
     json!({
-        "name": name, "why": why, "when": texts(when), "workspace": workspace.collect::<Vec<_>>(),
+        "name": name, "why": why, "chosen": chosen, "needs": texts(needs), "when": texts(when), "workspace": workspace.collect::<Vec<_>>(),
         "calls": calls.iter().map(call).collect::<Vec<_>>(),
     })
 }

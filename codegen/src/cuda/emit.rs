@@ -36,7 +36,7 @@ impl GpuStep {
     /// A dim without a value.
     pub fn form(&self, b: &Bindings) -> Result<&Form, DimError> {
         for f in self.forms.iter() {
-            let holds = f.when.iter().map(|c| c.holds(b)).collect::<Result<Vec<_>, _>>()?;
+            let holds = f.needs.iter().chain(&f.when).map(|c| c.holds(b)).collect::<Result<Vec<_>, _>>()?;
             if holds.iter().all(|&h| h) {
                 return Ok(f);
             }
@@ -100,7 +100,8 @@ pub fn emit(program: impl Into<Arc<Program>>, target: Target) -> Result<GpuProgr
             arch: target.arch.name(),
             why,
         })?;
-        assert!(forms.last().is_some_and(|f| f.when.is_empty()), "BUG: {} has no form for all sizes", s.op.mnemonic());
+        let always = |f: &Form| f.needs.is_empty() && f.when.is_empty();
+        assert!(forms.last().is_some_and(always), "BUG: {} has no form for all sizes", s.op.mnemonic());
         for k in forms.iter().flat_map(Form::launches).map(|l| &l.kernel) {
             match known.get(&k.name) {
                 Some(&at) => assert_eq!(kernels[at], *k, "BUG: two kernels have the name {}", k.name),

@@ -153,12 +153,17 @@ impl std::fmt::Display for Condition {
     }
 }
 
-/// A way to run a step.  The first of a step's forms whose conditions all hold is taken.
+/// A way to run a step.  The first of a step's forms whose conditions, `needs` and `when`, all hold is taken.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Form {
     pub name: &'static str,
     /// Why this form and this tile, in a line that `explain` prints.
     pub why: String,
+    /// That it was measured to be the fastest, at the sizes of `when`.
+    pub measured: bool,
+    /// Sizes that it can run at.
+    pub needs: Vec<Condition>,
+    /// Sizes that it is thought to be the best at, if no form before it is.
     pub when: Vec<Condition>,
     pub workspace: Vec<Workspace>,
     pub calls: Vec<Call>,
@@ -167,7 +172,11 @@ pub struct Form {
 impl Form {
     /// A form that always can run and needs nothing beside its operands.
     pub fn new(name: &'static str, why: impl Into<String>, calls: Vec<Call>) -> Form {
-        Form { name, why: why.into(), when: vec![], workspace: vec![], calls }
+        Form { name, why: why.into(), measured: false, needs: vec![], when: vec![], workspace: vec![], calls }
+    }
+    pub fn needs(mut self, c: Condition) -> Form {
+        self.needs.push(c);
+        self
     }
     pub fn when(mut self, c: Condition) -> Form {
         self.when.push(c);
