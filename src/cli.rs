@@ -433,6 +433,9 @@ pub struct Explain {
     pub train: bool,
     #[command(flatten)]
     pub memory: MemoryArgs,
+    /// What activations are kept in; bf16 is for GPUs, and then --target is sm_90a if it is left out
+    #[arg(long, value_enum, default_value_t = PrecisionArg::F32)]
+    pub precision: PrecisionArg,
     /// Print the optimised graph in text form instead
     #[arg(long, conflicts_with_all = ["program", "json"])]
     pub ir: bool,
@@ -448,6 +451,36 @@ pub struct Explain {
     /// One JSON object per line
     #[arg(long)]
     pub json: bool,
+}
+
+impl Explain {
+    pub fn precision(&self) -> rambac_passes::Precision {
+        self.precision.into()
+    }
+    /// The GPU whose kernels and memory it is about.
+    pub fn gpu(&self) -> Option<rambac_codegen::cuda::Arch> {
+        let bf16 = (self.precision == PrecisionArg::Bf16).then_some(GpuTarget::Sm90a);
+        self.target.or(bf16).map(GpuTarget::arch)
+    }
+}
+
+/// What activations and operands of products are kept in.
+#[derive(Clone, Copy, Debug, Default, ValueEnum, PartialEq, Eq)]
+pub enum PrecisionArg {
+    /// Everything in f32
+    #[default]
+    F32,
+    /// Activations and products' operands in bf16; sums, states, losses, gradients and master weights in f32
+    Bf16,
+}
+
+impl From<PrecisionArg> for rambac_passes::Precision {
+    fn from(p: PrecisionArg) -> Self {
+        match p {
+            PrecisionArg::F32 => Self::F32,
+            PrecisionArg::Bf16 => Self::Bf16,
+        }
+    }
 }
 
 /// `L=4096`

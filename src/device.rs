@@ -4,11 +4,14 @@ use crate::error::{Result, wrap};
 use miette::miette;
 use rambac_codegen::Program;
 use rambac_codegen::cuda::{Arch, Cache, Target, emit};
+use rambac_codegen::libraries::installed;
 use rambac_codegen::nvrtc::Nvrtc;
+use rambac_cuda::{CUBLASLT, CudaDevice};
 use rambac_runtime::gpu::{Code, Device, Machine, Placement, ProgramId, archs};
 use rambac_simulator::Options;
 use rambac_simulator::device::Simulator;
 use std::fmt;
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
 
@@ -60,6 +63,11 @@ impl On {
     }
 }
 
+/// Files of cuBLASLt, best first.
+pub fn cublaslt() -> Vec<PathBuf> {
+    installed(CUBLASLT, "RAMBAC_CUBLASLT")
+}
+
 /// A device that runs GPU programs, and what makes them.
 pub struct Gpu {
     pub machine: Machine,
@@ -79,7 +87,7 @@ impl Gpu {
         let (device, placement): (Box<dyn Device>, Placement) = match on {
             On::Cpu | On::Reference => return Err(miette!("{on} runs no GPU programs")),
             On::Simulator => (Box::new(Simulator::strict(Options::default())), Placement::Apart),
-            On::Cuda(_) => return Err(miette!("{on}: CUDA devices are not supported yet")),
+            On::Cuda(i) => (Box::new(CudaDevice::open(i, &cublaslt()).map_err(wrap)?), Placement::Arena),
         };
         let archs = archs(device.capability());
         if archs.is_empty() {

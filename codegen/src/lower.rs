@@ -2,13 +2,15 @@
 //!
 //! Reshapes and slices become views where strides allow; operands of a concat are written in place by the kernels
 //! that make them; elementwise results overwrite operands that die; updates are written into their source's buffer.
-//! Where a kernel can't take a strided view, a copy step stands before it.  A cast from bf16 to f32 is a step only where
-//! some reader of it has no kernel for bf16.
+//! Where a kernel can't take a strided view, a copy step stands before it.  Casts from bf16 and to it are steps only where
+//! a kernel can't read or write bf16 itself, which `narrow.rs` says.
 
+use crate::narrow::Narrow;
 use crate::program::*;
-use crate::traits::{kernel_traits, reads_bf16};
+use crate::traits::{Kernels, kernel_traits};
 use rambac_ir::ops::*;
 use rambac_ir::{DType, Dim, Graph, NodeId, Ty, Value};
+use rambac_passes::mixed::widens;
 use std::collections::HashMap;
 
 struct Lowering<'g> {
@@ -21,12 +23,19 @@ struct Lowering<'g> {
     /// Values that are written straight into a concat's result: `(concat, element offset, row length)`.
     placed: HashMap<Value, (NodeId, Dim)>,
     concats: HashMap<NodeId, BufferId>,
+    narrow: Narrow,
 }
 
-/// Lowers `g`, which should have been through the pipeline.
+/// Lowers `g`, which should have been through the pipeline, for CPUs.
 pub fn lower(g: &Graph) -> Program {
+    lower_for(g, Kernels::Cpu)
+}
+
+/// Lowers `g` for a device with such kernels.
+pub fn lower_for(g: &Graph, kernels: Kernels) -> Program {
     let mut l = Lowering {
         g,
+        narrow: Narrow::new(g, kernels),
         users: g.users(),
         buffers: vec![],
         steps: vec![],
@@ -93,6 +102,11 @@ impl Lowering<'_> {
                 while self.used_once(made) && matches!(self.g.node(made.node).op, Op::Reshape(_)) {
                     made = self.g.node(made.node).inputs[0];
                 }
+                if self.used_once(made)
+                    && let Some(wide) = self.narrow.written(self.g, made.node)
+                {
+                    made = wide;
+                }
                 let maker = &self.g.node(made.node).op;
                 let able = takes_strides(self.g, made.node)
                     && kernel_traits(maker).strided_outputs.contains(&(made.result as usize))
@@ -111,7 +125,7 @@ impl Lowering<'_> {
     }
 
     fn result(&mut self, v: Value) -> View {
-        let ty = self.g.ty(v).clone();
+        let ty = self.narrow.result(self.g, v);
         let Some((concat, offset)) = self.placed.get(&v).cloned() else { return self.fresh(&ty) };
         let Op::Concat(c) = &self.g.node(concat).op else { unreachable!("BUG: placed in a concat") };
         let whole = self.g.node(concat).tys[0].clone();
@@ -139,8 +153,11 @@ impl Lowering<'_> {
 
     fn node(&mut self, id: NodeId) {
         let n = self.g.node(id);
+        if self.narrow.written(self.g, id).is_some() {
+            return; // By what makes its operand.
+        }
         for (i, &v) in n.inputs.iter().enumerate() {
-            if !reads_bf16(&n.op, i, self.g.ty(v)) {
+            if !self.narrow.reads(id, i) {
                 self.widen(v);
             }
         }
@@ -185,7 +202,8 @@ impl Lowering<'_> {
         let mut inputs = vec![];
         for (i, &v) in n.inputs.iter().enumerate() {
             // A cast that was put off is read through.
-            let view = self.views.get(&v).unwrap_or_else(|| &self.views[&self.g.node(v.node).inputs[0]]).clone();
+            let through = self.narrow.reads(id, i) && widens(self.g, self.g.node(v.node));
+            let view = self.views[&if through { self.g.node(v.node).inputs[0] } else { v }].clone();
             let fits = || takes_strides(self.g, id) && t.strided_inputs.contains(&i) && strided_fits(&op, &view);
             let ok = view.strided.is_none() || fits();
             inputs.push(if ok { view } else { self.copied(id, &view) });
@@ -208,12 +226,13 @@ impl Lowering<'_> {
             for (r, y) in outputs.iter_mut().enumerate() {
                 if y.strided.as_ref().is_some_and(|s| Some(&s.cols) != cols.as_ref()) {
                     self.placed.remove(&id.result(r));
-                    *y = self.fresh(&n.tys[r]);
+                    *y = self.fresh(&self.narrow.result(self.g, id.result(r)));
                 }
             }
         }
         for (r, v) in outputs.iter().enumerate() {
-            self.views.insert(id.result(r), v.clone());
+            let y = id.result(r);
+            self.views.insert(self.narrow.cast_of(y).unwrap_or(y), v.clone());
         }
         self.steps.push(Step { op, node: id, inputs, outputs });
     }

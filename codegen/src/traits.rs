@@ -37,6 +37,16 @@ pub fn reads_bf16(op: &Op, i: usize, ty: &Ty) -> bool {
     form && kernel_traits(op).bf16_inputs.contains(&i)
 }
 
+/// Whose kernels a program is for: what they read and write as bf16 where the graph casts differs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Kernels {
+    /// [`reads_bf16`] alone.
+    #[default]
+    Cpu,
+    /// What `rambac_passes::mixed::halves` says, in both directions.
+    Gpu,
+}
+
 /// Implemented for every op.
 pub trait Lower {
     fn kernel_traits(&self) -> KernelTraits;

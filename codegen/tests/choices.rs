@@ -5,7 +5,7 @@
 //! in bf16.  `INSTA_UPDATE=always cargo test -p rambac-codegen --test choices` writes them again.
 
 use rambac_codegen::cuda::{Arch, Call, GpuProgram, Target, emit};
-use rambac_codegen::lower;
+use rambac_codegen::{Kernels, lower_for};
 use rambac_ir::{Bindings, DType, text};
 use std::collections::BTreeSet;
 use std::fmt::Write;
@@ -37,7 +37,7 @@ impl Case {
         let op = self.op.replace("TYPE", t);
         let graph = format!("graph g({}) {{\n{inputs}  {op}\n  return {outputs}\n}}\n", syms.join(", "));
         let graph = text::parse(&graph).unwrap_or_else(|e| panic!("{}: {e:?}\n{graph}", self.what));
-        emit(lower(&graph), Target::of(arch)).map_err(|e| e.why.to_string())
+        emit(lower_for(&graph, Kernels::Gpu), Target::of(arch)).map_err(|e| e.why.to_string())
     }
 
     /// A line per size.

@@ -3,8 +3,8 @@
 use rambac_codegen::cuda::choices::{Verdict, fingerprint};
 use rambac_codegen::cuda::tune::{Measure, Trial, TuneError, chosen, measured, tune};
 use rambac_codegen::cuda::{Arch, Cache, Form, GpuProgram, Target, emit};
-use rambac_codegen::lower;
 use rambac_codegen::program::Step;
+use rambac_codegen::{Kernels, lower_for};
 use rambac_ir::{Bindings, HostArray, text};
 use std::collections::HashMap;
 use tempfile::TempDir;
@@ -24,7 +24,8 @@ const GRAPH: &str = "graph scan(N, L) {
 ";
 
 fn program() -> GpuProgram {
-    emit(lower(&text::parse(GRAPH).unwrap()), Target::of(Arch::Sm80)).unwrap()
+    let graph = text::parse(GRAPH).unwrap();
+    emit(lower_for(&graph, Kernels::Gpu), Target::of(Arch::Sm80)).unwrap()
 }
 
 fn dims(l: usize) -> Bindings {

@@ -14,6 +14,7 @@ pub mod fuse_map;
 pub mod fuse_norm;
 pub mod fuse_selection;
 pub mod min_cut;
+pub mod mixed;
 pub mod narrow;
 pub mod pipeline;
 pub mod recompute;
@@ -22,5 +23,5 @@ pub mod simplify;
 pub mod train_step;
 
 pub use autodiff::{AutodiffError, gradients};
-pub use pipeline::{Options, PASSES, Pass, optimise};
+pub use pipeline::{Options, PASSES, Pass, Precision, optimise};
 pub use recompute::{Recompute, Target};

@@ -8,7 +8,7 @@ use crate::executor::{ExecError, Executor, Outputs, StepTimes, emptied};
 use crate::store::Store;
 use crate::tensor::{Tensor, TensorRef};
 use rambac_codegen::program::SourceSlot;
-use rambac_codegen::{FitError, Memory, MemoryPlan, Program, lower, plan};
+use rambac_codegen::{FitError, Machine, Memory, MemoryPlan, Program, lower, plan};
 use rambac_ir::ops::SourceKind;
 use rambac_ir::{Bindings, Graph};
 use rambac_passes::train_step::{AdamW, accumulate, apply, train_step};
@@ -99,7 +99,8 @@ impl Trainer {
         pool: Arc<rayon::ThreadPool>,
     ) -> Result<Self, TrainError> {
         let compile = |g: Graph, reserved: usize| -> Result<Executor, TrainError> {
-            let options = rambac_codegen::fit::options(&g, memory, scratch, reserved)?;
+            let options =
+                rambac_codegen::fit::options(&g, memory, &Machine::Cpu(scratch), reserved, &Options::default())?;
             Ok(Executor::new(lower(&optimise(&g, &options)), pool.clone()))
         };
         let programs = if parts <= 1 {

@@ -12,11 +12,11 @@ use miette::miette;
 use rambac_codegen::cuda::{Arch, Cache, Kernel, Target, kernel};
 use rambac_codegen::hash::sha256;
 use rambac_codegen::nvrtc::{Nvrtc, NvrtcError};
-use rambac_codegen::{Program, lower};
+use rambac_codegen::{Kernels, Program, lower_for};
 use rambac_ir::{Bindings, Cost, Graph};
 use rambac_models::{Config, preset};
 use rambac_passes::train_step::AdamW;
-use rambac_passes::{Options, optimise};
+use rambac_passes::{Options, Precision, optimise};
 use rayon::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
@@ -30,7 +30,8 @@ const PRESETS: [&str; 4] = ["tiny", "small", "370m", "3b"];
 const LEN: usize = 4096;
 
 /// What is run, at which sizes.
-const MODES: [&str; 3] = ["a training step", "prefill", "decode"];
+const MODES: [&str; 6] =
+    ["a training step", "prefill", "decode", "a training step in bf16", "prefill in bf16", "decode in bf16"];
 
 /// Runs the verb.
 pub fn run(a: &Report, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
@@ -170,8 +171,10 @@ struct Section {
 
 fn section(preset_name: &'static str, mode: &'static str) -> Result<Section> {
     let config = preset(preset_name).map_err(wrap)?;
+    let precision = if mode.ends_with("bf16") { Precision::Bf16 } else { Precision::F32 };
+    let options = Options { precision, ..Options::default() };
     let one = |(graph, dims): (Graph, Bindings)| {
-        let p = lower(&optimise(&graph, &Options::default()));
+        let p = lower_for(&optimise(&graph, &options), Kernels::Gpu);
         let costs = p.costs(&dims).map_err(wrap)?;
         Ok((p, costs, dims))
     };
@@ -217,14 +220,15 @@ fn report(figures: &Figures) -> Result<String> {
 
 /// The graphs of a mode with their sizes.
 fn graphs(c: &Config, mode: &str) -> Result<Vec<(Graph, Bindings)>> {
-    if mode == MODES[0] {
+    if mode.starts_with(MODES[0]) {
         return Ok(vec![(model_step(c, &AdamW::default())?, Bindings::new([("N", 1), ("L", LEN)]))]);
     }
     let chunks = LEN / c.chunk_size;
-    let (l, b) = if mode == MODES[1] { (LEN, chunks) } else { (1, 1) };
+    let prefill = mode.starts_with(MODES[1]);
+    let (l, b) = if prefill { (LEN, chunks) } else { (1, 1) };
     let parts = model::session_graphs(c)?;
     // A token in `chunk_size` makes a chunk, and nothing here skims.
-    let run = |name: &str| name != "upper_flash" && (name != "chunks" || mode == MODES[1]);
+    let run = |name: &str| name != "upper_flash" && (name != "chunks" || prefill);
     let all = parts.named().into_iter().filter(|(name, _)| run(name));
     let dims = Bindings::new([("N", 1), ("L", l), ("C", chunks), ("B", b)]);
     Ok(all.map(|(_, g)| (g.clone(), dims.clone())).collect())

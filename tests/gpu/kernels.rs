@@ -4,15 +4,16 @@
 use crate::harness::Case;
 use crate::rig::{Rig, cache};
 use rambac_codegen::cuda::{Arch, Kernel, Target, emit};
-use rambac_codegen::lower;
 use rambac_codegen::nvrtc::Nvrtc;
-use rambac_ir::{Graph, text};
+use rambac_codegen::{Kernels, lower_for};
+use rambac_ir::Graph;
 use rambac_models::preset;
 use rambac_models::stack::{self, Carry};
 use rambac_passes::train_step::{AdamW, train_step};
-use rambac_passes::{Options, optimise};
+use rambac_passes::{Options, Precision, optimise};
 use rayon::prelude::*;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 pub const ALL: &[Case] = &[("kernels_of_tiny", kernels_of_tiny)];
 
@@ -28,19 +29,14 @@ fn graphs() -> Result<Vec<Graph>, String> {
     Ok(all)
 }
 
-/// The same graph with bf16 in place of f32.
-fn narrow(g: &Graph) -> Result<Graph, String> {
-    text::parse(&text::print(g).replace("f32", "bf16")).map_err(|e| format!("{}: {e:?}", g.name))
-}
-
 fn kernels_of_tiny(_: &Rig) -> Result<String, String> {
     let compilers = Nvrtc::open_all();
     // Kernels differ in names where they differ in anything that can spill: one of the maps stands for all.
     let mut all: BTreeMap<(Arch, String), Kernel> = BTreeMap::new();
     let graphs = graphs()?;
-    let narrow = graphs[1..].iter().map(narrow).collect::<Result<Vec<_>, _>>()?;
-    for g in graphs.iter().chain(&narrow) {
-        let program = std::sync::Arc::new(lower(&optimise(g, &Options::default())));
+    for (g, precision) in graphs.iter().flat_map(|g| [Precision::F32, Precision::Bf16].map(|p| (g, p))) {
+        let g = optimise(g, &Options { precision, ..Options::default() });
+        let program = Arc::new(lower_for(&g, Kernels::Gpu));
         for arch in Arch::ALL {
             let p = emit(program.clone(), Target::of(arch)).map_err(|e| e.to_string())?;
             let maps = p.kernels.iter().filter(|k| k.name.starts_with("map_")).take(1);
@@ -48,9 +44,9 @@ fn kernels_of_tiny(_: &Rig) -> Result<String, String> {
             all.extend(maps.chain(rest).map(|k| ((arch, k.name.clone()), k.clone())));
         }
     }
-    // Compilers take turns; with an odd number of architectures a name each would see only its own.
+    // Compilers take turns, by names and architectures.
     let cache = cache();
-    let names: Vec<&String> = all.keys().map(|k| &k.1).collect::<std::collections::BTreeSet<_>>().into_iter().collect();
+    let names: Vec<&String> = all.keys().map(|k| &k.1).collect::<BTreeSet<_>>().into_iter().collect();
     let one = |((arch, name), k): (&(Arch, String), &Kernel)| {
         let at = names.binary_search(&name).expect("BUG: it is one of the names") + *arch as usize;
         let c = cache.compile(&compilers[at % compilers.len()], k, *arch).map_err(|e| e.to_string())?;

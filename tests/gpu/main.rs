@@ -1,4 +1,4 @@
-//! Whole GPU programs on the simulator: grown graphs and models, through the code path that a GPU takes.
+//! Whole GPU programs on the simulator, or on the device that `RAMBAC_TEST_DEVICE` names: grown graphs and models, through the code path that a GPU takes.
 //!
 //! Without NVRTC nothing here can run: every test is then counted as ignored and the reason printed.
 
@@ -8,6 +8,7 @@ mod graphs;
 #[path = "../../runtime/tests/gpu/harness.rs"]
 mod harness;
 mod kernels;
+mod mixed;
 mod models;
 #[path = "../../runtime/tests/gpu/rig.rs"]
 #[allow(dead_code)] // what checks of single ops need
@@ -19,5 +20,5 @@ mod support;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    harness::run(&[graphs::ALL, models::ALL, kernels::ALL])
+    harness::run(&[graphs::ALL, models::ALL, mixed::ALL, kernels::ALL])
 }

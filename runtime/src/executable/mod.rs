@@ -33,7 +33,7 @@ pub use read::{Executable, KernelInfo};
 pub use write::{Contents, Written, write};
 
 use rambac_codegen::cuda::{Arch, GpuProgram, Target, emit};
-use rambac_codegen::{Program, lower};
+use rambac_codegen::{Kernels, Program, lower, lower_for};
 use rambac_ir::{Graph, text};
 use rambac_passes::{Options, optimise};
 use rayon::prelude::*;
@@ -108,10 +108,14 @@ impl Part {
         graph: &Graph,
         targets: &[Arch],
     ) -> Result<Part, ExecutableError> {
-        let program = Arc::new(lower(graph));
-        let gpu = targets.par_iter().map(|a| Ok(Arc::new(emit(program.clone(), Target::of(*a))?)));
-        let gpu = gpu.collect::<Result<Vec<_>, ExecutableError>>()?;
-        Ok(Part { name: name.into(), before, after, program, gpu })
+        // The GPUs' program has other copies, and is lowered once for all of them.
+        let gpus = || {
+            let program = (!targets.is_empty()).then(|| Arc::new(lower_for(graph, Kernels::Gpu)));
+            let one = |a: &Arch| Ok(Arc::new(emit(program.clone().expect("BUG: there is a target"), Target::of(*a))?));
+            targets.par_iter().map(one).collect::<Result<Vec<_>, ExecutableError>>()
+        };
+        let (program, gpu) = rayon::join(|| Arc::new(lower(graph)), gpus);
+        Ok(Part { name: name.into(), before, after, program, gpu: gpu? })
     }
 }
 

@@ -1,8 +1,8 @@
-//! Runs tests that need NVRTC, in parallel, and reports as libtest does.
+//! Runs tests that need NVRTC, in parallel, and reports as libtest does.  What a device can't run is counted as ignored.
 //!
 //! Where several versions of NVRTC are installed, tests take turns; `PROPTEST_RNG_SEED` says who begins.
 
-use crate::rig::Rig;
+use crate::rig::{DEVICE, NOT_HERE, Rig};
 use rambac_codegen::nvrtc::{HELP, Nvrtc, NvrtcError};
 use rayon::prelude::*;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -32,7 +32,14 @@ pub fn run(families: &[&[Case]]) -> ExitCode {
     }
     println!("\nrunning {} tests", cases.len());
     let (mut passed, mut failed, mut skipped) = (0, 0, 0);
-    let rigs: Vec<Rig> = Nvrtc::open_all().into_iter().map(Rig::new).collect();
+    let rigs = match Nvrtc::open_all().into_iter().map(Rig::new).collect::<Result<Vec<Rig>, _>>() {
+        Ok(rigs) => rigs,
+        // It was asked for by name.
+        Err(e) => {
+            println!("{DEVICE}: {e}");
+            return ExitCode::FAILURE;
+        }
+    };
     if rigs.is_empty() {
         for (name, _) in &cases {
             println!("test {name} ... ignored, skipped: {}: cargo xtask cuda, or {HELP}", NvrtcError::Missing);
@@ -52,6 +59,10 @@ pub fn run(families: &[&[Case]]) -> ExitCode {
                 Ok(text) => {
                     println!("test {name} ... ok ({compiler}){text}");
                     passed += 1;
+                }
+                Err(e) if e.starts_with(NOT_HERE) => {
+                    println!("test {name} ... ignored, skipped: {e}");
+                    skipped += 1;
                 }
                 Err(e) => {
                     println!("test {name} ... FAILED ({compiler})\n{e}\n");

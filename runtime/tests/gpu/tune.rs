@@ -5,7 +5,7 @@ use crate::rig::{Rig, cache};
 use rambac_codegen::cuda::choices::Verdict;
 use rambac_codegen::cuda::tune::{measured, tune};
 use rambac_codegen::cuda::{Arch, Cache, Target, emit};
-use rambac_codegen::lower;
+use rambac_codegen::{Kernels, lower_for};
 use rambac_ir::{Bindings, text};
 use rambac_runtime::gpu::{Bytes, Machine, Measurer, ProgramId};
 use rambac_simulator::Options;
@@ -50,9 +50,6 @@ type Clocked = Result<(Vec<(String, Bytes)>, f64), String>;
 /// As many seconds as there were instructions of warps.
 fn clock(m: &mut Machine<Simulator>, id: ProgramId, b: &Bindings, inputs: &[(&str, &Bytes)]) -> Clocked {
     let out = m.run(id, b, inputs).map_err(|e| e.to_string())?;
-    if let Some(f) = m.device().take_findings().first() {
-        return Err(f.to_string());
-    }
     Ok((out, m.device().take_counts().iter().map(|c| c.warp_instructions as f64).sum()))
 }
 
@@ -62,14 +59,15 @@ fn measured_choices(rig: &Rig) -> Result<String, String> {
     let mut said = String::new();
     for (graph, sizes) in GRAPHS {
         let graph = text::parse(graph).map_err(|e| format!("{e:?}"))?;
-        let (p, b) = (emit(lower(&graph), Target::of(Arch::Sm80)), Bindings::new(sizes.iter().copied()));
+        let (p, b) =
+            (emit(lower_for(&graph, Kernels::Gpu), Target::of(Arch::Sm80)), Bindings::new(sizes.iter().copied()));
         let p = p.map_err(|e| e.to_string())?;
         let mut device = Measurer {
             name: "the simulator".into(),
             target: p.target.clone(),
             nvrtc: &rig.nvrtc,
             cache: &compiled,
-            open: || Ok(Simulator::new(Options::default())),
+            open: || Ok(Simulator::strict(Options::default())),
             clock,
         };
         let step = p.program.steps.last().ok_or("no step")?;

@@ -200,6 +200,8 @@ impl Sizes {
 struct Attending {
     sizes: Sizes,
     dtype: DType,
+    /// Of the chunks' weights.
+    exact: DType,
     n: Dim,
     l: Dim,
     h: usize,
@@ -247,6 +249,7 @@ impl Attending {
         Ok(Attending {
             sizes: Sizes { element: dtype.size(), head_dim, chunk, group: heads / h, slots },
             dtype,
+            exact: site.dtype(WEIGHTS),
             n: shape(Q)[0].clone(),
             l: shape(Q)[1].clone(),
             h,
@@ -339,7 +342,7 @@ impl Attending {
             .read_qkv(stub)
             .read("indices", DType::I32, INDICES)
             .read("count", DType::I32, COUNT)
-            .read("weights", self.dtype, WEIGHTS)
+            .read("weights", self.exact, WEIGHTS)
             .i32("all_rows", rows.clone())
             .i32("l", &self.l)
             .i32("tokens_kv", &self.tokens_kv)
@@ -369,7 +372,7 @@ impl Attending {
             .read_qkv(stub)
             .read("indices", DType::I32, INDICES)
             .read("count", DType::I32, COUNT)
-            .read("weights", self.dtype, WEIGHTS)
+            .read("weights", self.exact, WEIGHTS)
             .i32("l", &self.l)
             .i32("h", self.h)
             .i32("chunks", &self.chunks)
@@ -392,7 +395,7 @@ impl Attending {
         let mut calls = index.calls(INDICES, COUNT);
         let stub =
             self.tiled(template.0, template.1, &t, t.shared, self.sizes.slab()).write("slots", self.dtype, slots);
-        let stub = self.read_qkv(stub).read("weights", self.dtype, WEIGHTS);
+        let stub = self.read_qkv(stub).read("weights", self.exact, WEIGHTS);
         calls.push(index.read(stub).launch((index.lists() * index.max_slabs(), 1, 1)).into());
         calls.push(self.reduce_slots(Operand::Output(0), o_stride, slots, 1));
         let why = format!(
@@ -478,7 +481,7 @@ fn gradient(op: &ChunkAttentionGrad, site: &Site) -> Result<Vec<Form>, Unsupport
     let index = a.index(0);
     let [slots, partial, delta, log2_sum] = [0, 1, 2, 3].map(|i| Operand::Workspace(InvertedIndex::WORKSPACES + i));
     let rows = |stub: Stub| -> Result<Stub, Unsupported> {
-        let stub = a.read_qkv(stub).read("weights", a.dtype, WEIGHTS).read("dy", a.dtype, DY);
+        let stub = a.read_qkv(stub).read("weights", a.exact, WEIGHTS).read("dy", a.dtype, DY);
         Ok(index.read(stub.i64("dy_stride", site.row_stride(DY, 2)?)))
     };
     let mut calls = index.calls(INDICES, COUNT);
@@ -500,7 +503,7 @@ fn gradient(op: &ChunkAttentionGrad, site: &Site) -> Result<Vec<Form>, Unsupport
     let weights = a.lists() * &a.l * s.slots;
     calls.push(
         a.stub("attend_grad", "attend_grad_heads", ADD_THREADS)
-            .write("dw", a.dtype, dw)
+            .write("dw", site.dtype(dw), dw)
             .read("delta", DType::F32, delta)
             .read("count", DType::I32, COUNT)
             .i64("lists_tokens", a.lists() * &a.l)
