@@ -183,6 +183,7 @@ pub struct Session {
     sequences: Vec<Sequence>,
     /// Positions of the sequences that run.
     start: Vec<i32>,
+    pool: Arc<rayon::ThreadPool>,
 }
 
 /// What a run of the upper half tells of its last retrieval, for `rows` tokens in order.
@@ -275,6 +276,7 @@ impl Session {
             states: vec![],
             sequences: vec![],
             start: vec![],
+            pool: pool.clone(),
         };
         let all = Bindings::new([("N", n)]);
         let programs = [Some(&s.lower), s.halves.as_ref().map(|h| &h.upper)];
@@ -319,6 +321,10 @@ impl Session {
     /// The chunks of sequence `seq`; `None` for a plain Mamba-2.
     pub fn chunks(&self, seq: usize) -> Option<&ChunkStore> {
         self.sequences[seq].chunks.as_ref()
+    }
+    /// The threads it runs on: who feeds token after token keeps them [awake](rambac_cpu::team::awake) meanwhile.
+    pub fn pool(&self) -> &Arc<rayon::ThreadPool> {
+        &self.pool
     }
     /// Weights and carried states.
     pub fn store(&self) -> &Store {
