@@ -63,7 +63,7 @@ impl Machine {
             Machine::Gpu(target) => {
                 let gpu = emit(lower_for(g, Kernels::Gpu), target.clone())?;
                 let plans = dims.iter().map(|d| gpu.plan(d)).collect::<Result<_, _>>()?;
-                Ok((gpu.program, plans))
+                Ok((std::sync::Arc::unwrap_or_clone(gpu.program), plans))
             }
         }
     }

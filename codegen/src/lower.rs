@@ -320,6 +320,11 @@ impl Lowering<'_> {
     /// it, else by a copy at the end.
     fn updates(&mut self, outputs: &mut [OutputSlot]) {
         self.save_overwritten(outputs);
+        // The steps that use a buffer, in order.
+        let mut users: Vec<Vec<usize>> = vec![vec![]; self.buffers.len()];
+        for (i, s) in self.steps.iter().enumerate() {
+            s.inputs.iter().chain(&s.outputs).for_each(|v| users[v.buffer.index()].push(i));
+        }
         for i in 0..outputs.len() {
             let o = &outputs[i];
             let Some(slot) = self.sources.iter().find(|s| s.name == o.name && s.kind != SourceKind::Input) else {
@@ -331,22 +336,32 @@ impl Lowering<'_> {
             if made == target {
                 continue;
             }
-            let maker = self.steps.iter().position(|s| s.outputs.iter().any(|v| v.buffer == made));
-            let last_read = self.steps.iter().rposition(|s| s.inputs.iter().any(|v| v.buffer == target));
+            let makes = |s: &&usize| self.steps[**s].outputs.iter().any(|v| v.buffer == made);
+            let reads = |s: &&usize| self.steps[**s].inputs.iter().any(|v| v.buffer == target);
+            let maker = users[made.index()].iter().find(makes).copied();
+            let last_read = users[target.index()].iter().rev().find(reads).copied();
             let whole = self.buffers[made.index()].kind == BufferKind::Arena
                 && self.buffers[made.index()].ty.elements() == self.buffers[target.index()].ty.elements();
             let direct = maker.is_some_and(|m| {
                 whole && last_read.is_none_or(|r| r < m || (r == m && overwrites(&self.steps[m], made, target)))
             });
             if direct {
-                let views = self.steps.iter_mut().flat_map(|s| s.inputs.iter_mut().chain(&mut s.outputs));
+                let moved = std::mem::take(&mut users[made.index()]);
+                for &s in &moved {
+                    let s = &mut self.steps[s];
+                    let views = s.inputs.iter_mut().chain(&mut s.outputs);
+                    views.filter(|v| v.buffer == made).for_each(|v| v.buffer = target);
+                }
+                users[target.index()].extend(moved);
+                users[target.index()].sort_unstable();
                 // Other outputs may be the same value.
-                let views = views.chain(outputs.iter_mut().map(|o| &mut o.view));
+                let views = outputs.iter_mut().map(|o| &mut o.view);
                 views.filter(|v| v.buffer == made).for_each(|v| v.buffer = target);
             } else {
                 let x = outputs[i].view.clone();
                 let y = View { buffer: target, offset: Dim::int(0), ty: x.ty.clone(), strided: None };
                 let op = Reshape { shape: x.ty.shape.clone() }.into();
+                [made, target].iter().for_each(|b| users[b.index()].push(self.steps.len()));
                 self.steps.push(Step { op, node: NodeId(0), inputs: vec![x], outputs: vec![y.clone()] });
                 outputs[i].view = y;
             }
@@ -361,7 +376,11 @@ impl Lowering<'_> {
         }
         outputs.iter().for_each(|o| last[o.view.buffer.index()] = usize::MAX);
         let mut become_: Vec<BufferId> = (0..self.buffers.len() as u32).map(BufferId).collect();
+        let mut seen = vec![false; self.buffers.len()];
         for i in 0..self.steps.len() {
+            if let Some(p) = i.checked_sub(1).map(|p| &self.steps[p]) {
+                p.inputs.iter().chain(&p.outputs).for_each(|v| seen[v.buffer.index()] = true);
+            }
             for v in self.steps[i].inputs.iter_mut() {
                 v.buffer = become_[v.buffer.index()];
             }
@@ -381,11 +400,7 @@ impl Lowering<'_> {
                         && self.buffers[v.buffer.index()].ty.elements() == v.ty.elements()
                 };
                 // The result must be this buffer's first appearance.
-                let first = self.steps[..i]
-                    .iter()
-                    .rev()
-                    .all(|p| p.outputs.iter().chain(&p.inputs).all(|v| v.buffer != y.buffer));
-                if !own(y) || !first {
+                if !own(y) || seen[y.buffer.index()] {
                     continue;
                 }
                 let may = |k: usize| t.in_place || t.overwrites.contains(&(o, k));

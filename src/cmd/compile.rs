@@ -220,7 +220,7 @@ fn kernels(a: &Compile, parts: &[Part], targets: &[Arch], cache: &Cache) -> Resu
         return Ok(vec![]);
     }
     let nvrtc = Nvrtc::open_any().map_err(wrap)?;
-    let compiler = format!("NVRTC {}.{}", nvrtc.version.0, nvrtc.version.1);
+    let compiler = nvrtc.name();
     let one = |(i, arch): (usize, &Arch)| {
         let programs: Vec<_> = parts.iter().map(|p| &*p.gpu[i]).collect();
         if !a.json {

@@ -7,6 +7,7 @@ mod each_op;
 mod graphs;
 #[path = "../../runtime/tests/gpu/harness.rs"]
 mod harness;
+mod kernels;
 mod mixed;
 mod models;
 #[path = "../../runtime/tests/gpu/rig.rs"]
@@ -20,5 +21,5 @@ mod train;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    harness::run(&[graphs::ALL, models::ALL, mixed::ALL, train::ALL])
+    harness::run(&[graphs::ALL, models::ALL, mixed::ALL, train::ALL, kernels::ALL])
 }

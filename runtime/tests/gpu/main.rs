@@ -13,6 +13,7 @@ mod norm;
 mod rig;
 mod rows;
 mod scan;
+mod tune;
 
 use std::process::ExitCode;
 
@@ -25,6 +26,7 @@ fn main() -> ExitCode {
         scan::ALL,
         attend::ALL,
         executables::ALL,
+        tune::ALL,
         mutants::ALL,
     ])
 }

@@ -128,10 +128,20 @@ impl Sizes {
         best.map(|(_, t)| t)
     }
 
+    /// Warps of a query tile.
+    fn query_tile_warps(&self) -> Vec<usize> {
+        // A lane of a warp holds the choices of a token.
+        [8, 4, 2, 1].into_iter().filter(|w| self.tokens(16 * w) <= 32).collect()
+    }
+    /// All tiles of the forward by query tiles, one for each number of warps.
+    pub fn query_tiles(&self, target: &Target) -> impl Iterator<Item = Tile> {
+        let resident = |keys| self.warps_by_registers(keys, keys == self.chunk);
+        let one = move |w| self.best(target, &[w], 64, |w, k| self.query_tile_bytes(w, k), resident);
+        self.query_tile_warps().into_iter().filter_map(one)
+    }
     /// The tile of the forward by query tiles.
     pub fn query_tile(&self, target: &Target) -> Option<Tile> {
-        // A lane of a warp holds the choices of a token.
-        let warps: Vec<usize> = [8, 4, 2, 1].into_iter().filter(|w| self.tokens(16 * w) <= 32).collect();
+        let warps = self.query_tile_warps();
         let resident = |keys| self.warps_by_registers(keys, keys == self.chunk);
         self.best(target, &warps, 64, |w, k| self.query_tile_bytes(w, k), resident)
     }
@@ -399,7 +409,7 @@ impl Attending {
             .with("slots", self.dtype, self.slots_elements(1))
             .when(Condition::AtLeast(pairs, Expr::from(&self.chunks) * from))
             // Where there are no chunks, nobody would fill the index.
-            .when(Condition::AtLeast(Expr::from(&self.chunks), Expr::int(1)));
+            .needs(Condition::AtLeast(Expr::from(&self.chunks), Expr::int(1)));
         Some(form)
     }
 }
@@ -419,6 +429,21 @@ fn or_any_size(
 impl Cuda for ChunkAttention {
     fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
         or_any_size(forward(self, site), site, (self.chunk, self.scale, self.off_by_one), None)
+    }
+    fn candidates(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
+        let mut all = self.forms(site)?;
+        let o = Operand::Output(0);
+        let Ok(a) = Attending::new(site, self.chunk, self.scale, self.off_by_one, &[Q, K, V, o]) else {
+            return Ok(all);
+        };
+        for t in a.sizes.query_tiles(site.target) {
+            all.push(a.query_tile(&t, site.row_stride(o, 2)?));
+        }
+        // Chunk by chunk wherever there are chunks.
+        if a.sizes.chunk_major_from().is_none() {
+            all.extend(a.chunk_major(site.target, 0, site.row_stride(o, 2)?));
+        }
+        Ok(all)
     }
 }
 

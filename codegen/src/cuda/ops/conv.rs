@@ -135,7 +135,7 @@ impl Cuda for CausalConv1d {
             let form = Form::new("causal_conv_step", why, vec![l.into()]);
             let l = Expr::from(&c.l);
             let one = Condition::AtLeast(l.clone(), Expr::int(1));
-            forms.push(form.when(one).when(Condition::Below(l, Expr::int(2))));
+            forms.push(form.needs(one).needs(Condition::Below(l, Expr::int(2))));
         }
         for steps in STEPS {
             let t = tile(steps);

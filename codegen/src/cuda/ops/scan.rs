@@ -263,7 +263,7 @@ impl Scan {
         let why = format!("one token: {lanes} lanes a row of the state{}", self.manner());
         let (l1, one) = (Expr::from(&self.l), Expr::int(1));
         let form = Form::new("scan_step", why, vec![l.into()]);
-        Ok(form.when(Condition::AtLeast(l1.clone(), one)).when(Condition::Below(l1, Expr::int(2))))
+        Ok(form.needs(Condition::AtLeast(l1.clone(), one)).needs(Condition::Below(l1, Expr::int(2))))
     }
 
     /// `l` is given where a kernel needs no segment.
