@@ -202,7 +202,8 @@ fn planned(machine: &Machine, g: &Graph, dims: &Bindings) -> Result<(Program, Me
 impl Report {
     fn new(graph: &Graph, dims: &Bindings, options: &Options, machine: &Machine, fit: Option<Fit>) -> Result<Self> {
         let recompute = fit.as_ref().map_or(Recompute::Nothing, |f| Recompute::Nodes(f.again.clone()));
-        let options = &Options { recompute, ..options.clone() };
+        let span = fit.as_ref().map_or(0, |f| f.span);
+        let options = &Options { recompute, span, ..options.clone() };
         let mut passes: Vec<PassReport> = vec![];
         let mut unfused = vec![];
         let mut counts = op_counts(graph);
@@ -601,6 +602,9 @@ fn print_fit(f: &Fit, limit: Option<usize>, config: Option<&Config>) -> Result<(
         show::si(t.flops_per_second, "FLOP/s"),
         show::si(t.bytes_per_second, "B/s")
     );
+    if f.span > 1 {
+        println!("  inputs of layers are kept for every {}th layer, those between are computed again", f.span);
+    }
     let mut table = Table::new(1, &["layer", "kept", "again", "computed again"]);
     for (layer, c) in recompute::by_layer(&f.prepared, &f.dims, &f.again).map_err(wrap)? {
         let ops = c.ops.iter().map(|(op, n)| if *n > 1 { format!("{n} {op}") } else { op.to_string() });
