@@ -150,6 +150,8 @@ pub struct Demo {
     /// Stop training after this many minutes
     #[arg(long, default_value_t = 6)]
     pub minutes: u64,
+    #[command(flatten)]
+    pub place: TrainPlace,
 }
 
 /// Data that needs no file.
@@ -223,11 +225,23 @@ pub struct Train {
     pub resume: Option<PathBuf>,
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
-    #[arg(long, value_enum, default_value_t = TrainDevice::Cpu)]
-    pub device: TrainDevice,
+    #[command(flatten)]
+    pub place: TrainPlace,
     /// One JSON object per step on standard output instead of a progress bar
     #[arg(long)]
     pub json: bool,
+}
+
+/// Where training runs, and in what.
+#[derive(Args, Clone, Copy, Debug, Default)]
+pub struct TrainPlace {
+    /// cpu; simulator: GPU kernels on this machine's cores, watched, for the smallest sizes; cuda:0, cuda:1, …: a GPU.  A run
+    /// may go on on another device
+    #[arg(long, value_name = "DEVICE", default_value_t)]
+    pub device: On,
+    /// What activations are kept in; bf16 is for GPUs [default: f32, or what a resumed run had]
+    #[arg(long, value_enum)]
+    pub precision: Option<PrecisionArg>,
 }
 
 /// How much memory a training step may take.
@@ -251,12 +265,6 @@ impl MemoryArgs {
             (None, false) => Memory::Keep,
         }
     }
-}
-
-/// Where training runs.
-#[derive(Clone, Copy, ValueEnum, PartialEq, Eq, Debug)]
-pub enum TrainDevice {
-    Cpu,
 }
 
 #[derive(Clone, Copy, ValueEnum, PartialEq, Eq, Debug)]
@@ -409,7 +417,10 @@ pub struct Bench {
     pub weights: Weights,
     #[command(flatten)]
     pub memory: MemoryArgs,
-    /// Also the time per kind of op
+    /// Where and in what: a training step
+    #[command(flatten)]
+    pub place: TrainPlace,
+    /// Also the time per kind of op, on the CPU
     #[arg(long)]
     pub profile: bool,
     /// One JSON object per line
@@ -467,7 +478,8 @@ impl Explain {
 }
 
 /// What activations and operands of products are kept in.
-#[derive(Clone, Copy, Debug, Default, ValueEnum, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, ValueEnum, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum PrecisionArg {
     /// Everything in f32
     #[default]

@@ -436,10 +436,18 @@ fn by_rows(op: &Op) -> bool {
 /// Whether the step may write its result `made` over `target` while reading it, whole: an elementwise op, or one that
 /// says so.
 fn overwrites(s: &Step, made: BufferId, target: BufferId) -> bool {
+    if let Op::MapEach(m) = &s.op {
+        let made = |o: &(usize, &View)| o.1.buffer == made;
+        return s.inputs.iter().enumerate().filter(|(_, v)| v.buffer == target).all(|(i, v)| {
+            let mut results = s.outputs.iter().enumerate().filter(made);
+            v.strided.is_none() && results.all(|(r, o)| o.ty == v.ty && m.may_overwrite(r, i))
+        });
+    }
     let t = kernel_traits(&s.op);
     let mut reads = s.inputs.iter().enumerate().filter(|(_, v)| v.buffer == target);
     if t.in_place {
-        return reads.all(|(_, v)| v.strided.is_none() && s.outputs.iter().all(|o| o.ty == v.ty));
+        let same = |v: &View| s.outputs.iter().filter(|o| o.buffer == made).all(|o| o.ty == v.ty);
+        return reads.all(|(_, v)| v.strided.is_none() && same(v));
     }
     let over = |i: usize, v: &View| {
         let same = |o: &View| o.buffer == made && o.strided.is_none() && o.ty == v.ty;

@@ -78,6 +78,8 @@ traits! {
     Pad: in [], out [], moves true;
     Concat: in [], out [], moves true;
     Reduce: in [], out [];
+    SumSquares: in [], out [];
+    MapEach: in [], out [];
     Cast: in [], out [], moves true;
     MatMul: in [0, 1], out [0], bf16_inputs &[1];
     MatMulMap: in [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15], out [0, 1, 2, 3, 4, 5, 6, 7], bf16_inputs &[1];

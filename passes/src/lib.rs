@@ -8,6 +8,7 @@ pub mod cse;
 pub mod dce;
 pub mod fold;
 pub mod fuse_attention;
+pub mod fuse_each;
 pub mod fuse_epilogue;
 pub mod fuse_loss;
 pub mod fuse_map;

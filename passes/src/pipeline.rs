@@ -2,8 +2,8 @@
 
 use crate::recompute::Recompute;
 use crate::{
-    cse, dce, fold, fuse_attention, fuse_epilogue, fuse_loss, fuse_map, fuse_norm, fuse_selection, mixed, narrow,
-    recompute, simplify,
+    cse, dce, fold, fuse_attention, fuse_each, fuse_epilogue, fuse_loss, fuse_map, fuse_norm, fuse_selection, mixed,
+    narrow, recompute, simplify,
 };
 use rambac_ir::Graph;
 
@@ -46,6 +46,7 @@ pub const PASSES: &[Pass] = &[
     (RECOMPUTE, |g, o| recompute::recompute(g, &o.recompute)),
     ("fuse_map", |g, _| fuse_map::fuse_map(g)),
     ("dce", |g, _| dce::dce(g)),
+    ("fuse_each", |g, _| fuse_each::fuse_each(g)),
     ("fuse_residual", |g, _| fuse_norm::fuse_residual(g)),
     ("fuse_epilogue", |g, _| fuse_epilogue::fuse_epilogue(g)),
 ];

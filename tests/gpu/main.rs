@@ -16,9 +16,10 @@ mod rig;
 #[path = "../properties/support.rs"]
 #[allow(dead_code)] // what other properties need
 mod support;
+mod train;
 
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    harness::run(&[graphs::ALL, models::ALL, mixed::ALL, kernels::ALL])
+    harness::run(&[graphs::ALL, models::ALL, mixed::ALL, train::ALL, kernels::ALL])
 }

@@ -103,5 +103,6 @@ fn param(p: &Param) -> Value {
         Param::Long(e) => json!({ "i64": e.to_string() }),
         // JSON has no infinities.
         Param::Float(v) => json!({ "f32": format!("{v:?}") }),
+        Param::Table(words) => json!({ "table": words.iter().map(param).collect::<Vec<_>>() }),
     }
 }

@@ -70,6 +70,8 @@ pub enum Param {
     Long(Expr),
     /// An `f32`.
     Float(f32),
+    /// Words of 64 bits by value: addresses and `i64`s.
+    Table(Vec<Param>),
 }
 
 /// One launch.

@@ -7,6 +7,7 @@ mod conv;
 mod inverted_index;
 mod loss;
 mod map;
+mod map_each;
 mod matmul;
 mod move_;
 mod norm;
