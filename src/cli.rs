@@ -2,7 +2,7 @@
 
 mod executable;
 
-pub use executable::{Cache, CacheTask, Compile, GpuTarget, Report, Run};
+pub use executable::{Cache, CacheTask, Compile, GpuTarget, Report, Run, Tune};
 
 use crate::device::On;
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -44,7 +44,9 @@ pub enum Verb {
     Bench(Bench),
     /// What is in an executable, a checkpoint, a model's folder or a safetensors file
     Inspect(Inspect),
-    /// Compiled GPU kernels that are kept between runs
+    /// Measure the ways in which a model's steps can run on a GPU, and keep what is fastest
+    Tune(Tune),
+    /// Compiled GPU kernels and measured choices that are kept between runs
     Cache(Cache),
     /// The table of all GPU kernels of the presets, as docs/kernels.md holds it
     #[command(hide = true)]

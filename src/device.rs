@@ -61,6 +61,18 @@ impl On {
     pub fn gpu(self) -> bool {
         matches!(self, On::Simulator | On::Cuda(_))
     }
+
+    /// Opens a device that runs GPU programs.
+    ///
+    /// # Errors
+    /// It is not there, or runs no GPU programs.
+    pub fn open(self) -> Result<Box<dyn Device>> {
+        Ok(match self {
+            On::Cpu | On::Reference => return Err(miette!("{self} runs no GPU programs")),
+            On::Simulator => Box::new(Simulator::strict(Options::default())),
+            On::Cuda(i) => Box::new(CudaDevice::open(i, &cublaslt()).map_err(wrap)?),
+        })
+    }
 }
 
 /// Files of cuBLASLt, best first.
@@ -84,11 +96,7 @@ impl Gpu {
     /// # Errors
     /// It is not there, or runs no GPU programs.
     pub fn open(on: On) -> Result<Gpu> {
-        let (device, placement): (Box<dyn Device>, Placement) = match on {
-            On::Cpu | On::Reference => return Err(miette!("{on} runs no GPU programs")),
-            On::Simulator => (Box::new(Simulator::strict(Options::default())), Placement::Apart),
-            On::Cuda(i) => (Box::new(CudaDevice::open(i, &cublaslt()).map_err(wrap)?), Placement::Arena),
-        };
+        let (device, placement) = (on.open()?, if on == On::Simulator { Placement::Apart } else { Placement::Arena });
         let archs = archs(device.capability());
         if archs.is_empty() {
             let name = device.name();

@@ -14,6 +14,7 @@ mod report;
 mod run;
 mod simulate;
 mod train;
+mod tune;
 
 use crate::cli::{Cli, Verb};
 use crate::error::{Result, wrap};
@@ -33,6 +34,7 @@ pub fn run(cli: Cli) -> Result<ExitCode> {
         Verb::Run(a) => run::run(&a, pool),
         Verb::Explain(a) => explain::run(&a, &pool),
         Verb::Inspect(a) => inspect::run(&a, &pool),
+        Verb::Tune(a) => tune::run(&a, pool),
         Verb::Cache(a) => cache::run(&a),
         Verb::Report(a) => report::run(&a, pool),
         Verb::Doctor(a) => doctor::run(&a, pool),

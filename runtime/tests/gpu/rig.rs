@@ -226,7 +226,8 @@ impl Rig {
             let op = program.program.steps.iter().position(|s| s.op.mnemonic() == c.op.mnemonic());
             let forms = Arc::make_mut(&mut program.steps[op.ok_or("the op is no step")?].forms);
             forms.retain(|f| f.name == name);
-            forms.first_mut().ok_or_else(|| format!("there is no form {name}\n{}", c.describe()))?.when.clear();
+            let form = forms.first_mut().ok_or_else(|| format!("there is no form {name}\n{}", c.describe()))?;
+            form.when.clear();
         }
         // Forms that these sizes don't take need not be compiled.
         for s in &mut program.steps {
