@@ -13,8 +13,9 @@ pub mod ramba;
 pub mod recipe;
 pub mod stack;
 pub mod tokenizer;
+pub mod variants;
 
-pub use config::{Config, LayerKind, ModelType, Parsed, Problem};
+pub use config::{Attention, Config, LayerKind, ModelType, Parsed, Problem};
 pub use error::ModelError;
 pub use params::{Init, InitRule, ParamSpec, canonical_name, init_tensor};
 pub use presets::{Preset, preset};
