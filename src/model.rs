@@ -146,8 +146,8 @@ pub fn session_graphs(c: &Config) -> Result<SessionGraphs> {
     use rambac_models::stack;
     if let Some(a) = &c.attention {
         return Err(miette!(
-            help = "rambac try and rambac compare run whole texts; rambac train and explain know it, and rambac compile \
-                    FILE.ir compiles the attention itself",
+            help = "rambac train, eval passkey and explain know it, for whole texts, and rambac compile FILE.ir compiles the \
+                    attention itself",
             "attention {}: it has no form that reads a text segment by segment, which inference needs",
             a.name
         ));

@@ -8,7 +8,7 @@
 //! need not check again.
 
 use crate::error::ModelError;
-use crate::variants;
+use crate::variants::Attention;
 use serde_json::{Map, Value, json};
 use std::fmt;
 use std::path::Path;
@@ -72,59 +72,6 @@ pub enum LayerKind {
     Window,
     /// A gated feed-forward layer, in stacks without Mamba.
     Mlp,
-}
-
-/// An attention variant that takes the place of hierarchical sparse attention; see [`variants`](crate::variants).
-#[derive(Clone, Debug, PartialEq)]
-pub struct Attention {
-    pub name: String,
-    pub text: std::sync::Arc<str>,
-}
-
-impl Attention {
-    /// A built-in one by its name, or any by its text.
-    ///
-    /// # Errors
-    /// The names that there are.
-    pub fn named(name: &str) -> Result<Self, String> {
-        match variants::built_in(name) {
-            Some(v) => Ok(Self { name: name.into(), text: v.text.into() }),
-            None => {
-                let all = variants::BUILT_IN.iter().map(|v| v.name);
-                let near = crate::presets::nearest(name, all.clone()).map(|n| format!(" (did you mean {n}?)"));
-                let all: Vec<&str> = all.collect();
-                Err(format!("there is no attention {name:?}{}; known: {}", near.unwrap_or_default(), all.join(", ")))
-            }
-        }
-    }
-    /// One's own text; its name is the graph's.
-    ///
-    /// # Errors
-    /// The first thing wrong with the text.
-    pub fn own(text: &str) -> Result<Self, String> {
-        let f = variants::Fragment::read(text, &[]).map_err(|e| first(&e))?;
-        Ok(Self { name: f.graph.name, text: text.into() })
-    }
-    /// As config.json holds it: the name, or the text of one's own.
-    fn to_json(&self) -> &str {
-        let built_in = variants::built_in(&self.name).is_some_and(|v| *v.text == *self.text);
-        if built_in { &self.name } else { &self.text }
-    }
-    fn from_json(v: &str) -> Result<Self, String> {
-        if v.contains('{') { Self::own(v) } else { Self::named(v) }
-    }
-    /// The fragment at a model's sizes.
-    ///
-    /// # Errors
-    /// The first thing wrong with it.
-    pub fn fragment(&self, c: &Config) -> Result<variants::Fragment, String> {
-        variants::Fragment::at(&self.text, &variants::Sizes::of(c), &[]).map_err(|e| first(&e))
-    }
-}
-
-fn first(e: &[rambac_ir::Diagnostic]) -> String {
-    let help = |d: &rambac_ir::Diagnostic| d.help.as_ref().map(|h| format!("; {h}")).unwrap_or_default();
-    e.first().map_or_else(String::new, |d| format!("{}{}", d.message, help(d)))
 }
 
 /// Whether a size matters to every model or only to those with chunk memory, or without Mamba.

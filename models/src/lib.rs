@@ -15,8 +15,9 @@ pub mod stack;
 pub mod tokenizer;
 pub mod variants;
 
-pub use config::{Attention, Config, LayerKind, ModelType, Parsed, Problem};
+pub use config::{Config, LayerKind, ModelType, Parsed, Problem};
 pub use error::ModelError;
 pub use params::{Init, InitRule, ParamSpec, canonical_name, init_tensor};
 pub use presets::{Preset, preset};
 pub use tokenizer::{DecodeStream, Tokenizer};
+pub use variants::Attention;

@@ -228,3 +228,56 @@ impl Fragment {
         (of(o), self.aux().map(of))
     }
 }
+
+/// An attention variant that takes the place of hierarchical sparse attention.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Attention {
+    pub name: String,
+    pub text: std::sync::Arc<str>,
+}
+
+impl Attention {
+    /// A built-in one by its name, or any by its text.
+    ///
+    /// # Errors
+    /// The names that there are.
+    pub fn named(name: &str) -> Result<Self, String> {
+        match built_in(name) {
+            Some(v) => Ok(Self { name: name.into(), text: v.text.into() }),
+            None => {
+                let all = BUILT_IN.iter().map(|v| v.name);
+                let near = crate::presets::nearest(name, all.clone()).map(|n| format!(" (did you mean {n}?)"));
+                let all: Vec<&str> = all.collect();
+                Err(format!("there is no attention {name:?}{}; known: {}", near.unwrap_or_default(), all.join(", ")))
+            }
+        }
+    }
+    /// One's own text; its name is the graph's.
+    ///
+    /// # Errors
+    /// The first thing wrong with the text.
+    pub fn own(text: &str) -> Result<Self, String> {
+        let f = Fragment::read(text, &[]).map_err(|e| first(&e))?;
+        Ok(Self { name: f.graph.name, text: text.into() })
+    }
+    /// As config.json holds it: the name, or the text of one's own.
+    pub(crate) fn to_json(&self) -> &str {
+        let built_in = built_in(&self.name).is_some_and(|v| *v.text == *self.text);
+        if built_in { &self.name } else { &self.text }
+    }
+    pub(crate) fn from_json(v: &str) -> Result<Self, String> {
+        if v.contains('{') { Self::own(v) } else { Self::named(v) }
+    }
+    /// The fragment at a model's sizes.
+    ///
+    /// # Errors
+    /// The first thing wrong with it.
+    pub fn fragment(&self, c: &Config) -> Result<Fragment, String> {
+        Fragment::at(&self.text, &Sizes::of(c), &[]).map_err(|e| first(&e))
+    }
+}
+
+fn first(e: &[Diagnostic]) -> String {
+    let help = |d: &Diagnostic| d.help.as_ref().map(|h| format!("; {h}")).unwrap_or_default();
+    e.first().map_or_else(String::new, |d| format!("{}{}", d.message, help(d)))
+}

@@ -181,7 +181,7 @@ pub fn run(
         scores.push(asker.recall(len, budget.seed)?);
         scores.push(asker.needle(len, budget.seed)?);
         if len >= rambac_models::data::passkey::min_len() {
-            scores.push(asker.passkey(len, budget.seed)?);
+            scores.push(asker.passkey(len, 16, budget.seed ^ 0x5eed)?);
         }
     }
     scores.sort_by_key(|s| ["recall", "needle", "passkey"].iter().position(|t| *t == s.task));
@@ -190,7 +190,7 @@ pub fn run(
 }
 
 /// A trained model that reads whole texts, with its choices as outputs.
-struct Asker {
+pub struct Asker {
     executor: Executor,
     store: Store,
     vocab: usize,
@@ -217,7 +217,11 @@ fn with_choices(mut g: Graph) -> (Graph, usize) {
 }
 
 impl Asker {
-    fn new(c: &Config, store: Store, pool: &Arc<rayon::ThreadPool>) -> Result<Self> {
+    /// Compiles the forward of a model; `store` has its weights.
+    ///
+    /// # Errors
+    /// A model that does not build.
+    pub fn new(c: &Config, store: Store, pool: &Arc<rayon::ThreadPool>) -> Result<Self> {
         let (g, choices) = with_choices(stack::forward(c, false).map_err(wrap)?);
         let executor = Executor::new(lower(&optimise(&g, &Options::default())), pool.clone());
         Ok(Self { executor, store, vocab: c.vocab_size, choices })
@@ -271,9 +275,12 @@ impl Asker {
         Ok(Score { task: "needle", len, asked: cases as usize, right, needle: mean(&found) })
     }
 
-    fn passkey(&mut self, len: usize, seed: u64) -> Result<Score> {
+    /// Digits of passkeys that are the first choice, over so many cases.
+    ///
+    /// # Errors
+    /// A length that holds no case, or that the model does not take.
+    pub fn passkey(&mut self, len: usize, cases: u64, seed: u64) -> Result<Score> {
         let (mut right, mut found) = (0, vec![]);
-        let cases = 16;
         for index in 0..cases {
             let (tokens, case) = passkey_tokens(seed, index, len)?;
             let r = self.read(&tokens)?;
@@ -289,7 +296,7 @@ impl Asker {
         if len < rambac_models::data::passkey::min_len() {
             return Ok(None);
         }
-        let (tokens, case) = passkey_tokens(seed, 3, len)?;
+        let (tokens, case) = passkey_tokens(seed ^ 0x5eed, 3, len)?;
         let r = self.read(&tokens)?;
         let Some((indices, count, scores)) = &r.choice else { return Ok(None) };
         let (Some(i), Some(n)) = (indices.as_i32(), count.as_i32()) else { return Ok(None) };
@@ -315,7 +322,7 @@ impl Asker {
 
 /// The tokens of a case, its answer but for the last digit included.
 fn passkey_tokens(seed: u64, index: u64, len: usize) -> Result<(Vec<i32>, PasskeyCase)> {
-    let case = PasskeyCase::new(seed ^ 0x5eed, index, len).map_err(wrap)?;
+    let case = PasskeyCase::new(seed, index, len).map_err(wrap)?;
     let mut bytes = vec![0u8; case.prompt_len()];
     case.prompt().fill(&mut bytes);
     bytes.extend(&case.answer()[..DIGITS - 1]);

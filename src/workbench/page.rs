@@ -189,8 +189,10 @@ fn one(out: &mut String, e: &Entry) {
         let _ = write!(out, "<p>{}</p>", escaped(u));
     }
     *out += "</div>";
-    if let Some(h) = e.learnt.and_then(|l| l.heat.as_ref()) {
-        *out += &heat(h);
+    match e.learnt.map(|l| l.heat.as_ref()) {
+        Some(Some(h)) => *out += &heat(h),
+        Some(None) => *out += "<p>It chooses nothing, so there is no map of choices and no rank of the needle.</p>",
+        None => {}
     }
     let _ = write!(out, "<pre>{}</pre>", escaped(e.text));
 }
