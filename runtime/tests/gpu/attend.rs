@@ -379,9 +379,14 @@ fn check_attention(
         x.iter_mut().for_each(|x| x.wide = Some(2));
     }
     let scale = (d as f64).powf(-0.5);
-    let o = rambac_ir::ops::Attention { scale, causal };
+    let o = rambac_ir::ops::Attention::new(scale, causal);
     rig.check(&Check::new(o, x[..3].to_vec(), &bindings, tolerance(dtype)))?;
-    rig.check(&Check::new(AttentionGrad { scale, causal }, x, &bindings, 1.5 * tolerance(dtype)))?;
+    rig.check(&Check::new(
+        AttentionGrad { scale, causal, window: 0, local: 0, unit: 0, lse: false },
+        x,
+        &bindings,
+        1.5 * tolerance(dtype),
+    ))?;
     Ok(())
 }
 
