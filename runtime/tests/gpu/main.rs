@@ -7,6 +7,7 @@ mod attend;
 mod conv;
 mod elementwise;
 mod executables;
+mod faults;
 mod harness;
 mod mutants;
 mod norm;
@@ -25,6 +26,7 @@ fn main() -> ExitCode {
         scan::ALL,
         attend::ALL,
         executables::ALL,
+        faults::ALL,
         mutants::ALL,
     ])
 }
