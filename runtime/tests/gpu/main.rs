@@ -7,6 +7,7 @@ mod attend;
 mod conv;
 mod elementwise;
 mod executables;
+mod faults;
 mod harness;
 mod mutants;
 mod norm;
@@ -27,6 +28,7 @@ fn main() -> ExitCode {
         attend::ALL,
         executables::ALL,
         tune::ALL,
+        faults::ALL,
         mutants::ALL,
     ])
 }
