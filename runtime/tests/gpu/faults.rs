@@ -158,7 +158,7 @@ fn step(rig: &Rig) -> Result<String, String> {
 /// Gradients are added up by one program and applied by another.
 fn two_programs(rig: &Rig) -> Result<String, String> {
     let opt = AdamW::default();
-    let all = [accumulate(&layer()), apply(&layer(), &opt, |_| true)];
+    let all = [accumulate(&layer()), apply(&layer(), &opt, |_| true, &[])];
     let all = all.into_iter().collect::<Result<Vec<_>, _>>().map_err(|e| e.to_string())?;
     work(rig, &all, &sizes())?.check()
 }
