@@ -9,7 +9,7 @@ use miette::miette;
 use rambac_codegen::{Memory, lower};
 use rambac_ir::ops::Op;
 use rambac_ir::{Bindings, Graph};
-use rambac_models::data::passkey::DIGITS;
+use rambac_models::data::passkey::{DIGITS, min_len};
 use rambac_models::data::recall::needle_row;
 use rambac_models::data::{IGNORED, MixTask, PasskeyCase, RecallMix, RecallTask, Task};
 use rambac_models::recipe::{Recipe, Rows, Stage};
@@ -100,8 +100,10 @@ fn recipe(c: &Config, unit: usize, b: &Budget) -> Recipe {
             until_loss: None,
         }
     };
-    let least = whole((4 * c.chunk_size).max(64));
-    let (short, mid, long) = (least.min(whole(b.len)), whole(b.len / 2).max(least.min(whole(b.len))), whole(b.len));
+    // Rows of passkeys hold a needle and a question.
+    let (long, least) = (whole(b.len).max(whole(min_len())), whole((4 * c.chunk_size).max(64)));
+    let short = least.min(long);
+    let mid = whole(b.len / 2).max(short).max(whole(min_len()));
     let stages = vec![
         stage(short, 0.45, &[(0.4, Recall), (0.6, CopyPrintable)]),
         stage(mid, 0.2, &[(0.3, Recall), (0.2, CopyPrintable), (0.2, Copy), (0.3, Passkey)]),
@@ -180,7 +182,7 @@ pub fn run(
     for len in [longest / 2, longest, 2 * longest, 4 * longest].map(|l| l.next_multiple_of(s.unit)) {
         scores.push(asker.recall(len, budget.seed)?);
         scores.push(asker.needle(len, budget.seed)?);
-        if len >= rambac_models::data::passkey::min_len() {
+        if len >= min_len() {
             scores.push(asker.passkey(len, 16, budget.seed ^ 0x5eed)?);
         }
     }
@@ -293,7 +295,7 @@ impl Asker {
     }
 
     fn heat(&mut self, len: usize, seed: u64) -> Result<Option<Heat>> {
-        if len < rambac_models::data::passkey::min_len() {
+        if len < min_len() {
             return Ok(None);
         }
         let (tokens, case) = passkey_tokens(seed ^ 0x5eed, 3, len)?;
