@@ -1,5 +1,6 @@
 //! All steps of a Program as forms, with every kernel once.
 
+use super::few_rows::join_norms;
 use super::form::{Form, Kernel};
 use super::ops::{Site, Unsupported, forms};
 use super::target::Target;
@@ -44,6 +45,7 @@ impl GpuStep {
 /// A Program for GPUs.
 #[derive(Clone, Debug)]
 pub struct GpuProgram {
+    /// Steps that do the work of one before them too have its operands behind their own, see [`join_norms`].
     pub program: Program,
     pub target: Target,
     /// As many as the program has.
@@ -75,11 +77,12 @@ impl GpuProgram {
 ///
 /// # Errors
 /// A step whose op, types or layout no kernel takes, with the reason.
-pub fn emit(program: Program, target: Target) -> Result<GpuProgram, EmitError> {
+pub fn emit(mut program: Program, target: Target) -> Result<GpuProgram, EmitError> {
+    let joined = join_norms(&mut program, &target);
     let (mut steps, mut kernels) = (vec![], Vec::<Kernel>::new());
     let mut known: HashMap<String, usize> = HashMap::new();
     for (i, s) in program.steps.iter().enumerate() {
-        let site = Site { inputs: &s.inputs, outputs: &s.outputs, target: &target };
+        let site = Site { inputs: &s.inputs, outputs: &s.outputs, target: &target, joined: joined[i] };
         let forms = forms(&s.op, &site).map_err(|why| EmitError {
             program: program.name.clone(),
             step: i,

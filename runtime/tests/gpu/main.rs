@@ -10,6 +10,8 @@ mod executables;
 mod harness;
 mod mutants;
 mod norm;
+mod pages;
+mod products;
 mod rig;
 mod rows;
 mod scan;
@@ -24,6 +26,8 @@ fn main() -> ExitCode {
         norm::ALL,
         scan::ALL,
         attend::ALL,
+        pages::ALL,
+        products::ALL,
         executables::ALL,
         mutants::ALL,
     ])

@@ -4,6 +4,7 @@ use crate::error::{Result, warn, wrap};
 use crate::show::{self, Table};
 use crate::work;
 use rambac_codegen::Program;
+use rambac_codegen::cuda::few_rows::join_norms;
 use rambac_codegen::cuda::ops::{Site, forms};
 use rambac_codegen::cuda::{Arch, Cache, Call, Form, GpuProgram, GpuStep, Kernel, Target};
 use rambac_codegen::nvrtc::{Nvrtc, Usage};
@@ -51,8 +52,10 @@ impl Forms {
         let target = Target::of(arch);
         let mut f = Forms { target, chosen: vec![], none: vec![], kernels: BTreeMap::new(), compiled: compile };
         let mut steps = vec![];
+        let mut p = p.clone();
+        let joined = join_norms(&mut p, &f.target);
         for (i, s) in p.steps.iter().enumerate() {
-            let site = Site { inputs: &s.inputs, outputs: &s.outputs, target: &f.target };
+            let site = Site { inputs: &s.inputs, outputs: &s.outputs, target: &f.target, joined: joined[i] };
             let step = match forms(&s.op, &site) {
                 Ok(forms) => GpuStep { forms },
                 Err(why) => {
@@ -69,7 +72,7 @@ impl Forms {
             steps.push(GpuStep { forms: vec![form] });
         }
         if compile {
-            f.compile(p, steps)?;
+            f.compile(&p, steps)?;
         }
         Ok(f)
     }
