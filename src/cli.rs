@@ -2,8 +2,9 @@
 
 mod executable;
 
-pub use executable::{Cache, CacheTask, Compile, GpuTarget, Report, Run, RunDevice};
+pub use executable::{Cache, CacheTask, Compile, GpuTarget, Report, Run};
 
+use crate::device::On;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use rambac_codegen::Memory;
 use rambac_ir::Bindings;
@@ -56,21 +57,14 @@ pub enum Verb {
     Simulate(Simulate),
 }
 
-/// Where a program runs.
-#[derive(Clone, Copy, ValueEnum, PartialEq, Eq, Debug)]
-pub enum Device {
-    /// Each op's definition in f64: slow, for tests
-    Reference,
-    /// Fused kernels on this machine's cores
-    Cpu,
-}
-
 #[derive(Args)]
 pub struct Check {
     /// Folder of fixtures: *.safetensors are ops, subfolders with config.json are models
     pub dir: PathBuf,
-    #[arg(long, value_enum, default_value_t = Device::Cpu)]
-    pub device: Device,
+    /// cpu; reference: each op's definition in f64; simulator: GPU kernels, instruction by instruction and watched; cuda:0,
+    /// cuda:1, …: a GPU
+    #[arg(long, value_name = "DEVICE", default_value_t)]
+    pub device: On,
     /// Largest relative error ‖a-b‖/‖b‖ of values
     #[arg(long, default_value_t = 1e-5)]
     pub tolerance: f64,

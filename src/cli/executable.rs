@@ -1,6 +1,7 @@
 //! Arguments about executables: making, running, what is kept of them.
 
 use super::{Data, MemoryArgs, Weights, binding, positive, size};
+use crate::device::On;
 use clap::{Args, ValueEnum};
 use rambac_codegen::cuda::Arch;
 use std::path::PathBuf;
@@ -94,22 +95,15 @@ pub struct Compile {
     pub json: bool,
 }
 
-/// Where an executable runs.
-#[derive(Clone, Copy, ValueEnum, PartialEq, Eq, Debug)]
-pub enum RunDevice {
-    /// Fused kernels on this machine's cores
-    Cpu,
-    /// The GPU kernels in the file, instruction by instruction and watched: for small sizes
-    Simulator,
-}
-
 #[derive(Args)]
 pub struct Run {
     /// A file made by `rambac compile`
     pub file: PathBuf,
-    #[arg(long, value_enum, default_value_t = RunDevice::Cpu)]
-    pub device: RunDevice,
-    /// Which of the file's GPU programs the simulator runs [default: the first]
+    /// cpu; cuda:0, cuda:1, …: a GPU; simulator: the GPU kernels in the file, instruction by instruction and watched, for
+    /// small sizes
+    #[arg(long, value_name = "DEVICE", default_value_t)]
+    pub device: On,
+    /// Which of the file's GPU programs runs [default: the best for the device, of the simulator the first]
     #[arg(long, value_name = "ARCH")]
     pub target: Option<GpuTarget>,
     /// Training: steps to run; graphs: runs

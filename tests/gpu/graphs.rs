@@ -13,7 +13,7 @@ use rambac_ir::ops::{Op, SourceKind};
 use rambac_ir::testing::{Grown, grow, has_gradient};
 use rambac_passes::{Options, optimise};
 use rambac_runtime::Store;
-use rambac_runtime::gpu::{Bytes, GpuExecutor, Placement};
+use rambac_runtime::gpu::{Bytes, Machine, Placement};
 use rambac_simulator::device::Simulator;
 use std::sync::Arc;
 
@@ -30,7 +30,8 @@ pub fn run(rig: &Rig, g: &Graph, like: &Grown) -> Result<Ran, String> {
     let o = schedules()[g.nodes.len() % 3];
     let sim = Simulator::new(o);
     let placement = if g.nodes.len().is_multiple_of(2) { Placement::Arena } else { Placement::Apart };
-    let mut e = GpuExecutor::new(sim, Arc::new(program), &code, placement).map_err(|e| e.to_string())?;
+    let mut e = Machine::new(sim, placement);
+    let id = e.load(Arc::new(program), &code).map_err(|e| e.to_string())?;
     let mut inputs = vec![];
     let mut kept = vec![];
     for (_, s) in g.sources() {
@@ -44,8 +45,8 @@ pub fn run(rig: &Rig, g: &Graph, like: &Grown) -> Result<Ran, String> {
         }
     }
     let inputs: Vec<(&str, &Bytes)> = inputs.iter().map(|(n, b)| (n.as_str(), b)).collect();
-    let out = e.run(&like.dims, &inputs).map_err(|e| e.to_string())?;
-    if let Some(f) = e.device.take_findings().first() {
+    let out = e.run(id, &like.dims, &inputs).map_err(|e| e.to_string())?;
+    if let Some(f) = e.device().take_findings().first() {
         return Err(format!("a finding: {f}"));
     }
     let mut store = Store::default();

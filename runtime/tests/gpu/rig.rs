@@ -9,7 +9,7 @@ use rambac_codegen::nvrtc::{Compiled, Nvrtc, NvrtcError};
 use rambac_ir::ops::Op;
 use rambac_ir::testing::Rng;
 use rambac_ir::{Bindings, Builder, DType, Dim, HostArray, Ty, Value};
-use rambac_runtime::gpu::{Bytes, Code, GpuExecutor, Placement};
+use rambac_runtime::gpu::{Bytes, Code, Machine, Placement};
 use rambac_simulator::Options;
 use rambac_simulator::count::Counts;
 use rambac_simulator::device::Simulator;
@@ -200,17 +200,18 @@ impl Rig {
         for o in schedules() {
             let at = format!("seed {}, lazy {}", o.seed, o.lazy);
             let sim = Simulator::new(o);
-            let mut e = GpuExecutor::new(sim, program.clone(), &code, Placement::Apart).map_err(|e| e.to_string())?;
+            let mut e = Machine::new(sim, Placement::Apart);
+            let id = e.load(program.clone(), &code).map_err(|e| e.to_string())?;
             for (name, value) in states {
                 e.set(name, value).map_err(|e| e.to_string())?;
             }
             let inputs: Vec<(&str, &Bytes)> = inputs.iter().map(|(n, b)| (n.as_str(), b)).collect();
-            let out = e.run(dims, &inputs).map_err(|e| format!("{at}: {e}"))?;
-            let findings = e.device.take_findings();
+            let out = e.run(id, dims, &inputs).map_err(|e| format!("{at}: {e}"))?;
+            let findings = e.device().take_findings();
             if let Some(f) = findings.first() {
                 return Err(format!("{at}: {} findings, first: {f}", findings.len()));
             }
-            counts = e.device.take_counts();
+            counts = e.device().take_counts();
             let out: Vec<Bytes> = out.into_iter().map(|(_, b)| b).collect();
             match &first {
                 None => first = Some(out),
