@@ -2,6 +2,7 @@
 //!
 //! Without NVRTC nothing here can run: every test is then counted as ignored and the reason printed.
 
+mod checks;
 #[path = "../properties/each_op.rs"]
 mod each_op;
 mod graphs;
@@ -11,6 +12,7 @@ mod models;
 #[path = "../../runtime/tests/gpu/rig.rs"]
 #[allow(dead_code)] // what checks of single ops need
 mod rig;
+mod sessions;
 #[path = "../properties/support.rs"]
 #[allow(dead_code)] // what other properties need
 mod support;
@@ -18,5 +20,5 @@ mod support;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    harness::run(&[graphs::ALL, models::ALL])
+    harness::run(&[graphs::ALL, models::ALL, checks::ALL, sessions::ALL])
 }

@@ -32,9 +32,9 @@ pub use error::ExecutableError;
 pub use read::{Executable, KernelInfo};
 pub use write::{Contents, Written, write};
 
-use rambac_codegen::cuda::{Arch, GpuProgram, Target, emit};
+use rambac_codegen::cuda::{Arch, GpuProgram, Target, emit, paged};
 use rambac_codegen::{Program, lower};
-use rambac_ir::{Graph, text};
+use rambac_ir::{DType, Graph, text};
 use rambac_passes::{Options, optimise};
 use std::sync::Arc;
 
@@ -109,7 +109,12 @@ impl Part {
         targets: &[Arch],
     ) -> Result<Part, ExecutableError> {
         let program = lower(graph);
-        let gpu = targets.iter().map(|a| Ok(Arc::new(emit(program.clone(), Target::of(*a))?)));
+        // Where the upper half of a model's inference runs on a GPU, its memory lies in pages.
+        let of_gpu = match name {
+            "upper" => paged(program.clone(), crate::session::PAGED, DType::BF16).unwrap_or_else(|_| program.clone()),
+            _ => program.clone(),
+        };
+        let gpu = targets.iter().map(|a| Ok(Arc::new(emit(of_gpu.clone(), Target::of(*a))?)));
         let gpu = gpu.collect::<Result<Vec<_>, ExecutableError>>()?;
         Ok(Part { name: name.into(), before, after, program: Arc::new(program), gpu })
     }

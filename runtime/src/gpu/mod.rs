@@ -12,5 +12,5 @@ mod machine;
 pub use bytes::Bytes;
 pub use code::{Code, archs};
 pub use error::GpuError;
-pub use machine::{Machine, Placement, ProgramId};
+pub use machine::{Chosen, Machine, Placement, ProgramId};
 pub use rambac_driver::{Device, Error as DeviceError};

@@ -127,7 +127,8 @@ fn drawn(rig: &Rig) -> Result<String, String> {
         let norm = rng.pick(&[Norm::None, Norm::Plain, Norm::Gated]);
         let rows = [1 + rng.below(3), 1 + rng.below(4)];
         let (k, n) = (1 + rng.below(600), 1 + rng.below(40));
-        check(rig, &mut rng, &Shape { dtype, stored, rows, k, n, norm, two: rng.below(2) == 1 })?;
+        let two = rng.below(2) == 1;
+        check(rig, &mut rng, &Shape { dtype, stored, rows, k, n, norm, two })?;
     }
     Ok(format!(": {SHAPES} shapes"))
 }

@@ -73,7 +73,8 @@ fn rows_of(site: &Site, c: Operand, result: &View) -> Option<Vec<(Condition, Cal
             .int("threads", lie.threads)
             .float("eps", eps)
             .hashed()
-            .blocks_per_sm(512 / lie.threads)
+            // Registers for the sums of 8 rows.
+            .blocks_per_sm(if most == 1 { 512 } else { 384 } / lie.threads)
             .write("y", out, c)
             .i64("y_stride", y_stride.clone())
             .read("x", t, x)
