@@ -3,8 +3,10 @@
 use crate::error::{Result, wrap};
 use miette::miette;
 use rambac_codegen::cuda::{Arch, Cache, Target, emit};
+use rambac_codegen::libraries::installed;
 use rambac_codegen::nvrtc::Nvrtc;
 use rambac_codegen::{Program, lower};
+use rambac_cuda::{CUBLASLT, CudaDevice};
 use rambac_passes::optimise;
 use rambac_runtime::gpu::{Code, Device, Machine, Placement, ProgramId, archs};
 use rambac_runtime::session::DeviceMemory;
@@ -12,6 +14,7 @@ use rambac_runtime::{Session, SessionGraphs, SessionOptions, Store};
 use rambac_simulator::Options;
 use rambac_simulator::device::Simulator;
 use std::fmt;
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
 
@@ -61,6 +64,11 @@ impl On {
     pub fn gpu(self) -> bool {
         matches!(self, On::Simulator | On::Cuda(_))
     }
+}
+
+/// Files of cuBLASLt, best first.
+pub fn cublaslt() -> Vec<PathBuf> {
+    installed(CUBLASLT, "RAMBAC_CUBLASLT")
 }
 
 /// How inference is to run.
@@ -117,7 +125,7 @@ impl Gpu {
         let (device, placement): (Box<dyn Device>, Placement) = match on {
             On::Cpu | On::Reference => return Err(miette!("{on} runs no GPU programs")),
             On::Simulator => (Box::new(Simulator::strict(Options::default())), Placement::Apart),
-            On::Cuda(_) => return Err(miette!("{on}: CUDA devices are not supported yet")),
+            On::Cuda(i) => (Box::new(CudaDevice::open(i, &cublaslt()).map_err(wrap)?), Placement::Arena),
         };
         let archs = archs(device.capability());
         if archs.is_empty() {

@@ -7,12 +7,14 @@
 //! - [`mod@fit`]: what to compute again so that the peak stays below a limit.
 //! - [`describe`]: a Program as JSON, for the executable file and its readers.
 //! - [`cuda`]: Program → GPU program: forms, launches, stubs over the templates of `kernels/`.
+//! - [`libraries`]: where NVIDIA's may lie.
 //! - [`nvrtc`]: CUDA C++ → PTX and CUBIN, where NVIDIA's compiler library is installed.
 
 pub mod cuda;
 pub mod describe;
 pub mod fit;
 pub mod hash;
+pub mod libraries;
 pub mod lower;
 pub mod nvrtc;
 pub mod plan;

@@ -1,4 +1,4 @@
-//! Whole GPU programs on the simulator: grown graphs and models, through the code path that a GPU takes.
+//! Whole GPU programs on the simulator, or on the device that `RAMBAC_TEST_DEVICE` names: grown graphs and models, through the code path that a GPU takes.
 //!
 //! Without NVRTC nothing here can run: every test is then counted as ignored and the reason printed.
 

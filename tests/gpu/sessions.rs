@@ -3,16 +3,15 @@
 use crate::harness::Case;
 use crate::rig::Rig;
 use crate::support::{pool, session_graphs};
-use rambac_codegen::cuda::{Arch, Target, emit};
+use rambac_codegen::cuda::{Target, emit};
 use rambac_codegen::lower;
 use rambac_models::{Config, InitRule, ModelType, init_tensor, preset};
 use rambac_passes::optimise;
 use rambac_runtime::chunk_store::Precision;
-use rambac_runtime::gpu::{Device, Machine, Placement};
+use rambac_runtime::gpu::{Device, Machine, Placement, archs};
 use rambac_runtime::session::{DeviceMemory, Segment};
 use rambac_runtime::{Session, SessionError, SessionOptions, Store, Tensor, Tier};
 use rambac_simulator::Options as Schedule;
-use rambac_simulator::device::Simulator;
 use std::sync::Arc;
 
 pub const ALL: &[Case] = &[
@@ -40,11 +39,13 @@ fn options(sequences: usize, precision: Precision) -> SessionOptions {
 }
 
 fn on_device(rig: &Rig, c: &Config, o: &SessionOptions, limit: Option<usize>) -> Result<Session, SessionError> {
-    let device: Box<dyn Device> = Box::new(Simulator::strict(Schedule { seed: 5, lazy: true, ..Schedule::default() }));
+    let schedule = Schedule { seed: 5, lazy: true, ..Schedule::default() };
+    let device: Box<dyn Device> = rig.device(schedule).expect("the device was there when the tests began");
     let mut machine = Machine::new(device, Placement::Apart);
+    let arch = *archs(machine.device().capability()).first().expect("the device runs code of some architecture");
     let programs = session_graphs(c).map(|g| lower(&optimise(g, &o.passes)));
     let parts = Session::device_programs(&programs, o.precision).map(|p| {
-        let gpu = Arc::new(emit(p.clone(), Target::of(Arch::Sm80)).expect("a model's parts run on GPUs"));
+        let gpu = Arc::new(emit(p.clone(), Target::of(arch)).expect("a model's parts run on GPUs"));
         let code = rig.compile(&gpu.kernels, &gpu.target).expect("its kernels compile");
         machine.load(gpu, &code).expect("the simulator takes them")
     });

@@ -15,7 +15,8 @@ pub enum Error {
     #[error("{what}; the device can't be used again in this process: start anew from the last checkpoint")]
     Lost {
         what: String,
-        /// Launches and products that came to their end since the device was last waited for, where that is known.
+        /// Launches and products that came to their end since the last [`synchronise`](crate::Device::synchronise), where that is
+        /// known.
         finished: Option<usize>,
     },
     /// The device refuses this call; others may go on.

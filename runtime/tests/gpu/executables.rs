@@ -10,10 +10,9 @@ use rambac_ir::{Bindings, Builder, Dim, Graph, Ty};
 use rambac_passes::Options;
 use rambac_passes::train_step::{AdamW, train_step};
 use rambac_runtime::executable::{Contents, Mode, Part, write};
-use rambac_runtime::gpu::{Bytes, Code, Machine, Placement};
+use rambac_runtime::gpu::{Bytes, Code, Placement};
 use rambac_runtime::{Executable, Executor, Store, Tensor};
 use rambac_simulator::Options as Schedule;
-use rambac_simulator::device::Simulator;
 use std::sync::Arc;
 use tempfile::TempDir;
 
@@ -86,7 +85,7 @@ fn trains(rig: &Rig) -> Result<String, String> {
     }
     let pool = Arc::new(rayon::ThreadPoolBuilder::new().num_threads(1).build().map_err(|e| text(&e))?);
     let mut cpu = Executor::new((*part.program).clone(), pool);
-    let mut sim = Machine::new(Simulator::strict(Schedule::default()), Placement::Apart);
+    let mut sim = rig.machine(Schedule::default(), Placement::Apart)?;
     let id = sim.load(program, &code).map_err(|e| text(&e))?;
     for (name, t) in &store.0 {
         sim.set(name, &Bytes::from_tensor(t.view())).map_err(|e| text(&e))?;

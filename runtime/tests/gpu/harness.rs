@@ -1,6 +1,6 @@
-//! Runs tests that need NVRTC, in parallel, and reports as libtest does.
+//! Runs tests that need NVRTC, in parallel, and reports as libtest does.  What a device can't run is counted as ignored.
 
-use crate::rig::Rig;
+use crate::rig::{DEVICE, NOT_HERE, Rig};
 use rambac_codegen::nvrtc::{HELP, Nvrtc};
 use rayon::prelude::*;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -39,7 +39,14 @@ pub fn run(families: &[&[Case]]) -> ExitCode {
         }
         Ok(nvrtc) => {
             println!("NVRTC {}.{}: {}", nvrtc.version.0, nvrtc.version.1, nvrtc.path.display());
-            let rig = Rig::new(nvrtc);
+            let rig = match Rig::new(nvrtc) {
+                Ok(rig) => rig,
+                // It was asked for by name.
+                Err(e) => {
+                    println!("{DEVICE}: {e}");
+                    return ExitCode::FAILURE;
+                }
+            };
             let one = |(name, f): &Case| {
                 let result = catch_unwind(AssertUnwindSafe(|| f(&rig)));
                 (*name, result.unwrap_or_else(|_| Err("it panicked".into())))
@@ -50,6 +57,10 @@ pub fn run(families: &[&[Case]]) -> ExitCode {
                     Ok(text) => {
                         println!("test {name} ... ok{text}");
                         passed += 1;
+                    }
+                    Err(e) if e.starts_with(NOT_HERE) => {
+                        println!("test {name} ... ignored, skipped: {e}");
+                        skipped += 1;
                     }
                     Err(e) => {
                         println!("test {name} ... FAILED\n{e}\n");

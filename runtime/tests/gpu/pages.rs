@@ -109,12 +109,13 @@ fn attention(rig: &Rig) -> Result<String, String> {
     // What one token of four sequences moves: its chunks once.
     let s = shape(F32, [4, 1, 40, 0], [1, 8], 64, 64, 8);
     let seen = rig.check(&check_attend(&mut rng, &s, false).in_pages(BF16))?;
-    let c = &seen.counts[0];
+    // A device counts nothing.
+    let Some(c) = seen.counts.first() else { return Ok(String::new()) };
     let share = c.shared_conflicts as f64 / c.shared_passes as f64;
     if share > 0.02 {
         return Err(format!("{share:.3} of shared accesses conflict"));
     }
-    Ok(String::new())
+    Ok(format!(": {:.2}% of shared accesses conflict", 100.0 * share))
 }
 
 fn drawn_attention(rig: &Rig) -> Result<String, String> {

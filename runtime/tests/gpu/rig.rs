@@ -1,24 +1,52 @@
-//! Runs one op on the simulator and compares it with its definition.
+//! Runs one op on the simulator, or on the device that `RAMBAC_TEST_DEVICE` names, and compares it with its definition.
+//!
+//! The simulator runs it under several schedules and must have no finding; a device runs it several times and must give the
+//! same bits.
 
 use rambac_codegen::cuda::compile::{OPTIONS, compile};
 use rambac_codegen::cuda::headers::included;
 use rambac_codegen::cuda::pages::LANDMARK_PAGE;
 use rambac_codegen::cuda::{Arch, Form, GpuProgram, Kernel, Target, emit, paged};
+use rambac_codegen::libraries::installed;
 use rambac_codegen::lower;
 use rambac_codegen::nvrtc::{Compiled, Nvrtc, NvrtcError};
+use rambac_cuda::{CUBLASLT, CudaDevice};
 use rambac_ir::ops::Op;
 use rambac_ir::testing::Rng;
 use rambac_ir::{Bindings, Builder, DType, Dim, HostArray, Ty, Value};
-use rambac_runtime::gpu::{Bytes, Code, Machine, Placement};
-use rambac_simulator::Options;
+use rambac_runtime::gpu::{Bytes, Code, Device, Machine, Placement, archs};
+use rambac_simulator::Options as Schedule;
 use rambac_simulator::count::Counts;
 use rambac_simulator::device::Simulator;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex};
 
+/// Names a device in place of the simulator: `cuda:0`.
+pub const DEVICE: &str = "RAMBAC_TEST_DEVICE";
+
+/// A device under test.
+pub trait Tested: Device {
+    /// Of every launch since the last call, where the device counts.
+    fn counts(&mut self) -> Vec<Counts> {
+        vec![]
+    }
+}
+
+impl Tested for Simulator {
+    fn counts(&mut self) -> Vec<Counts> {
+        self.take_counts()
+    }
+}
+
+impl Tested for CudaDevice {}
+
 /// The compiler and what it has compiled.
 pub struct Rig {
     pub nvrtc: Nvrtc,
+    /// The number of a CUDA device; `None`: the simulator.
+    pub cuda: Option<usize>,
+    /// Its compute capability.
+    capability: Option<(u32, u32)>,
     /// A template with a defect: its name and text.
     defect: Option<(&'static str, String)>,
     compiled: Mutex<HashMap<(String, Arch), Compiled>>,
@@ -50,23 +78,26 @@ pub struct Check {
     pub pages: Option<DType>,
 }
 
+/// How the error of a check begins whose code the device does not run: the test is then counted as skipped.
+pub const NOT_HERE: &str = "this device does not run";
+
 /// What was seen.
 pub struct Seen {
     pub program: GpuProgram,
     pub code: Code,
-    /// Of every launch, in order.
+    /// Of every launch, in order, where the device counts.
     pub counts: Vec<Counts>,
     /// The largest difference, as `tolerance` counts it.
     pub worst: f64,
 }
 
 /// Schedules: warps and blocks in order or mixed, asynchronous copies early or late.
-pub fn schedules() -> Vec<Options> {
-    let o = Options::default();
+pub fn schedules() -> Vec<Schedule> {
+    let o = Schedule::default();
     vec![
-        Options { seed: 0, lazy: false, ..o },
-        Options { seed: 1, lazy: true, ..o },
-        Options { seed: 2, lazy: false, ..o },
+        Schedule { seed: 0, lazy: false, ..o },
+        Schedule { seed: 1, lazy: true, ..o },
+        Schedule { seed: 2, lazy: false, ..o },
     ]
 }
 
@@ -98,8 +129,40 @@ impl Input {
 const MARGIN: [usize; 2] = [8, 16];
 
 impl Rig {
-    pub fn new(nvrtc: Nvrtc) -> Rig {
-        Rig { nvrtc, defect: None, compiled: Mutex::new(HashMap::new()) }
+    /// # Errors
+    /// There is no such device.
+    pub fn new(nvrtc: Nvrtc) -> Result<Rig, String> {
+        let named = std::env::var(DEVICE).ok().filter(|v| !v.is_empty() && v != "simulator");
+        let number = |v: &str| v.strip_prefix("cuda:").and_then(|i| i.parse().ok());
+        let cuda = match named {
+            Some(v) => Some(number(&v).ok_or_else(|| format!("{DEVICE}={v}: it is simulator, cuda:0, cuda:1, …"))?),
+            None => None,
+        };
+        let mut rig = Rig { nvrtc, cuda, capability: None, defect: None, compiled: Mutex::new(HashMap::new()) };
+        rig.capability = rig.device(Schedule::default())?.capability();
+        Ok(rig)
+    }
+
+    /// # Errors
+    /// The device went away.
+    pub fn device(&self, o: Schedule) -> Result<Box<dyn Tested>, String> {
+        Ok(match self.cuda {
+            None => Box::new(Simulator::strict(o)),
+            Some(i) => {
+                let libraries = installed(CUBLASLT, "RAMBAC_CUBLASLT");
+                Box::new(CudaDevice::open(i, &libraries).map_err(|e| e.to_string())?)
+            }
+        })
+    }
+
+    /// A machine under a schedule, as far as the device knows schedules.
+    pub fn machine(&self, o: Schedule, placement: Placement) -> Result<Machine<Box<dyn Tested>>, String> {
+        Ok(Machine::new(self.device(o)?, placement))
+    }
+
+    /// Whether the device runs code of an architecture.
+    pub fn runs(&self, arch: Arch) -> bool {
+        archs(self.capability).contains(&arch)
     }
 
     /// A rig whose kernels are made of a template with a defect; kernels without it are not compiled again.
@@ -107,7 +170,8 @@ impl Rig {
         let nvrtc = Nvrtc::open(&self.nvrtc.path).map_err(|e| e.to_string())?;
         let mut compiled = self.compiled.lock().unwrap().clone();
         compiled.retain(|(source, _), _| included(source).iter().all(|h| h.0 != header));
-        Ok(Rig { nvrtc, defect: Some((header, text)), compiled: Mutex::new(compiled) })
+        let (cuda, capability) = (self.cuda, self.capability);
+        Ok(Rig { nvrtc, cuda, capability, defect: Some((header, text)), compiled: Mutex::new(compiled) })
     }
 
     fn compile_one(&self, k: &Kernel, target: &Target) -> Result<Compiled, String> {
@@ -152,6 +216,9 @@ impl Rig {
 
     /// Runs `c` under every schedule: within tolerance of the definition, no finding, always the same bits.
     pub fn check(&self, c: &Check) -> Result<Seen, String> {
+        if !self.runs(c.arch) {
+            return Err(format!("{NOT_HERE} code for {}", c.arch));
+        }
         let (graph, given) = c.graph();
         let want = c.want();
         let mut target = Target::of(c.arch);
@@ -199,19 +266,14 @@ impl Rig {
         let mut counts = vec![];
         for o in schedules() {
             let at = format!("seed {}, lazy {}", o.seed, o.lazy);
-            let sim = Simulator::new(o);
-            let mut e = Machine::new(sim, Placement::Apart);
+            let mut e = self.machine(o, Placement::Apart)?;
             let id = e.load(program.clone(), &code).map_err(|e| e.to_string())?;
             for (name, value) in states {
                 e.set(name, value).map_err(|e| e.to_string())?;
             }
             let inputs: Vec<(&str, &Bytes)> = inputs.iter().map(|(n, b)| (n.as_str(), b)).collect();
             let out = e.run(id, dims, &inputs).map_err(|e| format!("{at}: {e}"))?;
-            let findings = e.device().take_findings();
-            if let Some(f) = findings.first() {
-                return Err(format!("{at}: {} findings, first: {f}", findings.len()));
-            }
-            counts = e.device().take_counts();
+            counts = e.device().counts();
             let out: Vec<Bytes> = out.into_iter().map(|(_, b)| b).collect();
             match &first {
                 None => first = Some(out),

@@ -168,4 +168,4 @@ macro_rules! none_yet {
     };
 }
 // Ops that have no kernel: a source is no step, and what fusion should have removed holds values of L×C.
-none_yet! { Source, Score, ScoreGrad, Select, Weigh, WeighGrad, Attend, AttendGrad, Aggregate, AggregateGrad, Summarise }
+none_yet! { Source, Score, ScoreGrad, Select, Weigh, WeighGrad, Attend, AttendGrad, Aggregate, AggregateGrad }
