@@ -5,7 +5,7 @@ use miette::miette;
 use rambac_codegen::cuda::{Arch, Cache, Target, emit};
 use rambac_codegen::libraries::installed;
 use rambac_codegen::nvrtc::Nvrtc;
-use rambac_codegen::{Program, lower};
+use rambac_codegen::{Kernels, Program, lower_for};
 use rambac_cuda::{CUBLASLT, CudaDevice};
 use rambac_passes::optimise;
 use rambac_runtime::gpu::{Code, Device, Machine, Placement, ProgramId, archs};
@@ -97,7 +97,7 @@ pub fn session(
         On::Reference => Err(miette!("inference runs on cpu, simulator and cuda:0, not by the ops' definitions")),
         On::Simulator | On::Cuda(_) => pool.install(|| {
             let mut gpu = Gpu::open(how.on)?;
-            let programs = graphs.map(|g| lower(&optimise(g, &how.options.passes)));
+            let programs = graphs.map(|g| lower_for(&optimise(g, &how.options.passes), Kernels::Gpu));
             let programs = Session::device_programs(&programs, how.options.precision);
             let parts = programs.try_map(|p| gpu.compile(p.clone()))?;
             let memory = DeviceMemory { limit: how.memory, segment: how.segment };
@@ -170,5 +170,17 @@ impl Gpu {
         };
         let code = Code::compile(nvrtc, &[&gpu], &self.cache).map_err(wrap)?;
         self.machine.load(gpu, &code).map_err(wrap)
+    }
+}
+
+impl rambac_runtime::trainer_gpu::Gpu for Gpu {
+    fn machine(&mut self) -> &mut Machine {
+        &mut self.machine
+    }
+    fn target(&self) -> Target {
+        Target::of(self.archs[0])
+    }
+    fn load(&mut self, program: Program) -> std::result::Result<ProgramId, String> {
+        self.compile(program).map_err(|e| e.to_string())
     }
 }

@@ -59,10 +59,10 @@ template <class C> struct Merge {
 
 // q, o: rows of H·head_dim at their strides; keys: an array or pages of rows of h·head_dim; indices, weights [N, L, h, K];
 // count [N, L, h]; all_rows is L·G.  One block per (sequence, key head, ROWS rows), in this order.
-template <class C, class Keys>
+template <class C, class Keys, class W>
 __device__ __forceinline__ void attend_tile_of(typename C::T* o, i64 o_stride, const typename C::T* q, i64 q_stride,
                                                const Keys& keys, const i32* indices, const i32* count,
-                                               const typename C::T* weights, i32 all_rows, i32 l, i32 h) {
+                                               const W* weights, i32 all_rows, i32 l, i32 h) {
     using S = QueryTile<C>;
     using T = typename C::T;
     constexpr int D = S::D, G = S::G, K = C::slots, PIECE = 16 / sizeof(T);
@@ -167,20 +167,20 @@ __device__ __forceinline__ void attend_tile_of(typename C::T* o, i64 o_stride, c
     store_d_global(at[0], at[1], out);
 }
 
-template <class C>
+template <class C, class W>
 __device__ __forceinline__ void attend_query_tile(typename C::T* o, i64 o_stride, const typename C::T* q, i64 q_stride,
                                                   const typename C::T* k, i64 k_stride, const typename C::T* v,
                                                   i64 v_stride, const i32* indices, const i32* count,
-                                                  const typename C::T* weights, i32 all_rows, i32 l, i32 tokens_kv, i32 h) {
+                                                  const W* weights, i32 all_rows, i32 l, i32 tokens_kv, i32 h) {
     ArrayChunks<C> keys{k, v, k_stride, v_stride, tokens_kv};
     attend_tile_of<C>(o, o_stride, q, q_stride, keys, indices, count, weights, all_rows, l, h);
 }
 // table: [N, chunks].
-template <class C>
+template <class C, class W>
 __device__ __forceinline__ void attend_query_tile_paged(typename C::T* o, i64 o_stride, const typename C::T* q, i64 q_stride,
                                                         const typename C::Stored* k, i64 k_stride, const typename C::Stored* v,
                                                         i64 v_stride, const i32* table, const i32* indices, const i32* count,
-                                                        const typename C::T* weights, i32 all_rows, i32 l, i32 chunks, i32 h) {
+                                                        const W* weights, i32 all_rows, i32 l, i32 chunks, i32 h) {
     PagedChunks<C> keys{k, v, k_stride, v_stride, table, chunks};
     attend_tile_of<C>(o, o_stride, q, q_stride, keys, indices, count, weights, all_rows, l, h);
 }

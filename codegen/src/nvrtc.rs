@@ -110,6 +110,22 @@ impl Nvrtc {
         Err(NvrtcError::Missing)
     }
 
+    /// Every version that there is, once, in the order of [`installed`]; what can't be loaded is left out.
+    pub fn open_all() -> Vec<Nvrtc> {
+        let mut all: Vec<Nvrtc> = vec![];
+        for n in installed().iter().filter_map(|p| Nvrtc::open(p).ok()) {
+            if all.iter().all(|o| o.version != n.version) {
+                all.push(n);
+            }
+        }
+        if all.is_empty() { Nvrtc::open_any().into_iter().collect() } else { all }
+    }
+
+    /// `NVRTC 12.9`.
+    pub fn name(&self) -> String {
+        format!("NVRTC {}.{}", self.version.0, self.version.1)
+    }
+
     /// Loads a library.
     ///
     /// # Errors

@@ -8,6 +8,8 @@ mod each_op;
 mod graphs;
 #[path = "../../runtime/tests/gpu/harness.rs"]
 mod harness;
+mod kernels;
+mod mixed;
 mod models;
 #[path = "../../runtime/tests/gpu/rig.rs"]
 #[allow(dead_code)] // what checks of single ops need
@@ -16,9 +18,10 @@ mod sessions;
 #[path = "../properties/support.rs"]
 #[allow(dead_code)] // what other properties need
 mod support;
+mod train;
 
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    harness::run(&[graphs::ALL, models::ALL, checks::ALL, sessions::ALL])
+    harness::run(&[graphs::ALL, models::ALL, mixed::ALL, train::ALL, kernels::ALL, checks::ALL, sessions::ALL])
 }

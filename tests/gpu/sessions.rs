@@ -4,7 +4,7 @@ use crate::harness::Case;
 use crate::rig::Rig;
 use crate::support::{pool, session_graphs};
 use rambac_codegen::cuda::{Target, emit};
-use rambac_codegen::lower;
+use rambac_codegen::{Kernels, lower_for};
 use rambac_models::{Config, InitRule, ModelType, init_tensor, preset};
 use rambac_passes::optimise;
 use rambac_runtime::chunk_store::Precision;
@@ -43,7 +43,7 @@ fn on_device(rig: &Rig, c: &Config, o: &SessionOptions, limit: Option<usize>) ->
     let device: Box<dyn Device> = rig.device(schedule).expect("the device was there when the tests began");
     let mut machine = Machine::new(device, Placement::Apart);
     let arch = *archs(machine.device().capability()).first().expect("the device runs code of some architecture");
-    let programs = session_graphs(c).map(|g| lower(&optimise(g, &o.passes)));
+    let programs = session_graphs(c).map(|g| lower_for(&optimise(g, &o.passes), Kernels::Gpu));
     let parts = Session::device_programs(&programs, o.precision).map(|p| {
         let gpu = Arc::new(emit(p.clone(), Target::of(arch)).expect("a model's parts run on GPUs"));
         let code = rig.compile(&gpu.kernels, &gpu.target).expect("its kernels compile");
@@ -72,7 +72,8 @@ fn relative(a: &[f32], b: &[f32]) -> Result<f64, String> {
 
 fn near(what: &str, a: &[f32], b: &[f32]) -> Result<f64, String> {
     let e = relative(a, b)?;
-    if e <= 2e-5 { Ok(e) } else { Err(format!("{what}: {e:.1e} of the CPU's")) }
+    // A key that lies between two bf16s goes either way by the last bit of its f32.
+    if e <= 2e-4 { Ok(e) } else { Err(format!("{what}: {e:.1e} of the CPU's")) }
 }
 
 /// Feeds segments, then tokens one by one, to both; the largest difference of logits.
@@ -113,6 +114,9 @@ fn ramba(rig: &Rig) -> Result<String, String> {
         // Chunks become whole within segments, at their end and while tokens come one by one.
         let segments = if precision == Precision::F32 { &[40, 24][..] } else { &[25, 16, 30] };
         let (worst, a) = compare(a, b, segments, 32)?;
+        if precision == Precision::F32 && worst > 1e-5 {
+            return Err(format!("with chunks in f32: {worst:.1e} of the CPU's"));
+        }
         let r = a.residency().ok_or("a session on a device has chunks there")?;
         if r.evicted != 0 || r.resident != a.chunks(0).map_or(0, |c| c.chunks()) {
             return Err(format!("{r:?}: every chunk has room"));

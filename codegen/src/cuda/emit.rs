@@ -1,12 +1,15 @@
 //! All steps of a Program as forms, with every kernel once.
 
-use super::few_rows::join_norms;
+use super::few_rows::{Joined, join_norms};
 use super::form::{Form, Kernel};
 use super::ops::{Site, Unsupported, forms};
 use super::target::Target;
-use crate::{MemoryPlan, Program, plan_with};
+use crate::program::{Program, Step, View};
+use crate::{MemoryPlan, plan_with};
 use rambac_ir::{Bindings, DimError};
 use std::collections::HashMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::Arc;
 
 /// A step that can't run on a GPU.
 #[derive(Debug, thiserror::Error)]
@@ -23,7 +26,10 @@ pub struct EmitError {
 /// The ways a step can run, best first; the last has no conditions.
 #[derive(Clone, Debug)]
 pub struct GpuStep {
-    pub forms: Vec<Form>,
+    /// Shared by all steps that are alike, as those of a model's layers are.
+    pub forms: Arc<Vec<Form>>,
+    /// How it stands to the steps around it.
+    pub joined: Joined,
 }
 
 impl GpuStep {
@@ -32,8 +38,8 @@ impl GpuStep {
     /// # Errors
     /// A dim without a value.
     pub fn form(&self, b: &Bindings) -> Result<&Form, DimError> {
-        for f in &self.forms {
-            let holds = f.when.iter().map(|c| c.holds(b)).collect::<Result<Vec<_>, _>>()?;
+        for f in self.forms.iter() {
+            let holds = f.needs.iter().chain(&f.when).map(|c| c.holds(b)).collect::<Result<Vec<_>, _>>()?;
             if holds.iter().all(|&h| h) {
                 return Ok(f);
             }
@@ -46,7 +52,7 @@ impl GpuStep {
 #[derive(Clone, Debug)]
 pub struct GpuProgram {
     /// Steps that do the work of one before them too have its operands behind their own, see [`join_norms`].
-    pub program: Program,
+    pub program: Arc<Program>,
     pub target: Target,
     /// As many as the program has.
     pub steps: Vec<GpuStep>,
@@ -77,11 +83,18 @@ impl GpuProgram {
 ///
 /// # Errors
 /// A step whose op, types or layout no kernel takes, with the reason.
-pub fn emit(mut program: Program, target: Target) -> Result<GpuProgram, EmitError> {
-    let joined = join_norms(&mut program, &target);
-    let (mut steps, mut kernels) = (vec![], Vec::<Kernel>::new());
+pub fn emit(program: impl Into<Arc<Program>>, target: Target) -> Result<GpuProgram, EmitError> {
+    let (program, joined) = join_norms(program.into(), &target);
+    let (mut steps, mut kernels) = (Vec::<GpuStep>::new(), Vec::<Kernel>::new());
+    let mut sites: HashMap<u64, Vec<usize>> = HashMap::new();
     let mut known: HashMap<String, usize> = HashMap::new();
     for (i, s) in program.steps.iter().enumerate() {
+        let like = sites.entry(site_hash(s)).or_default();
+        if let Some(&at) = like.iter().find(|&&at| joined[at] == joined[i] && alike(&program.steps[at], s)) {
+            steps.push(steps[at].clone());
+            continue;
+        }
+        like.push(i);
         let site = Site { inputs: &s.inputs, outputs: &s.outputs, target: &target, joined: joined[i] };
         let forms = forms(&s.op, &site).map_err(|why| EmitError {
             program: program.name.clone(),
@@ -91,7 +104,8 @@ pub fn emit(mut program: Program, target: Target) -> Result<GpuProgram, EmitErro
             arch: target.arch.name(),
             why,
         })?;
-        assert!(forms.last().is_some_and(|f| f.when.is_empty()), "BUG: {} has no form for all sizes", s.op.mnemonic());
+        let always = |f: &Form| f.needs.is_empty() && f.when.is_empty();
+        assert!(forms.last().is_some_and(always), "BUG: {} has no form for all sizes", s.op.mnemonic());
         for k in forms.iter().flat_map(Form::launches).map(|l| &l.kernel) {
             match known.get(&k.name) {
                 Some(&at) => assert_eq!(kernels[at], *k, "BUG: two kernels have the name {}", k.name),
@@ -101,7 +115,24 @@ pub fn emit(mut program: Program, target: Target) -> Result<GpuProgram, EmitErro
                 }
             }
         }
-        steps.push(GpuStep { forms });
+        steps.push(GpuStep { forms: Arc::new(forms), joined: joined[i] });
     }
     Ok(GpuProgram { program, target, steps, kernels })
+}
+
+/// Of what decides a step's forms, or a part of that.
+fn site_hash(s: &Step) -> u64 {
+    let mut h = DefaultHasher::new();
+    s.op.mnemonic().hash(&mut h);
+    s.inputs.iter().chain(&s.outputs).for_each(|v| v.ty.hash(&mut h));
+    h.finish()
+}
+
+/// Whether two steps have the same forms: all but where their buffers are.
+fn alike(a: &Step, b: &Step) -> bool {
+    let same = |x: &[View], y: &[View]| {
+        let one = |(x, y): (&View, &View)| (&x.ty, &x.offset, &x.strided) == (&y.ty, &y.offset, &y.strided);
+        x.len() == y.len() && x.iter().zip(y).all(one)
+    };
+    a.op == b.op && same(&a.inputs, &b.inputs) && same(&a.outputs, &b.outputs)
 }

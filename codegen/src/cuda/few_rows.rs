@@ -12,6 +12,7 @@ use super::target::Target;
 use crate::program::{Program, View};
 use rambac_ir::Dim;
 use rambac_ir::ops::Op;
+use std::sync::Arc;
 
 /// Rows of a product that few_rows.cuh takes, at most.
 pub const FEW: usize = 8;
@@ -38,8 +39,9 @@ impl Joined {
 }
 
 /// Finds norms that products can compute, and gives these products the norms' operands.
-pub fn join_norms(p: &mut Program, target: &Target) -> Vec<Joined> {
-    let mut joined = vec![Joined::default(); p.steps.len()];
+pub fn join_norms(mut program: Arc<Program>, target: &Target) -> (Arc<Program>, Vec<Joined>) {
+    let p = &*program;
+    let (mut pairs, mut joined) = (vec![], vec![Joined::default(); p.steps.len()]);
     for i in 0..p.steps.len() {
         let norm = match &p.steps[i].op {
             Op::RmsNorm(n) => Joined::Norm { eps: n.eps, gated: false },
@@ -51,13 +53,19 @@ pub fn join_norms(p: &mut Program, target: &Target) -> Vec<Joined> {
             continue;
         }
         joined[i] = Joined::Within;
-        let more = p.steps[i].inputs.clone();
         for r in readers {
             joined[r] = norm;
-            p.steps[r].inputs.extend(more.iter().cloned());
+            pairs.push((i, r));
         }
     }
-    joined
+    if !pairs.is_empty() {
+        let p = Arc::make_mut(&mut program);
+        for (i, r) in pairs {
+            let more = p.steps[i].inputs.clone();
+            p.steps[r].inputs.extend(more);
+        }
+    }
+    (program, joined)
 }
 
 /// Steps that read a norm's result; none if it is a result of the program too.

@@ -5,12 +5,14 @@
 //! - [`ops`]: one file per family; **from the one list of ops**, so an op without an answer does not compile.
 //! - [`headers`]: the templates, compiled in.  - [`emit()`]: all steps of a Program.  - [`pages`]: a memory in pages.
 //!   [`few_rows`]: norms within products.
+//! - [`tune`]: measures forms and tiles where there is a device; [`choices`]: what came of it.
 //! - [`cache`]: what was compiled once.  - [`describe()`]: a GPU program as JSON.
 //!
 //! A kernel's text is a pure function of op, types and target.  Sizes that symbols decide are arguments, so nothing is
 //! compiled again for another batch or length.
 
 pub mod cache;
+pub mod choices;
 pub mod compile;
 mod describe;
 mod emit;
@@ -22,6 +24,7 @@ pub mod ops;
 pub mod pages;
 pub mod stub;
 pub mod target;
+pub mod tune;
 
 pub use cache::{Cache, CompileError};
 pub use describe::{describe, kernel};

@@ -371,9 +371,13 @@ impl Device for CudaDevice {
         for a in args {
             bytes.resize(bytes.len().next_multiple_of(8), 0);
             starts.push(bytes.len());
-            match a {
-                Arg::Buffer(b, more) => bytes.extend((self.place(*b, *more as usize, 0)?).to_ne_bytes()),
-                Arg::Bytes(b) => bytes.extend(b),
+            let words = if let Arg::Table(words) = a { &words[..] } else { std::slice::from_ref(a) };
+            for word in words {
+                match word {
+                    Arg::Buffer(b, more) => bytes.extend((self.place(*b, *more as usize, 0)?).to_ne_bytes()),
+                    Arg::Bytes(b) => bytes.extend(b),
+                    Arg::Table(_) => return Err(Error::refused("a table in a table")),
+                }
             }
         }
         let mut pointers: Vec<*mut c_void> = starts.iter().map(|&at| bytes[at..].as_mut_ptr().cast()).collect();

@@ -26,6 +26,8 @@ pub enum Arg {
     Buffer(BufferId, u64),
     /// A value of the parameter's size, lowest byte first.
     Bytes(Vec<u8>),
+    /// A struct of such, by value: addresses and words of 64 bits, one after another.
+    Table(Vec<Arg>),
 }
 
 macro_rules! scalars {

@@ -15,6 +15,7 @@ mod products;
 mod rig;
 mod rows;
 mod scan;
+mod tune;
 
 use std::process::ExitCode;
 
@@ -29,6 +30,7 @@ fn main() -> ExitCode {
         pages::ALL,
         products::ALL,
         executables::ALL,
+        tune::ALL,
         mutants::ALL,
     ])
 }

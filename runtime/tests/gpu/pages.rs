@@ -62,7 +62,7 @@ fn selection(rig: &Rig) -> Result<String, String> {
 pub fn quick_scan(rig: &Rig) -> Result<(), String> {
     let mut rng = Rng(25);
     let sizes = [2, 3, 256, 1, 64];
-    let case = (F32, sizes, 1, 6, vec![250, 33], Order::Recent, Weighting::StickBreaking);
+    let case = (F32, sizes, 1, 6, vec![250, 2], Order::Recent, Weighting::StickBreaking);
     rig.check(&check_selection(&mut rng, case).in_pages(BF16)).map(drop)
 }
 

@@ -3,7 +3,7 @@
 use crate::harness::Case;
 use crate::rig::{Rig, random};
 use rambac_codegen::cuda::{Arch, Target, emit};
-use rambac_codegen::lower;
+use rambac_codegen::{Kernels, lower_for};
 use rambac_ir::interp::{self, Precision};
 use rambac_ir::ops::*;
 use rambac_ir::testing::Rng;
@@ -66,7 +66,7 @@ fn check(rig: &Rig, rng: &mut Rng, s: &Shape) -> Result<(Vec<&'static str>, f64)
     }
     let graph = b.finish().map_err(|e| format!("{e:?}"))?;
     let want = interp::outputs(&graph, &dims, &given, Precision::Exact).map_err(|e| e.to_string())?;
-    let program = emit(lower(&graph), Target::of(Arch::Sm80)).map_err(|e| e.to_string())?;
+    let program = emit(lower_for(&graph, Kernels::Gpu), Target::of(Arch::Sm80)).map_err(|e| e.to_string())?;
     let inputs: Vec<(String, Bytes)> = given.iter().map(|(n, a)| (n.clone(), Bytes::from_host(a))).collect();
     let (program, _, got, counts) = rig.run(program, &dims, &[], &inputs).map_err(|e| format!("{e}\n  {s:?}"))?;
     let tolerance = if s.dtype == DType::F32 { 2e-6 } else { 8e-3 };

@@ -3,13 +3,13 @@
 //! The simulator runs it under several schedules and must have no finding; a device runs it several times and must give the
 //! same bits.
 
-use rambac_codegen::cuda::compile::{OPTIONS, compile};
+use rambac_codegen::cuda::compile::OPTIONS;
 use rambac_codegen::cuda::headers::included;
 use rambac_codegen::cuda::pages::LANDMARK_PAGE;
-use rambac_codegen::cuda::{Arch, Form, GpuProgram, Kernel, Target, emit, paged};
+use rambac_codegen::cuda::{Arch, Cache, Form, GpuProgram, Kernel, Target, emit, paged};
 use rambac_codegen::libraries::installed;
-use rambac_codegen::lower;
 use rambac_codegen::nvrtc::{Compiled, Nvrtc, NvrtcError};
+use rambac_codegen::{Kernels, lower_for};
 use rambac_cuda::{CUBLASLT, CudaDevice};
 use rambac_ir::ops::Op;
 use rambac_ir::testing::Rng;
@@ -50,6 +50,8 @@ pub struct Rig {
     /// A template with a defect: its name and text.
     defect: Option<(&'static str, String)>,
     compiled: Mutex<HashMap<(String, Arch), Compiled>>,
+    /// What earlier runs compiled of the same texts.
+    cache: Cache,
 }
 
 /// An operand: its type with symbols, and its value.
@@ -125,6 +127,11 @@ impl Input {
     }
 }
 
+/// Beside what else these tests build: a key says everything that decides what comes out.
+pub fn cache() -> Cache {
+    Cache::at(concat!(env!("CARGO_TARGET_TMPDIR"), "/kernels"))
+}
+
 /// Elements before and after a row that is a part of a wider one; multiples of 8 keep vectors whole.
 const MARGIN: [usize; 2] = [8, 16];
 
@@ -138,7 +145,8 @@ impl Rig {
             Some(v) => Some(number(&v).ok_or_else(|| format!("{DEVICE}={v}: it is simulator, cuda:0, cuda:1, …"))?),
             None => None,
         };
-        let mut rig = Rig { nvrtc, cuda, capability: None, defect: None, compiled: Mutex::new(HashMap::new()) };
+        let compiled = Mutex::new(HashMap::new());
+        let mut rig = Rig { nvrtc, cuda, capability: None, defect: None, compiled, cache: cache() };
         rig.capability = rig.device(Schedule::default())?.capability();
         Ok(rig)
     }
@@ -170,13 +178,18 @@ impl Rig {
         let nvrtc = Nvrtc::open(&self.nvrtc.path).map_err(|e| e.to_string())?;
         let mut compiled = self.compiled.lock().unwrap().clone();
         compiled.retain(|(source, _), _| included(source).iter().all(|h| h.0 != header));
-        let (cuda, capability) = (self.cuda, self.capability);
-        Ok(Rig { nvrtc, cuda, capability, defect: Some((header, text)), compiled: Mutex::new(compiled) })
+        let (cuda, capability, compiled) = (self.cuda, self.capability, Mutex::new(compiled));
+        Ok(Rig { nvrtc, cuda, capability, defect: Some((header, text)), compiled, cache: cache() })
     }
 
     fn compile_one(&self, k: &Kernel, target: &Target) -> Result<Compiled, String> {
         let failed = |e: NvrtcError| format!("{e}\n{}", k.source);
-        let Some((name, text)) = &self.defect else { return compile(&self.nvrtc, k, target.arch).map_err(failed) };
+        let kept = || self.cache.compile(&self.nvrtc, k, target.arch).map_err(|e| e.to_string());
+        let Some((name, text)) = &self.defect else { return kept() };
+        // What has no defect in it is known from before.
+        if included(&k.source).iter().all(|h| h.0 != *name) {
+            return kept();
+        }
         let headers: Vec<(&str, &str)> =
             included(&k.source).into_iter().map(|h| if h.0 == *name { (h.0, text.as_str()) } else { h }).collect();
         let arch = format!("--gpu-architecture={}", target.arch);
@@ -196,17 +209,7 @@ impl Rig {
             };
             // What a defect makes of registers is not what it is there for.
             for u in c.usage.iter().filter(|_| self.defect.is_none()) {
-                if u.spill_stores + u.spill_loads > 0 {
-                    return Err(format!("{} spills {} bytes\n{}", k.name, u.spill_stores, k.source));
-                }
-                let fit = target.occupancy(k.threads as usize, u.registers as usize, (u.shared + k.shared) as usize);
-                if (fit as u32) < k.blocks_per_sm {
-                    let (r, s) = (u.registers, u.shared + k.shared);
-                    return Err(format!(
-                        "{}: {fit} blocks fit ({r} registers, {s} B shared), {} assumed",
-                        k.name, k.blocks_per_sm
-                    ));
-                }
+                k.hold_to(u, target).map_err(|e| format!("{e}\n{}", k.source))?;
             }
             self.compiled.lock().unwrap().insert(key, c.clone());
             all.insert(k.name.clone(), c);
@@ -224,7 +227,7 @@ impl Rig {
         let mut target = Target::of(c.arch);
         target.sms = c.sms.unwrap_or(target.sms);
         let (dims, states) = c.pools();
-        let mut program = lower(&graph);
+        let mut program = lower_for(&graph, Kernels::Gpu);
         if let Some(stored) = c.pages {
             let names: Vec<&str> = states.iter().map(|s| s.0).filter(|n| n.starts_with('x')).collect();
             program = paged(program, &names, stored).map_err(|e| e.to_string())?;
@@ -232,7 +235,7 @@ impl Rig {
         let mut program = emit(program, target).map_err(|e| e.to_string())?;
         if let Some(name) = c.form {
             let op = program.program.steps.iter().position(|s| s.op.mnemonic() == c.op.mnemonic());
-            let forms = &mut program.steps[op.ok_or("the op is no step")?].forms;
+            let forms = Arc::make_mut(&mut program.steps[op.ok_or("the op is no step")?].forms);
             forms.retain(|f| f.name == name);
             forms.first_mut().ok_or_else(|| format!("there is no form {name}\n{}", c.describe()))?.when.clear();
         }
@@ -256,10 +259,15 @@ impl Rig {
         // Forms that these sizes don't take need not be compiled.
         for s in &mut program.steps {
             let taken = s.form(dims).map_err(|e| e.to_string())?.clone();
-            s.forms = vec![Form { when: vec![], ..taken }];
+            s.forms = Arc::new(vec![Form { when: vec![], ..taken }]);
         }
-        program.kernels =
-            program.steps.iter().flat_map(|s| &s.forms).flat_map(Form::launches).map(|l| l.kernel.clone()).collect();
+        program.kernels = program
+            .steps
+            .iter()
+            .flat_map(|s| s.forms.iter())
+            .flat_map(Form::launches)
+            .map(|l| l.kernel.clone())
+            .collect();
         let code = self.compile(&program.kernels, &program.target)?;
         let program = Arc::new(program);
         let mut first: Option<Vec<Bytes>> = None;

@@ -47,7 +47,7 @@ impl Cuda for MatMul {
         let mut forms = vec![];
         if !self.trans_a && self.trans_b {
             for (when, call, why) in products(site, Operand::Output(0), &site.outputs[0]) {
-                forms.push(Form::new("few_rows", why, vec![call]).when(when));
+                forms.push(Form::new("few_rows", why, vec![call]).needs(when));
             }
         }
         forms.push(Form::new("gemm", "a dense product of the vendor's library", vec![Call::Gemm(g)]));
@@ -71,7 +71,7 @@ impl Cuda for MatMulMap {
         let mut forms = vec![];
         if !self.trans_a && self.trans_b {
             for (when, call, why) in products(site, product, &view) {
-                forms.push(form("few_rows_map", format!("{why}; then one pass over the result"), call).when(when));
+                forms.push(form("few_rows_map", format!("{why}; then one pass over the result"), call).needs(when));
             }
         }
         let why = "a dense product of the vendor's library, then one pass over its result";
