@@ -64,6 +64,18 @@ impl On {
     pub fn gpu(self) -> bool {
         matches!(self, On::Simulator | On::Cuda(_))
     }
+
+    /// Opens a device that runs GPU programs.
+    ///
+    /// # Errors
+    /// It is not there, or runs no GPU programs.
+    pub fn open(self) -> Result<Box<dyn Device>> {
+        Ok(match self {
+            On::Cpu | On::Reference => return Err(miette!("{self} runs no GPU programs")),
+            On::Simulator => Box::new(Simulator::strict(Options::default())),
+            On::Cuda(i) => Box::new(CudaDevice::open(i, &cublaslt()).map_err(wrap)?),
+        })
+    }
 }
 
 /// Files of cuBLASLt, best first.
@@ -101,7 +113,7 @@ pub fn session(
             let programs = Session::device_programs(&programs, how.options.precision);
             let parts = programs.try_map(|p| gpu.compile(p.clone()))?;
             let memory = DeviceMemory { limit: how.memory, segment: how.segment };
-            Session::on_device(gpu.machine, parts, params, how.options, memory).map_err(wrap)
+            Session::on_device(gpu.machine, parts, params, pool.clone(), how.options, memory).map_err(wrap)
         }),
     }
 }
@@ -122,11 +134,7 @@ impl Gpu {
     /// # Errors
     /// It is not there, or runs no GPU programs.
     pub fn open(on: On) -> Result<Gpu> {
-        let (device, placement): (Box<dyn Device>, Placement) = match on {
-            On::Cpu | On::Reference => return Err(miette!("{on} runs no GPU programs")),
-            On::Simulator => (Box::new(Simulator::strict(Options::default())), Placement::Apart),
-            On::Cuda(i) => (Box::new(CudaDevice::open(i, &cublaslt()).map_err(wrap)?), Placement::Arena),
-        };
+        let (device, placement) = (on.open()?, if on == On::Simulator { Placement::Apart } else { Placement::Arena });
         let archs = archs(device.capability());
         if archs.is_empty() {
             let name = device.name();

@@ -238,7 +238,7 @@ fn infer(
         };
         let parts = parts.try_map(load)?;
         let memory = DeviceMemory { limit: a.device_memory, segment: a.segment };
-        Session::on_device(gpu.machine, parts, store, &options, memory).map_err(wrap)?
+        Session::on_device(gpu.machine, parts, store, pool, &options, memory).map_err(wrap)?
     } else {
         Session::compiled(&parts.map(|p| (*p.program).clone()), store, pool, &options).map_err(wrap)?
     };

@@ -49,7 +49,7 @@ fn on_device(rig: &Rig, c: &Config, o: &SessionOptions, limit: Option<usize>) ->
         let code = rig.compile(&gpu.kernels, &gpu.target).expect("its kernels compile");
         machine.load(gpu, &code).expect("the simulator takes them")
     });
-    Session::on_device(machine, parts, params(c), o, DeviceMemory { limit, segment: 64 })
+    Session::on_device(machine, parts, params(c), pool(), o, DeviceMemory { limit, segment: 64 })
 }
 
 fn ids(n: usize, seed: usize) -> Vec<i32> {

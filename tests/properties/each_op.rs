@@ -115,7 +115,8 @@ fn magnitude(op: &Op, x: &[&HostArray]) -> f64 {
     let largest =
         |a: &HostArray| a.to_f64().into_iter().filter(|v| v.is_finite()).fold(0.0, |m: f64, v| m.max(v.abs()));
     match op {
-        Op::FusedMap(_) | Op::MapEach(_) | Op::MatMulMap(_) => 1.0,
+        // A log-sum-exp less a logit may come to almost nothing.
+        Op::FusedMap(_) | Op::MapEach(_) | Op::MatMulMap(_) | Op::CrossEntropy(_) | Op::LinearCrossEntropy(_) => 1.0,
         // Two terms of size |w·dy| / rms(x).
         Op::RmsNormGrad(g) => {
             let width = x[1].len();

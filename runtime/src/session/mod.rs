@@ -178,6 +178,7 @@ pub struct Session {
     sequences: Vec<Sequence>,
     /// Positions of the sequences that run.
     start: Vec<i32>,
+    pool: Arc<rayon::ThreadPool>,
 }
 
 /// Where the programs run.
@@ -267,6 +268,7 @@ impl Session {
             fingerprint,
             sequences: vec![],
             start: vec![],
+            pool,
         };
         s.open(options, n, geometry, halves)?;
         Ok(s)
@@ -293,6 +295,7 @@ impl Session {
         machine: Machine,
         g: SessionParts<ProgramId>,
         mut params: Store,
+        pool: Arc<rayon::ThreadPool>,
         options: &SessionOptions,
         memory: DeviceMemory,
     ) -> Result<Self, SessionError> {
@@ -317,6 +320,7 @@ impl Session {
             fingerprint,
             sequences: vec![],
             start: vec![],
+            pool,
         };
         s.open(options, n, geometry, halves)?;
         Ok(s)
@@ -366,6 +370,11 @@ impl Session {
             Engine::Cpu(c) => c.store.bytes(),
             Engine::Device(_) => 0,
         }
+    }
+    /// The threads it runs on: who feeds token after token keeps them [awake](rambac_cpu::team::awake) meanwhile.
+    pub fn pool(&self) -> &Arc<rayon::ThreadPool> {
+        &self.pool
+    }
     }
     /// What became of the chunks on a device; `None` on this machine's cores, and for a plain Mamba-2.
     pub fn residency(&self) -> Option<Residency> {

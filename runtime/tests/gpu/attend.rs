@@ -171,6 +171,15 @@ fn chunk_major(rig: &Rig) -> Result<String, String> {
     ] {
         attend(rig, Arch::Sm80, &mut rng, &s, s.n == 1, "chunk_major")?;
     }
+    // In parts, some of them empty.
+    for (s, form) in [
+        (shape(BF16, [1, 37, 3, 0], [1, 16], 64, 64, 3), "chunk_major_tokens"),
+        (shape(F32, [1, 5, 2, 1], [2, 2], 32, 32, 2), "chunk_major_tokens"),
+        (shape(F32, [3, 21, 3, 1], [2, 2], 32, 32, 2), "chunk_major_sequences"),
+        (shape(F16, [10, 4, 2, 0], [1, 4], 16, 16, 2), "chunk_major_sequences"),
+    ] {
+        attend(rig, Arch::Sm80, &mut rng, &s, s.n == 1, form)?;
+    }
     // Products of warpgroups.
     for s in [
         shape(BF16, [1, 40, 3, 0], [1, 16], 64, 64, 2),
@@ -370,9 +379,14 @@ fn check_attention(
         x.iter_mut().for_each(|x| x.wide = Some(2));
     }
     let scale = (d as f64).powf(-0.5);
-    let o = rambac_ir::ops::Attention { scale, causal };
+    let o = rambac_ir::ops::Attention::new(scale, causal);
     rig.check(&Check::new(o, x[..3].to_vec(), &bindings, tolerance(dtype)))?;
-    rig.check(&Check::new(AttentionGrad { scale, causal }, x, &bindings, 1.5 * tolerance(dtype)))?;
+    rig.check(&Check::new(
+        AttentionGrad { scale, causal, window: 0, local: 0, unit: 0, lse: false },
+        x,
+        &bindings,
+        1.5 * tolerance(dtype),
+    ))?;
     Ok(())
 }
 
@@ -486,8 +500,11 @@ fn any_size(rig: &Rig) -> Result<String, String> {
     ] {
         rig.check(&check_selection(&mut rng, case).in_form("any_size"))?;
     }
-    for (s, r) in [(shape(F32, [2, 9, 5, 0], [3, 1], 16, 16, 4), 5), (shape(BF16, [1, 12, 3, 0], [1, 1], 16, 16, 2), 3)]
-    {
+    for (s, r) in [
+        (shape(F32, [2, 9, 5, 0], [3, 1], 16, 16, 4), 5),
+        (shape(BF16, [1, 12, 3, 0], [1, 1], 16, 16, 2), 3),
+        (shape(F32, [1, 3, 5, 0], [1, 1], 16, 16, 300), 4),
+    ] {
         rig.check(&check_selection_grad(&mut rng, &s, r, Weighting::StickBreaking).in_form("any_size"))?;
     }
     Ok(String::new())

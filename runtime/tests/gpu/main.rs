@@ -7,6 +7,7 @@ mod attend;
 mod conv;
 mod elementwise;
 mod executables;
+mod faults;
 mod harness;
 mod mutants;
 mod norm;
@@ -31,6 +32,7 @@ fn main() -> ExitCode {
         products::ALL,
         executables::ALL,
         tune::ALL,
+        faults::ALL,
         mutants::ALL,
     ])
 }

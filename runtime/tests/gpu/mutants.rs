@@ -3,7 +3,7 @@
 
 use crate::harness::Case;
 use crate::rig::{NOT_HERE, Rig};
-use crate::{attend, conv, norm, pages, products, scan};
+use crate::{attend, conv, elementwise, norm, pages, products, scan};
 use rambac_codegen::cuda::headers::HEADERS;
 use rayon::prelude::*;
 
@@ -23,6 +23,7 @@ const FAMILIES: &[(&str, Check)] = &[
     ("few_rows.cuh", products::quick),
     ("select_grad.cuh", attend::quick_selection_grad),
     ("attention.cuh", attend::quick_attention),
+    ("map_each.cuh", elementwise::quick_each),
     ("conv.cuh", conv::quick),
     ("slots.cuh", conv::quick),
     ("rms_norm.cuh", norm::quick),

@@ -237,7 +237,8 @@ impl Rig {
             let op = program.program.steps.iter().position(|s| s.op.mnemonic() == c.op.mnemonic());
             let forms = Arc::make_mut(&mut program.steps[op.ok_or("the op is no step")?].forms);
             forms.retain(|f| f.name == name);
-            forms.first_mut().ok_or_else(|| format!("there is no form {name}\n{}", c.describe()))?.when.clear();
+            let form = forms.first_mut().ok_or_else(|| format!("there is no form {name}\n{}", c.describe()))?;
+            form.when.clear();
         }
         let inputs: Vec<(String, Bytes)> = given.into_iter().filter(|(n, _)| states.iter().all(|s| s.0 != n)).collect();
         let states: Vec<(String, Bytes)> = states.into_iter().map(|(n, b)| (n.to_string(), b)).collect();

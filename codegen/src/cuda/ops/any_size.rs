@@ -120,13 +120,14 @@ impl AnyAttention<'_> {
         // The index comes first where it is needed.
         let index = match self.chunk.filter(|_| gradient) {
             Some(chunk) => Some(InvertedIndex {
-                n: q[0].clone(),
-                l: q[1].clone(),
+                n: q[0].clone().into(),
+                l: q[1].clone().into(),
                 h: site.int(input(1), 2)?,
                 k: self.slots()?,
                 chunks: k[1].checked_div(chunk as u64).ok_or(Unsupported::Because(self.why.clone()))?,
                 slab: SLAB,
                 first: 0,
+                token: Expr::int(0),
             }),
             None => None,
         };
@@ -228,8 +229,16 @@ pub(super) fn selection_grad(op: &SelectionGrad, site: &Site, why: String) -> Re
     [indices, count, scores, weights, dweights].into_iter().try_for_each(|at| site.contiguous(at))?;
     let (t, shape, k) = (site.dtype(q), &site.inputs[0].ty.shape, site.int(indices, 3)?);
     let (chunks, h) = (&site.inputs[1].ty.shape[1], site.int(q, 2)?);
-    let index =
-        InvertedIndex { n: shape[0].clone(), l: shape[1].clone(), h, k, chunks: chunks.clone(), slab: SLAB, first: 0 };
+    let index = InvertedIndex {
+        n: shape[0].clone().into(),
+        l: shape[1].clone().into(),
+        h,
+        k,
+        chunks: chunks.clone(),
+        slab: SLAB,
+        first: 0,
+        token: Expr::int(0),
+    };
     let ds = Operand::Workspace(InvertedIndex::WORKSPACES);
     let rows = Expr::product(&shape[..3]);
     let stub = |template| {
@@ -243,7 +252,8 @@ pub(super) fn selection_grad(op: &SelectionGrad, site: &Site, why: String) -> Re
         k,
         [ds, scores, dweights, count],
         rows.clone(),
-    ));
+        site.target,
+    )?);
     let queries = stub("any_select_queries")
         .write("dq", t, dq)
         .i64("dq_stride", site.row_stride(dq, 2)?)

@@ -281,10 +281,15 @@ impl<'a> Attending<'a> {
             s.chunk, s.head_dim, s.element, target.shared_per_block
         ))
     }
-    fn index(&self, first: usize) -> InvertedIndex {
+    /// All tokens.
+    fn whole(&self) -> Part {
+        Part { n: Expr::from(&self.n), l: Expr::from(&self.l), sequence: Expr::int(0), token: Expr::int(0) }
+    }
+    fn index(&self, first: usize, part: &Part) -> InvertedIndex {
         InvertedIndex {
-            n: self.n.clone(),
-            l: self.l.clone(),
+            n: part.n.clone(),
+            l: part.l.clone(),
+            token: part.token.clone(),
             h: self.h,
             k: self.sizes.slots,
             chunks: self.chunks.clone(),
@@ -317,18 +322,28 @@ impl<'a> Attending<'a> {
             .blocks_per_sm(t.blocks_per_sm)
     }
     fn read_qkv(&self, s: Stub) -> Stub {
+        self.read_part(s, &self.whole())
+    }
+    /// As [`read_qkv`](Self::read_qkv), from a part's first token and sequence on.
+    fn read_part(&self, s: Stub, part: &Part) -> Stub {
         let [q, k, v] = self.strides.clone();
         let stored = self.pages.map_or(self.dtype, |p| p.stored);
-        let s = s
-            .read("q", self.dtype, Q)
-            .i64("q_stride", q)
-            .read("k", stored, K)
-            .i64("k_stride", k)
-            .read("v", stored, V)
-            .i64("v_stride", v);
+        let keys = part.sequence.clone() * &self.tokens_kv;
+        let s = s.read_from("q", self.dtype, Q, part.token.clone() * q.clone()).i64("q_stride", q);
         match self.pages {
-            Some(p) => s.element("Stored", stored).read("table", DType::I32, p.table),
-            None => s,
+            // A pool belongs to all sequences.
+            Some(p) => s
+                .read("k", stored, K)
+                .i64("k_stride", k)
+                .read("v", stored, V)
+                .i64("v_stride", v)
+                .element("Stored", stored)
+                .read("table", DType::I32, p.table),
+            None => s
+                .read_from("k", stored, K, keys.clone() * k.clone())
+                .i64("k_stride", k)
+                .read_from("v", stored, V, keys * v.clone())
+                .i64("v_stride", v),
         }
     }
     /// The template that reads keys where they lie.
@@ -336,19 +351,26 @@ impl<'a> Attending<'a> {
         if self.pages.is_some() { paged } else { array }
     }
     fn slots_elements(&self, parts: usize) -> Expr {
+        let whole = self.whole();
+        self.slots_of(whole.n * whole.l, parts)
+    }
+    fn slots_of(&self, tokens: Expr, parts: usize) -> Expr {
         let s = &self.sizes;
-        Expr::from(&self.n) * &self.l * (s.slots * parts * self.h * s.group * s.head_dim)
+        tokens * (s.slots * parts * self.h * s.group * s.head_dim)
     }
     /// Adds a token's slots to `out`.
     fn reduce_slots(&self, out: Operand, stride: Expr, slots: Operand, parts: usize) -> Call {
-        let tokens = Expr::from(&self.n) * &self.l;
+        self.reduce_part(out, stride, slots, parts, &self.whole())
+    }
+    fn reduce_part(&self, out: Operand, stride: Expr, slots: Operand, parts: usize, part: &Part) -> Call {
+        let tokens = part.n.clone() * part.l.clone();
         let width = self.h * self.sizes.group * self.sizes.head_dim * self.sizes.element / 16;
         self.stub("attend_chunks", "attend_reduce_slots", ADD_THREADS)
             .int("parts", parts)
-            .write("out", self.dtype, out)
+            .write_from("out", self.dtype, out, part.token.clone() * stride.clone())
             .i64("stride", stride)
             .read("slots", self.dtype, slots)
-            .read("count", DType::I32, COUNT)
+            .read_from("count", DType::I32, COUNT, part.token.clone() * self.h)
             .i64("tokens", tokens.clone())
             .i32("h", self.h)
             .launch(((tokens * width).ceil_div(ADD_THREADS), 1, 1))
@@ -417,33 +439,99 @@ impl<'a> Attending<'a> {
         Some(form)
     }
 
-    fn chunk_major(&self, target: &Target, from: usize, o_stride: Expr) -> Option<Form> {
+    /// Parts of the tokens that share a workspace, one after another: of one sequence's tokens, or of the sequences.
+    fn parts(&self, cut: Cut) -> Vec<Part> {
+        let (n, l) = (Expr::from(&self.n), Expr::from(&self.l));
+        let part = |all: &Expr, parts: usize, i: usize| {
+            let each = all.clone().ceil_div(parts);
+            let first = each.clone() * i;
+            (first.clone(), each.min(all.clone().less(first)))
+        };
+        match cut {
+            Cut::Whole => vec![self.whole()],
+            Cut::Tokens(parts) => (0..parts)
+                .map(|i| {
+                    let (token, l) = part(&l, parts, i);
+                    Part { n: Expr::int(1), l, sequence: Expr::int(0), token }
+                })
+                .collect(),
+            Cut::Sequences(parts) => (0..parts)
+                .map(|i| {
+                    let (sequence, n) = part(&n, parts, i);
+                    Part { n, l: l.clone(), sequence: sequence.clone(), token: sequence * l.clone() }
+                })
+                .collect(),
+        }
+    }
+
+    fn chunk_major(&self, target: &Target, from: usize, o_stride: Expr, cut: Cut) -> Option<Form> {
         let (template, t) = match self.sizes.chunk_major_hopper(target) {
             Some(t) => (("attend_chunks_hopper", "attend_chunks_hopper"), t),
             None => (("attend_chunks", "attend_chunks"), self.sizes.chunk_major(target)?),
         };
-        let index = self.index(0);
         let slots = Operand::Workspace(InvertedIndex::WORKSPACES);
-        let mut calls = index.calls(INDICES, COUNT);
-        let stub =
-            self.tiled(template.0, template.1, &t, t.shared, self.sizes.slab()).write("slots", self.dtype, slots);
-        let stub = self.read_qkv(stub).read("weights", self.exact, WEIGHTS);
-        calls.push(index.read(stub).launch((index.lists() * index.max_slabs(), 1, 1)).into());
-        calls.push(self.reduce_slots(Operand::Output(0), o_stride, slots, 1));
+        let parts = self.parts(cut);
+        let mut calls = vec![];
+        for part in &parts {
+            let index = self.index(0, part);
+            calls.extend(index.calls(INDICES, COUNT));
+            let stub =
+                self.tiled(template.0, template.1, &t, t.shared, self.sizes.slab()).write("slots", self.dtype, slots);
+            let weights = part.token.clone() * (self.h * self.sizes.slots);
+            let stub = self.read_part(stub, part).read_from("weights", self.exact, WEIGHTS, weights);
+            calls.push(index.read(stub).launch((index.lists() * index.max_slabs(), 1, 1)).into());
+            calls.push(self.reduce_part(Operand::Output(0), o_stride.clone(), slots, 1, part));
+        }
+        // The first part is the largest.
+        let index = self.index(0, &parts[0]);
+        let (name, manner) = match cut {
+            Cut::Whole => ("chunk_major", String::new()),
+            Cut::Tokens(parts) => ("chunk_major_tokens", format!("; tokens in {parts} parts")),
+            Cut::Sequences(parts) => ("chunk_major_sequences", format!("; sequences in {parts} parts")),
+        };
         let why = format!(
             "at least {from} pairs per chunk: its keys and values are loaded once per {} pairs; {} warps, {} keys at a time, \
-             {} blocks per SM",
+             {} blocks per SM{manner}",
             index.slab, t.warps, t.keys, t.blocks_per_sm
         );
         let pairs = Expr::from(&self.l) * self.sizes.slots;
+        let taken = self.slots_of(parts[0].n.clone() * parts[0].l.clone(), 1);
         let form = index
-            .reserve(Form::new("chunk_major", why, calls))
-            .with("slots", self.dtype, self.slots_elements(1))
+            .reserve(Form::new(name, why, calls))
+            .with("slots", self.dtype, taken.clone())
+            .needs(Condition::Below(taken * self.sizes.element, Expr::int(target.workspace + 1)))
             .when(Condition::AtLeast(pairs, Expr::from(&self.chunks) * from))
             // Where there are no chunks, nobody would fill the index.
             .needs(Condition::AtLeast(Expr::from(&self.chunks), Expr::int(1)));
-        Some(form)
+        Some(match cut {
+            // Tokens of several sequences do not follow each other.
+            Cut::Tokens(_) => form.needs(Condition::Below(Expr::from(&self.n), Expr::int(2))),
+            _ => form,
+        })
     }
+
+    /// Chunk by chunk, in as few parts as keep the workspace within the target's.
+    fn chunk_majors(&self, target: &Target, from: usize, o_stride: &Expr) -> Vec<Form> {
+        let cuts = [Cut::Whole, Cut::Tokens(8), Cut::Sequences(8)];
+        cuts.into_iter().filter_map(|c| self.chunk_major(target, from, o_stride.clone(), c)).collect()
+    }
+}
+
+/// How tokens are cut where their workspace would be too large at once.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Cut {
+    Whole,
+    /// Of one sequence.
+    Tokens(usize),
+    Sequences(usize),
+}
+
+/// `n` sequences of `l` tokens, and which is the first of both.
+struct Part {
+    n: Expr,
+    l: Expr,
+    sequence: Expr,
+    token: Expr,
 }
 
 /// What tiles do not take runs a warp per row.
@@ -474,7 +562,7 @@ impl Cuda for ChunkAttention {
         }
         // Chunk by chunk wherever there are chunks.
         if a.pages.is_none() && a.sizes.chunk_major_from().is_none() {
-            all.extend(a.chunk_major(site.target, 0, site.row_stride(o, 2)?));
+            all.extend(a.chunk_majors(site.target, 0, &site.row_stride(o, 2)?));
         }
         Ok(all)
     }
@@ -495,7 +583,7 @@ fn forward(op: &ChunkAttention, site: &Site) -> Result<Vec<Form>, Unsupported> {
     let mut forms: Vec<Form> = a.pairs(site.target, blocks, o_stride.clone()).into_iter().collect();
     // Segments of a long context choose each chunk a few times: no index of all chunks.
     if let Some(from) = a.sizes.chunk_major_from().filter(|_| a.pages.is_none()) {
-        forms.extend(a.chunk_major(site.target, from, o_stride.clone()));
+        forms.extend(a.chunk_majors(site.target, from, &o_stride));
     }
     forms.push(a.query_tile(&t, o_stride));
     Ok(forms)
@@ -512,7 +600,7 @@ fn gradient(op: &ChunkAttentionGrad, site: &Site) -> Result<Vec<Form>, Unsupport
         (None, None) => return a.does_not_fit(site.target),
     };
     let parts = s.chunk / t.keys;
-    let index = a.index(0);
+    let index = a.index(0, &a.whole());
     let [slots, partial, delta, log2_sum] = [0, 1, 2, 3].map(|i| Operand::Workspace(InvertedIndex::WORKSPACES + i));
     let rows = |stub: Stub| -> Result<Stub, Unsupported> {
         let stub = a.read_qkv(stub).read("weights", a.exact, WEIGHTS).read("dy", a.dtype, DY);

@@ -184,5 +184,9 @@ macro_rules! none_yet {
         })*
     };
 }
-// Ops that have no kernel: a source is no step, and what fusion should have removed holds values of L×C.
-none_yet! { Source, Score, ScoreGrad, Select, Weigh, WeighGrad, Attend, AttendGrad, Aggregate, AggregateGrad }
+// Ops that have no kernel: a source is no step, what fusion should have removed holds values of L×C, and compositions of the
+// vocabulary (a joint softmax, merges, dense scores) run on CPUs only.
+none_yet! {
+    Source, Score, ScoreGrad, Mask, Select, Weigh, WeighGrad, Attend, AttendGrad, Aggregate, AggregateGrad, Merge, MergeGrad,
+    Softmax
+}

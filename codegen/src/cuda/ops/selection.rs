@@ -67,6 +67,7 @@ pub(super) fn rule(w: Weighting) -> String {
         Weighting::Softmax => "SOFTMAX",
         Weighting::Sigmoid => "SIGMOID",
         Weighting::One => "ONE",
+        Weighting::Logit => panic!("BUG: refused before"),
     };
     format!("static constexpr Weigh rule = Weigh::{name};")
 }
@@ -85,32 +86,60 @@ fn width(site: &Site, slots: usize, rows: &[Operand]) -> Result<usize, Unsupport
 }
 
 /// dL/ds of the slots, `[ds, scores, dweights, count]`.
-pub(super) fn slot_gradients(r: Weighting, t: DType, slots: usize, at: [Operand; 4], rows: Expr) -> Call {
+///
+/// # Errors
+/// So many slots that those of a warp's rows do not fit shared memory.
+pub(super) fn slot_gradients(
+    r: Weighting,
+    t: DType,
+    slots: usize,
+    at: [Operand; 4],
+    rows: Expr,
+    target: &Target,
+) -> Result<Call, Unsupported> {
     let [ds, scores, dweights, count] = at;
-    Stub::new("select_grad", "select_grad_scores", ADD_THREADS)
+    // Scores, gradients and weights of a row a thread.
+    let shared = |threads: usize| 3 * slots * (threads + 4) * 4;
+    let Some(threads) = [ADD_THREADS, 64, 32].into_iter().find(|&t| shared(t) <= target.shared_per_block) else {
+        return because(format!(
+            "{slots} slots of 32 rows do not fit {} bytes of shared memory",
+            target.shared_per_block
+        ));
+    };
+    Ok(Stub::new("select_grad", "select_grad_scores", threads)
         .tag(t)
         .int("slots", slots)
-        .int("threads", ADD_THREADS)
+        .int("threads", threads)
         .line(rule(r))
         .hashed()
-        .shared(3 * slots * (ADD_THREADS + 4) * 4)
+        .shared(shared(threads))
         .write("ds", DType::F32, ds)
         .read("scores", t, scores)
         .read("dweights", t, dweights)
         .read("count", DType::I32, count)
         .i64("rows", rows.clone())
-        .launch((rows.ceil_div(ADD_THREADS), 1, 1))
-        .into()
+        .launch((rows.ceil_div(threads), 1, 1))
+        .into())
+}
+
+fn refuse_logits(rule: Weighting) -> Result<(), Unsupported> {
+    if rule == Weighting::Logit {
+        because("kernels weigh what they choose; logits for a softmax further on are for CPUs")
+    } else {
+        Ok(())
+    }
 }
 
 impl Cuda for Selection {
     fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
+        refuse_logits(self.rule)?;
         tiled(self, site).or_else(|why| any_size::selection(self, site, why.to_string()))
     }
 }
 
 impl Cuda for SelectionGrad {
     fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
+        refuse_logits(self.rule)?;
         sparse(self, site).or_else(|why| any_size::selection_grad(self, site, why.to_string()))
     }
 }
@@ -310,8 +339,16 @@ fn sparse(op: &SelectionGrad, site: &Site) -> Result<Vec<Form>, Unsupported> {
     [indices, count, scores, weights, dweights].into_iter().try_for_each(|at| site.contiguous(at))?;
     let (t, shape) = (site.dtype(q), &site.inputs[0].ty.shape);
     let (h, chunks) = (site.int(q, 2)?, site.inputs[1].ty.shape[1].clone());
-    let index =
-        InvertedIndex { n: shape[0].clone(), l: shape[1].clone(), h, k, chunks: chunks.clone(), slab: SLAB, first: 0 };
+    let index = InvertedIndex {
+        n: shape[0].clone().into(),
+        l: shape[1].clone().into(),
+        h,
+        k,
+        chunks: chunks.clone(),
+        slab: SLAB,
+        first: 0,
+        token: Expr::int(0),
+    };
     let [ds, partial] = [0, 1].map(|i| Operand::Workspace(InvertedIndex::WORKSPACES + i));
     let rows = index.lists() * &shape[1];
     let stub = |template, threads: usize| {
@@ -321,7 +358,14 @@ fn sparse(op: &SelectionGrad, site: &Site) -> Result<Vec<Form>, Unsupported> {
         stub(template, threads).int("width", r).int("warps", GRAD_WARPS).int("slab", SLAB).float("scale", op.scale)
     };
     let mut calls = index.calls(indices, count);
-    calls.push(slot_gradients(op.rule, site.dtype(dweights), k, [ds, scores, dweights, count], rows.clone()));
+    calls.push(slot_gradients(
+        op.rule,
+        site.dtype(dweights),
+        k,
+        [ds, scores, dweights, count],
+        rows.clone(),
+        site.target,
+    )?);
     calls.push(
         wide("select_grad_queries", 32 * GRAD_WARPS)
             .write("dq", t, dq)
