@@ -375,7 +375,6 @@ impl Session {
     pub fn pool(&self) -> &Arc<rayon::ThreadPool> {
         &self.pool
     }
-    }
     /// What became of the chunks on a device; `None` on this machine's cores, and for a plain Mamba-2.
     pub fn residency(&self) -> Option<Residency> {
         match &self.engine {
