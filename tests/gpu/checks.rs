@@ -35,7 +35,7 @@ fn executable(_: &Rig) -> Result<String, String> {
     if want != got {
         return Err(format!("the executable wrote {got:?}, on this machine's cores {want:?}"));
     }
-    let device = ["--device", "simulator", "--device-memory", "1200K"];
+    let device = ["--device", "simulator", "--device-memory", "2M"];
     let base = ["generate", model, "--prompt", text, "--tokens", "6", "--segment", "32"];
     let got = command(&[&base[..], &device].concat())?;
     if want != got {
