@@ -296,6 +296,18 @@ pub struct Chunks {
     pub store_dtype: StorePrecision,
 }
 
+/// Where inference runs.
+#[derive(Args)]
+pub struct Inference {
+    /// cpu; cuda:0, cuda:1, …: a GPU; simulator: GPU kernels, instruction by instruction and watched, for tiny models
+    #[arg(long, value_name = "DEVICE", default_value_t)]
+    pub device: On,
+    /// What a GPU may hold of weights, activations and chunks; chunks that have no place there are fetched when they are chosen
+    /// [default: most of what is free]
+    #[arg(long, value_name = "SIZE", value_parser = bytes)]
+    pub device_memory: Option<usize>,
+}
+
 #[derive(Clone, Copy, ValueEnum, PartialEq, Eq, Debug)]
 pub enum StorePrecision {
     Bf16,
@@ -322,6 +334,8 @@ pub struct Eval {
     pub flash: bool,
     #[command(flatten)]
     pub chunks: Chunks,
+    #[command(flatten)]
+    pub on: Inference,
     /// Also a line per case: how far the needle's chunks were from being chosen, their weight, the digits
     #[arg(long)]
     pub diagnose: bool,
@@ -578,6 +592,8 @@ pub struct Generate {
     pub flash: bool,
     #[command(flatten)]
     pub chunks: Chunks,
+    #[command(flatten)]
+    pub on: Inference,
     /// Go on with the sequence that --store FILE left: the prompt follows what it has read and written
     #[arg(long, value_name = "FILE", conflicts_with = "store")]
     pub resume_store: Option<PathBuf>,

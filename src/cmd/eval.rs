@@ -4,6 +4,7 @@
 //! and a case counts only if every digit was the model's first choice, which is the same as if it had written them itself.
 
 use crate::cli::{Eval, EvalTask, Weights};
+use crate::device::{self, Inferring, On};
 use crate::error::{Result, wrap};
 use crate::workbench::learn::Asker;
 use crate::{machine, model, show};
@@ -27,6 +28,9 @@ pub struct How {
     /// Skim all but the last segments.
     pub flash: bool,
     pub session: SessionOptions,
+    pub on: On,
+    /// Bytes of the device.
+    pub memory: Option<usize>,
     /// A line per case.
     pub diagnose: bool,
     pub json: bool,
@@ -40,6 +44,8 @@ impl Default for How {
             segment: 4096,
             flash: false,
             session: SessionOptions::default(),
+            on: On::Cpu,
+            memory: None,
             diagnose: false,
             json: false,
             progress: false,
@@ -92,6 +98,8 @@ pub fn run(a: &Eval, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
         segment: a.segment,
         flash: a.flash,
         session,
+        on: a.on.device,
+        memory: a.on.device_memory,
         diagnose: a.diagnose,
         json: a.json,
         progress: !a.json,
@@ -123,10 +131,10 @@ fn whole(a: &Eval, config: &Config, weights: &std::path::Path, pool: &Arc<rayon:
     if config.vocab_size < 256 {
         return Err(miette!("passkey is a task over bytes; the model's vocab_size is {}", config.vocab_size));
     }
-    let segments = a.flash || a.chunks.store != "ram" || a.weights != Weights::F32;
+    let segments = a.flash || a.chunks.store != "ram" || a.weights != Weights::F32 || a.on.device != On::Cpu;
     if segments {
         return Err(miette!(
-            "this model reads whole texts, in f32: --flash, --store and --weights are for those that read by segments"
+            "this model reads whole texts, in f32: --flash, --store, --weights and --device are for those that read by segments"
         ));
     }
     let store = model::parameters(config, Some(weights), rambac_models::InitRule::Normal, 0)?;
@@ -201,7 +209,8 @@ pub fn passkey(
         return Err(miette!("passkey is a task over bytes; the model's vocab_size is {}", config.vocab_size));
     }
     let graphs = model::session_graphs(config)?;
-    let mut session = Session::new(&graphs, store.clone(), pool.clone(), &how.session).map_err(wrap)?;
+    let at = Inferring { on: how.on, memory: how.memory, segment: how.segment.min(len), options: &how.session };
+    let mut session = device::session(&at, &graphs, store.clone(), pool)?;
     // Only this run's contexts are in it.
     let _file = if let Tier::File(path) = &how.session.tier { Some(Removed(path)) } else { None };
     let bar = if how.progress { ProgressBar::new((len * cases) as u64) } else { ProgressBar::hidden() };

@@ -1,6 +1,7 @@
 //! `rambac generate`: writes on from a prompt, token by token, with programs that are compiled once.
 
 use crate::cli::Generate;
+use crate::device::{self, Inferring};
 use crate::error::{Result, warn, wrap};
 use crate::model;
 use crate::sample::Sampling;
@@ -55,7 +56,8 @@ pub fn run(a: &Generate, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
     let options = model::session_options(&a.chunks, a.resume_store.as_deref(), prompts.len(), a.weights);
     let graphs = model::session_graphs(&config)?;
     let params = model::parameters_for(&graphs, &options.passes, &config, Some(&weights))?;
-    let mut session = Session::new(&graphs, params, pool, &options).map_err(wrap)?;
+    let how = Inferring { on: a.on.device, memory: a.on.device_memory, segment: a.segment, options: &options };
+    let mut session = device::session(&how, &graphs, params, &pool)?;
 
     let w = Writing {
         from: &a.checkpoint,

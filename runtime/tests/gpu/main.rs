@@ -11,6 +11,8 @@ mod faults;
 mod harness;
 mod mutants;
 mod norm;
+mod pages;
+mod products;
 mod rig;
 mod rows;
 mod scan;
@@ -26,6 +28,8 @@ fn main() -> ExitCode {
         norm::ALL,
         scan::ALL,
         attend::ALL,
+        pages::ALL,
+        products::ALL,
         executables::ALL,
         tune::ALL,
         faults::ALL,

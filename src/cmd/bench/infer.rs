@@ -201,7 +201,7 @@ impl Infer<'_> {
 
     fn print(&self, r: &Timed, rates: machine::Rates, read: f64, rss: usize) {
         let (a, t) = (self.a, median(&r.seconds));
-        let persistent = self.session.store().bytes();
+        let persistent = self.session.bytes();
         let peak = persistent + r.arena + r.memory;
         let (tokens_per_s, least, most) = (r.tokens as f64 / t, r.seconds[0], r.seconds[r.seconds.len() - 1]);
         let (threads, decode) = (rates.threads, r.name == "decode");
