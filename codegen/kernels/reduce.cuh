@@ -1,4 +1,4 @@
-// Sums, maxima and means over the middle axis of [outer, mid, inner]: one launch or two, in a fixed order.
+// Sums, means and extremes over the middle axis of [outer, mid, inner]: one launch or two, in a fixed order.
 //
 // A block takes `inner` columns LANES at a time and one part of `mid`; its ROWS·LANES threads step down the part's rows,
 // then rows are combined in shared memory, lowest first.  The second launch combines the parts in the same way.
@@ -22,6 +22,11 @@ template <int N> struct Mean : Sum {
 struct Max {
     static __device__ __forceinline__ float none() { return -infinity(); }
     static __device__ __forceinline__ float of(float a, float b) { return b <= a || a != a ? a : b; }
+    static __device__ __forceinline__ float done(float a) { return a; }
+};
+struct Min {
+    static __device__ __forceinline__ float none() { return infinity(); }
+    static __device__ __forceinline__ float of(float a, float b) { return b >= a || a != a ? a : b; }
     static __device__ __forceinline__ float done(float a) { return a; }
 };
 

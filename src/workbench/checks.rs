@@ -116,7 +116,7 @@ fn differential(s: &Subject, l: usize, pool: &Arc<rayon::ThreadPool>) -> Result<
         let t = Tensor::from_host(&sources[&src.name]);
         match src.kind {
             SourceKind::Input => inputs.push((src.name.as_str(), t)),
-            _ => drop(store.insert(src.name.clone(), t)),
+            _ => store.insert(src.name.clone(), t),
         }
     }
     let views: Vec<_> = inputs.iter().map(|(n, t)| (*n, t.view())).collect();

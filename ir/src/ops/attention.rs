@@ -41,8 +41,8 @@ impl Attention {
     }
     /// Keys that the token at `t` sees, of `keys`.
     pub fn visible(&self, t: usize, keys: usize) -> Range<usize> {
-        if self.unit > 0 {
-            return 0..keys.min(t / self.unit);
+        if let Some(units) = t.checked_div(self.unit) {
+            return 0..keys.min(units);
         }
         let end = if self.causal { keys.min(t + 1) } else { keys };
         let window = if self.window > 0 { (t + 1).saturating_sub(self.window) } else { 0 };

@@ -72,7 +72,10 @@ fn check(rig: &Rig, rng: &mut Rng, s: &Shape) -> Result<(Vec<&'static str>, f64)
     let tolerance = if s.dtype == DType::F32 { 2e-6 } else { 8e-3 };
     for ((name, w), g) in want.iter().zip(&got) {
         let most = (0..w.len()).map(|i| w.get(i).abs()).fold(1e-30, f64::max);
-        if let Some(i) = (0..w.len()).find(|&i| !((w.get(i) - g.get(i)).abs() <= tolerance * most)) {
+        if let Some(i) = (0..w.len()).find(|&i| {
+            let off = (w.get(i) - g.get(i)).abs();
+            off.is_nan() || off > tolerance * most
+        }) {
             return Err(format!("{name}, element {i}: {}, {} wanted\n  {s:?}", g.get(i), w.get(i)));
         }
     }

@@ -121,8 +121,8 @@ impl DenseAttention {
 
     /// Keys that token `t` sees.
     fn visible(&self, t: usize) -> Range<usize> {
-        if self.unit > 0 {
-            return 0..self.keys.min(t / self.unit);
+        if let Some(units) = t.checked_div(self.unit) {
+            return 0..self.keys.min(units);
         }
         let end = if self.causal { t + 1 } else { self.keys };
         let window = if self.window > 0 { (t + 1).saturating_sub(self.window) } else { 0 };

@@ -171,7 +171,7 @@ impl Choice {
             at += 1;
         }
         match self.order {
-            Order::Recent => best.sort_unstable_by(|a, b| b.1.cmp(&a.1)),
+            Order::Recent => best.sort_unstable_by_key(|b| std::cmp::Reverse(b.1)),
             Order::Score => best.sort_unstable_by(|a, b| (b.0 + 0.0).total_cmp(&(a.0 + 0.0)).then(a.1.cmp(&b.1))),
         }
     }
