@@ -244,8 +244,9 @@ fn reductions(rig: &Rig) -> Result<String, String> {
             let d = Bindings::new([("N", 2), ("C", 7)]);
             let t = sym("C").checked_mul(&Dim::int(chunk)).expect("small sizes multiply");
             let x = Input::new(&mut rng, ty(dtype, &[sym("N"), t, Dim::int(width)]), &d, -1.0, 3.0);
-            let op = Summarise { chunk, mode: Summary::Mean };
-            rig.check(&Check::new(op, vec![x], &d, tolerance))?;
+            for mode in [Summary::Mean, Summary::Max, Summary::Min] {
+                rig.check(&Check::new(Summarise { chunk, mode }, vec![x.clone()], &d, tolerance))?;
+            }
         }
     }
     Ok(String::new())

@@ -1,4 +1,4 @@
-//! Reductions over neighbouring axes, and means of chunks, as the middle of [outer, mid, inner].
+//! Reductions over neighbouring axes, and what stands for a chunk, as the middle of [outer, mid, inner].
 
 use super::{Cuda, Site, Unsupported};
 use crate::cuda::expr::Expr;
@@ -124,13 +124,17 @@ impl Cuda for Summarise {
         let (x, y) = (Operand::Input(0), Operand::Output(0));
         site.contiguous(x)?;
         site.contiguous(y)?;
-        let Summary::Mean = self.mode;
         let shape = &site.outputs[0].ty.shape;
         let (outer, inner) = (Expr::product(&shape[..2]), Expr::product(&shape[2..]));
-        let (f, mid) = (format!("Mean<{}>", self.chunk), Expr::int(self.chunk));
+        let f = match self.mode {
+            Summary::Mean => format!("Mean<{}>", self.chunk),
+            Summary::Max => "Max".into(),
+            Summary::Min => "Min".into(),
+        };
+        let mid = Expr::int(self.chunk);
         let group = Group { outer, mid: mid.clone(), inner };
         let call = group.pass(&f, (x, site.dtype(x)), (y, site.dtype(y)), mid.clone(), Expr::int(1), mid);
-        Ok(vec![Form::new("mean", "a block takes the rows of a chunk", vec![call.into()])])
+        Ok(vec![Form::new("summarise", "a block takes the rows of a chunk", vec![call.into()])])
     }
 }
 
