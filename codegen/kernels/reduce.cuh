@@ -30,12 +30,6 @@ struct Min {
     static __device__ __forceinline__ float done(float a) { return a; }
 };
 
-struct Min {
-    static __device__ __forceinline__ float none() { return infinity(); }
-    static __device__ __forceinline__ float of(float a, float b) { return b >= a || a != a ? a : b; }
-    static __device__ __forceinline__ float done(float a) { return a; }
-};
-
 // C: In, Out, F, lanes, rows (lanes · rows threads).  `part` rows of mid per block; y: [outer, parts, inner].
 template <class C>
 __device__ __forceinline__ void reduce(const typename C::In* x, i64 outer_stride, i64 mid_stride, typename C::Out* y, i64 mid,
