@@ -2,7 +2,7 @@
 
 mod executable;
 
-pub use executable::{Cache, CacheTask, Compile, GpuTarget, Report, Run, RunDevice};
+pub use executable::{Cache, CacheTask, Compile, GpuTarget, Kernels, Run, RunDevice};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use rambac_codegen::Memory;
@@ -47,7 +47,7 @@ pub enum Verb {
     Cache(Cache),
     /// The table of all GPU kernels of the presets, as docs/kernels.md holds it
     #[command(hide = true)]
-    Report(Report),
+    Kernels(Kernels),
     /// What this machine has and whether all is well
     Doctor(Doctor),
     /// Compare a device with stored values and gradients: ops and whole models

@@ -157,7 +157,7 @@ pub struct Run {
 }
 
 #[derive(Args)]
-pub struct Report {
+pub struct Kernels {
     /// File to write [default: standard output]
     #[arg(long, value_name = "FILE")]
     pub out: Option<PathBuf>,

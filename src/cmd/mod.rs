@@ -10,7 +10,7 @@ mod eval;
 mod explain;
 mod generate;
 mod inspect;
-mod report;
+mod kernels;
 mod run;
 mod simulate;
 mod train;
@@ -34,7 +34,7 @@ pub fn run(cli: Cli) -> Result<ExitCode> {
         Verb::Explain(a) => explain::run(&a, &pool),
         Verb::Inspect(a) => inspect::run(&a, &pool),
         Verb::Cache(a) => cache::run(&a),
-        Verb::Report(a) => report::run(&a, pool),
+        Verb::Kernels(a) => kernels::run(&a, pool),
         Verb::Doctor(a) => doctor::run(&a, pool),
         Verb::Generate(a) => generate::run(&a, pool),
         Verb::Check(a) => check::run(&a, pool),

@@ -177,9 +177,9 @@ fn test(only: Option<&str>) -> ExitCode {
 }
 
 /// Compiles every GPU kernel of the presets and writes what they take.
-fn report() -> ExitCode {
+fn kernels() -> ExitCode {
     let cargo = std::env::var_os("CARGO").map_or_else(|| "cargo".into(), PathBuf::from);
-    let args = ["run", "--release", "--quiet", "--", "report", "--out", "docs/kernels.md"];
+    let args = ["run", "--release", "--quiet", "--", "kernels", "--out", "docs/kernels.md"];
     let made = std::fs::create_dir_all("docs").and_then(|()| Command::new(cargo).args(args).status());
     match made {
         Ok(s) if s.success() => ExitCode::SUCCESS,
@@ -196,7 +196,7 @@ fn names() -> String {
 }
 
 fn usage() -> String {
-    let tasks = "test [--only STAGE] | cuda (installs NVRTC for tests) | report (writes docs/kernels.md)";
+    let tasks = "test [--only STAGE] | cuda (installs NVRTC for tests) | kernels (writes docs/kernels.md)";
     format!("usage: cargo xtask {tasks}\nstages: {}", names())
 }
 
@@ -216,7 +216,7 @@ fn main() -> ExitCode {
             failed.iter().for_each(|e| eprintln!("{e}"));
             if failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
         }
-        ["report"] => report(),
+        ["kernels"] => kernels(),
         ["help" | "--help" | "-h"] => {
             println!("{}", usage());
             ExitCode::SUCCESS

@@ -1,6 +1,6 @@
-//! `rambac report`: the table of all GPU kernels of tiny, small, 370m and 3b, as docs/kernels.md holds it (`cargo xtask report`).
+//! `rambac kernels`: the table of all GPU kernels of tiny, small, 370m and 3b, as docs/kernels.md holds it (`cargo xtask kernels`).
 
-use crate::cli::Report;
+use crate::cli::Kernels;
 use crate::cmd::explain::gpu::{Chosen, Forms};
 use crate::cmd::explain::model_step;
 use crate::error::{Result, wrap};
@@ -27,8 +27,8 @@ const LEN: usize = 4096;
 const MODES: [&str; 3] = ["a training step", "prefill", "decode"];
 
 /// Runs the verb.
-pub fn run(a: &Report, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
-    let text = pool.install(report)?;
+pub fn run(a: &Kernels, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
+    let text = pool.install(table_of_all)?;
     match &a.out {
         Some(path) => std::fs::write(path, text).map_err(|e| miette!("{}: {e}", path.display()))?,
         None => print!("{text}"),
@@ -43,11 +43,11 @@ struct Row {
     used: BTreeSet<&'static str>,
 }
 
-fn report() -> Result<String> {
+fn table_of_all() -> Result<String> {
     let nvrtc = Nvrtc::open_any().map_err(wrap)?;
     let mut out = format!(
         "# Kernels of the presets\n\n\
-         Made by `cargo xtask report` with NVRTC {}.{}. FLOPs and bytes are predicted from the ops' definitions, for one run at\n\
+         Made by `cargo xtask kernels` with NVRTC {}.{}. FLOPs and bytes are predicted from the ops' definitions, for one run at\n\
          N=1 and {LEN} tokens (decode: one token after so many). Products are the vendor library's, dense ones.\n",
         nvrtc.version.0, nvrtc.version.1
     );
