@@ -2,6 +2,7 @@
 
 mod cli;
 mod cmd;
+mod device;
 mod error;
 mod machine;
 mod model;

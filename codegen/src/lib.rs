@@ -7,19 +7,23 @@
 //! - [`mod@fit`]: what to compute again so that the peak stays below a limit.
 //! - [`describe`]: a Program as JSON, for the executable file and its readers.
 //! - [`cuda`]: Program → GPU program: forms, launches, stubs over the templates of `kernels/`.
+//! - [`libraries`]: where NVIDIA's may lie.
 //! - [`nvrtc`]: CUDA C++ → PTX and CUBIN, where NVIDIA's compiler library is installed.
 
 pub mod cuda;
 pub mod describe;
 pub mod fit;
 pub mod hash;
+pub mod libraries;
 pub mod lower;
+mod narrow;
 pub mod nvrtc;
 pub mod plan;
 pub mod program;
 pub mod traits;
 
-pub use fit::{Fit, FitError, Memory, fit};
-pub use lower::lower;
+pub use fit::{Fit, FitError, Machine, Memory, fit};
+pub use lower::{lower, lower_for};
 pub use plan::{MemoryPlan, Scratch, no_scratch, plan, plan_with};
 pub use program::{Buffer, BufferId, BufferKind, Program, Step, View};
+pub use traits::Kernels;

@@ -1,6 +1,7 @@
 //! Arguments about executables: making, running, what is kept of them.
 
-use super::{Data, MemoryArgs, Weights, binding, positive, size};
+use super::{Data, MemoryArgs, PrecisionArg, Weights, binding, positive, size};
+use crate::device::On;
 use clap::{Args, ValueEnum};
 use rambac_codegen::cuda::Arch;
 use std::path::PathBuf;
@@ -74,6 +75,9 @@ pub struct Compile {
     /// Rows per step at which --memory-limit must hold; any number runs
     #[arg(long, default_value_t = 1, value_parser = positive(), requires = "memory_limit")]
     pub batch: usize,
+    /// What activations are kept in; bf16 needs a GPU target
+    #[arg(long, value_enum, default_value_t = PrecisionArg::F32, requires = "train")]
+    pub precision: PrecisionArg,
     /// Peak learning rate
     #[arg(long, requires = "train", default_value_t = 1e-3)]
     pub lr: f64,
@@ -94,22 +98,15 @@ pub struct Compile {
     pub json: bool,
 }
 
-/// Where an executable runs.
-#[derive(Clone, Copy, ValueEnum, PartialEq, Eq, Debug)]
-pub enum RunDevice {
-    /// Fused kernels on this machine's cores
-    Cpu,
-    /// The GPU kernels in the file, instruction by instruction and watched: for small sizes
-    Simulator,
-}
-
 #[derive(Args)]
 pub struct Run {
     /// A file made by `rambac compile`
     pub file: PathBuf,
-    #[arg(long, value_enum, default_value_t = RunDevice::Cpu)]
-    pub device: RunDevice,
-    /// Which of the file's GPU programs the simulator runs [default: the first]
+    /// cpu; cuda:0, cuda:1, …: a GPU; simulator: the GPU kernels in the file, instruction by instruction and watched, for
+    /// small sizes
+    #[arg(long, value_name = "DEVICE", default_value_t)]
+    pub device: On,
+    /// Which of the file's GPU programs runs [default: the best for the device, of the simulator the first]
     #[arg(long, value_name = "ARCH")]
     pub target: Option<GpuTarget>,
     /// Training: steps to run; graphs: runs
@@ -161,6 +158,9 @@ pub struct Kernels {
     /// File to write [default: standard output]
     #[arg(long, value_name = "FILE")]
     pub out: Option<PathBuf>,
+    /// Compiles nothing: status 1 if this file is not what would be written now
+    #[arg(long, value_name = "FILE", conflicts_with = "out")]
+    pub check: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, ValueEnum, PartialEq, Eq, Debug)]

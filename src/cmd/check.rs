@@ -3,11 +3,12 @@
 //! An op fixture is a safetensors file with inputs, upstream gradients, expected results and `grad.<input>`; which op it
 //! is follows from the tensors it holds.  A model fixture is a folder with config.json, weights and expected.safetensors.
 
-use crate::cli::{Check, Device};
+use crate::cli::Check;
+use crate::device::{Gpu, On};
 use crate::error::{Result, wrap};
 use crate::model;
 use miette::{IntoDiagnostic, miette};
-use rambac_codegen::lower;
+use rambac_codegen::{Program, lower};
 use rambac_ir::interp::{self, Precision};
 use rambac_ir::ops::*;
 use rambac_ir::{Bindings, Builder, Graph, HostArray, Ty, Value};
@@ -15,6 +16,7 @@ use rambac_models::stack::{self, Carry};
 use rambac_passes::train_step::gradient_graph;
 use rambac_passes::{Options, gradients, optimise};
 use rambac_runtime::checkpoint::{Dtype, TensorFile};
+use rambac_runtime::gpu::Bytes;
 use rambac_runtime::{Executor, Store, Tensor};
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -70,10 +72,10 @@ pub fn run(a: &Check, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
         }
     }
     if !a.json {
-        let device = if a.device == Device::Cpu { "cpu" } else { "reference" };
         println!(
-            "{tensors} tensors of {} fixtures on {device}: {failed} over tolerance, worst at {:.0} % of its limit",
+            "{tensors} tensors of {} fixtures on {}: {failed} over tolerance, worst at {:.0} % of its limit",
             paths.len(),
+            a.device,
             worst * 100.0
         );
     }
@@ -118,14 +120,18 @@ struct Case {
 }
 
 impl Case {
-    fn run(&self, device: Device, pool: &Arc<rayon::ThreadPool>) -> Result<BTreeMap<String, HostArray>> {
-        if device == Device::Reference {
+    fn run(&self, on: On, pool: &Arc<rayon::ThreadPool>) -> Result<BTreeMap<String, HostArray>> {
+        if on == On::Reference {
             return Ok(interp::outputs(&self.graph, &self.dims, &self.given, Precision::Exact)
                 .map_err(wrap)?
                 .into_iter()
                 .collect());
         }
-        let mut e = Executor::new(lower(&optimise(&self.graph, &Options::default())), pool.clone());
+        let program = lower(&optimise(&self.graph, &Options::default()));
+        if on.gpu() {
+            return pool.install(|| self.run_on(Gpu::open(on)?, program));
+        }
+        let mut e = Executor::new(program, pool.clone());
         let mut store = Store::default();
         let mut inputs: Vec<(String, Tensor)> = vec![];
         for (name, a) in &self.given {
@@ -137,6 +143,16 @@ impl Case {
         let views: Vec<_> = inputs.iter().map(|(n, t)| (n.as_str(), t.view())).collect();
         let out = e.run(&self.dims, &views, &mut store).map_err(wrap)?;
         Ok(out.into_iter().map(|(n, t)| (n, t.to_host())).collect())
+    }
+
+    fn run_on(&self, mut gpu: Gpu, program: Program) -> Result<BTreeMap<String, HostArray>> {
+        let id = gpu.compile(program)?;
+        // Inputs may lie there as well as params do.
+        for (name, a) in &self.given {
+            gpu.machine.set(name, &Bytes::from_host(a)).map_err(wrap)?;
+        }
+        let out = gpu.machine.run(id, &self.dims, &[]).map_err(wrap)?;
+        Ok(out.into_iter().map(|(n, b)| (n, b.to_host())).collect())
     }
 }
 

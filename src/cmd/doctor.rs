@@ -1,11 +1,14 @@
 //! `rambac doctor`: what this machine has, how fast it is, and whether anything needed is broken.
 
 use crate::cli::Doctor;
+use crate::device::cublaslt;
 use crate::error::Result;
 use crate::machine;
 use crate::show;
 use rambac_cpu::kernels::gemm::matmul;
 use rambac_cpu::{Mat, MatMut, simd};
+use rambac_cuda::CUBLASLT_HELP;
+use rambac_runtime::gpu::archs;
 use serde_json::json;
 use std::io::{IsTerminal, Write};
 use std::path::Path;
@@ -38,6 +41,7 @@ pub fn run(a: &Doctor, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
         temporary(),
         terminal(),
         gpu(),
+        products(),
         nvrtc(),
         cache(),
     ];
@@ -155,14 +159,49 @@ fn terminal() -> Finding {
     Finding { state: State::Good, topic: "terminal", text: text.into() }
 }
 
+/// The driver and its devices.  That a machine has none is no fault of it.
 fn gpu() -> Finding {
-    let driver = if has_library(c"libcuda.so.1") {
-        "an NVIDIA driver (libcuda.so.1) is here, but goes unused"
-    } else {
-        "there is no NVIDIA driver (libcuda.so.1) here"
+    let without = "programs run on the CPU, GPU kernels are compiled and simulated";
+    let finding = |state, text| Finding { state, topic: "GPU", text };
+    let s = match rambac_cuda::survey() {
+        Ok(s) => s,
+        Err(e) => return finding(State::Note, format!("{e}; {without}")),
     };
-    let text = format!("{driver}: programs run on the CPU, GPU kernels are compiled and simulated");
-    Finding { state: State::Note, topic: "GPU", text }
+    let driver = format!("the driver knows CUDA {}.{}", s.driver.0, s.driver.1);
+    if s.gpus.is_empty() {
+        return finding(State::Note, format!("{driver} and sees no GPU; {without}"));
+    }
+    let all: Vec<String> = s
+        .gpus
+        .iter()
+        .enumerate()
+        .map(|(i, g)| {
+            let (major, minor) = g.capability;
+            let best = archs(Some(g.capability)).first();
+            let runs = best.map_or("too old for its kernels".into(), |a| format!("runs kernels for {a}"));
+            let (memory, sms) = (show::bytes(g.memory), show::plural(g.sms as usize, "multiprocessor"));
+            format!("cuda:{i} is {}, {memory}, compute capability {major}.{minor}, {sms}, {runs}", g.name)
+        })
+        .collect();
+    let state = if s.gpus.iter().any(|g| !archs(Some(g.capability)).is_empty()) { State::Good } else { State::Note };
+    finding(state, format!("{driver}; {}", all.join("; ")))
+}
+
+/// The library of dense products, which only a GPU needs.
+fn products() -> Finding {
+    let finding = |state, text| Finding { state, topic: "products", text };
+    match rambac_cuda::Library::cublaslt(&cublaslt()) {
+        Ok(l) => {
+            let place = l.path.map_or("found by the linker".into(), |p| p.display().to_string());
+            let (v, minor) = (l.version / 10000, l.version / 100 % 100);
+            finding(State::Good, format!("cuBLASLt {v}.{minor}.{} ({place})", l.version % 100))
+        }
+        // Without a GPU nothing wants it.
+        Err(_) if rambac_cuda::survey().is_ok_and(|s| s.gpus.is_empty()) || rambac_cuda::survey().is_err() => {
+            finding(State::Note, format!("no cuBLASLt, which only a GPU needs; for one: {CUBLASLT_HELP}"))
+        }
+        Err(e) => finding(State::Broken, format!("{e}: no GPU can be used")),
+    }
 }
 
 /// The CUDA compiler, which needs no GPU.
@@ -229,18 +268,4 @@ fn cache() -> Finding {
             finding(State::Good, format!("{folder}: {n}, {}", show::bytes(bytes as usize)))
         }
     }
-}
-
-#[cfg(unix)]
-fn has_library(name: &std::ffi::CStr) -> bool {
-    // SAFETY: a valid C string; the library is closed again at once.
-    unsafe {
-        let handle = libc::dlopen(name.as_ptr(), libc::RTLD_LAZY | libc::RTLD_LOCAL);
-        !handle.is_null() && libc::dlclose(handle) == 0
-    }
-}
-
-#[cfg(not(unix))]
-fn has_library(_: &std::ffi::CStr) -> bool {
-    false
 }

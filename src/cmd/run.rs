@@ -1,8 +1,9 @@
-//! `rambac run`: runs an executable, on this machine's cores or on the simulator.
+//! `rambac run`: runs an executable, on this machine's cores, on a GPU or on the simulator.
 
-use crate::cli::{Data, GpuTarget, Run, RunDevice};
+use crate::cli::{Data, Run};
 use crate::cmd::compile::{drawn, what};
 use crate::cmd::generate::{Writing, write_on};
+use crate::device::Gpu;
 use crate::error::{Result, warn, wrap};
 use crate::model;
 use crate::sample::Sampling;
@@ -16,10 +17,9 @@ use rambac_models::recipe::{Recipe, Rows};
 use rambac_models::{Config, InitRule, Tokenizer};
 use rambac_runtime::checkpoint::{Data as Values, TensorFile, TensorRef, write_safetensors};
 use rambac_runtime::executable::{Mode, Part};
-use rambac_runtime::gpu::{Hosted, Placement};
+use rambac_runtime::gpu::{Bytes, ProgramId};
 use rambac_runtime::tensor::Data as Elements;
 use rambac_runtime::{Executable, Executor, Session, SessionOptions, Store, Tensor};
-use rambac_simulator::device::Simulator;
 use rand::Rng;
 use serde_json::json;
 use std::path::Path;
@@ -54,65 +54,85 @@ pub fn run(a: &Run, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
     }
 }
 
-/// What runs a part.
-enum Machine {
-    Cpu(Box<Executor>),
-    Simulator(Box<Hosted<Simulator>>),
+/// What runs a part, with its params and states.
+enum Runner {
+    Cpu(Box<Executor>, Store),
+    Gpu(Box<Gpu>, ProgramId),
 }
 
-impl Machine {
-    fn new(a: &Run, e: &Executable, part: &Part, pool: Arc<rayon::ThreadPool>) -> Result<Machine> {
-        if a.device == RunDevice::Cpu {
-            if a.target.is_some() {
-                return Err(miette!("--target chooses what the simulator runs: add --device simulator"));
+impl Runner {
+    /// States that `store` lacks begin at zero.
+    fn new(
+        a: &Run,
+        e: &Executable,
+        part: &Part,
+        dims: &Bindings,
+        mut store: Store,
+        pool: Arc<rayon::ThreadPool>,
+    ) -> Result<Runner> {
+        for s in part.program.sources.iter().filter(|s| s.kind == SourceKind::State) {
+            if store.get(&s.name).is_none() {
+                store.insert(s.name.clone(), Tensor::zeros(&s.ty.bind(dims).map_err(wrap)?));
             }
-            return Ok(Machine::Cpu(Box::new(Executor::new((*part.program).clone(), pool))));
         }
-        let first = e.targets.first().copied().ok_or_else(|| {
-            let model = &e.model;
+        if !a.device.gpu() {
+            if a.target.is_some() {
+                return Err(miette!("--target chooses what a GPU or the simulator runs: add --device simulator"));
+            }
+            return Ok(Runner::Cpu(Box::new(Executor::new((*part.program).clone(), pool)), store));
+        }
+        let mut gpu = Gpu::open(a.device)?;
+        let arch = match a.target {
+            Some(t) if gpu.archs.contains(&t.arch()) => Some(t.arch()),
+            Some(t) => {
+                let device = gpu.machine.device().name();
+                return Err(miette!("{device} does not run code for {}", t.arch()));
+            }
+            None => gpu.choose(&e.targets),
+        };
+        let arch = arch.ok_or_else(|| {
+            let (model, file, arch) = (&e.model, a.file.display(), gpu.archs[0]);
             let train = if e.mode == Mode::Train { " --train" } else { "" };
+            let have: Vec<&str> = std::iter::once("the cpu").chain(e.targets.iter().map(|t| t.name())).collect();
             miette!(
-                help = format!("rambac compile {model}{train} --target sm_80 -o {}", a.file.display()),
-                "{}: the simulator runs GPU kernels, but this was compiled for the cpu alone",
-                a.file.display()
+                help = format!("rambac compile {model}{train} --target {arch} -o {file}"),
+                "{file}: {} runs GPU kernels, but this was compiled for {} alone",
+                a.device,
+                have.join(", ")
             )
         })?;
-        let arch = a.target.map_or(first, GpuTarget::arch);
         let (program, code) = e.code(part, arch).map_err(wrap)?;
-        let sim = Hosted::new(Simulator::default(), program, &code, Placement::Apart).map_err(wrap)?;
-        Ok(Machine::Simulator(Box::new(sim)))
+        let id = gpu.machine.load(program, &code).map_err(wrap)?;
+        for s in part.program.sources.iter().filter(|s| s.kind != SourceKind::Input) {
+            if let Some(t) = store.get(&s.name) {
+                gpu.machine.set(&s.name, &Bytes::from_tensor(t.view())).map_err(wrap)?;
+            }
+        }
+        Ok(Runner::Gpu(Box::new(gpu), id))
     }
 
-    fn run(
-        &mut self,
-        dims: &Bindings,
-        inputs: &[(String, Tensor)],
-        store: &mut Store,
-    ) -> Result<Vec<(String, Tensor)>> {
-        let views: Vec<_> = inputs.iter().map(|(n, t)| (n.as_str(), t.view())).collect();
+    fn run(&mut self, dims: &Bindings, inputs: &[(String, Tensor)]) -> Result<Vec<(String, Tensor)>> {
         match self {
-            Machine::Cpu(e) => e.run(dims, &views, store).map_err(wrap),
-            Machine::Simulator(s) => {
-                let out = s.run(dims, &views, store).map_err(wrap)?;
-                let found = s.device().take_findings();
-                let lines: Vec<String> = found.iter().take(5).map(|f| f.to_string()).collect();
-                match found.len() {
-                    0 => Ok(out),
-                    n => Err(miette!("the simulator has {}: {}", show::plural(n, "finding"), lines.join("\n"))),
-                }
+            Runner::Cpu(e, store) => {
+                let views: Vec<_> = inputs.iter().map(|(n, t)| (n.as_str(), t.view())).collect();
+                e.run(dims, &views, store).map_err(wrap)
+            }
+            Runner::Gpu(gpu, id) => {
+                let bytes: Vec<Bytes> = inputs.iter().map(|(_, t)| Bytes::from_tensor(t.view())).collect();
+                let views: Vec<(&str, &Bytes)> = inputs.iter().map(|(n, _)| n.as_str()).zip(&bytes).collect();
+                let out = gpu.machine.run(*id, dims, &views).map_err(wrap)?;
+                Ok(out.into_iter().map(|(n, b)| (n, b.to_tensor())).collect())
             }
         }
     }
-}
 
-/// States that the store lacks become zero.
-fn prepare(part: &Part, dims: &Bindings, store: &mut Store) -> Result<()> {
-    for s in part.program.sources.iter().filter(|s| s.kind == SourceKind::State) {
-        if store.get(&s.name).is_none() {
-            store.insert(s.name.clone(), Tensor::zeros(&s.ty.bind(dims).map_err(wrap)?));
-        }
+    /// A param or a state as it is now.
+    fn value(&mut self, name: &str) -> Result<Option<Tensor>> {
+        Ok(match self {
+            Runner::Cpu(_, store) => store.get(name).cloned(),
+            Runner::Gpu(gpu, _) => gpu.machine.get(name).map_err(wrap)?.map(|b| b.to_tensor()),
+        })
     }
-    Ok(())
 }
 
 /// Values of a program's symbols.
@@ -179,10 +199,10 @@ fn infer(
     store: Store,
     pool: Arc<rayon::ThreadPool>,
 ) -> Result<ExitCode> {
-    if a.device == RunDevice::Simulator {
+    if a.device.gpu() {
         return Err(miette!(
-            help = "compile the model with --train, or a part of it as an .ir file, to see its kernels there",
-            "{}: inference runs on the cpu; the simulator takes training steps and graphs",
+            help = "compile the model with --train, or a part of it as an .ir file, to run its kernels there",
+            "{}: inference runs on the cpu; GPUs and the simulator take training steps and graphs",
             a.file.display()
         ));
     }
@@ -235,7 +255,7 @@ fn train(
     a: &Run,
     e: &Executable,
     config: Option<&Config>,
-    mut store: Store,
+    store: Store,
     pool: Arc<rayon::ThreadPool>,
 ) -> Result<ExitCode> {
     let part = &e.parts[0];
@@ -260,8 +280,7 @@ fn train(
         _ => None,
     };
     let file = given_file(a, part)?;
-    let mut machine = Machine::new(a, e, part, pool)?;
-    prepare(part, &dims, &mut store)?;
+    let mut runner = Runner::new(a, e, part, &dims, store, pool)?;
     if !a.json {
         println!("{}: {} of {} at {dims}", a.file.display(), what(e.mode), e.model);
     }
@@ -279,7 +298,7 @@ fn train(
             None => inputs(a, part, &dims, file.as_ref(), step)?,
         };
         let began = Instant::now();
-        let out = machine.run(&dims, &given, &mut store)?;
+        let out = runner.run(&dims, &given)?;
         let seconds = began.elapsed().as_secs_f64();
         let of = |name: &str| {
             let t = out.iter().find(|(n, _)| n == name).and_then(|(_, t)| t.as_f32());
@@ -296,8 +315,11 @@ fn train(
         }
     }
     if let Some(path) = &a.save {
-        let params: Vec<(&str, &Tensor)> = e.params().filter_map(|(n, _)| store.get(n).map(|t| (n, t))).collect();
-        save(path, &params)?;
+        let mut params = vec![];
+        for (name, _) in e.params() {
+            params.extend(runner.value(name)?.map(|t| (name, t)));
+        }
+        save(path, &params.iter().map(|(n, t)| (*n, t)).collect::<Vec<_>>())?;
         if !a.json {
             println!("  the weights are in {}", path.display());
         }
@@ -305,17 +327,16 @@ fn train(
     Ok(ExitCode::SUCCESS)
 }
 
-fn graph(a: &Run, e: &Executable, mut store: Store, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
+fn graph(a: &Run, e: &Executable, store: Store, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
     let part = &e.parts[0];
     let dims = dims(a, part)?;
     let file = given_file(a, part)?;
-    let mut machine = Machine::new(a, e, part, pool)?;
-    prepare(part, &dims, &mut store)?;
+    let mut runner = Runner::new(a, e, part, &dims, store, pool)?;
     let mut out = vec![];
     let began = Instant::now();
     for run in 0..a.steps {
         let given = inputs(a, part, &dims, file.as_ref(), run)?;
-        out = machine.run(&dims, &given, &mut store)?;
+        out = runner.run(&dims, &given)?;
     }
     let seconds = began.elapsed().as_secs_f64() / a.steps as f64;
     let mut t = Table::new(2, &["output", "type", "min", "max", "mean", "not finite"]);

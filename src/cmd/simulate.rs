@@ -4,7 +4,7 @@ use crate::cli::Simulate;
 use crate::error::{Result, wrap};
 use crate::show;
 use miette::miette;
-use rambac_simulator::device::{Arg, BufferId, Device, Extent, ModuleId, Simulator, signature};
+use rambac_simulator::device::{Arg, BufferId, Code, Device, Extent, ModuleId, Simulator, signature};
 use rambac_simulator::isa::Ty;
 use rambac_simulator::{Finding, Options, report};
 use rand::{Rng, SeedableRng};
@@ -161,7 +161,7 @@ struct Ran {
 fn once(a: &Simulate, text: &str, specs: &[Spec], options: Options, pool: &rayon::ThreadPool) -> Result<Ran> {
     let mut sim = Simulator::new(options);
     let path = &a.ptx;
-    let module = sim.load(text).map_err(|e| miette!("{}: {e}", path.display()))?;
+    let module = sim.load(&Code::ptx(text)).map_err(|e| miette!("{}: {e}", path.display()))?;
     let kernel = kernel(&sim, module, a.kernel.as_deref())?;
     let program = sim.program(module, &kernel).map_err(|e| miette!("{}: {e}", path.display()))?;
     let mut args: Vec<Arg> = vec![];

@@ -7,14 +7,13 @@ use crate::support::{as_f32, config, with_gradients};
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 use rambac_codegen::cuda::{Arch, Target, emit};
-use rambac_codegen::lower;
+use rambac_codegen::{Kernels, lower_for};
 use rambac_ir::Graph;
 use rambac_ir::ops::{Op, SourceKind};
 use rambac_ir::testing::{Grown, grow, has_gradient};
 use rambac_passes::{Options, optimise};
 use rambac_runtime::Store;
-use rambac_runtime::gpu::{Bytes, GpuExecutor, Placement};
-use rambac_simulator::device::Simulator;
+use rambac_runtime::gpu::{Bytes, Placement};
 use std::sync::Arc;
 
 pub const ALL: &[Case] = &[("grown_graphs", every_op), ("grown_gradients", every_gradient)];
@@ -24,13 +23,13 @@ pub const SLACK: f64 = 4.0;
 
 /// Runs a graph once, in an arena or with every buffer apart; findings are errors.
 pub fn run(rig: &Rig, g: &Graph, like: &Grown) -> Result<Ran, String> {
-    let program = emit(lower(g), Target::of(Arch::Sm80)).map_err(|e| e.to_string())?;
+    let program = emit(lower_for(g, Kernels::Gpu), Target::of(Arch::Sm80)).map_err(|e| e.to_string())?;
     let code = rig.compile(&program.kernels, &program.target)?;
     // The schedule follows from the graph, so that a failure comes again.
     let o = schedules()[g.nodes.len() % 3];
-    let sim = Simulator::new(o);
     let placement = if g.nodes.len().is_multiple_of(2) { Placement::Arena } else { Placement::Apart };
-    let mut e = GpuExecutor::new(sim, Arc::new(program), &code, placement).map_err(|e| e.to_string())?;
+    let mut e = rig.machine(o, placement)?;
+    let id = e.load(Arc::new(program), &code).map_err(|e| e.to_string())?;
     let mut inputs = vec![];
     let mut kept = vec![];
     for (_, s) in g.sources() {
@@ -44,10 +43,7 @@ pub fn run(rig: &Rig, g: &Graph, like: &Grown) -> Result<Ran, String> {
         }
     }
     let inputs: Vec<(&str, &Bytes)> = inputs.iter().map(|(n, b)| (n.as_str(), b)).collect();
-    let out = e.run(&like.dims, &inputs).map_err(|e| e.to_string())?;
-    if let Some(f) = e.device.take_findings().first() {
-        return Err(format!("a finding: {f}"));
-    }
+    let out = e.run(id, &like.dims, &inputs).map_err(|e| e.to_string())?;
     let mut store = Store::default();
     for name in kept {
         let b = e.get(&name).map_err(|e| e.to_string())?.ok_or("BUG: it was set")?;
@@ -82,7 +78,7 @@ fn grown(max_steps: usize, differentiable: bool) -> impl Strategy<Value = Grown>
 /// Kernels need sizes of heads and channels when they are compiled: graphs where symbols decide these are not for GPUs,
 /// nor those that ops without a kernel came into as operands of others.
 fn fits(g: &Graph) -> bool {
-    let e = emit(lower(g), Target::of(Arch::Sm80));
+    let e = emit(lower_for(g, Kernels::Gpu), Target::of(Arch::Sm80));
     !e.is_err_and(|e| NONE.contains(&e.op) || e.to_string().contains("must have an integer size"))
 }
 

@@ -1,4 +1,4 @@
-//! What a program needs of a device: modules, named buffers, launches.  The simulator is one; others can be.
+//! The simulator as a device: modules, named buffers, launches.
 
 use crate::check::Finding;
 use crate::count::Counts;
@@ -8,85 +8,13 @@ use crate::exec::Options;
 use crate::exec::launch::{Request, run};
 use crate::isa::{Param, Program};
 use crate::memory::{Buffer, GlobalMemory, MAX_BYTES, address_of};
-use crate::parse::ast::{Module, Space};
+use crate::parse::ast::{Module, Space as At};
 use crate::parse::parse;
-use crate::product::Product;
+use rambac_driver as driver;
+pub use rambac_driver::{Arg, BufferId, Code, Device, Extent, ModuleId};
+use rambac_driver::{Product, Space};
 use std::collections::HashMap;
 use std::sync::Arc;
-
-/// A loaded module.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ModuleId(usize);
-
-/// A buffer in global memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct BufferId(pub(crate) usize);
-
-/// A kernel's argument.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Arg {
-    /// A buffer's address, and bytes beyond it.
-    Buffer(BufferId, u64),
-    /// A value of the parameter's size, lowest byte first.
-    Bytes(Vec<u8>),
-}
-
-macro_rules! scalars {
-    ($($t:ty),*) => { $(
-        impl From<$t> for Arg {
-            fn from(v: $t) -> Arg {
-                Arg::Bytes(v.to_le_bytes().to_vec())
-            }
-        }
-    )* };
-}
-scalars!(i8, u8, i16, u16, i32, u32, i64, u64, f32, f64);
-
-impl From<BufferId> for Arg {
-    fn from(b: BufferId) -> Arg {
-        Arg::Buffer(b, 0)
-    }
-}
-
-/// Sizes of a launch, in blocks and threads.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Extent {
-    pub grid: [u32; 3],
-    pub block: [u32; 3],
-    /// Blocks of a cluster; (1, 1, 1) for none.
-    pub cluster: [u32; 3],
-    /// Dynamic shared memory of a block, in bytes.
-    pub shared: u32,
-}
-
-impl Extent {
-    /// A launch along one axis.
-    pub fn line(blocks: u32, threads: u32) -> Extent {
-        Extent { grid: [blocks, 1, 1], block: [threads, 1, 1], cluster: [1; 3], shared: 0 }
-    }
-}
-
-/// A device that runs kernels given as PTX.
-pub trait Device {
-    type Error;
-
-    /// Makes a module's kernels and variables known.
-    fn load(&mut self, ptx: &str) -> Result<ModuleId, Self::Error>;
-    /// A buffer of so many bytes, with no content.
-    fn alloc(&mut self, name: &str, bytes: usize) -> Result<BufferId, Self::Error>;
-    /// Gives a buffer's memory back; it must not be used again.
-    fn free(&mut self, buffer: BufferId) -> Result<(), Self::Error>;
-    /// Copies to a buffer from its byte `at` on.
-    fn copy_in(&mut self, buffer: BufferId, at: usize, data: &[u8]) -> Result<(), Self::Error>;
-    /// Copies from a buffer, from its byte `at` on.
-    fn copy_out(&mut self, buffer: BufferId, at: usize, data: &mut [u8]) -> Result<(), Self::Error>;
-    /// Starts a kernel.
-    fn launch(&mut self, module: ModuleId, kernel: &str, extent: Extent, args: &[Arg]) -> Result<(), Self::Error>;
-    /// Starts a dense product of the library that belongs to the device.
-    fn product(&mut self, p: &Product) -> Result<(), Self::Error>;
-    /// Waits for all launches.
-    fn synchronise(&mut self) -> Result<(), Self::Error>;
-}
 
 struct Loaded {
     ast: Module,
@@ -99,6 +27,8 @@ struct Loaded {
 #[derive(Default)]
 pub struct Simulator {
     pub options: Options,
+    /// A launch with findings fails with them.
+    strict: bool,
     memory: GlobalMemory,
     modules: Vec<Loaded>,
     findings: Vec<Finding>,
@@ -108,6 +38,11 @@ pub struct Simulator {
 impl Simulator {
     pub fn new(options: Options) -> Simulator {
         Simulator { options, ..Simulator::default() }
+    }
+
+    /// One that fails a launch with findings.
+    pub fn strict(options: Options) -> Simulator {
+        Simulator { strict: true, ..Simulator::new(options) }
     }
 
     /// Findings of all launches since the last call.
@@ -191,10 +126,7 @@ impl Simulator {
         }
         let mut out = vec![0u8; p.param_bytes];
         for (index, (param, arg)) in p.params.iter().zip(args).enumerate() {
-            let bytes = match arg {
-                Arg::Bytes(b) => b.clone(),
-                Arg::Buffer(b, more) => (address_of(b.0) + more).to_le_bytes().to_vec(),
-            };
+            let bytes = bytes_of(arg);
             if bytes.len() != param.bytes {
                 let kernel = p.name.clone();
                 return Err(Error::ParamSize { kernel, index, want: param.bytes, got: bytes.len() });
@@ -202,6 +134,15 @@ impl Simulator {
             out[param.offset..param.offset + bytes.len()].copy_from_slice(&bytes);
         }
         Ok(out)
+    }
+}
+
+/// An argument as a kernel sees it.
+fn bytes_of(arg: &Arg) -> Vec<u8> {
+    match arg {
+        Arg::Bytes(b) => b.clone(),
+        Arg::Buffer(b, more) => (address_of(b.0) + more).to_le_bytes().to_vec(),
+        Arg::Table(all) => all.iter().flat_map(bytes_of).collect(),
     }
 }
 
@@ -214,20 +155,18 @@ pub fn signature(p: &Program) -> String {
     format!("{}({})", p.name, p.params.iter().map(one).collect::<Vec<_>>().join(", "))
 }
 
-impl Device for Simulator {
-    type Error = Error;
-
-    fn load(&mut self, ptx: &str) -> Result<ModuleId, Error> {
+impl Simulator {
+    fn load_ptx(&mut self, ptx: &str) -> Result<ModuleId, Error> {
         let ast = parse(ptx)?;
         let mut image = Image { globals: HashMap::new(), constants: HashMap::new() };
         let mut constants: Vec<u8> = vec![];
         for v in &ast.vars {
             match v.space {
-                Space::Global => {
-                    let id = self.alloc(&v.name, v.bytes.max(v.init.len() as u64) as usize)?;
+                At::Global => {
+                    let id = self.add_buffer(&v.name, v.bytes.max(v.init.len() as u64) as usize)?;
                     image.globals.insert(v.name.clone(), address_of(id.0));
                 }
-                Space::Const => {
+                At::Const => {
                     let at = constants.len().next_multiple_of(v.align.max(1) as usize);
                     image.constants.insert(v.name.clone(), at as u64);
                     constants.resize(at, 0);
@@ -251,13 +190,13 @@ impl Device for Simulator {
             }
             match v.space {
                 // Variables are zero where nothing else is said.
-                Space::Global => {
+                At::Global => {
                     if let Some(id) = image.globals.get(&v.name).map(|&a| crate::memory::locate(a).0) {
                         init.resize(self.memory.buffers[id].bytes, 0);
-                        self.copy_in(BufferId(id), 0, &init)?;
+                        self.write(BufferId(id), 0, &init)?;
                     }
                 }
-                Space::Const if !v.addresses.is_empty() => {
+                At::Const if !v.addresses.is_empty() => {
                     let at = image.constants[&v.name] as usize;
                     constants[at..at + init.len()].copy_from_slice(&init);
                 }
@@ -268,7 +207,7 @@ impl Device for Simulator {
         Ok(ModuleId(self.modules.len() - 1))
     }
 
-    fn alloc(&mut self, name: &str, bytes: usize) -> Result<BufferId, Error> {
+    fn add_buffer(&mut self, name: &str, bytes: usize) -> Result<BufferId, Error> {
         if bytes > MAX_BYTES {
             let what = format!("{bytes} bytes are more than {MAX_BYTES}");
             return Err(Error::Buffer { name: name.into(), what });
@@ -280,7 +219,7 @@ impl Device for Simulator {
         Ok(BufferId(self.memory.buffers.len() - 1))
     }
 
-    fn copy_in(&mut self, buffer: BufferId, at: usize, data: &[u8]) -> Result<(), Error> {
+    fn write(&mut self, buffer: BufferId, at: usize, data: &[u8]) -> Result<(), Error> {
         self.range(buffer, at, data.len())?;
         let b = &mut self.memory.buffers[buffer.0];
         b.write(at, data);
@@ -288,13 +227,13 @@ impl Device for Simulator {
         Ok(())
     }
 
-    fn copy_out(&mut self, buffer: BufferId, at: usize, data: &mut [u8]) -> Result<(), Error> {
+    fn read(&self, buffer: BufferId, at: usize, data: &mut [u8]) -> Result<(), Error> {
         self.range(buffer, at, data.len())?;
         self.memory.buffers[buffer.0].read(at, data);
         Ok(())
     }
 
-    fn launch(&mut self, module: ModuleId, kernel: &str, extent: Extent, args: &[Arg]) -> Result<(), Error> {
+    fn run_kernel(&mut self, module: ModuleId, kernel: &str, extent: Extent, args: &[Arg]) -> Result<(), Error> {
         let program = self.program(module, kernel)?;
         let params = self.params_of(&program, args)?;
         let request = Request {
@@ -306,22 +245,58 @@ impl Device for Simulator {
             constants: &self.modules[module.0].constants,
         };
         let outcome = run(&program, &mut self.memory, &request, self.options)?;
-        self.findings.extend(outcome.findings);
         self.counts.push(outcome.counts);
+        if self.strict && !outcome.findings.is_empty() {
+            return Err(Error::Findings { kernel: kernel.into(), findings: outcome.findings });
+        }
+        self.findings.extend(outcome.findings);
         Ok(())
     }
+}
 
-    fn free(&mut self, buffer: BufferId) -> Result<(), Error> {
+impl Device for Simulator {
+    fn name(&self) -> &str {
+        "simulator"
+    }
+    fn capability(&self) -> Option<(u32, u32)> {
+        None
+    }
+    fn space(&mut self) -> driver::Result<Option<Space>> {
+        Ok(None)
+    }
+    fn load(&mut self, code: &Code) -> driver::Result<ModuleId> {
+        Ok(self.load_ptx(code.ptx)?)
+    }
+    fn alloc(&mut self, name: &str, bytes: usize) -> driver::Result<BufferId> {
+        Ok(self.add_buffer(name, bytes)?)
+    }
+    fn free(&mut self, buffer: BufferId) -> driver::Result<()> {
         let name = std::mem::take(&mut self.memory.buffers[buffer.0].name);
         self.memory.buffers[buffer.0] = Buffer::new(&name, 0);
         Ok(())
     }
-
-    fn product(&mut self, p: &Product) -> Result<(), Error> {
-        crate::product::run(&mut self.memory, p)
+    fn copy_in(&mut self, buffer: BufferId, at: usize, data: &[u8]) -> driver::Result<()> {
+        Ok(self.write(buffer, at, data)?)
     }
-
-    fn synchronise(&mut self) -> Result<(), Error> {
+    fn copy_out(&mut self, buffer: BufferId, at: usize, data: &mut [u8]) -> driver::Result<()> {
+        Ok(self.read(buffer, at, data)?)
+    }
+    fn copy(&mut self, from: (BufferId, usize), to: (BufferId, usize), bytes: usize) -> driver::Result<()> {
+        let mut data = vec![0; bytes];
+        self.read(from.0, from.1, &mut data)?;
+        let written = self.memory.buffers[from.0.0].written[from.1..from.1 + bytes].to_vec();
+        self.write(to.0, to.1, &data)?;
+        // What nothing has written stays so.
+        self.memory.buffers[to.0.0].written[to.1..to.1 + bytes].copy_from_slice(&written);
+        Ok(())
+    }
+    fn launch(&mut self, module: ModuleId, kernel: &str, extent: Extent, args: &[Arg]) -> driver::Result<()> {
+        Ok(self.run_kernel(module, kernel, extent, args)?)
+    }
+    fn product(&mut self, p: &Product) -> driver::Result<()> {
+        Ok(crate::product::run(&mut self.memory, p)?)
+    }
+    fn synchronise(&mut self) -> driver::Result<()> {
         Ok(())
     }
 }

@@ -1,6 +1,8 @@
 //! What can be wrong with a PTX file or a launch before anything runs.  What a kernel does wrong while it runs is a
 //! [`Finding`](crate::check::Finding), not an error.
 
+use crate::check::Finding;
+
 /// A place in a PTX file that can't be read or that the simulator doesn't know.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("line {line}: {message}")]
@@ -35,6 +37,15 @@ pub enum Error {
     Product { buffer: String, kind: &'static str, what: String },
     #[error("{0}")]
     Unknown(String),
+    /// Only of a simulator that is strict.
+    #[error("kernel {kernel} is wrong in {} of its places, first: {}", .findings.len(), .findings[0])]
+    Findings { kernel: String, findings: Vec<Finding> },
+}
+
+impl From<Error> for rambac_driver::Error {
+    fn from(e: Error) -> Self {
+        rambac_driver::Error::Refused(Box::new(e))
+    }
 }
 
 impl From<PtxError> for Error {

@@ -5,8 +5,8 @@
 //! users call.  Knows nothing of our IR, programs or kernels.
 //!
 //! ```
-//! use rambac_simulator::device::{Device, Extent, Simulator};
-//! # fn main() -> Result<(), rambac_simulator::Error> {
+//! use rambac_simulator::device::{Code, Device, Extent, Simulator};
+//! # fn main() -> Result<(), rambac_driver::Error> {
 //! let ptx = "
 //! .version 8.0
 //! .target sm_80
@@ -24,7 +24,7 @@
 //!     ret;
 //! }";
 //! let mut s = Simulator::default();
-//! let module = s.load(ptx)?;
+//! let module = s.load(&Code::ptx(ptx))?;
 //! let x = s.alloc("x", 32 * 4)?;
 //! s.copy_in(x, 0, &[1; 32 * 4])?;
 //! s.launch(module, "twice", Extent::line(1, 32), &[x.into()])?;

@@ -2,7 +2,7 @@
 //! of the PTX ISA.  A kernel of one instruction runs over edge cases and random operands.
 
 use half::{bf16, f16};
-use rambac_simulator::device::{Arg, Device, Extent, Simulator};
+use rambac_simulator::device::{Arg, Code, Device, Extent, Simulator};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -49,7 +49,7 @@ type Triple = [u64; 3];
 
 fn run(ptx: &str, inputs: &[Triple]) -> Vec<u64> {
     let mut sim = Simulator::default();
-    let m = sim.load(ptx).unwrap_or_else(|e| panic!("{e}\n{ptx}"));
+    let m = sim.load(&Code::ptx(ptx)).unwrap_or_else(|e| panic!("{e}\n{ptx}"));
     let n = inputs.len().next_multiple_of(128);
     let mut bufs = vec![sim.alloc("out", 8 * n).unwrap()];
     for k in 0..3 {

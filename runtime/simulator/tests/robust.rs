@@ -1,7 +1,8 @@
 //! Bad PTX and bad launches are errors, and broken kernels are findings: nothing panics, whatever the text.
 
-use rambac_simulator::device::{Arg, Device, Extent, Simulator};
-use rambac_simulator::{Error, Kind, Options};
+use rambac_driver::Error;
+use rambac_simulator::device::{Arg, Code, Device, Extent, Simulator};
+use rambac_simulator::{Kind, Options};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -79,7 +80,7 @@ $loop:
 /// Loads and runs; findings, or why not.
 fn run(ptx: &str, n: u32) -> Result<Vec<rambac_simulator::Finding>, Error> {
     let mut s = Simulator::new(Options { limit: 20_000, ..Options::default() });
-    let m = s.load(ptx)?;
+    let m = s.load(&Code::ptx(ptx))?;
     let (out, input) = (s.alloc("out", 128)?, s.alloc("in", 512)?);
     s.copy_in(input, 0, &[1; 512])?;
     let kernel = s.kernels(m).first().cloned().unwrap_or_default();
@@ -172,7 +173,7 @@ fn what_is_unknown_is_named_with_its_line() {
 #[test]
 fn launches_that_cannot_be() {
     let mut s = Simulator::default();
-    let m = s.load(PTX).unwrap();
+    let m = s.load(&Code::ptx(PTX)).unwrap();
     let out = s.alloc("out", 128).unwrap();
     let args = [out.into(), out.into(), Arg::from(1u32)];
     let mut fails = |kernel: &str, extent: Extent, args: &[Arg], part: &str| {

@@ -1,9 +1,19 @@
 //! What a program's kernels were compiled to.
 
-use rambac_codegen::cuda::{Cache, CompileError, Form, GpuProgram, Kernel};
+use rambac_codegen::cuda::{Arch, Cache, CompileError, Form, GpuProgram, Kernel};
 use rambac_codegen::nvrtc::{Compiled, Nvrtc};
 use rayon::prelude::*;
 use std::collections::BTreeMap;
+
+/// Instruction sets that a device of a compute capability runs, best first; without one: all, oldest first.
+pub fn archs(capability: Option<(u32, u32)>) -> &'static [Arch] {
+    match capability {
+        None => &Arch::ALL,
+        Some((9, 0)) => &[Arch::Sm90a, Arch::Sm80],
+        Some((8.., _)) => &[Arch::Sm80],
+        Some(_) => &[],
+    }
+}
 
 /// Compiled kernels by name.
 #[derive(Clone, Debug, Default)]

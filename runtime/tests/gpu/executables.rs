@@ -10,9 +10,9 @@ use rambac_ir::{Bindings, Builder, Dim, Graph, Ty};
 use rambac_passes::Options;
 use rambac_passes::train_step::{AdamW, train_step};
 use rambac_runtime::executable::{Contents, Mode, Part, write};
-use rambac_runtime::gpu::{Code, Hosted, Placement};
+use rambac_runtime::gpu::{Bytes, Code, Placement};
 use rambac_runtime::{Executable, Executor, Store, Tensor};
-use rambac_simulator::device::Simulator;
+use rambac_simulator::Options as Schedule;
 use std::sync::Arc;
 use tempfile::TempDir;
 
@@ -78,30 +78,29 @@ fn trains(rig: &Rig) -> Result<String, String> {
     }
     let part = &e.parts[0];
     let (program, code) = e.code(part, Arch::Sm80).map_err(|e| text(&e))?;
-    let mut stores = [e.weights().map_err(|e| text(&e))?.ok_or("no weights")?, Store::default()];
+    let mut store = e.weights().map_err(|e| text(&e))?.ok_or("no weights")?;
     for s in part.program.sources.iter().filter(|s| s.kind == SourceKind::State) {
         let ty = s.ty.bind(&Bindings::default()).map_err(|e| text(&e))?;
-        stores[0].insert(s.name.clone(), Tensor::zeros(&ty));
+        store.insert(s.name.clone(), Tensor::zeros(&ty));
     }
-    stores[1] = stores[0].clone();
     let pool = Arc::new(rayon::ThreadPoolBuilder::new().num_threads(1).build().map_err(|e| text(&e))?);
     let mut cpu = Executor::new((*part.program).clone(), pool);
-    let mut sim = Hosted::new(Simulator::default(), program, &code, Placement::Apart).map_err(|e| text(&e))?;
+    let mut sim = rig.machine(Schedule::default(), Placement::Apart)?;
+    let id = sim.load(program, &code).map_err(|e| text(&e))?;
+    for (name, t) in &store.0 {
+        sim.set(name, &Bytes::from_tensor(t.view())).map_err(|e| text(&e))?;
+    }
     let dims = Bindings::new([("N", 5)]);
     for _ in 0..3 {
         let x = Tensor::f32(&[5, 24], draw(5 * 24));
-        let inputs = [("x", x.view())];
-        let a = cpu.run(&dims, &inputs, &mut stores[0]).map_err(|e| text(&e))?;
-        let b = sim.run(&dims, &inputs, &mut stores[1]).map_err(|e| text(&e))?;
-        if let Some(f) = sim.device().take_findings().first() {
-            return Err(f.to_string());
-        }
+        let a = cpu.run(&dims, &[("x", x.view())], &mut store).map_err(|e| text(&e))?;
+        let b = sim.run(id, &dims, &[("x", &Bytes::from_tensor(x.view()))]).map_err(|e| text(&e))?;
         for ((name, a), (_, b)) in a.iter().zip(&b) {
-            close(name, a, b)?;
+            close(name, a, &b.to_tensor())?;
         }
     }
-    for name in stores[0].names() {
-        close(name, &stores[0].0[name], stores[1].get(name).ok_or("a state is lost")?)?;
+    for (name, t) in &store.0 {
+        close(name, t, &sim.get(name).map_err(|e| text(&e))?.ok_or("a state is lost")?.to_tensor())?;
     }
     Ok(format!(" ({n} kernels, at most {most} registers)"))
 }

@@ -1,7 +1,9 @@
-//! Runs tests that need NVRTC, in parallel, and reports as libtest does.
+//! Runs tests that need NVRTC, in parallel, and reports as libtest does.  What a device can't run is counted as ignored.
+//!
+//! Where several versions of NVRTC are installed, tests take turns; `PROPTEST_RNG_SEED` says who begins.
 
-use crate::rig::Rig;
-use rambac_codegen::nvrtc::{HELP, Nvrtc};
+use crate::rig::{DEVICE, NOT_HERE, Rig};
+use rambac_codegen::nvrtc::{HELP, Nvrtc, NvrtcError};
 use rayon::prelude::*;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
@@ -30,31 +32,41 @@ pub fn run(families: &[&[Case]]) -> ExitCode {
     }
     println!("\nrunning {} tests", cases.len());
     let (mut passed, mut failed, mut skipped) = (0, 0, 0);
-    match Nvrtc::open_any() {
+    let rigs = match Nvrtc::open_all().into_iter().map(Rig::new).collect::<Result<Vec<Rig>, _>>() {
+        Ok(rigs) => rigs,
+        // It was asked for by name.
         Err(e) => {
-            for (name, _) in &cases {
-                println!("test {name} ... ignored, skipped: {e}: cargo xtask cuda, or {HELP}");
-                skipped += 1;
-            }
+            println!("{DEVICE}: {e}");
+            return ExitCode::FAILURE;
         }
-        Ok(nvrtc) => {
-            println!("NVRTC {}.{}: {}", nvrtc.version.0, nvrtc.version.1, nvrtc.path.display());
-            let rig = Rig::new(nvrtc);
-            let one = |(name, f): &Case| {
-                let result = catch_unwind(AssertUnwindSafe(|| f(&rig)));
-                (*name, result.unwrap_or_else(|_| Err("it panicked".into())))
-            };
-            let results: Vec<_> = cases.par_iter().map(one).collect();
-            for (name, r) in results {
-                match r {
-                    Ok(text) => {
-                        println!("test {name} ... ok{text}");
-                        passed += 1;
-                    }
-                    Err(e) => {
-                        println!("test {name} ... FAILED\n{e}\n");
-                        failed += 1;
-                    }
+    };
+    if rigs.is_empty() {
+        for (name, _) in &cases {
+            println!("test {name} ... ignored, skipped: {}: cargo xtask cuda, or {HELP}", NvrtcError::Missing);
+            skipped += 1;
+        }
+    } else {
+        rigs.iter().for_each(|r| println!("{}: {}", r.nvrtc.name(), r.nvrtc.path.display()));
+        let first = std::env::var("PROPTEST_RNG_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(0usize);
+        let one = |(i, (name, f)): (usize, &Case)| {
+            let rig = &rigs[first.wrapping_add(i) % rigs.len()];
+            let result = catch_unwind(AssertUnwindSafe(|| f(rig)));
+            (*name, rig.nvrtc.name(), result.unwrap_or_else(|_| Err("it panicked".into())))
+        };
+        let results: Vec<_> = cases.par_iter().enumerate().map(one).collect();
+        for (name, compiler, r) in results {
+            match r {
+                Ok(text) => {
+                    println!("test {name} ... ok ({compiler}){text}");
+                    passed += 1;
+                }
+                Err(e) if e.starts_with(NOT_HERE) => {
+                    println!("test {name} ... ignored, skipped: {e}");
+                    skipped += 1;
+                }
+                Err(e) => {
+                    println!("test {name} ... FAILED ({compiler})\n{e}\n");
+                    failed += 1;
                 }
             }
         }

@@ -1,4 +1,4 @@
-//! GPU kernels on the simulator: every form of every op against the reference, without findings, the same bits under
+//! GPU kernels on the simulator, or on the device that `RAMBAC_TEST_DEVICE` names: every form of every op against the reference, without findings, the same bits under
 //! every schedule.
 //!
 //! Without NVRTC nothing here can run: every test is then counted as ignored and the reason printed.
@@ -13,6 +13,7 @@ mod norm;
 mod rig;
 mod rows;
 mod scan;
+mod tune;
 
 use std::process::ExitCode;
 
@@ -25,6 +26,7 @@ fn main() -> ExitCode {
         scan::ALL,
         attend::ALL,
         executables::ALL,
+        tune::ALL,
         mutants::ALL,
     ])
 }

@@ -2,7 +2,7 @@
 //! simulator or by comparison with the op's definition.
 
 use crate::harness::Case;
-use crate::rig::Rig;
+use crate::rig::{NOT_HERE, Rig};
 use crate::{attend, conv, norm, scan};
 use rambac_codegen::cuda::headers::HEADERS;
 use rayon::prelude::*;
@@ -60,6 +60,9 @@ fn mutants() -> Vec<Mutant> {
 }
 
 fn every_defect(rig: &Rig) -> Result<String, String> {
+    if rig.cuda.is_some() {
+        return Err(format!("{NOT_HERE} defects: they are for the simulator"));
+    }
     // A defect is only found if the template without it passes; this compiles the kernels, too.
     for (header, check) in FAMILIES {
         check(rig).map_err(|e| format!("{header} fails as it is: {e}"))?;

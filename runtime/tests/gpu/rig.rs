@@ -1,26 +1,56 @@
-//! Runs one op on the simulator and compares it with its definition.
+//! Runs one op on the simulator, or on the device that `RAMBAC_TEST_DEVICE` names, and compares it with its definition.
+//!
+//! The simulator runs it under several schedules and must have no finding; a device runs it several times and must give the
+//! same bits.
 
-use rambac_codegen::cuda::compile::{OPTIONS, compile};
+use rambac_codegen::cuda::compile::OPTIONS;
 use rambac_codegen::cuda::headers::included;
-use rambac_codegen::cuda::{Arch, Form, GpuProgram, Kernel, Target, emit};
-use rambac_codegen::lower;
+use rambac_codegen::cuda::{Arch, Cache, Form, GpuProgram, Kernel, Target, emit};
+use rambac_codegen::libraries::installed;
 use rambac_codegen::nvrtc::{Compiled, Nvrtc, NvrtcError};
+use rambac_codegen::{Kernels, lower_for};
+use rambac_cuda::{CUBLASLT, CudaDevice};
 use rambac_ir::ops::Op;
 use rambac_ir::testing::Rng;
 use rambac_ir::{Bindings, Builder, DType, Dim, HostArray, Ty, Value};
-use rambac_runtime::gpu::{Bytes, Code, GpuExecutor, Placement};
-use rambac_simulator::Options;
+use rambac_runtime::gpu::{Bytes, Code, Device, Machine, Placement, archs};
+use rambac_simulator::Options as Schedule;
 use rambac_simulator::count::Counts;
 use rambac_simulator::device::Simulator;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex};
 
+/// Names a device in place of the simulator: `cuda:0`.
+pub const DEVICE: &str = "RAMBAC_TEST_DEVICE";
+
+/// A device under test.
+pub trait Tested: Device {
+    /// Of every launch since the last call, where the device counts.
+    fn counts(&mut self) -> Vec<Counts> {
+        vec![]
+    }
+}
+
+impl Tested for Simulator {
+    fn counts(&mut self) -> Vec<Counts> {
+        self.take_counts()
+    }
+}
+
+impl Tested for CudaDevice {}
+
 /// The compiler and what it has compiled.
 pub struct Rig {
     pub nvrtc: Nvrtc,
+    /// The number of a CUDA device; `None`: the simulator.
+    pub cuda: Option<usize>,
+    /// Its compute capability.
+    capability: Option<(u32, u32)>,
     /// A template with a defect: its name and text.
     defect: Option<(&'static str, String)>,
     compiled: Mutex<HashMap<(String, Arch), Compiled>>,
+    /// What earlier runs compiled of the same texts.
+    cache: Cache,
 }
 
 /// An operand: its type with symbols, and its value.
@@ -47,23 +77,26 @@ pub struct Check {
     pub form: Option<&'static str>,
 }
 
+/// How the error of a check begins whose code the device does not run: the test is then counted as skipped.
+pub const NOT_HERE: &str = "this device does not run";
+
 /// What was seen.
 pub struct Seen {
     pub program: GpuProgram,
     pub code: Code,
-    /// Of every launch, in order.
+    /// Of every launch, in order, where the device counts.
     pub counts: Vec<Counts>,
     /// The largest difference, as `tolerance` counts it.
     pub worst: f64,
 }
 
 /// Schedules: warps and blocks in order or mixed, asynchronous copies early or late.
-pub fn schedules() -> Vec<Options> {
-    let o = Options::default();
+pub fn schedules() -> Vec<Schedule> {
+    let o = Schedule::default();
     vec![
-        Options { seed: 0, lazy: false, ..o },
-        Options { seed: 1, lazy: true, ..o },
-        Options { seed: 2, lazy: false, ..o },
+        Schedule { seed: 0, lazy: false, ..o },
+        Schedule { seed: 1, lazy: true, ..o },
+        Schedule { seed: 2, lazy: false, ..o },
     ]
 }
 
@@ -91,12 +124,48 @@ impl Input {
     }
 }
 
+/// Beside what else these tests build: a key says everything that decides what comes out.
+pub fn cache() -> Cache {
+    Cache::at(concat!(env!("CARGO_TARGET_TMPDIR"), "/kernels"))
+}
+
 /// Elements before and after a row that is a part of a wider one; multiples of 8 keep vectors whole.
 const MARGIN: [usize; 2] = [8, 16];
 
 impl Rig {
-    pub fn new(nvrtc: Nvrtc) -> Rig {
-        Rig { nvrtc, defect: None, compiled: Mutex::new(HashMap::new()) }
+    /// # Errors
+    /// There is no such device.
+    pub fn new(nvrtc: Nvrtc) -> Result<Rig, String> {
+        let named = std::env::var(DEVICE).ok().filter(|v| !v.is_empty() && v != "simulator");
+        let number = |v: &str| v.strip_prefix("cuda:").and_then(|i| i.parse().ok());
+        let cuda = match named {
+            Some(v) => Some(number(&v).ok_or_else(|| format!("{DEVICE}={v}: it is simulator, cuda:0, cuda:1, …"))?),
+            None => None,
+        };
+        let compiled = Mutex::new(HashMap::new());
+        let mut rig = Rig { nvrtc, cuda, capability: None, defect: None, compiled, cache: cache() };
+        rig.capability = rig.device(Schedule::default())?.capability();
+        Ok(rig)
+    }
+
+    fn device(&self, o: Schedule) -> Result<Box<dyn Tested>, String> {
+        Ok(match self.cuda {
+            None => Box::new(Simulator::strict(o)),
+            Some(i) => {
+                let libraries = installed(CUBLASLT, "RAMBAC_CUBLASLT");
+                Box::new(CudaDevice::open(i, &libraries).map_err(|e| e.to_string())?)
+            }
+        })
+    }
+
+    /// A machine under a schedule, as far as the device knows schedules.
+    pub fn machine(&self, o: Schedule, placement: Placement) -> Result<Machine<Box<dyn Tested>>, String> {
+        Ok(Machine::new(self.device(o)?, placement))
+    }
+
+    /// Whether the device runs code of an architecture.
+    pub fn runs(&self, arch: Arch) -> bool {
+        archs(self.capability).contains(&arch)
     }
 
     /// A rig whose kernels are made of a template with a defect; kernels without it are not compiled again.
@@ -104,12 +173,18 @@ impl Rig {
         let nvrtc = Nvrtc::open(&self.nvrtc.path).map_err(|e| e.to_string())?;
         let mut compiled = self.compiled.lock().unwrap().clone();
         compiled.retain(|(source, _), _| included(source).iter().all(|h| h.0 != header));
-        Ok(Rig { nvrtc, defect: Some((header, text)), compiled: Mutex::new(compiled) })
+        let (cuda, capability, compiled) = (self.cuda, self.capability, Mutex::new(compiled));
+        Ok(Rig { nvrtc, cuda, capability, defect: Some((header, text)), compiled, cache: cache() })
     }
 
     fn compile_one(&self, k: &Kernel, target: &Target) -> Result<Compiled, String> {
         let failed = |e: NvrtcError| format!("{e}\n{}", k.source);
-        let Some((name, text)) = &self.defect else { return compile(&self.nvrtc, k, target.arch).map_err(failed) };
+        let kept = || self.cache.compile(&self.nvrtc, k, target.arch).map_err(|e| e.to_string());
+        let Some((name, text)) = &self.defect else { return kept() };
+        // What has no defect in it is known from before.
+        if included(&k.source).iter().all(|h| h.0 != *name) {
+            return kept();
+        }
         let headers: Vec<(&str, &str)> =
             included(&k.source).into_iter().map(|h| if h.0 == *name { (h.0, text.as_str()) } else { h }).collect();
         let arch = format!("--gpu-architecture={}", target.arch);
@@ -129,17 +204,7 @@ impl Rig {
             };
             // What a defect makes of registers is not what it is there for.
             for u in c.usage.iter().filter(|_| self.defect.is_none()) {
-                if u.spill_stores + u.spill_loads > 0 {
-                    return Err(format!("{} spills {} bytes\n{}", k.name, u.spill_stores, k.source));
-                }
-                let fit = target.occupancy(k.threads as usize, u.registers as usize, (u.shared + k.shared) as usize);
-                if (fit as u32) < k.blocks_per_sm {
-                    let (r, s) = (u.registers, u.shared + k.shared);
-                    return Err(format!(
-                        "{}: {fit} blocks fit ({r} registers, {s} B shared), {} assumed",
-                        k.name, k.blocks_per_sm
-                    ));
-                }
+                k.hold_to(u, target).map_err(|e| format!("{e}\n{}", k.source))?;
             }
             self.compiled.lock().unwrap().insert(key, c.clone());
             all.insert(k.name.clone(), c);
@@ -149,39 +214,43 @@ impl Rig {
 
     /// Runs `c` under every schedule: within tolerance of the definition, no finding, always the same bits.
     pub fn check(&self, c: &Check) -> Result<Seen, String> {
+        if !self.runs(c.arch) {
+            return Err(format!("{NOT_HERE} code for {}", c.arch));
+        }
         let (graph, given) = c.graph();
         let want = c.want();
         let mut target = Target::of(c.arch);
         target.sms = c.sms.unwrap_or(target.sms);
-        let mut program = emit(lower(&graph), target).map_err(|e| e.to_string())?;
+        let mut program = emit(lower_for(&graph, Kernels::Gpu), target).map_err(|e| e.to_string())?;
         if let Some(name) = c.form {
             let op = program.program.steps.iter().position(|s| s.op.mnemonic() == c.op.mnemonic());
-            let forms = &mut program.steps[op.ok_or("the op is no step")?].forms;
+            let forms = Arc::make_mut(&mut program.steps[op.ok_or("the op is no step")?].forms);
             forms.retain(|f| f.name == name);
             forms.first_mut().ok_or_else(|| format!("there is no form {name}\n{}", c.describe()))?.when.clear();
         }
         // Forms that these sizes don't take need not be compiled.
         for s in &mut program.steps {
             let taken = s.form(&c.dims).map_err(|e| e.to_string())?.clone();
-            s.forms = vec![Form { when: vec![], ..taken }];
+            s.forms = Arc::new(vec![Form { when: vec![], ..taken }]);
         }
-        program.kernels =
-            program.steps.iter().flat_map(|s| &s.forms).flat_map(Form::launches).map(|l| l.kernel.clone()).collect();
+        program.kernels = program
+            .steps
+            .iter()
+            .flat_map(|s| s.forms.iter())
+            .flat_map(Form::launches)
+            .map(|l| l.kernel.clone())
+            .collect();
         let code = self.compile(&program.kernels, &program.target)?;
         let program = Arc::new(program);
         let mut first: Option<Vec<Bytes>> = None;
         let mut counts = vec![];
         for o in schedules() {
             let at = format!("seed {}, lazy {}", o.seed, o.lazy);
-            let sim = Simulator::new(o);
-            let mut e = GpuExecutor::new(sim, program.clone(), &code, Placement::Apart).map_err(|e| e.to_string())?;
+            let mut e = self.machine(o, Placement::Apart)?;
+            let id = e.load(program.clone(), &code).map_err(|e| e.to_string())?;
             let inputs: Vec<(&str, &Bytes)> = given.iter().map(|(n, b)| (n.as_str(), b)).collect();
-            let out = e.run(&c.dims, &inputs).map_err(|e| format!("{at}: {e}"))?;
-            let findings = e.device.take_findings();
-            if let Some(f) = findings.first() {
-                return Err(format!("{at}: {} findings, first: {f}\n{}", findings.len(), c.describe()));
-            }
-            counts = e.device.take_counts();
+            let out = e.run(id, &c.dims, &inputs).map_err(|e| format!("{at}: {e}\n{}", c.describe()))?;
+            counts = e.device().counts();
             let out: Vec<Bytes> = out.into_iter().map(|(_, b)| b).collect();
             match &first {
                 None => first = Some(out),

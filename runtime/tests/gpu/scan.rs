@@ -199,6 +199,9 @@ fn model(rig: &Rig) -> Result<String, String> {
     for arch in Arch::ALL {
         for c in [forward(&all, &d, 8e-3, 1), backward(&all, &d, 1e-2, 1)] {
             let seen = rig.check(&c.on(arch))?;
+            if seen.counts.is_empty() {
+                return Ok(", the device does not count".into());
+            }
             let sum = |f: fn(&rambac_simulator::count::Counts) -> u64| seen.counts.iter().map(f).sum::<u64>() as f64;
             let part = sum(|c| c.shared_conflicts) / sum(|c| c.shared_passes);
             if part > 0.02 {

@@ -4,7 +4,7 @@ use rambac_codegen::nvrtc::Nvrtc;
 use rambac_simulator::Options;
 use rambac_simulator::check::{Finding, place_name};
 use rambac_simulator::count::Counts;
-use rambac_simulator::device::{Arg, BufferId, Device, Extent, ModuleId, Simulator};
+use rambac_simulator::device::{Arg, BufferId, Code, Device, Extent, ModuleId, Simulator};
 
 /// A program with its inputs and what must come out.
 pub struct Case {
@@ -46,7 +46,7 @@ pub struct Bench {
 impl Bench {
     pub fn new(ptx: &str, kernel: &'static str, options: Options) -> Result<Bench, String> {
         let mut sim = Simulator::new(options);
-        let module = sim.load(ptx).map_err(|e| e.to_string())?;
+        let module = sim.load(&Code::ptx(ptx)).map_err(|e| e.to_string())?;
         Ok(Bench { sim, module, kernel, counts: None })
     }
 

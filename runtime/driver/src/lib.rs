@@ -1,0 +1,155 @@
+//! What a GPU program needs of a device: modules, buffers, launches, dense products.
+//!
+//! The simulator is one, a CUDA device another; what runs programs knows only [`Device`].  Work of a device happens in the
+//! order in which it was asked for; only [`Device::copy_out`] and [`Device::synchronise`] wait for it.
+//!
+//! Deliberately absent: several streams, memory that several devices share.
+
+mod error;
+mod product;
+
+pub use error::{Error, Result};
+pub use product::{Float, Matrix, Product};
+
+/// A loaded module.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ModuleId(pub usize);
+
+/// A buffer in a device's memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct BufferId(pub usize);
+
+/// A kernel's argument.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Arg {
+    /// A buffer's address, and bytes beyond it.
+    Buffer(BufferId, u64),
+    /// A value of the parameter's size, lowest byte first.
+    Bytes(Vec<u8>),
+    /// A struct of such, by value: addresses and words of 64 bits, one after another.
+    Table(Vec<Arg>),
+}
+
+macro_rules! scalars {
+    ($($t:ty),*) => { $(
+        impl From<$t> for Arg {
+            fn from(v: $t) -> Arg {
+                Arg::Bytes(v.to_le_bytes().to_vec())
+            }
+        }
+    )* };
+}
+scalars!(i8, u8, i16, u16, i32, u32, i64, u64, f32, f64);
+
+impl From<BufferId> for Arg {
+    fn from(b: BufferId) -> Arg {
+        Arg::Buffer(b, 0)
+    }
+}
+
+/// Sizes of a launch, in blocks and threads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Extent {
+    pub grid: [u32; 3],
+    pub block: [u32; 3],
+    /// Blocks of a cluster; (1, 1, 1) for none.
+    pub cluster: [u32; 3],
+    /// Dynamic shared memory of a block, in bytes.
+    pub shared: u32,
+}
+
+impl Extent {
+    /// A launch along one axis.
+    pub fn line(blocks: u32, threads: u32) -> Extent {
+        Extent { grid: [blocks, 1, 1], block: [threads, 1, 1], cluster: [1; 3], shared: 0 }
+    }
+}
+
+/// What kernels were compiled to.
+#[derive(Clone, Copy, Debug)]
+pub struct Code<'a> {
+    pub ptx: &'a str,
+    /// Machine code and the architecture that it is for, such as `sm_90a`.
+    pub cubin: Option<(&'a str, &'a [u8])>,
+}
+
+impl<'a> Code<'a> {
+    /// PTX alone.
+    pub fn ptx(ptx: &'a str) -> Code<'a> {
+        Code { ptx, cubin: None }
+    }
+}
+
+/// Memory of a device, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Space {
+    pub free: usize,
+    pub total: usize,
+}
+
+/// A device.  Of every call: the errors are those of [`Error`], and after [`Error::Lost`] every other call fails with it.
+pub trait Device: Send {
+    /// What it is, for people: `cuda:0 (NVIDIA H100 80GB HBM3)`.
+    fn name(&self) -> &str;
+    /// Its compute capability; `None`: it runs code of any.
+    fn capability(&self) -> Option<(u32, u32)>;
+    /// Its memory; `None`: as much as this machine has.
+    fn space(&mut self) -> Result<Option<Space>>;
+    /// Makes a module's kernels and variables known: from its machine code, where that is for this device, else from PTX.
+    fn load(&mut self, code: &Code) -> Result<ModuleId>;
+    /// A buffer of so many bytes, with no content.
+    fn alloc(&mut self, name: &str, bytes: usize) -> Result<BufferId>;
+    /// Gives a buffer's memory back; it must not be used again.
+    fn free(&mut self, buffer: BufferId) -> Result<()>;
+    /// Copies to a buffer from its byte `at` on; `data` is no longer read when this returns.
+    fn copy_in(&mut self, buffer: BufferId, at: usize, data: &[u8]) -> Result<()>;
+    /// Waits, then copies from a buffer, from its byte `at` on.
+    fn copy_out(&mut self, buffer: BufferId, at: usize, data: &mut [u8]) -> Result<()>;
+    /// Copies bytes between places (buffer, byte) that do not overlap.
+    fn copy(&mut self, from: (BufferId, usize), to: (BufferId, usize), bytes: usize) -> Result<()>;
+    /// Starts a kernel.
+    fn launch(&mut self, module: ModuleId, kernel: &str, extent: Extent, args: &[Arg]) -> Result<()>;
+    /// Starts a dense product of the library that belongs to the device.
+    fn product(&mut self, p: &Product) -> Result<()>;
+    /// Waits for all that was started.
+    fn synchronise(&mut self) -> Result<()>;
+}
+
+impl<D: Device + ?Sized> Device for Box<D> {
+    fn name(&self) -> &str {
+        (**self).name()
+    }
+    fn capability(&self) -> Option<(u32, u32)> {
+        (**self).capability()
+    }
+    fn space(&mut self) -> Result<Option<Space>> {
+        (**self).space()
+    }
+    fn load(&mut self, code: &Code) -> Result<ModuleId> {
+        (**self).load(code)
+    }
+    fn alloc(&mut self, name: &str, bytes: usize) -> Result<BufferId> {
+        (**self).alloc(name, bytes)
+    }
+    fn free(&mut self, buffer: BufferId) -> Result<()> {
+        (**self).free(buffer)
+    }
+    fn copy_in(&mut self, buffer: BufferId, at: usize, data: &[u8]) -> Result<()> {
+        (**self).copy_in(buffer, at, data)
+    }
+    fn copy_out(&mut self, buffer: BufferId, at: usize, data: &mut [u8]) -> Result<()> {
+        (**self).copy_out(buffer, at, data)
+    }
+    fn copy(&mut self, from: (BufferId, usize), to: (BufferId, usize), bytes: usize) -> Result<()> {
+        (**self).copy(from, to, bytes)
+    }
+    fn launch(&mut self, module: ModuleId, kernel: &str, extent: Extent, args: &[Arg]) -> Result<()> {
+        (**self).launch(module, kernel, extent, args)
+    }
+    fn product(&mut self, p: &Product) -> Result<()> {
+        (**self).product(p)
+    }
+    fn synchronise(&mut self) -> Result<()> {
+        (**self).synchronise()
+    }
+}

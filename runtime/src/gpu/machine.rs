@@ -1,0 +1,429 @@
+//! A device, the values that stay on it, and the programs that share both.
+//!
+//! Values have names: params and states of all programs, and inputs that are not given anew every run (a program that
+//! is given no input of some name takes the value of that name).  So a program that accumulates gradients and one that
+//! applies them work on the same ones, and what one program keeps ([`Machine::run_keeping`]) another reads, without the
+//! host.  Activations lie in one arena at the plan's addresses, as large as the largest program asks for; or, to see
+//! accesses that leave their buffer, each in memory of its own.
+//!
+//! What a run starts (kernels with their arguments) is worked out once per sizes and kept until a value moves.
+
+use super::bound::{Bound, Place, Places, What, bind, label};
+use super::bytes::Bytes;
+use super::code::Code;
+use super::error::GpuError;
+use rambac_codegen::cuda::GpuProgram;
+use rambac_codegen::{BufferKind, MemoryPlan};
+use rambac_driver::{BufferId, Device, Error as DriverError, ModuleId};
+use rambac_ir::Bindings;
+use rambac_ir::ops::SourceKind;
+use rambac_ir::ty::ConcreteTy;
+use std::collections::HashMap;
+use std::sync::Arc;
+
+/// Where activations lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Placement {
+    /// At the plan's addresses in one piece of memory.
+    Arena,
+    /// Each in memory of its own: a simulator then sees every access that leaves its buffer, and every value that is read
+    /// before it was written.
+    Apart,
+}
+
+/// A program of a [`Machine`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ProgramId(usize);
+
+type Outcome<T> = Result<T, GpuError>;
+
+struct Loaded {
+    gpu: Arc<GpuProgram>,
+    /// As many as the program has kernels.
+    modules: Vec<ModuleId>,
+    /// Inputs that a run gave: where they are, and the buffer's bytes.
+    inputs: HashMap<String, (BufferId, usize)>,
+    bound: HashMap<Bindings, Kept>,
+}
+
+/// What is worked out once per sizes.
+#[derive(Clone)]
+struct Kept {
+    /// Of the machine when this was made.
+    layout: u64,
+    /// Of the program's sources, in order.
+    sources: Arc<Vec<BufferId>>,
+    bound: Arc<Bound>,
+}
+
+/// See the module's comment.
+pub struct Machine<D: Device = Box<dyn Device>> {
+    device: D,
+    placement: Placement,
+    /// By the kernel's text and architecture.
+    modules: HashMap<(String, &'static str), ModuleId>,
+    values: HashMap<String, (ConcreteTy, BufferId)>,
+    /// The arena and its size.
+    arena: Option<(BufferId, usize)>,
+    /// Counts buffers that went or moved: what was bound before is stale.
+    layout: u64,
+    programs: Vec<Loaded>,
+}
+
+fn device(program: &str, what: impl Into<String>) -> impl FnOnce(DriverError) -> GpuError {
+    let (program, what) = (program.to_string(), what.into());
+    move |error| GpuError::Device { program, what, error }
+}
+
+/// The error of a run.  A device may tell only when it is waited for what an earlier launch did.
+fn blame(gpu: &GpuProgram, bound: &Bound, what: String, e: DriverError) -> GpuError {
+    let culprit = match &e {
+        DriverError::Lost { finished: Some(n), .. } => bound.work.get(*n),
+        _ => None,
+    };
+    device(&gpu.program.name, culprit.map_or(what, |w| w.describe(gpu)))(e)
+}
+
+impl<D: Device> Machine<D> {
+    pub fn new(device: D, placement: Placement) -> Machine<D> {
+        Machine {
+            device,
+            placement,
+            modules: HashMap::new(),
+            values: HashMap::new(),
+            arena: None,
+            layout: 0,
+            programs: vec![],
+        }
+    }
+
+    pub fn device(&mut self) -> &mut D {
+        &mut self.device
+    }
+
+    /// Loads a program's kernels; those that it shares with others are there already.
+    ///
+    /// # Errors
+    /// A kernel is missing in `code`, or the device does not take it.
+    pub fn load(&mut self, program: Arc<GpuProgram>, code: &Code) -> Outcome<ProgramId> {
+        let (name, arch) = (&program.program.name, program.target.arch.name());
+        let mut modules = vec![];
+        for k in &program.kernels {
+            let key = (k.source.clone(), arch);
+            let known = self.modules.get(&key).copied();
+            let module = match known {
+                Some(m) => m,
+                None => {
+                    let c = code.0.get(&k.name);
+                    let c = c.ok_or_else(|| GpuError::NoCode { program: name.clone(), kernel: k.name.clone() })?;
+                    let code =
+                        rambac_driver::Code { ptx: &c.ptx, cubin: c.cubin.as_deref().map(|bytes| (arch, bytes)) };
+                    self.device.load(&code).map_err(device(name, format!("kernel {}", k.name)))?
+                }
+            };
+            self.modules.insert(key, module);
+            modules.push(module);
+        }
+        self.programs.push(Loaded { gpu: program, modules, inputs: HashMap::new(), bound: HashMap::new() });
+        Ok(ProgramId(self.programs.len() - 1))
+    }
+
+    pub fn program(&self, id: ProgramId) -> &Arc<GpuProgram> {
+        &self.programs[id.0].gpu
+    }
+
+    /// Names of values that are here.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.values.keys().map(String::as_str)
+    }
+
+    /// The type of a value.
+    pub fn ty(&self, name: &str) -> Option<&ConcreteTy> {
+        self.values.get(name).map(|(ty, _)| ty)
+    }
+
+    /// Gives a value: a param, a state, an input that stays.
+    ///
+    /// # Errors
+    /// The device has no memory left.
+    pub fn set(&mut self, name: &str, value: &Bytes) -> Outcome<()> {
+        let buffer = self.room(name, &value.ty)?;
+        self.device.copy_in(buffer, 0, &value.data).map_err(device(name, "its value"))
+    }
+
+    /// Overwrites a part of a value, from its byte `at` on.
+    ///
+    /// # Errors
+    /// The part lies outside; there is no such value.
+    pub fn write(&mut self, name: &str, at: usize, data: &[u8]) -> Outcome<()> {
+        let failed = |what: String| GpuError::Device {
+            program: name.into(),
+            what: "its value".into(),
+            error: DriverError::refused(what),
+        };
+        let Some((ty, buffer)) = self.values.get(name) else { return Err(failed("it is not on the device".into())) };
+        if at.checked_add(data.len()).is_none_or(|end| end > ty.bytes()) {
+            return Err(failed(format!("{} bytes at {at} are outside of {ty}", data.len())));
+        }
+        self.device.copy_in(*buffer, at, data).map_err(device(name, "its value"))
+    }
+
+    /// Takes a value away.
+    ///
+    /// # Errors
+    /// The device fails.
+    pub fn remove(&mut self, name: &str) -> Outcome<()> {
+        let Some((_, b)) = self.values.remove(name) else { return Ok(()) };
+        self.layout += 1;
+        self.device.free(b).map_err(device(name, "its value"))
+    }
+
+    /// The value of a name; `None` if it was never set.
+    ///
+    /// # Errors
+    /// The device fails.
+    pub fn get(&mut self, name: &str) -> Outcome<Option<Bytes>> {
+        let Some((ty, buffer)) = self.values.get(name).cloned() else { return Ok(None) };
+        let mut data = vec![0; ty.bytes()];
+        self.device.copy_out(buffer, 0, &mut data).map_err(device(name, "its value"))?;
+        Ok(Some(Bytes { ty, data }))
+    }
+
+    /// A buffer for a value of this type: the one that it has, or a new one.
+    fn room(&mut self, name: &str, ty: &ConcreteTy) -> Outcome<BufferId> {
+        match self.values.get_mut(name) {
+            Some((old, b)) if old.bytes() == ty.bytes() => {
+                if old != ty {
+                    *old = ty.clone();
+                    self.layout += 1;
+                }
+                return Ok(*b);
+            }
+            Some(_) => self.remove(name)?,
+            None => {}
+        }
+        let b = self.device.alloc(name, ty.bytes()).map_err(device(name, "its value"))?;
+        self.values.insert(name.into(), (ty.clone(), b));
+        self.layout += 1;
+        Ok(b)
+    }
+
+    /// Makes the arena large enough for a program at these sizes: then no run of it asks for memory of that kind.
+    ///
+    /// # Errors
+    /// A dim without a value; no memory.
+    pub fn reserve(&mut self, id: ProgramId, dims: &Bindings) -> Outcome<()> {
+        let plan = self.programs[id.0].gpu.plan(dims)?;
+        self.arena(id, &plan).map(drop)
+    }
+
+    fn arena(&mut self, id: ProgramId, plan: &MemoryPlan) -> Outcome<Option<BufferId>> {
+        if self.placement == Placement::Apart {
+            return Ok(None);
+        }
+        let name = self.programs[id.0].gpu.program.name.clone();
+        if self.arena.is_none_or(|(_, size)| size < plan.arena) {
+            self.layout += 1;
+            if let Some((old, _)) = self.arena.take() {
+                self.device.free(old).map_err(device(&name, "the arena"))?;
+            }
+            let b = self.device.alloc("arena", plan.arena).map_err(device(&name, "the arena"))?;
+            self.arena = Some((b, plan.arena));
+        }
+        Ok(self.arena.map(|a| a.0))
+    }
+
+    /// Runs once: reads `inputs` (those not given are values of their name), updates params and states, returns the
+    /// other outputs in order.
+    ///
+    /// # Errors
+    /// See [`GpuError`].  Params and states may be half updated after an error of the device, not after any other.
+    pub fn run(&mut self, id: ProgramId, dims: &Bindings, inputs: &[(&str, &Bytes)]) -> Outcome<Vec<(String, Bytes)>> {
+        self.run_keeping(id, dims, inputs, &[])
+    }
+
+    /// As [`run`](Self::run); the outputs named in `keep` become values of the name that stands beside them, and are not
+    /// returned.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    pub fn run_keeping(
+        &mut self,
+        id: ProgramId,
+        dims: &Bindings,
+        inputs: &[(&str, &Bytes)],
+        keep: &[(&str, &str)],
+    ) -> Outcome<Vec<(String, Bytes)>> {
+        let mut temporary = vec![];
+        let result = self.run_with(id, dims, inputs, keep, &mut temporary);
+        let mut freed = Ok(());
+        for b in temporary {
+            let name = &self.programs[id.0].gpu.program.name;
+            freed = freed.and(self.device.free(b).map_err(device(name, "free")));
+        }
+        result.and_then(|out| freed.map(|()| out))
+    }
+
+    fn run_with(
+        &mut self,
+        id: ProgramId,
+        dims: &Bindings,
+        inputs: &[(&str, &Bytes)],
+        keep: &[(&str, &str)],
+        temporary: &mut Vec<BufferId>,
+    ) -> Outcome<Vec<(String, Bytes)>> {
+        let gpu = self.programs[id.0].gpu.clone();
+        let (p, name) = (&gpu.program, gpu.program.name.as_str());
+        self.check(&gpu, dims, inputs)?;
+        let mut sources = vec![];
+        for slot in &p.sources {
+            let given = inputs.iter().find(|(n, _)| slot.kind == SourceKind::Input && *n == slot.name);
+            sources.push(match given {
+                None => self.values[&slot.name].1,
+                Some((_, v)) => {
+                    let b = self.input(id, &slot.name, v.data.len(), temporary)?;
+                    self.device.copy_in(b, 0, &v.data).map_err(device(name, &slot.name))?;
+                    b
+                }
+            });
+        }
+        let bound = self.bound(id, dims, &sources, temporary)?;
+        let late = |what: String| {
+            let (gpu, bound) = (&gpu, &bound);
+            move |e| blame(gpu, bound, what, e)
+        };
+        for w in &bound.work {
+            let started = match &w.what {
+                What::Launch(k, extent, args) => {
+                    let module = self.programs[id.0].modules[*k];
+                    self.device.launch(module, &gpu.kernels[*k].name, *extent, args)
+                }
+                What::Product(x) => self.device.product(x),
+            };
+            started.map_err(|e| late(w.describe(&gpu))(e))?;
+        }
+        let mut out = vec![];
+        for (o, (ty, place)) in p.outputs.iter().filter(|o| !o.update).zip(&bound.outputs) {
+            if let Some((_, value)) = keep.iter().find(|(output, _)| *output == o.name) {
+                let to = self.room(value, ty)?;
+                self.device.copy(*place, (to, 0), ty.bytes()).map_err(late(o.name.clone()))?;
+                continue;
+            }
+            let mut data = vec![0; ty.bytes()];
+            self.device.copy_out(place.0, place.1, &mut data).map_err(late(o.name.clone()))?;
+            out.push((o.name.clone(), Bytes { ty: ty.clone(), data }));
+        }
+        self.device.synchronise().map_err(late("its end".into()))?;
+        Ok(out)
+    }
+
+    /// Every source is there and of the right type.
+    fn check(&self, gpu: &GpuProgram, dims: &Bindings, inputs: &[(&str, &Bytes)]) -> Outcome<()> {
+        for slot in &gpu.program.sources {
+            let expected = slot.ty.bind(dims)?;
+            let kind = match slot.kind {
+                SourceKind::Input => "input",
+                SourceKind::Param => "param",
+                SourceKind::State => "state",
+            };
+            let given = inputs.iter().find(|(n, _)| slot.kind == SourceKind::Input && *n == slot.name);
+            let found = given.map(|(_, b)| &b.ty).or_else(|| self.ty(&slot.name));
+            let (program, name) = (gpu.program.name.clone(), slot.name.clone());
+            match found {
+                None => return Err(GpuError::Missing { program, kind, name, expected: expected.to_string() }),
+                Some(found) if *found != expected => {
+                    let (expected, found) = (expected.to_string(), found.to_string());
+                    return Err(GpuError::Wrong { program, kind, name, expected, found });
+                }
+                Some(_) => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// A buffer for an input that is given.
+    fn input(&mut self, id: ProgramId, name: &str, bytes: usize, temporary: &mut Vec<BufferId>) -> Outcome<BufferId> {
+        let program = self.programs[id.0].gpu.program.name.clone();
+        let known = self.programs[id.0].inputs.get(name).copied();
+        match (self.placement, known) {
+            (Placement::Apart, _) => {
+                let b = self.device.alloc(name, bytes).map_err(device(&program, name))?;
+                temporary.push(b);
+                return Ok(b);
+            }
+            (_, Some((b, size))) if size >= bytes => return Ok(b),
+            (_, Some((b, _))) => {
+                self.programs[id.0].inputs.remove(name);
+                self.layout += 1;
+                self.device.free(b).map_err(device(&program, name))?;
+            }
+            (_, None) => {}
+        }
+        let b = self.device.alloc(name, bytes).map_err(device(&program, name))?;
+        self.programs[id.0].inputs.insert(name.into(), (b, bytes));
+        Ok(b)
+    }
+
+    /// The work of a run, kept where addresses stay.
+    fn bound(
+        &mut self,
+        id: ProgramId,
+        dims: &Bindings,
+        sources: &[BufferId],
+        temporary: &mut Vec<BufferId>,
+    ) -> Outcome<Arc<Bound>> {
+        if let Some(k) = self.programs[id.0].bound.get(dims)
+            && k.layout == self.layout
+            && k.sources[..] == *sources
+        {
+            return Ok(k.bound.clone());
+        }
+        let gpu = self.programs[id.0].gpu.clone();
+        let (plan, forms) = (gpu.plan(dims)?, gpu.forms(dims)?);
+        let arena = self.arena(id, &plan)?;
+        let mut buffers: Vec<Option<Place>> = vec![None; gpu.program.buffers.len()];
+        for (slot, b) in gpu.program.sources.iter().zip(sources) {
+            buffers[slot.buffer.index()] = Some((*b, 0));
+        }
+        let mut apart = |device_: &mut D, what: &str, bytes: usize| -> Outcome<Place> {
+            let b = device_.alloc(what, bytes).map_err(device(&gpu.program.name, what))?;
+            temporary.push(b);
+            Ok((b, 0))
+        };
+        for (i, b) in gpu.program.buffers.iter().enumerate().filter(|(_, b)| b.kind == BufferKind::Arena) {
+            buffers[i] = match (arena, plan.offsets[i]) {
+                (_, None) => None,
+                (Some(arena), Some(offset)) => Some((arena, offset)),
+                (None, Some(_)) => Some(apart(&mut self.device, &label(&gpu, i), b.ty.bind(dims)?.bytes())?),
+            };
+        }
+        let mut workspace = vec![];
+        for (form, (scratch, _)) in forms.iter().zip(&plan.scratch) {
+            let mut own = vec![];
+            for (w, at) in form.workspace.iter().zip(form.workspace_places(dims)?.0) {
+                own.push(match arena {
+                    Some(arena) => (arena, scratch + at),
+                    None => apart(&mut self.device, w.name, w.elements.eval(dims)? * w.dtype.size())?,
+                });
+            }
+            workspace.push(own);
+        }
+        let bound = Arc::new(bind(&gpu, &forms, dims, &Places { buffers: &buffers, workspace: &workspace })?);
+        if self.placement == Placement::Arena {
+            let kept = Kept { layout: self.layout, sources: Arc::new(sources.to_vec()), bound: bound.clone() };
+            self.programs[id.0].bound.insert(dims.clone(), kept);
+        }
+        Ok(bound)
+    }
+}
+
+impl<D: Device> Drop for Machine<D> {
+    /// What fails now has no one to hear it.
+    fn drop(&mut self) {
+        let values = self.values.drain().map(|(_, (_, b))| b);
+        let inputs = self.programs.iter_mut().flat_map(|p| p.inputs.drain().map(|(_, (b, _))| b));
+        for b in values.chain(inputs).chain(self.arena.take().map(|a| a.0)) {
+            let _ = self.device.free(b);
+        }
+    }
+}
