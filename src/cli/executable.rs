@@ -145,6 +145,9 @@ pub struct Run {
     /// Of everything that is drawn
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
+    /// Training and graphs on the CPU: write the steps as a trace for Perfetto (ui.perfetto.dev)
+    #[arg(long, value_name = "FILE")]
+    pub profile: Option<PathBuf>,
     /// Write the trained weights, or the graph's outputs, to a safetensors file
     #[arg(long, value_name = "FILE")]
     pub save: Option<PathBuf>,

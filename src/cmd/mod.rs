@@ -1,5 +1,6 @@
 //! The verbs, one file each.
 
+mod attend;
 mod bench;
 mod cache;
 mod check;
@@ -11,9 +12,12 @@ mod explain;
 mod generate;
 mod inspect;
 mod kernels;
+mod plot;
+mod report;
 mod run;
 mod simulate;
 mod train;
+pub mod view;
 
 use crate::cli::{Cli, Verb};
 use crate::error::{Result, wrap};
@@ -34,6 +38,10 @@ pub fn run(cli: Cli) -> Result<ExitCode> {
         Verb::Explain(a) => explain::run(&a, &pool),
         Verb::Inspect(a) => inspect::run(&a, &pool),
         Verb::Cache(a) => cache::run(&a),
+        Verb::Plot(a) => plot::run(&a),
+        Verb::Report(a) => report::run(&a),
+        Verb::Attend(a) => attend::run(&a, pool),
+        Verb::View(a) => view::run(&a),
         Verb::Kernels(a) => kernels::run(&a, pool),
         Verb::Doctor(a) => doctor::run(&a, pool),
         Verb::Generate(a) => generate::run(&a, pool),
