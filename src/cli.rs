@@ -1,9 +1,11 @@
 //! The command line.
 
 mod executable;
+mod see;
 mod variants;
 
-pub use executable::{Cache, CacheTask, Compile, GpuTarget, Report, Run, Tune};
+pub use executable::{Cache, CacheTask, Compile, GpuTarget, Kernels, Run, Tune};
+pub use see::{Attend, Colours, Plot, Report, View};
 pub use variants::{Attempt, AttentionArgs, Compare, New, TryArgs};
 
 use crate::device::On;
@@ -32,6 +34,12 @@ pub enum Verb {
     Demo(Demo),
     /// Train a model on passkey, copying, or any text
     Train(Train),
+    /// Draw the curves of training runs: loss, accuracy, learning rate, gradient norm, tokens/s
+    Plot(Plot),
+    /// Make one page about a training run: curves, evaluations, cost, memory, settings, machine
+    Report(Report),
+    /// Make a page that shows which chunks the tokens of a text choose, by layer and head
+    Attend(Attend),
     /// Evaluate a checkpoint on long contexts
     Eval(Eval),
     /// Write on from a prompt
@@ -49,6 +57,8 @@ pub enum Verb {
     Compare(Compare),
     /// Write a variant of attention to start from
     New(New),
+    /// Show a model's graph in a window, or as a picture: layers, passes, work, memory, kernels
+    View(View),
     /// How fast a training step, a forward or one op runs here
     Bench(Bench),
     /// What is in an executable, a checkpoint, a model's folder or a safetensors file
@@ -59,7 +69,7 @@ pub enum Verb {
     Cache(Cache),
     /// The table of all GPU kernels of the presets, as docs/kernels.md holds it
     #[command(hide = true)]
-    Report(Report),
+    Kernels(Kernels),
     /// What this machine has and whether all is well
     Doctor(Doctor),
     /// Compare a device with stored values and gradients: ops and whole models
@@ -224,7 +234,7 @@ pub struct Train {
     pub state_passing: f64,
     #[command(flatten)]
     pub memory: MemoryArgs,
-    /// Folder for checkpoints and metrics.jsonl; DIR/latest is always the newest whole checkpoint
+    /// Folder for checkpoints, metrics.jsonl and TensorBoard's files; DIR/latest is always the newest whole checkpoint
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
     /// Steps between checkpoints; 0: only at the end
@@ -243,6 +253,15 @@ pub struct Train {
     /// One JSON object per step on standard output instead of a progress bar
     #[arg(long)]
     pub json: bool,
+    /// A dashboard in the terminal: the curve, throughput, memory, time left
+    #[arg(long, conflicts_with = "json")]
+    pub tui: bool,
+    /// Write the first steps as a trace for Perfetto (ui.perfetto.dev): every op with its time, FLOPs and bytes
+    #[arg(long, value_name = "FILE")]
+    pub profile: Option<PathBuf>,
+    /// Steps in the trace
+    #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..), requires = "profile")]
+    pub profile_steps: u64,
 }
 
 /// Where training runs, and in what.
@@ -447,9 +466,9 @@ pub struct Bench {
     /// Where and in what: a training step
     #[command(flatten)]
     pub place: TrainPlace,
-    /// Also the time per kind of op, on the CPU
-    #[arg(long)]
-    pub profile: bool,
+    /// Also the time per kind of op, on the CPU; with a FILE also the last run of train or forward as a trace for Perfetto
+    #[arg(long, value_name = "FILE", num_args = 0..=1)]
+    pub profile: Option<Option<PathBuf>>,
     /// One JSON object per line
     #[arg(long)]
     pub json: bool,

@@ -63,7 +63,7 @@ fn usage_errors_have_status_2() {
         assert_eq!(rambac(args).code, Some(2), "{args:?}");
     }
     let verbs = ["bench", "explain", "inspect", "doctor", "generate", "check", "train", "eval", "demo", "simulate"];
-    for verb in verbs.into_iter().chain(["compile", "run", "cache"]) {
+    for verb in verbs.into_iter().chain(["compile", "run", "cache", "plot", "view", "attend", "report"]) {
         assert!(ok(&[verb, "--help"]).contains("Usage"), "{verb}");
     }
 }

@@ -246,6 +246,36 @@ pub fn loss(c: &Config, carry: Carry, trace: bool) -> Result<Graph, BuildErrors>
     s.b.finish()
 }
 
+/// What every retrieval layer chooses in a whole text: `input_ids: i32[N, L]` → for each such layer `i` its `indices.i`,
+/// `count.i`, `weights.i` and `query.i`, and the `landmarks` whose products with a query are its scores.  `None` for a plain
+/// Mamba-2.
+///
+/// # Errors
+/// As [`forward`].
+pub fn selections(c: &Config) -> Result<Option<Graph>, BuildErrors> {
+    if c.num_upper_groups == 0 {
+        return Ok(None);
+    }
+    let mut s = Stack::new(c, "selections", &["N", "L"], Carry::Zero);
+    s.landmarks = Landmarks::Unit;
+    let mut x = s.tokens();
+    for (i, kind) in c.layers().into_iter().enumerate() {
+        x = s.layer(i, kind, x);
+        if let (LayerKind::Chunking, Some(m)) = (kind, s.memory) {
+            let landmarks = ramba::unit_landmarks(&mut s.b, c, m.landmarks);
+            s.memory = Some(Memory { landmarks, ..m });
+            s.b.output("landmarks", landmarks);
+        }
+        if let (LayerKind::Retrieval, Some(chosen)) = (kind, s.chosen) {
+            s.b.output(&format!("indices.{i}"), chosen.indices);
+            s.b.output(&format!("count.{i}"), chosen.count);
+            s.b.output(&format!("weights.{i}"), chosen.weights);
+            s.b.output(&format!("query.{i}"), chosen.query);
+        }
+    }
+    s.b.finish().map(Some)
+}
+
 /// The lower half of a segment: `input_ids: i32[N, L]` → `hidden: [N, L, D]`, states carried.
 ///
 /// # Errors

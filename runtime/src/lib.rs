@@ -11,6 +11,7 @@ pub mod huge_pages;
 pub mod session;
 pub mod store;
 pub mod tensor;
+pub mod trace;
 pub mod trainer;
 pub mod trainer_gpu;
 
@@ -20,4 +21,5 @@ pub use executor::{ExecError, Executor};
 pub use session::{Session, SessionError, SessionGraphs, SessionOptions, SessionParts, Tier};
 pub use store::Store;
 pub use tensor::{Tensor, TensorRef};
+pub use trace::Trace;
 pub use trainer::{MicroBatch, StepReport, TrainError, Trainer};

@@ -148,6 +148,9 @@ pub struct Run {
     /// Of everything that is drawn
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
+    /// Training and graphs on the CPU: write the steps as a trace for Perfetto (ui.perfetto.dev)
+    #[arg(long, value_name = "FILE")]
+    pub profile: Option<PathBuf>,
     /// Write the trained weights, or the graph's outputs, to a safetensors file
     #[arg(long, value_name = "FILE")]
     pub save: Option<PathBuf>,
@@ -184,7 +187,7 @@ pub struct Tune {
 }
 
 #[derive(Args)]
-pub struct Report {
+pub struct Kernels {
     /// File to write [default: standard output]
     #[arg(long, value_name = "FILE")]
     pub out: Option<PathBuf>,

@@ -11,6 +11,7 @@ use crate::device::On;
 use crate::error::{self, Result, warn, wrap};
 use crate::machine::{self, Rates};
 use crate::model;
+use crate::profile::Profile;
 use crate::show::{self, Table};
 use crate::work::{self, Sums};
 use miette::miette;
@@ -38,6 +39,7 @@ const WARM_UP: usize = 2;
 pub fn run(a: &Bench, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
     let (config, weights) = model::config(&a.preset)?;
     if matches!(a.what, Work::Prefill | Work::Decode) {
+        no_trace(a)?;
         return infer::run(a, &config, weights.as_deref(), pool);
     }
     if !config.is_plain() && a.what != Work::Scan && !a.len.is_multiple_of(config.chunk_size) {
@@ -50,7 +52,7 @@ pub fn run(a: &Bench, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
         ));
     }
     let elsewhere = a.place.device != On::Cpu || a.place.precision.is_some();
-    if elsewhere && (a.what != Work::Train || a.profile) {
+    if elsewhere && (a.what != Work::Train || a.profile.is_some()) {
         return Err(miette!("--device and --precision are for bench train, without --profile"));
     }
     if a.weights == Weights::Bf16 && a.what != Work::Forward {
@@ -64,6 +66,7 @@ pub fn run(a: &Bench, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
             a.preset
         ));
     }
+    no_trace(a)?;
     let b = Bencher { a, config, dims: Bindings::new([("N", a.batch), ("L", a.len)]), pool };
     let results = match a.what {
         Work::Train => vec![b.train()?],
@@ -82,11 +85,21 @@ pub fn run(a: &Bench, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
         } else {
             b.print(r, rates, rss);
         }
-        if a.profile {
+        if a.profile.is_some() {
             profile(&r.name, r.sums(), a.json);
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Refuses a trace of what has none.
+fn no_trace(a: &Bench) -> Result<()> {
+    if matches!(&a.profile, Some(Some(_))) && !matches!(a.what, Work::Train | Work::Forward) {
+        return Err(miette!(
+            "--profile FILE: traces are of train and forward; --profile alone prints the times of ops"
+        ));
+    }
+    Ok(())
 }
 
 /// What was timed.
@@ -187,10 +200,11 @@ impl Bencher<'_> {
         t.store = model::parameters(&self.config, None, InitRule::default(), 0)?;
         let batch = [self.batch()];
         let mut step = 0;
-        let (seconds, steps) = self.time(|times| {
+        let (seconds, steps, last) = self.time(|times| {
             step += 1;
             t.step_timed(step, &batch, times).map(drop).map_err(error::train)
         })?;
+        self.trace("train", t.program(), &last)?;
         self.timed("train", t.program().clone(), plan, seconds, steps)
     }
 
@@ -206,8 +220,9 @@ impl Bencher<'_> {
         }
         let batch = self.batch();
         let views: Vec<_> = batch.inputs.iter().map(|(n, t)| (*n, t.view())).collect();
-        let (seconds, steps) =
+        let (seconds, steps, last) =
             self.time(|times| e.run_timed(&self.dims, &views, &mut store, times).map(drop).map_err(wrap))?;
+        self.trace("forward", e.program(), &last)?;
         self.timed("forward", e.program().clone(), plan, seconds, steps)
     }
 
@@ -230,20 +245,34 @@ impl Bencher<'_> {
         Ok(())
     }
 
-    /// Seconds of every run, sorted, and the time of every step over all of them.
-    fn time(&self, mut f: impl FnMut(Option<&mut StepTimes>) -> Result<()>) -> Result<(Vec<f64>, StepTimes)> {
+    /// Seconds of every run, sorted, the time of every step over all of them, and in the last.
+    fn time(
+        &self,
+        mut f: impl FnMut(Option<&mut StepTimes>) -> Result<()>,
+    ) -> Result<(Vec<f64>, StepTimes, StepTimes)> {
         for _ in 0..WARM_UP {
             f(None)?;
         }
-        let mut steps = StepTimes::new();
+        let (mut steps, mut last) = (StepTimes::new(), StepTimes::new());
         let mut seconds = vec![];
         for _ in 0..self.a.runs {
+            last.clear();
             let t = Instant::now();
-            f(Some(&mut steps))?;
+            f(Some(&mut last))?;
             seconds.push(t.elapsed().as_secs_f64());
+            steps.resize(last.len(), Duration::ZERO);
+            steps.iter_mut().zip(&last).for_each(|(s, t)| *s += *t);
         }
         seconds.sort_by(f64::total_cmp);
-        Ok((seconds, steps))
+        Ok((seconds, steps, last))
+    }
+
+    /// Writes a run as a trace, if one was asked for.
+    fn trace(&self, name: &str, p: &Program, times: &StepTimes) -> Result<()> {
+        let Some(Some(path)) = &self.a.profile else { return Ok(()) };
+        let mut profile = Profile::create(path, 1)?;
+        // It has ended: the trace begins with it all the same.
+        profile.run(name, p, &self.dims, (Instant::now(), 1), times, &[])
     }
 
     fn timed(

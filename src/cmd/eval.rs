@@ -5,17 +5,19 @@
 
 use crate::cli::{Eval, EvalTask, Weights};
 use crate::device::{self, Inferring, On};
-use crate::error::{Result, wrap};
+use crate::error::{Result, warn, wrap};
 use crate::workbench::learn::Asker;
-use crate::{machine, model, show};
+use crate::{machine, metrics, model, show};
 use indicatif::{ProgressBar, ProgressStyle};
 use miette::{IntoDiagnostic, miette};
 use rambac_models::Config;
 use rambac_models::data::PasskeyCase;
 use rambac_models::data::passkey::DIGITS;
+use rambac_runtime::checkpoint::Checkpoint;
 use rambac_runtime::session::Retrieved;
 use rambac_runtime::{Session, SessionOptions, Store, Tier};
-use serde_json::json;
+use serde_json::{Value as Json, json};
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Instant;
@@ -107,21 +109,21 @@ pub fn run(a: &Eval, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
     if !a.json {
         println!("{HEADER}");
     }
+    let evaluated = weights.clone();
     for &len in &a.len {
         let s = passkey(&config, &store, &pool, len, a.cases, &how)?;
+        let line = json!({
+            "len": s.len, "cases": s.cases, "right": s.right, "accuracy": s.accuracy(),
+            "digits_right": s.digits, "digits": s.cases * DIGITS, "needle_chunk_chosen": s.chosen,
+            "tokens_per_s": (s.len * s.cases) as f64 / s.seconds, "seconds": s.seconds,
+            "memory_bytes": s.stored, "resident_bytes": s.resident, "flash": how.flash,
+        });
         if a.json {
-            println!(
-                "{}",
-                json!({
-                    "len": s.len, "cases": s.cases, "right": s.right, "accuracy": s.accuracy(),
-                    "digits_right": s.digits, "digits": s.cases * DIGITS, "needle_chunk_chosen": s.chosen,
-                    "tokens_per_s": (s.len * s.cases) as f64 / s.seconds, "seconds": s.seconds,
-                    "memory_bytes": s.stored, "resident_bytes": s.resident, "flash": how.flash,
-                })
-            );
+            println!("{line}");
         } else {
             println!("{}", row(&s));
         }
+        keep(&evaluated, line);
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -164,6 +166,16 @@ fn whole(a: &Eval, config: &Config, weights: &std::path::Path, pool: &Arc<rayon:
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Adds a result to the evaluations of the run that the checkpoint lies in, if it lies in one: what `plot` and `report`
+/// show.
+fn keep(checkpoint: &Path, mut line: Json) {
+    let Some(run) = metrics::run_of(checkpoint) else { return };
+    line["step"] = json!(Checkpoint::open(checkpoint).ok().and_then(|c| c.step));
+    if let Err(e) = metrics::add_evaluation(&run, &line) {
+        warn(format!("the result is not kept for plots and reports: {e}"));
+    }
 }
 
 /// Over [`row`]s.

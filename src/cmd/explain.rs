@@ -48,7 +48,7 @@ pub fn run(a: &Explain, pool: &rayon::ThreadPool) -> Result<ExitCode> {
         Named::Ir { graph, .. } if a.train => (ir_step(graph, &AdamW::default())?, None),
         Named::Ir { graph, .. } => (graph.clone(), None),
     };
-    let dims = dims(a, &graph)?;
+    let dims = dims(&graph, a.batch, a.len, &a.dims)?;
     let options = Options { precision: a.precision(), ..Options::default() };
     let machine = match a.gpu() {
         Some(arch) => Machine::Gpu(rambac_codegen::cuda::Target::of(arch)),
@@ -116,16 +116,16 @@ pub fn ir_step(g: &Graph, adamw: &AdamW) -> Result<Graph> {
     Ok(step)
 }
 
-/// Values of the graph's symbols: `--dims`, else `--batch` and `--len` for N and L.
-fn dims(a: &Explain, g: &Graph) -> Result<Bindings> {
+/// Values of the graph's symbols: what `--dims` gave, else `--batch` and `--len` for N and L.
+pub fn dims(g: &Graph, batch: usize, len: usize, given: &[(String, usize)]) -> Result<Bindings> {
     let mut dims = Bindings::default();
-    for (name, value) in [("N", a.batch), ("L", a.len)] {
+    for (name, value) in [("N", batch), ("L", len)] {
         if g.syms.contains(&Sym::new(name)) {
             dims.set(Sym::new(name), value);
         }
     }
     let known: Vec<&str> = g.syms.iter().map(Sym::as_str).collect();
-    for (name, value) in &a.dims {
+    for (name, value) in given {
         let sym = Sym::new(name);
         if !g.syms.contains(&sym) {
             return Err(miette!("--dims {name}={value}: the symbols of {} are {}", g.name, known.join(", ")));

@@ -1,6 +1,7 @@
 //! The verbs, one file each.
 
 mod attempt;
+mod attend;
 mod bench;
 mod cache;
 mod check;
@@ -11,12 +12,15 @@ mod eval;
 mod explain;
 mod generate;
 mod inspect;
+mod kernels;
 mod new;
+mod plot;
 mod report;
 mod run;
 mod simulate;
 mod train;
 mod tune;
+pub mod view;
 
 use crate::cli::{Cli, Verb};
 use crate::error::{Result, wrap};
@@ -38,7 +42,11 @@ pub fn run(cli: Cli) -> Result<ExitCode> {
         Verb::Inspect(a) => inspect::run(&a, &pool),
         Verb::Tune(a) => tune::run(&a, pool),
         Verb::Cache(a) => cache::run(&a),
-        Verb::Report(a) => report::run(&a, pool),
+        Verb::Plot(a) => plot::run(&a),
+        Verb::Report(a) => report::run(&a),
+        Verb::Attend(a) => attend::run(&a, pool),
+        Verb::View(a) => view::run(&a),
+        Verb::Kernels(a) => kernels::run(&a, pool),
         Verb::Doctor(a) => doctor::run(&a, pool),
         Verb::Generate(a) => generate::run(&a, pool),
         Verb::Check(a) => check::run(&a, pool),

@@ -1,300 +1,289 @@
-//! `rambac report`: the table of all GPU kernels of tiny, small, 370m and 3b, as docs/kernels.md holds it (`cargo xtask report`).
-//!
-//! Everything but what ptxas says of a kernel is made again in a second; that is why `--check` compiles nothing: it takes those figures
-//! from the file, where they stand beside a hash of the kernel's text (stub and headers), and refuses them where the text is another.
+//! `rambac report`: one page about a training run, to send to a colleague: what was trained, how it went, what it can do,
+//! what a step costs, where memory goes, and on what machine.
 
+use crate::cli::MemoryArgs;
 use crate::cli::Report;
-use crate::cmd::explain::gpu::{Chosen, Forms};
-use crate::cmd::explain::model_step;
-use crate::error::{Result, warn, wrap};
-use crate::{model, show};
+use crate::cmd::explain::{describe, model_step};
+use crate::cmd::train::{RunState, grouped};
+use crate::curves::{self, Style};
+use crate::error::{self, Result, warn, wrap};
+use crate::metrics::{self, Quantity, RunMetrics};
+use crate::page::escaped;
+use crate::show;
+use crate::work::{self, Sums};
 use miette::miette;
-use rambac_codegen::cuda::{Arch, Cache, Kernel, Target, kernel};
-use rambac_codegen::hash::sha256;
-use rambac_codegen::nvrtc::{Nvrtc, NvrtcError};
-use rambac_codegen::{Kernels, Program, lower_for};
-use rambac_ir::{Bindings, Cost, Graph};
-use rambac_models::{Config, preset};
+use rambac_codegen::fit::Machine;
+use rambac_codegen::{fit, lower, plan};
+use rambac_ir::Bindings;
+use rambac_models::Config;
+use rambac_models::recipe::Rows;
 use rambac_passes::train_step::AdamW;
-use rambac_passes::{Options, Precision, optimise};
-use rayon::prelude::*;
-use std::collections::{BTreeMap, BTreeSet};
+use rambac_passes::{Options, optimise};
+use rambac_picture::memory;
+use rambac_runtime::checkpoint::Checkpoint;
+use rambac_runtime::cpu::scratch;
+use serde_json::Value as Json;
 use std::fmt::Write;
-use std::path::Path;
 use std::process::ExitCode;
-use std::sync::Arc;
 
-const PRESETS: [&str; 4] = ["tiny", "small", "370m", "3b"];
-
-/// Tokens of a text.
-const LEN: usize = 4096;
-
-/// What is run, at which sizes.
-const MODES: [&str; 6] =
-    ["a training step", "prefill", "decode", "a training step in bf16", "prefill in bf16", "decode in bf16"];
+/// What the page is made from.
+const PAGE: &str = include_str!("report.html");
 
 /// Runs the verb.
-pub fn run(a: &Report, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
-    if let Some(path) = &a.check {
-        return pool.install(|| check(path));
-    }
-    let text = pool.install(|| report(&Figures::Compiled { by: compilers()?, cache: Cache::standard() }))?;
-    match &a.out {
-        Some(path) => std::fs::write(path, text).map_err(|e| miette!("{}: {e}", path.display()))?,
-        None => print!("{text}"),
-    }
+pub fn run(a: &Report) -> Result<ExitCode> {
+    let run = RunMetrics::read(&a.run)?;
+    let checkpoint = Checkpoint::open(&run.folder)
+        .map_err(|e| miette!(help = "stop the run with Ctrl-C, or train with --save-every, to have one", "{e}"))?;
+    let origin = checkpoint.path.join("config.json");
+    let config = Config::from_json(&checkpoint.config, &origin.to_string_lossy()).map_err(wrap)?.config;
+    let state: RunState = serde_json::from_str(&checkpoint.trainer)
+        .map_err(|e| miette!("{}: trainer.json is not a training state: {e}", checkpoint.path.display()))?;
+    let out = a.out.clone().unwrap_or_else(|| run.folder.join("report.html"));
+    let page = page(&run, &config, &state)?;
+    std::fs::write(&out, page).map_err(|e| miette!("{}: {e}", out.display()))?;
+    println!("{}", out.display());
     Ok(ExitCode::SUCCESS)
 }
 
-fn compilers() -> Result<Vec<Nvrtc>> {
-    let all = Nvrtc::open_all();
-    if all.is_empty() { Err(wrap(NvrtcError::Missing)) } else { Ok(all) }
-}
-
-/// Compares a report with what would be written now.
-fn check(path: &Path) -> Result<ExitCode> {
-    let help = "cargo xtask report writes it again";
-    let text = std::fs::read_to_string(path).map_err(|e| miette!(help = help, "{}: {e}", path.display()))?;
-    let now = report(&Figures::Known(known(&text)))?;
-    if text == now {
-        return Ok(ExitCode::SUCCESS);
+fn page(run: &RunMetrics, config: &Config, state: &RunState) -> Result<String> {
+    let title = format!("Training run {}", run.name);
+    let parts = [
+        ("title", escaped(&title)),
+        ("summary", summary(run, config, state)),
+        ("curves", section_curves(run)?),
+        ("evaluations", evaluations(run)),
+        ("cost", cost(config, state)?),
+        ("model", model(config)?),
+        ("recipe", recipe(state)),
+        ("environment", environment(run)),
+    ];
+    // One pass over the template: what is put in is never searched again.
+    let mut out = String::new();
+    let mut rest = PAGE;
+    while let Some((before, after)) = rest.split_once("{{") {
+        let (name, after) = after.split_once("}}").ok_or_else(|| miette!("BUG: report.html has an open place"))?;
+        let part = parts.iter().find(|p| p.0 == name).ok_or_else(|| miette!("BUG: report.html wants {name}"))?;
+        out += before;
+        out += &part.1;
+        rest = after;
     }
-    let (a, b): (Vec<&str>, Vec<&str>) = (text.lines().collect(), now.lines().collect());
-    let at = a.iter().zip(&b).position(|(x, y)| x != y).unwrap_or(a.len().min(b.len()));
-    let line = |v: &[&str]| v.get(at).map_or("(nothing)", |l| *l).to_string();
-    let at = at + 1;
-    Err(miette!(help = help, "{}, line {at} is not of these kernels:\n  {}\n  {}", path.display(), line(&a), line(&b)))
+    Ok(out + rest)
 }
 
-/// A kernel's line in the report.
-struct Row {
-    kernel: Kernel,
-    used: BTreeSet<&'static str>,
+/// Rows of two cells.
+fn pairs(rows: &[(String, String)]) -> String {
+    let row = |(k, v): &(String, String)| format!("<tr><th>{}</th><td>{}</td></tr>", escaped(k), escaped(v));
+    format!("<table class=\"pairs\">{}</table>", rows.iter().map(row).collect::<String>())
 }
 
-impl Row {
-    /// Of stub and headers.
-    fn text(&self) -> String {
-        sha256(kernel(&self.kernel).to_string().as_bytes())[..8].to_string()
-    }
-}
-
-/// Where the figures of kernels come from.
-enum Figures {
-    Compiled {
-        by: Vec<Nvrtc>,
-        cache: Cache,
-    },
-    /// A report's compilers, and cells by architecture, name and text.
-    Known((String, Cells)),
-}
-
-type Cells = BTreeMap<(String, String, String), String>;
-
-/// Cells of a line between its threads and its presets: registers, spilled bytes, shared bytes, blocks.
-const CELLS: usize = 4;
-
-/// What a report says of compilers and kernels.
-fn known(report: &str) -> (String, Cells) {
-    let (mut cells, mut arch) = (Cells::new(), String::new());
-    let by = report.lines().find_map(|l| l.strip_prefix(BY)?.split_once(". ")).map_or(String::new(), |l| l.0.into());
-    for line in report.lines() {
-        if let Some(a) = line.strip_prefix("## ") {
-            arch = a.into();
-        }
-        let parts: Vec<&str> = line.split(" | ").collect();
-        let name = parts[0].strip_prefix("| `").and_then(|n| n.strip_suffix('`'));
-        if let (Some(name), true) = (name, parts.len() == CELLS + 4) {
-            cells.insert((arch.clone(), name.into(), parts[1].into()), parts[3..3 + CELLS].join(" | "));
-        }
-    }
-    (by, cells)
-}
-
-impl Figures {
-    fn by(&self) -> String {
-        match self {
-            Figures::Compiled { by, .. } => by.iter().map(Nvrtc::name).collect::<Vec<_>>().join(" and "),
-            Figures::Known((by, _)) => by.clone(),
-        }
-    }
-
-    /// The cells of every kernel, in order.
-    fn cells(&self, arch: Arch, rows: &BTreeMap<String, Row>) -> Result<Vec<String>> {
-        let (by, cache) = match self {
-            Figures::Compiled { by, cache } => (by, cache),
-            Figures::Known((_, cells)) => {
-                let one = |(name, r): (&String, &Row)| {
-                    let key = (arch.to_string(), name.clone(), r.text());
-                    let stale = || {
-                        let help = "cargo xtask report compiles what is new and writes it again";
-                        miette!(help = help, "the report's figures are not of {name} for {arch} as it is now")
-                    };
-                    cells.get(&key).cloned().ok_or_else(stale)
-                };
-                return rows.iter().map(one).collect();
-            }
-        };
-        let target = Target::of(arch);
-        let all: Vec<&Row> = rows.values().collect();
-        let one = |r: &&Row| {
-            let (k, mut columns) = (&r.kernel, vec![vec![]; CELLS]);
-            for nvrtc in by {
-                let c = cache.compile(nvrtc, k, arch).map_err(wrap)?;
-                let u = c.usage.first().ok_or_else(|| miette!("ptxas says nothing of {}", k.name))?;
-                k.hold_to(u, &target).map_err(|e| miette!("{}: {e}", nvrtc.name()))?;
-                columns[0].push(u.registers.to_string());
-                columns[1].push((u.spill_stores + u.spill_loads).to_string());
-                columns[2].push((u.shared + k.shared).to_string());
-                columns[3].push(k.fit(u, &target).to_string());
-            }
-            // What compilers agree on is said once.
-            columns.iter_mut().for_each(|c| c.dedup());
-            let mut cells: Vec<String> = columns.iter().map(|c| c.join(", ")).collect();
-            cells[3] += &format!(" ({})", k.blocks_per_sm);
-            Ok::<_, miette::Report>(cells.join(" | "))
-        };
-        let cells = all.par_iter().map(one).collect::<Result<Vec<String>>>()?;
-        if let Some(t) = cache.trouble() {
-            warn(t);
-        }
-        Ok(cells)
-    }
-}
-
-/// A mode of a preset: its programs with the work of their steps and their sizes.
-struct Section {
-    preset: &'static str,
-    mode: &'static str,
-    programs: Vec<(Program, Vec<Cost>, Bindings)>,
-}
-
-fn section(preset_name: &'static str, mode: &'static str) -> Result<Section> {
-    let config = preset(preset_name).map_err(wrap)?;
-    let precision = if mode.ends_with("bf16") { Precision::Bf16 } else { Precision::F32 };
-    let options = Options { precision, ..Options::default() };
-    let one = |(graph, dims): (Graph, Bindings)| {
-        let p = lower_for(&optimise(&graph, &options), Kernels::Gpu);
-        let costs = p.costs(&dims).map_err(wrap)?;
-        Ok((p, costs, dims))
+fn table(head: &[&str], rows: &[Vec<String>]) -> String {
+    let cells = |tag: &str, all: &mut dyn Iterator<Item = &str>| -> String {
+        all.map(|c| format!("<{tag}>{}</{tag}>", escaped(c))).collect()
     };
-    let programs = graphs(&config, mode)?.into_iter().map(one).collect::<Result<_>>()?;
-    Ok(Section { preset: preset_name, mode, programs })
+    let body: String =
+        rows.iter().map(|r| format!("<tr>{}</tr>", cells("td", &mut r.iter().map(String::as_str)))).collect();
+    let head = cells("th", &mut head.iter().copied());
+    format!("<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
 }
 
-/// What stands before the names of the compilers.
-const BY: &str = "Made by `cargo xtask report` with ";
+fn summary(run: &RunMetrics, config: &Config, state: &RunState) -> String {
+    let p = &state.position;
+    let losses = run.values("loss");
+    let tail = &losses[losses.len().saturating_sub(50)..];
+    let loss = tail.iter().map(|v| v.1).sum::<f64>() / tail.len().max(1) as f64;
+    let done = state.recipe.stage_at(p.planned).is_none();
+    let cards = [
+        ("parameters", show::si(config.n_parameters() as f64, "")),
+        ("tokens", show::si(p.tokens as f64, "")),
+        ("steps", grouped(p.step)),
+        ("loss, last 50 steps", if losses.is_empty() { "-".into() } else { format!("{loss:.4}") }),
+        ("time in steps", duration(p.seconds)),
+        ("tokens/s", show::si(p.tokens as f64 / p.seconds.max(1e-9), "")),
+    ];
+    let mut out = format!("<p>{}</p><div class=\"cards\">", escaped(&describe(config)));
+    for (name, value) in cards {
+        let _ = write!(out, "<div><b>{}</b><span>{}</span></div>", escaped(&value), escaped(name));
+    }
+    let state = if done { "The recipe is finished." } else { "The recipe is not finished: the run can go on." };
+    out + "</div><p class=\"faint\">" + state + "</p>"
+}
 
-fn report(figures: &Figures) -> Result<String> {
-    let mut out = format!(
-        "# Kernels of the presets\n\n\
-         {BY}{}. FLOPs and bytes are predicted from the ops' definitions, for one run at\n\
-         N=1 and {LEN} tokens (decode: one token after so many). Products are the vendor library's, dense ones. None of the kernels\n\
-         spills registers, and of each as many blocks fit on a multiprocessor as the choice of its tile counted on (in brackets); two\n\
-         numbers are those of the two compilers.\n",
-        figures.by()
+fn section_curves(run: &RunMetrics) -> Result<String> {
+    let runs = std::slice::from_ref(run);
+    if curves::known(runs, &Quantity::ALL).is_empty() {
+        return Ok("<p>No step has a finite value.</p>".into());
+    }
+    Ok(format!("<div class=\"picture\">{}</div>", curves::svg(runs, &Quantity::ALL, &Style::default())?))
+}
+
+fn evaluations(run: &RunMetrics) -> String {
+    if run.evaluations.is_empty() {
+        let path = run.folder.display();
+        return format!(
+            "<p class=\"faint\">None yet: <code>rambac eval passkey {}</code></p>",
+            escaped(&path.to_string())
+        );
+    }
+    let rows: Vec<Vec<String>> = run
+        .evaluations
+        .iter()
+        .map(|e| {
+            let l = &e.line;
+            let number = |k: &str| l[k].as_f64();
+            let count = |k: &str| l[k].as_u64().map_or("-".into(), show::count);
+            let part = |a: &str, b: &str| match (number(a), number(b)) {
+                (Some(a), Some(b)) if b > 0.0 => format!("{:.1} %", 100.0 * a / b),
+                _ => "-".into(),
+            };
+            vec![
+                e.step.map_or("-".into(), show::count),
+                count("len"),
+                count("cases"),
+                format!("{} ({})", count("right"), part("right", "cases")),
+                part("digits_right", "digits"),
+                part("needle_chunk_chosen", "cases"),
+                number("tokens_per_s").map_or("-".into(), |x| show::si(x, "")),
+                number("memory_bytes").map_or("-".into(), |x| show::bytes(x as usize)),
+            ]
+        })
+        .collect();
+    let head = ["step", "context", "cases", "keys right", "digits right", "needle chosen", "tokens/s", "chunks stored"];
+    format!("<p>Passkey retrieval, by length of the context.</p>{}", table(&head, &rows))
+}
+
+/// Work and memory of a step at the largest stage, as planned.
+fn cost(config: &Config, state: &RunState) -> Result<String> {
+    let Some(s) = state.recipe.stages.iter().max_by_key(|s| s.len * s.rows) else { return Ok(String::new()) };
+    let dims = Bindings::new([("N", s.rows), ("L", s.len)]);
+    let graph = model_step(config, &AdamW::default())?;
+    let memory = MemoryArgs { recompute: state.recompute, memory_limit: state.memory_limit }.choice(vec![dims.clone()]);
+    let others = Options { precision: state.precision.into(), ..Options::default() };
+    let options = fit::options(&graph, &memory, &Machine::Cpu(scratch), 0, &others).map_err(error::unfit)?;
+    let program = lower(&optimise(&graph, &options));
+    let plan = plan(&program, &dims, scratch).map_err(wrap)?;
+    let costs = program.costs(&dims).map_err(wrap)?;
+    let mut sums = Sums::new();
+    for (step, c) in program.steps.iter().zip(&costs) {
+        let phase = work::phase(program.graph.node(step.node).scope.as_deref());
+        sums.add((work::kind(step), phase), 0.0, *c);
+    }
+    let all = sums.cost();
+    sums.lines
+        .sort_by(|a, b| b.1.cost.flops.total_cmp(&a.1.cost.flops).then(b.1.cost.bytes.total_cmp(&a.1.cost.bytes)));
+    let rows: Vec<Vec<String>> = sums
+        .lines
+        .iter()
+        .map(|((op, phase), l)| {
+            let c = l.cost;
+            let (flops, bytes) = (show::share(c.flops, all.flops), show::share(c.bytes, all.bytes));
+            vec![
+                op.to_string(),
+                phase.to_string(),
+                l.steps.to_string(),
+                show::si(c.flops, ""),
+                flops,
+                show::si(c.bytes, "B"),
+                bytes,
+            ]
+        })
+        .collect();
+    let tokens = (s.rows * s.len) as f64;
+    let intro = format!(
+        "A micro-batch of {} × {} tokens, the largest of the run, as planned: {} in {} steps, {} a token, {} moved.",
+        s.rows,
+        grouped(s.len as u64),
+        show::si(all.flops, "FLOP"),
+        program.steps.len(),
+        show::si(all.flops / tokens, "FLOP"),
+        show::si(all.bytes, "B")
     );
-    let all: Vec<_> = PRESETS.into_iter().flat_map(|p| MODES.map(|m| (p, m))).collect();
-    let sections = all.into_par_iter().map(|(p, m)| section(p, m)).collect::<Result<Vec<Section>>>()?;
-    for arch in Arch::ALL {
-        let mut kernels: BTreeMap<String, Row> = BTreeMap::new();
-        let mut tables = String::new();
-        for s in &sections {
-            let _ = writeln!(tables, "\n### {}: {}\n", s.preset, s.mode);
-            table(&mut tables, &mut kernels, s, arch)?;
-        }
-        let _ = writeln!(out, "\n## {arch}\n\n{}.", show::plural(kernels.len(), "kernel"));
-        out += &tables;
-        let _ = writeln!(out, "\n### All kernels of {arch}\n");
-        out += "| kernel | text | threads | registers | spilled bytes | shared bytes | blocks/SM (counted on) | presets |\n";
-        out += "|---|---|---|---|---|---|---|---|\n";
-        let cells = figures.cells(arch, &kernels)?;
-        for ((name, k), cells) in kernels.iter().zip(cells) {
-            let used: Vec<&str> = k.used.iter().copied().collect();
-            let (text, threads) = (k.text(), k.kernel.threads);
-            let _ = writeln!(out, "| `{name}` | {text} | {threads} | {cells} | {} |", used.join(", "));
-        }
-    }
-    Ok(out)
+    let peak = format!(
+        "Memory: {} at the peak: {} of activations and scratch, {} of weights and optimiser, {} of inputs.",
+        show::bytes(plan.peak()),
+        show::bytes(plan.arena),
+        show::bytes(plan.persistent),
+        show::bytes(plan.inputs)
+    );
+    let picture = memory::svg(&program, &plan, "Buffers of a step over its steps, at their addresses");
+    Ok(format!(
+        "<p>{}</p><details><summary>Work by kind of op</summary>{}</details><p>{}</p><div class=\"picture\">{picture}</div>",
+        escaped(&intro),
+        table(&["op", "phase", "steps", "FLOPs", "share", "bytes", "share"], &rows),
+        escaped(&peak)
+    ))
 }
 
-/// The graphs of a mode with their sizes.
-fn graphs(c: &Config, mode: &str) -> Result<Vec<(Graph, Bindings)>> {
-    if mode.starts_with(MODES[0]) {
-        return Ok(vec![(model_step(c, &AdamW::default())?, Bindings::new([("N", 1), ("L", LEN)]))]);
-    }
-    let chunks = LEN / c.chunk_size;
-    let prefill = mode.starts_with(MODES[1]);
-    let (l, b) = if prefill { (LEN, chunks) } else { (1, 1) };
-    let parts = model::session_graphs(c)?;
-    // A token in `chunk_size` makes a chunk, and nothing here skims.
-    let run = |name: &str| name != "upper_flash" && (name != "chunks" || prefill);
-    let all = parts.named().into_iter().filter(|(name, _)| run(name));
-    let dims = Bindings::new([("N", 1), ("L", l), ("C", chunks), ("B", b)]);
-    Ok(all.map(|(_, g)| (g.clone(), dims.clone())).collect())
+fn model(config: &Config) -> Result<String> {
+    let json: Json = serde_json::from_str(&config.to_json()).map_err(|e| miette!("BUG: config.json: {e}"))?;
+    let rows: Vec<(String, String)> = json
+        .as_object()
+        .into_iter()
+        .flatten()
+        .map(|(k, v)| (k.clone(), v.as_str().map_or_else(|| v.to_string(), str::to_string)))
+        .collect();
+    Ok(pairs(&rows))
 }
 
-fn table(out: &mut String, kernels: &mut BTreeMap<String, Row>, s: &Section, arch: Arch) -> Result<()> {
-    // Steps that run alike are one line; maps are told apart by nothing but their hash.
-    let mut lines: Vec<(Key, usize, usize, BTreeSet<String>, Cost)> = vec![];
-    let mut missing: Vec<String> = vec![];
-    for (p, costs, dims) in &s.programs {
-        let f = Forms::new(p, costs, dims, arch, false)?;
-        missing.extend(f.none.iter().map(|(op, why, n)| format!("{n} {op}: {why}")));
-        for c in &f.chosen {
-            let key = Key::of(c);
-            let at = lines.iter().position(|l| l.0 == key).unwrap_or_else(|| {
-                lines.push((key, 0, 0, BTreeSet::new(), Cost::default()));
-                lines.len() - 1
-            });
-            let l = &mut lines[at];
-            (l.1, l.2, l.4) = (l.1 + 1, l.2 + c.products, l.4 + c.cost);
-            l.3.extend(c.kernels.iter().cloned());
-        }
-        for (name, u) in &f.kernels {
-            let row = || Row { kernel: u.kernel.clone(), used: BTreeSet::new() };
-            kernels.entry(name.clone()).or_insert_with(row).used.insert(s.preset);
-        }
-    }
-    *out += "| op | form | steps | products | FLOPs | bytes | kernels |\n|---|---|---|---|---|---|---|\n";
-    for (key, steps, products, names, cost) in lines {
-        let names: Vec<String> = names.iter().map(|n| format!("`{n}`")).collect();
-        let names = if names.len() > 4 { format!("{} of them", names.len()) } else { names.join(", ") };
-        let (flops, bytes) = (show::si(cost.flops, ""), show::si(cost.bytes, "B"));
-        let _ = writeln!(out, "| {} | {} | {steps} | {products} | {flops} | {bytes} | {names} |", key.op, key.form);
-    }
-    missing.sort();
-    missing.iter().for_each(|m| *out += &format!("\nCan't run: {m}\n"));
-    Ok(())
+fn recipe(state: &RunState) -> String {
+    let r = &state.recipe;
+    let rows: Vec<Vec<String>> = r
+        .stages
+        .iter()
+        .enumerate()
+        .map(|(i, s)| {
+            let name = |rows: &Rows| format!("{rows:?}");
+            let mix: Vec<String> =
+                s.mix.iter().map(|(part, rows)| format!("{:.0} % {}", 100.0 * part, name(rows))).collect();
+            vec![
+                (i + 1).to_string(),
+                grouped(s.len as u64),
+                s.rows.to_string(),
+                grouped(s.steps),
+                mix.join(", "),
+                s.until_loss.map_or("-".into(), |l| format!("loss below {l}")),
+            ]
+        })
+        .collect();
+    let o = &r.optim;
+    let settings = [
+        (
+            "optimiser",
+            format!("AdamW, β {} and {}, weight decay {}, clipping at {}", o.beta1, o.beta2, o.weight_decay, o.clip),
+        ),
+        ("learning rate", format!("{} at its peak, {} steps of warm-up, then to {} of it", o.lr, o.warmup, o.floor)),
+        ("micro-batches per step", r.accumulate.to_string()),
+        ("state passing", format!("{} of the rows", r.carry_share)),
+        ("seed", r.seed.to_string()),
+    ];
+    let settings: Vec<(String, String)> = settings.into_iter().map(|(k, v)| (k.to_string(), v)).collect();
+    table(&["stage", "tokens per row", "rows", "steps at most", "rows of", "ends early at"], &rows) + &pairs(&settings)
 }
 
-#[derive(PartialEq)]
-struct Key {
-    op: &'static str,
-    form: &'static str,
-    kernels: Vec<String>,
-}
-
-impl Key {
-    fn of(c: &Chosen) -> Key {
-        let hashed = c.op == "map" || c.op == "copy";
-        Key { op: c.op, form: c.form, kernels: if hashed { vec![] } else { c.kernels.clone() } }
+fn environment(run: &RunMetrics) -> String {
+    let path = run.folder.join(metrics::ENVIRONMENT);
+    let text = std::fs::read_to_string(&path).unwrap_or_default();
+    let sessions: Vec<Json> = text.lines().filter_map(|l| serde_json::from_str(l).ok()).collect();
+    if sessions.is_empty() {
+        warn(format!("{} does not say on what machine it ran", run.folder.display()));
+        return "<p class=\"faint\">Not recorded.</p>".into();
     }
+    let all = sessions.iter().map(|s| {
+        let rows: Vec<(String, String)> = s
+            .as_object()
+            .into_iter()
+            .flatten()
+            .map(|(k, v)| (k.replace('_', " "), v.as_str().map_or_else(|| v.to_string(), str::to_string)))
+            .collect();
+        pairs(&rows)
+    });
+    all.collect()
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn figures_are_read_back() {
-        let text = "Made by `cargo xtask report` with NVRTC 12.9 and NVRTC 13.0. FLOPs\n\n## sm_80\n\n\
-                    | kernel | text | threads | registers | spilled bytes | shared bytes | blocks/SM (counted on) | presets |\n\
-                    |---|---|---|---|---|---|---|---|\n\
-                    | `map_1` | 0a1b2c3d | 256 | 32, 40 | 0 | 0 | 8 (1) | tiny, 3b |\n";
-        let (by, cells) = known(text);
-        assert_eq!(by, "NVRTC 12.9 and NVRTC 13.0");
-        let key = ("sm_80".into(), "map_1".into(), "0a1b2c3d".into());
-        assert_eq!(cells, Cells::from([(key, "32, 40 | 0 | 0 | 8 (1)".into())]));
+fn duration(seconds: f64) -> String {
+    let s = seconds.round() as u64;
+    match s {
+        0..=119 => format!("{s} s"),
+        120..=7199 => format!("{} min", s / 60),
+        _ => format!("{} h {} min", s / 3600, s / 60 % 60),
     }
 }

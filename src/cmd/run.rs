@@ -6,6 +6,7 @@ use crate::cmd::generate::{Writing, write_on};
 use crate::device::Gpu;
 use crate::error::{Result, warn, wrap};
 use crate::model;
+use crate::profile::Profile;
 use crate::sample::Sampling;
 use crate::show::{self, Table};
 use miette::miette;
@@ -48,6 +49,11 @@ pub fn run(a: &Run, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
     };
     if drawn_now && !a.json {
         eprintln!("there are no weights in {}: they are drawn (--seed {})", a.file.display(), a.seed);
+    }
+    if a.profile.is_some() && (e.mode == Mode::Infer || a.device.gpu()) {
+        return Err(miette!(
+            "--profile: traces are of training steps and graphs on the cpu; bench decode --profile times ops"
+        ));
     }
     match e.mode {
         Mode::Infer => infer(a, &e, config.as_ref(), store, pool),
@@ -95,11 +101,21 @@ impl Runner {
         Ok(Runner::Gpu(Box::new(gpu), id))
     }
 
-    fn run(&mut self, dims: &Bindings, inputs: &[(String, Tensor)]) -> Result<Vec<(String, Tensor)>> {
+    fn run(
+        &mut self,
+        dims: &Bindings,
+        inputs: &[(String, Tensor)],
+        profile: &mut Option<Profile>,
+    ) -> Result<Vec<(String, Tensor)>> {
         match self {
             Runner::Cpu(e, store) => {
                 let views: Vec<_> = inputs.iter().map(|(n, t)| (n.as_str(), t.view())).collect();
-                e.run(dims, &views, store).map_err(wrap)
+                let (began, mut times) = (Instant::now(), Profile::times(profile));
+                let out = e.run_timed(dims, &views, store, times.as_mut()).map_err(wrap)?;
+                if let (Some(p), Some(times)) = (profile, times) {
+                    p.run(&e.program().name, e.program(), dims, (began, 1), &times, &[])?;
+                }
+                Ok(out)
             }
             Runner::Gpu(gpu, id) => {
                 let bytes: Vec<Bytes> = inputs.iter().map(|(_, t)| Bytes::from_tensor(t.view())).collect();
@@ -284,6 +300,7 @@ fn train(
     };
     let file = given_file(a, part)?;
     let mut runner = Runner::new(a, e, part, &dims, store, pool)?;
+    let mut profile = a.profile.as_deref().map(|p| Profile::create(p, a.steps)).transpose()?;
     if !a.json {
         println!("{}: {} of {} at {dims}", a.file.display(), what(e.mode), e.model);
     }
@@ -301,7 +318,7 @@ fn train(
             None => inputs(a, part, &dims, file.as_ref(), step)?,
         };
         let began = Instant::now();
-        let out = runner.run(&dims, &given)?;
+        let out = runner.run(&dims, &given, &mut profile)?;
         let seconds = began.elapsed().as_secs_f64();
         let of = |name: &str| {
             let t = out.iter().find(|(n, _)| n == name).and_then(|(_, t)| t.as_f32());
@@ -335,11 +352,12 @@ fn graph(a: &Run, e: &Executable, store: Store, pool: Arc<rayon::ThreadPool>) ->
     let dims = dims(a, part)?;
     let file = given_file(a, part)?;
     let mut runner = Runner::new(a, e, part, &dims, store, pool)?;
+    let mut profile = a.profile.as_deref().map(|p| Profile::create(p, a.steps)).transpose()?;
     let mut out = vec![];
     let began = Instant::now();
     for run in 0..a.steps {
         let given = inputs(a, part, &dims, file.as_ref(), run)?;
-        out = runner.run(&dims, &given)?;
+        out = runner.run(&dims, &given, &mut profile)?;
     }
     let seconds = began.elapsed().as_secs_f64() / a.steps as f64;
     let mut t = Table::new(2, &["output", "type", "min", "max", "mean", "not finite"]);

@@ -3,8 +3,11 @@
 //! A step depends on the store, the recipe and its planned number alone, so a run that was stopped goes on bit for bit.
 
 use crate::cli::{Data, MemoryArgs, PrecisionArg, Train, TrainPlace};
+use crate::dashboard::{About, Dashboard, Step};
 use crate::device::{Gpu, On};
 use crate::error::{self, Result, warn, wrap};
+use crate::metrics::Metrics;
+use crate::profile::Profile;
 use crate::{machine, model, show};
 use indicatif::{ProgressBar, ProgressStyle};
 use miette::{IntoDiagnostic, Report, miette};
@@ -20,7 +23,6 @@ use rambac_passes::train_step::{AdamW, STEP, moment_names};
 use rambac_runtime::checkpoint::{Checkpoint, CheckpointDir, Snapshot, TensorRef};
 use rambac_runtime::{MicroBatch, Store, Tensor, Trainer};
 use serde::{Deserialize, Serialize};
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -110,13 +112,15 @@ static STOP: AtomicBool = AtomicBool::new(false);
 
 /// Lets Ctrl-C end the run after the current step; a second one ends the process.
 pub fn catch_interrupt() {
-    let handler = || {
-        if STOP.swap(true, Ordering::SeqCst) {
-            std::process::exit(130);
-        }
-    };
-    if let Err(e) = ctrlc::set_handler(handler) {
+    if let Err(e) = ctrlc::set_handler(interrupt) {
         warn(format!("Ctrl-C will not save a checkpoint: {e}"));
+    }
+}
+
+/// What Ctrl-C does.
+fn interrupt() {
+    if STOP.swap(true, Ordering::SeqCst) {
+        std::process::exit(130);
     }
 }
 
@@ -127,6 +131,9 @@ pub fn interrupted() -> bool {
 
 /// Runs the verb.
 pub fn run(a: &Train, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
+    if a.profile.is_some() && a.place.device != On::Cpu {
+        return Err(miette!("--profile: a trace is of the steps of the CPU; leave --device {} out", a.place.device));
+    }
     let mut run = match &a.resume {
         Some(dir) => Run::resume(dir, a.out.as_deref(), a.place, pool)?,
         None => {
@@ -154,6 +161,8 @@ pub fn run(a: &Train, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
     };
     run.save_every = a.save_every;
     run.json = a.json;
+    run.tui = a.tui;
+    run.profile = a.profile.as_deref().map(|p| Profile::create(p, a.profile_steps)).transpose()?;
     catch_interrupt();
     let done = run.train()?;
     if a.json {
@@ -241,12 +250,15 @@ pub struct Run {
     tasks: Vec<MixTask>,
     validation: Option<TextTask>,
     folder: CheckpointDir,
-    metrics: std::fs::File,
+    metrics: Metrics,
     /// The tokenizer's file, copied into every checkpoint.
     tokenizer: Option<TokenizerFile>,
     /// Steps between checkpoints; 0: only at the end.
     pub save_every: u64,
     pub json: bool,
+    /// Draw a dashboard in place of the bar.
+    pub tui: bool,
+    pub profile: Option<Profile>,
     /// Total time after which the run stops by itself.
     pub time_limit: Option<Duration>,
 }
@@ -381,7 +393,7 @@ impl Run {
         let dims = r.stages.iter().map(|s| Bindings::new([("N", s.rows), ("L", s.len)])).collect();
         let memory = MemoryArgs { recompute: state.recompute, memory_limit: state.memory_limit }.choice(dims);
         let trainer = trainer(&loss, &adamw, decays, r.accumulate, &memory, store, (on, state.precision), &pool)?;
-        let metrics = metrics_file(folder.path(), state.position.step)?;
+        let metrics = Metrics::open(folder.path(), state.position.step)?;
         Ok(Self {
             config,
             state,
@@ -394,6 +406,8 @@ impl Run {
             tokenizer: tokenizer_file,
             save_every: 0,
             json: false,
+            tui: false,
+            profile: None,
             time_limit: None,
         })
     }
@@ -424,6 +438,17 @@ impl Run {
             plan.persistent >> 20,
         );
         Ok(())
+    }
+
+    fn dashboard(&mut self) -> Result<Dashboard> {
+        let r = &self.state.recipe;
+        let (stages, tokens) = (r.stages.len(), r.tokens());
+        let largest = r.stages.iter().max_by_key(|s| s.len * s.rows);
+        let dims = largest.map(|s| Bindings::new([("N", s.rows), ("L", s.len)]));
+        let planned = dims.map(|d| self.trainer.plan(&d)).transpose().map_err(error::train)?.map_or(0, |p| p.peak());
+        let parameters = grouped(self.config.n_parameters());
+        let title = format!("{parameters} parameters into {}", self.folder().display());
+        Dashboard::start(About { title, stages, tokens, planned }, interrupt)
     }
 
     fn batch(&self, stage: usize, planned: u64) -> Result<Vec<MicroBatch>> {
@@ -461,7 +486,8 @@ impl Run {
         }
         self.announce()?;
         let total = self.state.recipe.tokens();
-        let bar = if self.json { ProgressBar::hidden() } else { ProgressBar::new(total) };
+        let dashboard = if self.tui { Some(self.dashboard()?) } else { None };
+        let bar = if self.json || self.tui { ProgressBar::hidden() } else { ProgressBar::new(total) };
         let style = "{elapsed_precise} [{wide_bar}] {human_pos}/{human_len}  {msg}  {eta} left";
         bar.set_style(ProgressStyle::with_template(style).into_diagnostic()?.progress_chars("=> "));
         bar.set_position(self.state.recipe.tokens_before(self.state.position.planned));
@@ -478,8 +504,16 @@ impl Run {
             }
             let t = Instant::now();
             let batch = self.batch(stage, self.state.position.planned)?;
-            let report = self.trainer.step(self.state.position.step, &batch).map_err(error::train)?;
+            let (began_step, mut times) = (Instant::now(), Profile::times(&self.profile));
+            let report =
+                self.trainer.step_timed(self.state.position.step, &batch, times.as_mut()).map_err(error::train)?;
             let seconds = t.elapsed().as_secs_f64();
+            if let (Some(p), Some(times)) = (&mut self.profile, times) {
+                let name = format!("step {}", self.state.position.step + 1);
+                let numbers = [("loss", report.loss.into()), ("gradient norm", report.grad_norm.into())];
+                let program = self.trainer.program();
+                p.run(&name, program, &batch[0].dims, (began_step, batch.len()), &times, &numbers)?;
+            }
             let s = &self.state.recipe.stages[stage];
             let tokens = (s.len * s.rows * self.state.recipe.accumulate) as u64;
             let (len, rows, until) = (s.len, s.rows, s.until_loss);
@@ -494,7 +528,7 @@ impl Run {
                 "step": p.step, "tokens": p.tokens, "stage": stage, "len": len, "rows": rows, "loss": report.loss,
                 "grad_norm": report.grad_norm, "lr": report.lr, "tokens_per_s": tokens as f64 / seconds, "seconds": p.seconds,
             });
-            writeln!(self.metrics, "{line}").map_err(|e| miette!("metrics.jsonl: {e}; is the disk full?"))?;
+            self.metrics.write(&line)?;
             if self.json {
                 println!("{line}");
             }
@@ -505,25 +539,34 @@ impl Run {
                 // The schedule follows the plan, not the count of steps.
                 self.trainer.set(STEP, Tensor::f32(&[], vec![next as f32])).map_err(error::train)?;
                 let how = if early { "done early" } else { "done" };
-                bar.println(format!(
-                    "stage {} {how}: {rows} x {len}, {} tokens so far, loss {smooth:.3}",
-                    stage + 1,
-                    grouped(p.tokens)
-                ));
+                let tokens = grouped(p.tokens);
+                let news =
+                    format!("stage {} {how}: {rows} x {len}, {tokens} tokens so far, loss {smooth:.3}", stage + 1);
+                match &dashboard {
+                    Some(d) => d.news(news),
+                    None => bar.println(news),
+                }
             }
             recent = (recent.0, recent.1 + tokens, recent.2 + seconds);
             if recent.2 > 0.5 {
                 bar.set_message(format!("loss {smooth:.3}  {:.1}k tok/s", recent.1 as f64 / recent.2 / 1e3));
                 recent = (Instant::now(), 0, 0.0);
             }
-            bar.set_position(self.state.recipe.tokens_before(self.state.position.planned));
+            let done = self.state.recipe.tokens_before(self.state.position.planned);
+            bar.set_position(done);
             let step = self.state.position.step;
+            if let Some(d) = &dashboard {
+                let (loss, grad_norm, lr) = (report.loss, report.grad_norm, report.lr);
+                d.step(Step { step, stage, len, rows, done, tokens, seconds, loss, smooth, grad_norm, lr });
+            }
             if self.save_every > 0 && step.is_multiple_of(self.save_every) {
                 self.save()?;
                 saved = step;
             }
         }
         bar.finish();
+        drop(dashboard);
+        self.profile.iter_mut().try_for_each(Profile::finish)?;
         self.trainer.sync().map_err(error::train)?;
         if saved != self.state.position.step || self.state.position.step == 0 {
             self.save()?;
@@ -578,7 +621,6 @@ impl Run {
             trainer: &trainer,
             files: &files,
         };
-        self.metrics.flush().into_diagnostic()?;
         self.folder.save(self.state.position.step, &snapshot).map_err(wrap)
     }
 }
@@ -614,27 +656,6 @@ pub fn trainer(
         Trainer::on_gpu(loss, adamw, decays, parts, memory, precision.into(), store, gpu)
     };
     pool.install(make).map_err(error::train)
-}
-
-/// DIR/metrics.jsonl with the lines up to `step`: what came after the checkpoint will be done again.
-fn metrics_file(dir: &Path, step: u64) -> Result<std::fs::File> {
-    let path = dir.join("metrics.jsonl");
-    let fail = |e: std::io::Error| miette!("{}: {e}", path.display());
-    let old = match std::fs::read_to_string(&path) {
-        Ok(t) => t,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => String::new(),
-        Err(e) => return Err(fail(e)),
-    };
-    let keeps = |l: &&str| {
-        serde_json::from_str::<serde_json::Value>(l).ok().and_then(|v| v["step"].as_u64()).is_some_and(|s| s <= step)
-    };
-    let kept: String = old.lines().filter(keeps).map(|l| format!("{l}\n")).collect();
-    if kept.len() != old.len() {
-        // By rename: a kill in between must not lose the history.
-        let new = dir.join("metrics.jsonl.new");
-        std::fs::write(&new, kept).and_then(|()| std::fs::rename(&new, &path)).map_err(fail)?;
-    }
-    std::fs::File::options().create(true).append(true).open(&path).map_err(fail)
 }
 
 /// `1234567` as `1,234,567`.

@@ -3,5 +3,7 @@
 mod bad_input;
 mod contexts;
 mod executables;
+mod pages;
+mod pictures;
 mod runs;
 mod support;

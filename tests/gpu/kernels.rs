@@ -1,5 +1,5 @@
 //! Every kernel of the preset `tiny` under every compiler: none spills, and as many blocks fit on a multiprocessor as the choice
-//! of its tile counted on.  Those of the larger presets are held to the same by `cargo xtask report`.
+//! of its tile counted on.  Those of the larger presets are held to the same by `cargo xtask kernels`.
 
 use crate::harness::Case;
 use crate::rig::{Rig, cache};

@@ -28,7 +28,10 @@ enum Program {
 }
 
 /// What `cargo test` is told, also where only its build is wanted.
-const TEST: &[&str] = &["test", "--workspace", "--no-fail-fast"];
+const TEST: &[&str] = &["test", "--workspace", "--exclude", VIEWER, "--no-fail-fast"];
+
+/// The window, whose libraries take minutes to build: it comes last.
+const VIEWER: &str = "rambac-viewer";
 
 /// All stages, in order.
 const STAGES: &[Stage] = &[
@@ -37,7 +40,7 @@ const STAGES: &[Stage] = &[
         name: "clippy",
         about: "lints of all targets",
         program: Program::Cargo,
-        args: &["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"],
+        args: &["clippy", "--workspace", "--exclude", VIEWER, "--all-targets", "--", "-D", "warnings"],
         env: &[],
     },
     Stage {
@@ -52,14 +55,14 @@ const STAGES: &[Stage] = &[
         name: "doc",
         about: "documentation",
         program: Program::Cargo,
-        args: &["doc", "--workspace", "--no-deps"],
+        args: &["doc", "--workspace", "--exclude", VIEWER, "--no-deps"],
         env: &[("RUSTDOCFLAGS", "-D warnings")],
     },
     Stage {
-        name: "report",
+        name: "kernels",
         about: "docs/kernels.md is of these kernels",
         program: Program::Rambac,
-        args: &["report", "--check", "docs/kernels.md"],
+        args: &["kernels", "--check", "docs/kernels.md"],
         env: &[],
     },
     Stage {
@@ -74,6 +77,20 @@ const STAGES: &[Stage] = &[
         about: "fixtures on the CPU",
         program: Program::Rambac,
         args: &["check", "tests/fixtures", "--device", "cpu"],
+        env: &[],
+    },
+    Stage {
+        name: "viewer",
+        about: "the window without a display",
+        program: Program::Cargo,
+        args: &["test", "-p", VIEWER],
+        env: &[],
+    },
+    Stage {
+        name: "viewer-clippy",
+        about: "lints of the window",
+        program: Program::Cargo,
+        args: &["clippy", "-p", VIEWER, "--all-targets", "--", "-D", "warnings"],
         env: &[],
     },
 ];
@@ -184,9 +201,9 @@ fn test(only: Option<&str>) -> ExitCode {
 }
 
 /// Compiles every GPU kernel of the presets and writes what they take.
-fn report() -> ExitCode {
+fn kernels() -> ExitCode {
     let cargo = std::env::var_os("CARGO").map_or_else(|| "cargo".into(), PathBuf::from);
-    let args = ["run", "--release", "--quiet", "--", "report", "--out", "docs/kernels.md"];
+    let args = ["run", "--release", "--quiet", "--", "kernels", "--out", "docs/kernels.md"];
     let made = std::fs::create_dir_all("docs").and_then(|()| Command::new(cargo).args(args).status());
     match made {
         Ok(s) if s.success() => ExitCode::SUCCESS,
@@ -203,7 +220,7 @@ fn names() -> String {
 }
 
 fn usage() -> String {
-    let tasks = "test [--only STAGE] | cuda (installs NVRTC for tests) | report (writes docs/kernels.md)";
+    let tasks = "test [--only STAGE] | cuda (installs NVRTC for tests) | kernels (writes docs/kernels.md)";
     format!("usage: cargo xtask {tasks}\nstages: {}", names())
 }
 
@@ -223,7 +240,7 @@ fn main() -> ExitCode {
             failed.iter().for_each(|e| eprintln!("{e}"));
             if failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
         }
-        ["report"] => report(),
+        ["kernels"] => kernels(),
         ["help" | "--help" | "-h"] => {
             println!("{}", usage());
             ExitCode::SUCCESS

@@ -45,7 +45,7 @@ pub fn run(a: &Bench, config: &Config, weights: Option<&Path>, pool: Arc<rayon::
     let rates = machine::rates(&pool);
     let read = machine::read_rate(&pool, r.cost.bytes as usize);
     b.print(&r, rates, read, rss);
-    if a.profile {
+    if a.profile.is_some() {
         profile(r.name, r.sums, a.json);
     }
     Ok(ExitCode::SUCCESS)

@@ -1,0 +1,98 @@
+//! Layouts of any graph: boxes do not overlap, edges go to the right, the same graph lies the same.
+
+use proptest::prelude::*;
+use rambac_ir::testing::grown;
+use rambac_picture::fold::fold;
+use rambac_picture::layout::{COLUMN_GAP, Layout, ROW_GAP, layout};
+use rambac_picture::{ColourBy, Look, Open, Picture, Scene, export};
+
+/// What must hold of boxes of these sizes with these edges.
+fn holds(sizes: &[[f64; 2]], edges: &[(usize, usize)], l: &Layout) -> Result<(), TestCaseError> {
+    const ROUNDING: f64 = 1e-6;
+    prop_assert_eq!(l.centres.len(), sizes.len());
+    let side = |i: usize, axis: usize, s: f64| l.centres[i][axis] + s * sizes[i][axis] / 2.0;
+    // By columns: those apart in x cannot touch, so only neighbours within a column are compared.
+    let mut columns: Vec<Vec<usize>> = vec![];
+    for i in 0..sizes.len() {
+        columns.resize(columns.len().max(l.columns[i] + 1), vec![]);
+        columns[l.columns[i]].push(i);
+        for axis in 0..2 {
+            prop_assert!(
+                side(i, axis, -1.0) >= -ROUNDING && side(i, axis, 1.0) <= l.extent[axis] + ROUNDING,
+                "box {i} lies outside"
+            );
+        }
+    }
+    let mut right = f64::NEG_INFINITY;
+    for c in &mut columns {
+        c.sort_by(|a, b| l.centres[*a][1].total_cmp(&l.centres[*b][1]));
+        for w in c.windows(2) {
+            prop_assert!(side(w[0], 1, 1.0) + ROW_GAP <= side(w[1], 1, -1.0) + ROUNDING, "{w:?} overlap");
+        }
+        let left = c.iter().map(|&i| side(i, 0, -1.0)).fold(f64::INFINITY, f64::min);
+        prop_assert!(c.is_empty() || right + COLUMN_GAP <= left + ROUNDING, "columns overlap");
+        right = c.iter().map(|&i| side(i, 0, 1.0)).fold(right, f64::max);
+    }
+    for ((from, to), path) in edges.iter().zip(&l.paths) {
+        prop_assert!(l.columns[*from] < l.columns[*to], "{from} to {to} goes back");
+        prop_assert!(path.windows(2).all(|w| w[0][0] < w[1][0]), "{from} to {to} turns back: {path:?}");
+    }
+    Ok(())
+}
+
+fn graphs() -> impl Strategy<Value = (Vec<[f64; 2]>, Vec<(usize, usize)>)> {
+    (1usize..60).prop_flat_map(|n| {
+        let sizes = proptest::collection::vec([1.0f64..200.0, 1.0..90.0], n);
+        let edges = proptest::collection::vec((0..n, 0..n), 0..3 * n);
+        (sizes, edges).prop_map(|(sizes, edges)| {
+            let mut edges: Vec<_> =
+                edges.into_iter().map(|(a, b)| (a.min(b), a.max(b))).filter(|e| e.0 < e.1).collect();
+            edges.sort();
+            edges.dedup();
+            (sizes, edges)
+        })
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn any_graph((sizes, edges) in graphs()) {
+        let l = layout(&sizes, &edges);
+        holds(&sizes, &edges, &l)?;
+        prop_assert_eq!(l, layout(&sizes, &edges));
+    }
+
+    /// Graphs of every op, with layers at random: whatever is folded, boxes form no cycle and lose no node.
+    #[test]
+    fn grown_graphs(g in grown(40), layers in proptest::collection::vec(0usize..4, 400), open in any::<bool>()) {
+        let mut graph = g.graph.clone();
+        for (i, n) in graph.nodes.iter_mut().enumerate() {
+            n.scope = [None, Some("layers.0".into()), Some("layers.1".into()), Some("grad.layers.1".into())]
+                [layers[i % layers.len()]].clone();
+        }
+        let state = if open { Open::All } else { Open::default() };
+        let v = fold(&graph, &state);
+        let mut seen = vec![0; graph.nodes.len()];
+        v.items.iter().flat_map(|i| &i.nodes).for_each(|n| seen[n.index()] += 1);
+        prop_assert!(seen.iter().all(|s| *s == 1));
+        let scene = Scene::new("grown", &graph, &g.dims).unwrap();
+        for stage in [0, scene.last()] {
+            let look = Look { stage, open: state.clone(), ..Look::default() };
+            let p = Picture::new(&scene, &look);
+            let sizes: Vec<_> = p.cards.iter().map(|c| [c.width, c.height]).collect();
+            let edges: Vec<_> = p.view.edges.iter().map(|e| (e.0, e.1)).collect();
+            holds(&sizes, &edges, &p.layout)?;
+            prop_assert_eq!(export::svg(&scene, &look), export::svg(&scene, &look));
+        }
+        let look = Look { stage: scene.last(), before: true, colour: ColourBy::Memory, open: state };
+        let dot = export::dot(&scene, &look);
+        prop_assert!(dot.ends_with('\n') && dot.starts_with("digraph"));
+    }
+}
+
+#[test]
+fn nothing_at_all() {
+    assert_eq!(layout(&[], &[]), Layout::default());
+}
