@@ -57,6 +57,16 @@ fn window(app: App) -> Result<Harness<'static, App>, String> {
     Ok(h)
 }
 
+/// Compares the window with its stored picture.
+fn compare(h: &mut Harness<'_, App>, name: &str) -> Result<(), String> {
+    let stored = format!("{}/tests/snapshots/{name}.png", env!("CARGO_MANIFEST_DIR"));
+    if !std::path::Path::new(&stored).exists() && std::env::var_os("UPDATE_SNAPSHOTS").is_none() {
+        return Err(format!("there is no {stored} to compare with; UPDATE_SNAPSHOTS=1 writes it"));
+    }
+    h.snapshot(name);
+    Ok(())
+}
+
 /// A click; the graph's widget begins below the bar, at the window's left side.
 fn click(h: &mut Harness<'_, App>, at: Pos2, button: PointerButton) {
     h.event(Event::PointerMoved(at));
@@ -76,7 +86,7 @@ fn place(h: &Harness<'_, App>, label: &str) -> Pos2 {
 
 fn folded() -> Result<(), String> {
     let mut h = window(app(scene("tiny"), |_| {}))?;
-    h.snapshot("folded");
+    compare(&mut h, "folded")?;
     Ok(())
 }
 
@@ -96,7 +106,7 @@ fn opened_by_clicks() -> Result<(), String> {
     assert!(label == Some("selective_scan") && node.is_some(), "{label:?}");
     h.remove_cursor();
     h.run_steps(3);
-    h.snapshot("node");
+    compare(&mut h, "node")?;
     let at = place(&h, "selective_scan");
     click(&mut h, at, PointerButton::Secondary);
     assert_eq!(h.state().boxes(), before);
@@ -108,7 +118,7 @@ fn opened_by_clicks() -> Result<(), String> {
 
 fn colours() -> Result<(), String> {
     let mut h = window(app(scene("tiny"), |l| l.colour = ColourBy::Time))?;
-    h.snapshot("time");
+    compare(&mut h, "time")?;
     Ok(())
 }
 
@@ -123,10 +133,10 @@ fn passes() -> Result<(), String> {
     h.key_press(Key::CloseBracket);
     h.run_steps(2);
     assert_eq!(h.state().pass(), "fuse_attention");
-    h.snapshot("after");
+    compare(&mut h, "after")?;
     h.key_press(Key::B);
     h.run_steps(2);
-    h.snapshot("before");
+    compare(&mut h, "before")?;
     Ok(())
 }
 
@@ -134,7 +144,7 @@ fn memory() -> Result<(), String> {
     let mut a = app(scene("tiny"), |_| {});
     a.show_tab(Tab::Memory);
     let mut h = window(a)?;
-    h.snapshot("memory");
+    compare(&mut h, "memory")?;
     h.key_press(Key::M);
     h.run_steps(2);
     assert!(h.state().place_of("head").is_some());

@@ -79,6 +79,11 @@ const STAGES: &[Stage] = &[
         args: &["check", "tests/fixtures", "--device", "cpu"],
         env: &[],
     },
+];
+
+/// Stages of the window, run with `--viewer`: its libraries take minutes to build, and features that only they want build much
+/// of the rest anew.
+const VIEWER_STAGES: &[Stage] = &[
     Stage {
         name: "viewer",
         about: "the window without a display",
@@ -155,8 +160,9 @@ fn seconds(d: Duration) -> String {
     format!("{:>7.1} s", d.as_secs_f64())
 }
 
-fn test(only: Option<&str>) -> ExitCode {
-    let chosen: Vec<&Stage> = STAGES.iter().filter(|s| only.is_none_or(|o| s.name == o)).collect();
+fn test(only: Option<&str>, viewer: bool) -> ExitCode {
+    let all = || STAGES.iter().chain(if viewer || only.is_some() { VIEWER_STAGES } else { &[] });
+    let chosen: Vec<&Stage> = all().filter(|s| only.is_none_or(|o| s.name == o)).collect();
     if chosen.is_empty() {
         eprintln!("there is no stage \"{}\"; give one of {}", only.unwrap_or_default(), names());
         return ExitCode::from(2);
@@ -192,6 +198,10 @@ fn test(only: Option<&str>) -> ExitCode {
             break;
         }
     }
+    if !viewer && only.is_none() {
+        summary += "skip viewer           the window: its libraries take minutes to build; cargo xtask test --viewer runs it\n";
+        total.skipped += 1;
+    }
     println!("\n{summary}     {:<16} {}", "in all", seconds(began.elapsed()));
     if let Some(name) = failed {
         println!("stopped at {name}; again: cargo xtask test --only {name}");
@@ -216,11 +226,11 @@ fn kernels() -> ExitCode {
 }
 
 fn names() -> String {
-    STAGES.iter().map(|s| s.name).collect::<Vec<_>>().join(", ")
+    STAGES.iter().chain(VIEWER_STAGES).map(|s| s.name).collect::<Vec<_>>().join(", ")
 }
 
 fn usage() -> String {
-    let tasks = "test [--only STAGE] | cuda (installs NVRTC for tests) | kernels (writes docs/kernels.md)";
+    let tasks = "test [--viewer] [--only STAGE] | cuda (installs NVRTC for tests) | kernels (writes docs/kernels.md)";
     format!("usage: cargo xtask {tasks}\nstages: {}", names())
 }
 
@@ -233,8 +243,9 @@ fn main() -> ExitCode {
     }
     let args: Vec<String> = std::env::args().skip(1).collect();
     match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
-        ["test"] => test(None),
-        ["test", "--only", stage] => test(Some(stage)),
+        ["test"] => test(None, false),
+        ["test", "--viewer"] => test(None, true),
+        ["test", "--only", stage] => test(Some(stage), false),
         ["cuda"] => {
             let failed = cuda::install();
             failed.iter().for_each(|e| eprintln!("{e}"));
