@@ -6,7 +6,8 @@
 //   any_heads   dw = Σ over heads of δ                           a thread per slot
 //
 // The same formulas and fixed orders as attend.cuh, attend_grad.cuh and attention.cuh; slow: every product is a warp's sum, read
-// again for every 32 columns.  A hook says what a row attends to: `Chosen` chunks or the `Whole` sequence.
+// again for every 32 columns.  A hook says what a row attends to: `Chosen` chunks, the `Whole` sequence or a part that is
+// `Ranged`.
 #pragma once
 #include "select_grad.cuh"
 
@@ -20,6 +21,7 @@ template <class C, class W> struct Chosen {
     __device__ __forceinline__ i64 first(i64 row, int slot) const { return (i64)indices[row * C::slots + slot] * C::chunk; }
     __device__ __forceinline__ int keys(int) const { return C::chunk; }
     __device__ __forceinline__ float weight(i64 row, int slot) const { return to_f32(weights[row * C::slots + slot]); }
+    __device__ __forceinline__ i64 until(int, i64 l) const { return l; }
 };
 // The same of chunks in pages: places are those of the pool, which is one sequence to the operands.
 template <class C, class W> struct ChosenPaged : Chosen<C, W> {
@@ -37,6 +39,24 @@ template <class C> struct Whole {
     __device__ __forceinline__ i64 first(i64, int) const { return 0; }
     __device__ __forceinline__ int keys(int token) const { return C::causal ? token + 1 : t; }
     __device__ __forceinline__ float weight(i64, int) const { return 1.f; }
+    __device__ __forceinline__ i64 until(int, i64 l) const { return l; }
+};
+// Keys up to a token: the last `window` of them, and those of its own chunk of `local`; 0 is no bound.
+template <class C> struct Ranged {
+    i32 t, h;
+    __device__ __forceinline__ int begin(int token) const {
+        int first = C::window > 0 ? token + 1 - C::window : 0, own = C::local > 0 ? token / max_of(C::local, 1) * C::local : 0;
+        return max_of(max_of(first, own), 0);
+    }
+    __device__ __forceinline__ int slots(i64) const { return 1; }
+    __device__ __forceinline__ i64 first(i64 row, int) const { return begin((int)(row / h % t)); }
+    __device__ __forceinline__ int keys(int token) const { return token + 1 - begin(token); }
+    __device__ __forceinline__ float weight(i64, int) const { return 1.f; }
+    // The first token after a key that does not see it.
+    __device__ __forceinline__ i64 until(int key, i64 l) const {
+        i64 end = C::window > 0 ? (i64)key + C::window : l, own = C::local > 0 ? ((i64)key / max_of(C::local, 1) + 1) * C::local : l;
+        return end < own ? (end < l ? end : l) : (own < l ? own : l);
+    }
 };
 
 // Operands: rows of heads at their strides; keys and values are of E.
@@ -133,7 +153,7 @@ __device__ __forceinline__ void any_keys(typename C::T* dk, i64 dk_stride, typen
     i64 at = any_warp() / blocks, key = at / x.h, sequence = key / max_of(x.tokens_kv, 1);
     if (at >= keys) return;
     int kv_head = (int)(at % x.h), place = (int)(key % x.tokens_kv);
-    i64 list = sequence * x.h + kv_head, begin = C::causal ? place : 0, end = x.l;
+    i64 list = sequence * x.h + kv_head, begin = C::causal ? place : 0, end = from.until(place, x.l);
     if constexpr (C::chunk > 0) {
         const i32* of = offsets + list * (x.tokens_kv / C::chunk + 1) + place / C::chunk;
         begin = of[0], end = of[1];

@@ -367,6 +367,19 @@ fn check_attention(
     causal: bool,
     fixed: bool,
 ) -> Result<(), String> {
+    let op = rambac_ir::ops::Attention::new((sizes[4] as f64).powf(-0.5), causal);
+    check_attention_op(rig, rng, dtype, sizes, op, fixed)
+}
+
+/// As [`check_attention`], of any range of keys.
+fn check_attention_op(
+    rig: &Rig,
+    rng: &mut Rng,
+    dtype: DType,
+    sizes: [usize; 5],
+    op: rambac_ir::ops::Attention,
+    fixed: bool,
+) -> Result<(), String> {
     let [b, t, h, group, d] = sizes;
     let bindings = Bindings::new([("B", b), ("T", t)]);
     let len = if fixed { Dim::int(t) } else { Dim::sym("T") };
@@ -378,15 +391,10 @@ fn check_attention(
     if !fixed {
         x.iter_mut().for_each(|x| x.wide = Some(2));
     }
-    let scale = (d as f64).powf(-0.5);
-    let o = rambac_ir::ops::Attention::new(scale, causal);
-    rig.check(&Check::new(o, x[..3].to_vec(), &bindings, tolerance(dtype)))?;
-    rig.check(&Check::new(
-        AttentionGrad { scale, causal, window: 0, local: 0, unit: 0, lse: false },
-        x,
-        &bindings,
-        1.5 * tolerance(dtype),
-    ))?;
+    let rambac_ir::ops::Attention { scale, causal, window, local, unit, lse } = op;
+    rig.check(&Check::new(op, x[..3].to_vec(), &bindings, tolerance(dtype)))?;
+    let grad = AttentionGrad { scale, causal, window, local, unit, lse };
+    rig.check(&Check::new(grad, x, &bindings, 1.5 * tolerance(dtype)))?;
     Ok(())
 }
 
@@ -493,6 +501,10 @@ fn any_size(rig: &Rig) -> Result<String, String> {
     }
     for (dtype, sizes, causal) in [(F32, [2, 5, 2, 3, 7], true), (BF16, [1, 20, 1, 1, 40], false)] {
         check_attention(rig, &mut rng, dtype, sizes, causal, false)?;
+    }
+    for (window, local) in [(3, 0), (1, 0), (0, 4), (6, 5), (40, 0)] {
+        let op = rambac_ir::ops::Attention { window, local, ..rambac_ir::ops::Attention::new(0.3, true) };
+        check_attention_op(rig, &mut rng, F32, [2, 11, 2, 2, 8], op, false)?;
     }
     for case in [
         (F32, [2, 9, 7, 3, 5], 2, 3, vec![4, 9], Order::Recent, Weighting::StickBreaking),

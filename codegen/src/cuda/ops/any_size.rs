@@ -27,6 +27,9 @@ pub(super) struct AnyAttention<'a> {
     pub scale: f64,
     pub off_by_one: f64,
     pub causal: bool,
+    /// Tokens that a row sees of the last ones, and chunks that it stays in; 0: no bound.
+    pub window: usize,
+    pub local: usize,
     /// Where the output's gradient is, if gradients are wanted.
     pub dy: Option<Operand>,
     pub why: String,
@@ -45,11 +48,18 @@ impl AnyAttention<'_> {
     fn slots(&self) -> Result<usize, Unsupported> {
         if self.chunk.is_some() { self.site.int(input(3), 3) } else { Ok(1) }
     }
+    fn is_ranged(&self) -> bool {
+        self.window + self.local > 0
+    }
     fn group(&self) -> Result<usize, Unsupported> {
         Ok(self.site.int(input(0), 2)? / self.site.int(input(1), 2)?)
     }
     fn stub(&self, template: &'static str) -> Result<Stub, Unsupported> {
-        Ok(Stub::new("any_size", template, THREADS)
+        let mut stub = Stub::new("any_size", template, THREADS);
+        if self.is_ranged() {
+            stub = stub.int("window", self.window).int("local", self.local);
+        }
+        Ok(stub
             .element("T", self.dtype())
             .int("heads_per_kv", self.group()?)
             .int("slots", self.slots()?)
@@ -83,7 +93,7 @@ impl AnyAttention<'_> {
             .i32("tokens_kv", tokens_kv)
             .i32("h", &self.shape(1)[2])
             .i32("d", &self.shape(0)[3]);
-        let mut from = "Whole<Config>{l}".to_string();
+        let mut from = if self.is_ranged() { "Ranged<Config>{l, h}" } else { "Whole<Config>{l}" }.to_string();
         if self.chunk.is_some() {
             s = s.read("indices", DType::I32, input(3)).read("count", DType::I32, input(4)).read(
                 "weights",

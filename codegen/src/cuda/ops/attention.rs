@@ -179,41 +179,35 @@ fn cut(t: &AttentionTile) -> String {
 }
 
 /// What tiles do not take runs a warp per row.
-fn or_any_size(
-    tiled: Result<Vec<Form>, Unsupported>,
+fn any_size(
+    op: &rambac_ir::ops::Attention,
     site: &Site,
-    scale: f64,
-    causal: bool,
     dy: Option<Operand>,
+    tiled: impl FnOnce() -> Result<Vec<Form>, Unsupported>,
 ) -> Result<Vec<Form>, Unsupported> {
-    tiled.or_else(|why| {
-        AnyAttention { site, chunk: None, scale, off_by_one: 0.0, causal, dy, why: why.to_string() }.forms()
-    })
-}
-
-/// Refuses what the kernels don't know.
-fn whole(op: &rambac_ir::ops::Attention) -> Result<(), Unsupported> {
-    let parts = [("window", op.window > 0), ("local", op.local > 0), ("unit", op.unit > 0), ("lse", op.lse)];
-    match parts.into_iter().find(|p| p.1) {
-        Some((name, _)) => {
-            because(format!("kernels attend to all keys, or all up to a token, and give no more than that: not {name}"))
-        }
-        None => Ok(()),
+    if op.unit > 0 || op.lse {
+        return because("kernels have keys of single tokens and give no log-sum-exp");
     }
+    let rambac_ir::ops::Attention { scale, causal, window, local, .. } = *op;
+    let tiled = match op.is_ranged() {
+        true => because("tiles take all keys, or all up to a token, and no window or own chunk"),
+        false => tiled(),
+    };
+    tiled.or_else(|why| {
+        let why = why.to_string();
+        AnyAttention { site, chunk: None, scale, off_by_one: 0.0, causal, window, local, dy, why }.forms()
+    })
 }
 
 impl Cuda for rambac_ir::ops::Attention {
     fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
-        whole(self)?;
-        or_any_size(forward(site, self.scale, self.causal), site, self.scale, self.causal, None)
+        any_size(self, site, None, || forward(site, self.scale, self.causal))
     }
 }
 
 impl Cuda for AttentionGrad {
     fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
-        whole(&self.forward())?;
-        let dy = Some(Operand::Input(3));
-        or_any_size(gradient(site, self.scale, self.causal), site, self.scale, self.causal, dy)
+        any_size(&self.forward(), site, Some(Operand::Input(3)), || gradient(site, self.scale, self.causal))
     }
 }
 

@@ -542,7 +542,18 @@ fn or_any_size(
     dy: Option<Operand>,
 ) -> Result<Vec<Form>, Unsupported> {
     tiled.or_else(|why| {
-        AnyAttention { site, chunk: Some(chunk), scale, off_by_one, causal: false, dy, why: why.to_string() }.forms()
+        AnyAttention {
+            site,
+            chunk: Some(chunk),
+            scale,
+            off_by_one,
+            causal: false,
+            window: 0,
+            local: 0,
+            dy,
+            why: why.to_string(),
+        }
+        .forms()
     })
 }
 
