@@ -42,7 +42,14 @@ macro_rules! halves {
         /// The one table of what may be bf16.  What it does not name is f32: weights of norms and convolutions; steps,
         /// decays and states of scans; weights and scores of chosen chunks; losses; gradients of all of them.
         pub fn halves(op: &Op) -> Halves {
+            // A log-sum-exp has the type of the operands, and merges want it exact.
+            let exact = match op {
+                Op::Attention(a) => a.lse,
+                Op::AttentionGrad(a) => a.lse,
+                _ => false,
+            };
             match op {
+                _ if exact => Halves::default(),
                 $(Op::$op(_) => Halves { $($field: &$at,)* ..Halves::default() },)*
                 _ => Halves::default(),
             }

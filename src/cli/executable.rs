@@ -106,6 +106,9 @@ pub struct Run {
     /// small sizes
     #[arg(long, value_name = "DEVICE", default_value_t)]
     pub device: On,
+    /// Inference: what a GPU may hold of weights, activations and chunks [default: most of what is free]
+    #[arg(long, value_name = "SIZE", value_parser = super::bytes)]
+    pub device_memory: Option<usize>,
     /// Which of the file's GPU programs runs [default: the best for the device, of the simulator the first]
     #[arg(long, value_name = "ARCH")]
     pub target: Option<GpuTarget>,
@@ -149,6 +152,33 @@ pub struct Run {
     #[arg(long, value_name = "FILE")]
     pub save: Option<PathBuf>,
     /// One JSON object per step, or per output of a graph
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args)]
+pub struct Tune {
+    /// Preset, folder, training run, config.json or .ir file
+    pub model: String,
+    /// GPU to measure on
+    #[arg(long, default_value = "cuda:0")]
+    pub device: On,
+    /// The training step in place of the loss
+    #[arg(long)]
+    pub train: bool,
+    /// Sequences (the symbol N)
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    pub batch: usize,
+    /// Tokens of a sequence (the symbol L)
+    #[arg(long, default_value_t = 4096, value_name = "L")]
+    pub len: usize,
+    /// What activations are kept in
+    #[arg(long, value_enum, default_value_t = PrecisionArg::F32)]
+    pub precision: PrecisionArg,
+    /// Only steps of this op, such as chunk_attention
+    #[arg(long)]
+    pub op: Option<String>,
+    /// One JSON object per step
     #[arg(long)]
     pub json: bool,
 }

@@ -35,7 +35,13 @@ const LARGEST: usize = 10;
 
 /// Runs the verb.
 pub fn run(a: &Explain, pool: &rayon::ThreadPool) -> Result<ExitCode> {
-    let named = model::resolve(&a.model)?;
+    let named = match model::resolve(&a.model)? {
+        Named::Model { config, weights } => Named::Model { config: a.attention.apply(config)?, weights },
+        Named::Ir { .. } if a.attention.attention.is_some() => {
+            return Err(miette!("{}: --attention changes a model's stack, not a graph", a.model));
+        }
+        ir => ir,
+    };
     let (graph, config) = match &named {
         Named::Model { config, .. } if a.train => (model_step(config, &AdamW::default())?, Some(config)),
         Named::Model { config, .. } => (stack::loss(config, Carry::Zero, false).map_err(wrap)?, Some(config)),
@@ -646,6 +652,11 @@ fn layer_name(layer: &str, config: Option<&Config>) -> String {
         Some(LayerKind::Chunking) => format!("{layer} chunking"),
         Some(LayerKind::Retrieval) => format!("{layer} retrieval"),
         Some(LayerKind::Attention) => format!("{layer} attention"),
+        Some(LayerKind::Variant) => {
+            format!("{layer} {}", config.and_then(|c| c.attention.as_ref()).map_or("variant", |a| a.name.as_str()))
+        }
+        Some(LayerKind::Window) => format!("{layer} window"),
+        Some(LayerKind::Mlp) => format!("{layer} mlp"),
         None => layer.to_string(),
     }
 }
@@ -660,6 +671,17 @@ pub fn describe(c: &Config) -> String {
     let common = format!("D {d}, {mamba} ({m} heads of {}, state {r})", c.head_dim);
     if c.is_plain() {
         return format!("plain Mamba-2: {parameters} parameters, {common}, vocabulary {v}, {head}");
+    }
+    if let Some(a) = &c.attention {
+        let layers = show::plural(count(LayerKind::Variant), "layer");
+        let rest = match c.transformer {
+            true => format!("{} of {} tokens", show::plural(count(LayerKind::Window), "window layer"), c.window_size),
+            false => format!("{mamba} ({m} heads of {}, state {r})", c.head_dim),
+        };
+        return format!(
+            "{parameters} parameters, D {d}, {layers} of {} ({} query and {} kv heads), {rest}, vocabulary {v}, {head}",
+            a.name, c.num_attention_heads, c.num_kv_heads
+        );
     }
     format!(
         "RAMba: {parameters} parameters, {common}, {} in {}, chunks of {} of which {} are selected, {} query and {} kv \

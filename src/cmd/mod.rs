@@ -1,5 +1,6 @@
 //! The verbs, one file each.
 
+mod attempt;
 mod bench;
 mod cache;
 mod check;
@@ -10,10 +11,12 @@ mod eval;
 mod explain;
 mod generate;
 mod inspect;
+mod new;
 mod report;
 mod run;
 mod simulate;
 mod train;
+mod tune;
 
 use crate::cli::{Cli, Verb};
 use crate::error::{Result, wrap};
@@ -33,11 +36,15 @@ pub fn run(cli: Cli) -> Result<ExitCode> {
         Verb::Run(a) => run::run(&a, pool),
         Verb::Explain(a) => explain::run(&a, &pool),
         Verb::Inspect(a) => inspect::run(&a, &pool),
+        Verb::Tune(a) => tune::run(&a, pool),
         Verb::Cache(a) => cache::run(&a),
         Verb::Report(a) => report::run(&a, pool),
         Verb::Doctor(a) => doctor::run(&a, pool),
         Verb::Generate(a) => generate::run(&a, pool),
         Verb::Check(a) => check::run(&a, pool),
+        Verb::New(a) => new::run(&a),
+        Verb::Try(a) => attempt::run(&a, pool),
+        Verb::Compare(a) => attempt::compare(&a, pool),
         Verb::Simulate(a) => simulate::run(&a, pool),
     }
 }

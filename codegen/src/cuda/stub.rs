@@ -123,10 +123,16 @@ impl Stub {
     }
     /// As [`read`](Self::read), from a later element on.
     pub fn read_from(self, name: &str, d: DType, at: Operand, first: Expr) -> Stub {
+        if first.as_int() == Some(0) {
+            return self.read(name, d, at);
+        }
         self.param(format!("const {}*", c_type(d)), name, Param::Element { at, dtype: d, first })
     }
     /// As [`write`](Self::write), from a later element on.
     pub fn write_from(self, name: &str, d: DType, at: Operand, first: Expr) -> Stub {
+        if first.as_int() == Some(0) {
+            return self.write(name, d, at);
+        }
         self.param(format!("{}*", c_type(d)), name, Param::Element { at, dtype: d, first })
     }
     /// A pointer that is written.

@@ -45,6 +45,8 @@ pub struct Target {
     pub registers_per_sm: usize,
     pub threads_per_sm: usize,
     pub blocks_per_sm: usize,
+    /// Memory that a step may take beside its operands, in bytes, where another form needs less.
+    pub workspace: usize,
 }
 
 impl Target {
@@ -65,6 +67,7 @@ impl Target {
             registers_per_sm: 65536,
             threads_per_sm: 2048,
             blocks_per_sm: 32,
+            workspace: 1 << 30,
         }
     }
 

@@ -21,6 +21,7 @@ pub struct Measurer<'a, F, C> {
     pub target: Target,
     pub nvrtc: &'a Nvrtc,
     pub cache: &'a Cache,
+    pub placement: Placement,
     /// Opens the device: every candidate begins on an empty one, so that none finds what another left.
     pub open: F,
     /// Runs the program on the given operands.  A device without a clock may count instead; that a candidate did something
@@ -42,7 +43,7 @@ where
         let alone = Alone::new(step).ok_or("rows of an operand have no number")?;
         let gpu = Arc::new(alone.gpu(form, &self.target));
         let code = Code::compile(self.nvrtc, &[&gpu], self.cache).map_err(|e| e.to_string())?;
-        let mut machine = Machine::new((self.open)()?, Placement::Apart);
+        let mut machine = Machine::new((self.open)()?, self.placement);
         let id = machine.load(gpu, &code).map_err(|e| e.to_string())?;
         let given = operands.iter().enumerate().map(|(i, a)| Ok((format!("x{i}"), alone.given(i, a, dims)?)));
         let given = given.collect::<Result<Vec<_>, DimError>>().map_err(|e| e.to_string())?;

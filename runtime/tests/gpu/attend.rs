@@ -22,7 +22,7 @@ pub const ALL: &[Case] = &[
 
 /// One case of attention to chunks.
 #[derive(Clone, Copy)]
-struct Shape {
+pub struct Shape {
     dtype: DType,
     n: usize,
     l: usize,
@@ -35,7 +35,7 @@ struct Shape {
     off: f64,
 }
 
-const fn shape(dtype: DType, sizes: [usize; 4], heads: [usize; 2], d: usize, chunk: usize, k: usize) -> Shape {
+pub const fn shape(dtype: DType, sizes: [usize; 4], heads: [usize; 2], d: usize, chunk: usize, k: usize) -> Shape {
     let [n, l, chunks, _] = sizes;
     Shape { dtype, n, l, chunks, h: heads[0], group: heads[1], d, chunk, k, off: sizes[3] as f64 / 2.0 }
 }
@@ -113,7 +113,7 @@ fn attend(rig: &Rig, arch: Arch, rng: &mut Rng, s: &Shape, wide: bool, form: &'s
     rig.check(&check_attend(rng, s, wide).on(arch).in_form(form)).map(|_| ())
 }
 
-fn check_attend(rng: &mut Rng, s: &Shape, wide: bool) -> Check {
+pub fn check_attend(rng: &mut Rng, s: &Shape, wide: bool) -> Check {
     let op = ChunkAttention { chunk: s.chunk, scale: (s.d as f64).powf(-0.5), off_by_one: s.off };
     Check::new(op, operands(rng, s, wide, false), &dims(s), tolerance(s.dtype))
 }
@@ -170,6 +170,15 @@ fn chunk_major(rig: &Rig) -> Result<String, String> {
         shape(F32, [1, 9, 1, 0], [2, 2], 64, 64, 1),
     ] {
         attend(rig, Arch::Sm80, &mut rng, &s, s.n == 1, "chunk_major")?;
+    }
+    // In parts, some of them empty.
+    for (s, form) in [
+        (shape(BF16, [1, 37, 3, 0], [1, 16], 64, 64, 3), "chunk_major_tokens"),
+        (shape(F32, [1, 5, 2, 1], [2, 2], 32, 32, 2), "chunk_major_tokens"),
+        (shape(F32, [3, 21, 3, 1], [2, 2], 32, 32, 2), "chunk_major_sequences"),
+        (shape(F16, [10, 4, 2, 0], [1, 4], 16, 16, 2), "chunk_major_sequences"),
+    ] {
+        attend(rig, Arch::Sm80, &mut rng, &s, s.n == 1, form)?;
     }
     // Products of warpgroups.
     for s in [
@@ -264,9 +273,9 @@ fn whole(rng: &mut Rng, ty: Ty, b: &Bindings, most: usize) -> Input {
     Input::of(ty, HostArray::from_f64(&bound, v))
 }
 
-type Selecting = (DType, [usize; 5], usize, usize, Vec<i32>, Order, Weighting);
+pub type Selecting = (DType, [usize; 5], usize, usize, Vec<i32>, Order, Weighting);
 
-fn check_selection(rng: &mut Rng, case: Selecting) -> Check {
+pub fn check_selection(rng: &mut Rng, case: Selecting) -> Check {
     let (dtype, [n, l, c, h, r], chunk, k, start, order, rule) = case;
     let b = Bindings::new([("N", n), ("L", l), ("C", c)]);
     let ty = |len: &str| Ty::new(dtype, [Dim::sym("N"), Dim::sym(len), Dim::int(h), Dim::int(r)]);
@@ -370,9 +379,14 @@ fn check_attention(
         x.iter_mut().for_each(|x| x.wide = Some(2));
     }
     let scale = (d as f64).powf(-0.5);
-    let o = rambac_ir::ops::Attention { scale, causal };
+    let o = rambac_ir::ops::Attention::new(scale, causal);
     rig.check(&Check::new(o, x[..3].to_vec(), &bindings, tolerance(dtype)))?;
-    rig.check(&Check::new(AttentionGrad { scale, causal }, x, &bindings, 1.5 * tolerance(dtype)))?;
+    rig.check(&Check::new(
+        AttentionGrad { scale, causal, window: 0, local: 0, unit: 0, lse: false },
+        x,
+        &bindings,
+        1.5 * tolerance(dtype),
+    ))?;
     Ok(())
 }
 
@@ -486,8 +500,11 @@ fn any_size(rig: &Rig) -> Result<String, String> {
     ] {
         rig.check(&check_selection(&mut rng, case).in_form("any_size"))?;
     }
-    for (s, r) in [(shape(F32, [2, 9, 5, 0], [3, 1], 16, 16, 4), 5), (shape(BF16, [1, 12, 3, 0], [1, 1], 16, 16, 2), 3)]
-    {
+    for (s, r) in [
+        (shape(F32, [2, 9, 5, 0], [3, 1], 16, 16, 4), 5),
+        (shape(BF16, [1, 12, 3, 0], [1, 1], 16, 16, 2), 3),
+        (shape(F32, [1, 3, 5, 0], [1, 1], 16, 16, 300), 4),
+    ] {
         rig.check(&check_selection_grad(&mut rng, &s, r, Weighting::StickBreaking).in_form("any_size"))?;
     }
     Ok(String::new())

@@ -239,6 +239,16 @@ fn reductions(rig: &Rig) -> Result<String, String> {
             }
         }
     }
+    for (dtype, tolerance) in [(DType::F32, 1e-6), (DType::BF16, 8e-3)] {
+        for (chunk, width) in [(16, 64), (5, 3), (1, 8)] {
+            let d = Bindings::new([("N", 2), ("C", 7)]);
+            let t = sym("C").checked_mul(&Dim::int(chunk)).expect("small sizes multiply");
+            let x = Input::new(&mut rng, ty(dtype, &[sym("N"), t, Dim::int(width)]), &d, -1.0, 3.0);
+            for mode in [Summary::Mean, Summary::Max, Summary::Min] {
+                rig.check(&Check::new(Summarise { chunk, mode }, vec![x.clone()], &d, tolerance))?;
+            }
+        }
+    }
     Ok(String::new())
 }
 

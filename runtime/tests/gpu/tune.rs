@@ -7,7 +7,7 @@ use rambac_codegen::cuda::tune::{measured, tune};
 use rambac_codegen::cuda::{Arch, Cache, Target, emit};
 use rambac_codegen::{Kernels, lower_for};
 use rambac_ir::{Bindings, text};
-use rambac_runtime::gpu::{Bytes, Machine, Measurer, ProgramId};
+use rambac_runtime::gpu::{Bytes, Machine, Measurer, Placement, ProgramId};
 use rambac_simulator::Options;
 use rambac_simulator::device::Simulator;
 use tempfile::TempDir;
@@ -67,6 +67,7 @@ fn measured_choices(rig: &Rig) -> Result<String, String> {
             target: p.target.clone(),
             nvrtc: &rig.nvrtc,
             cache: &compiled,
+            placement: Placement::Apart,
             open: || Ok(Simulator::strict(Options::default())),
             clock,
         };

@@ -7,7 +7,7 @@
 
 use super::any_size::AnyAttention;
 use super::inverted_index::InvertedIndex;
-use super::{Cuda, Site, Unsupported, because};
+use super::{Cuda, Pages, Site, Unsupported, because};
 use crate::cuda::expr::Expr;
 use crate::cuda::form::{Call, Condition, Form, Operand};
 use crate::cuda::stub::Stub;
@@ -197,7 +197,7 @@ impl Sizes {
 }
 
 /// Operands of an attending op, by name.
-struct Attending {
+struct Attending<'a> {
     sizes: Sizes,
     dtype: DType,
     /// Of the chunks' weights.
@@ -206,7 +206,9 @@ struct Attending {
     l: Dim,
     h: usize,
     tokens_kv: Dim,
+    /// Of a sequence.
     chunks: Dim,
+    pages: Option<Pages<'a>>,
     scale: f64,
     off_by_one: f64,
     /// Distance of rows: q, k, v.
@@ -221,8 +223,15 @@ const COUNT: Operand = Operand::Input(4);
 const WEIGHTS: Operand = Operand::Input(5);
 const DY: Operand = Operand::Input(6);
 
-impl Attending {
-    fn new(site: &Site, chunk: usize, scale: f64, off_by_one: f64, rows: &[Operand]) -> Result<Attending, Unsupported> {
+impl<'a> Attending<'a> {
+    fn new(
+        site: &'a Site<'a>,
+        chunk: usize,
+        scale: f64,
+        off_by_one: f64,
+        rows: &[Operand],
+        pages: Option<Pages<'a>>,
+    ) -> Result<Attending<'a>, Unsupported> {
         let dtype = site.dtype(Q);
         let shape = |at: Operand| &site.view(at).ty.shape;
         let (heads, head_dim, h, slots) = (site.int(Q, 2)?, site.int(Q, 3)?, site.int(K, 2)?, site.int(INDICES, 3)?);
@@ -243,8 +252,12 @@ impl Attending {
         if site.vector(rows, piece) < piece {
             return because("rows of q, k, v and of what goes with them must begin at multiples of 16 bytes");
         }
-        let Some(chunks) = shape(K)[1].checked_div(chunk as u64) else {
-            return because(format!("{} keys are no whole number of chunks of {chunk}", shape(K)[1]));
+        let chunks = match pages {
+            Some(p) => p.entries.clone(),
+            None => match shape(K)[1].checked_div(chunk as u64) {
+                Some(chunks) => chunks,
+                None => return because(format!("{} keys are no whole number of chunks of {chunk}", shape(K)[1])),
+            },
         };
         Ok(Attending {
             sizes: Sizes { element: dtype.size(), head_dim, chunk, group: heads / h, slots },
@@ -255,6 +268,7 @@ impl Attending {
             h,
             tokens_kv: shape(K)[1].clone(),
             chunks,
+            pages,
             scale,
             off_by_one,
             strides: [site.row_stride(Q, 2)?, site.row_stride(K, 2)?, site.row_stride(V, 2)?],
@@ -267,10 +281,15 @@ impl Attending {
             s.chunk, s.head_dim, s.element, target.shared_per_block
         ))
     }
-    fn index(&self, first: usize) -> InvertedIndex {
+    /// All tokens.
+    fn whole(&self) -> Part {
+        Part { n: Expr::from(&self.n), l: Expr::from(&self.l), sequence: Expr::int(0), token: Expr::int(0) }
+    }
+    fn index(&self, first: usize, part: &Part) -> InvertedIndex {
         InvertedIndex {
-            n: self.n.clone(),
-            l: self.l.clone(),
+            n: part.n.clone(),
+            l: part.l.clone(),
+            token: part.token.clone(),
             h: self.h,
             k: self.sizes.slots,
             chunks: self.chunks.clone(),
@@ -303,28 +322,55 @@ impl Attending {
             .blocks_per_sm(t.blocks_per_sm)
     }
     fn read_qkv(&self, s: Stub) -> Stub {
+        self.read_part(s, &self.whole())
+    }
+    /// As [`read_qkv`](Self::read_qkv), from a part's first token and sequence on.
+    fn read_part(&self, s: Stub, part: &Part) -> Stub {
         let [q, k, v] = self.strides.clone();
-        s.read("q", self.dtype, Q)
-            .i64("q_stride", q)
-            .read("k", self.dtype, K)
-            .i64("k_stride", k)
-            .read("v", self.dtype, V)
-            .i64("v_stride", v)
+        let stored = self.pages.map_or(self.dtype, |p| p.stored);
+        let keys = part.sequence.clone() * &self.tokens_kv;
+        let s = s.read_from("q", self.dtype, Q, part.token.clone() * q.clone()).i64("q_stride", q);
+        match self.pages {
+            // A pool belongs to all sequences.
+            Some(p) => s
+                .read("k", stored, K)
+                .i64("k_stride", k)
+                .read("v", stored, V)
+                .i64("v_stride", v)
+                .element("Stored", stored)
+                .read("table", DType::I32, p.table),
+            None => s
+                .read_from("k", stored, K, keys.clone() * k.clone())
+                .i64("k_stride", k)
+                .read_from("v", stored, V, keys * v.clone())
+                .i64("v_stride", v),
+        }
+    }
+    /// The template that reads keys where they lie.
+    fn template(&self, array: &'static str, paged: &'static str) -> &'static str {
+        if self.pages.is_some() { paged } else { array }
     }
     fn slots_elements(&self, parts: usize) -> Expr {
+        let whole = self.whole();
+        self.slots_of(whole.n * whole.l, parts)
+    }
+    fn slots_of(&self, tokens: Expr, parts: usize) -> Expr {
         let s = &self.sizes;
-        Expr::from(&self.n) * &self.l * (s.slots * parts * self.h * s.group * s.head_dim)
+        tokens * (s.slots * parts * self.h * s.group * s.head_dim)
     }
     /// Adds a token's slots to `out`.
     fn reduce_slots(&self, out: Operand, stride: Expr, slots: Operand, parts: usize) -> Call {
-        let tokens = Expr::from(&self.n) * &self.l;
+        self.reduce_part(out, stride, slots, parts, &self.whole())
+    }
+    fn reduce_part(&self, out: Operand, stride: Expr, slots: Operand, parts: usize, part: &Part) -> Call {
+        let tokens = part.n.clone() * part.l.clone();
         let width = self.h * self.sizes.group * self.sizes.head_dim * self.sizes.element / 16;
         self.stub("attend_chunks", "attend_reduce_slots", ADD_THREADS)
             .int("parts", parts)
-            .write("out", self.dtype, out)
+            .write_from("out", self.dtype, out, part.token.clone() * stride.clone())
             .i64("stride", stride)
             .read("slots", self.dtype, slots)
-            .read("count", DType::I32, COUNT)
+            .read_from("count", DType::I32, COUNT, part.token.clone() * self.h)
             .i64("tokens", tokens.clone())
             .i32("h", self.h)
             .launch(((tokens * width).ceil_div(ADD_THREADS), 1, 1))
@@ -334,8 +380,15 @@ impl Attending {
     fn query_tile(&self, t: &Tile, o_stride: Expr) -> Form {
         let o = Operand::Output(0);
         let rows = Expr::from(&self.l) * self.sizes.group;
+        let kv = if self.pages.is_some() { ("chunks", &self.chunks) } else { ("tokens_kv", &self.tokens_kv) };
         let stub = self
-            .tiled("attend", "attend_query_tile", t, t.shared, self.sizes.slab())
+            .tiled(
+                "attend",
+                self.template("attend_query_tile", "attend_query_tile_paged"),
+                t,
+                t.shared,
+                self.sizes.slab(),
+            )
             .write("o", self.dtype, o)
             .i64("o_stride", o_stride);
         let launch = self
@@ -345,7 +398,7 @@ impl Attending {
             .read("weights", self.exact, WEIGHTS)
             .i32("all_rows", rows.clone())
             .i32("l", &self.l)
-            .i32("tokens_kv", &self.tokens_kv)
+            .i32(kv.0, kv.1)
             .i32("h", self.h)
             .launch((rows.ceil_div(16 * t.warps) * self.lists(), 1, 1));
         let why = format!(
@@ -367,7 +420,8 @@ impl Attending {
         let mut t = self.sizes.chunk_major(target)?;
         t.shared -= self.sizes.pairs_bytes() - 8;
         let slots = Operand::Workspace(0);
-        let stub = self.tiled("attend_chunks", "attend_pairs", &t, t.shared, 1).write("slots", self.dtype, slots);
+        let template = self.template("attend_pairs", "attend_pairs_paged");
+        let stub = self.tiled("attend_chunks", template, &t, t.shared, 1).write("slots", self.dtype, slots);
         let launch = self
             .read_qkv(stub)
             .read("indices", DType::I32, INDICES)
@@ -385,33 +439,99 @@ impl Attending {
         Some(form)
     }
 
-    fn chunk_major(&self, target: &Target, from: usize, o_stride: Expr) -> Option<Form> {
+    /// Parts of the tokens that share a workspace, one after another: of one sequence's tokens, or of the sequences.
+    fn parts(&self, cut: Cut) -> Vec<Part> {
+        let (n, l) = (Expr::from(&self.n), Expr::from(&self.l));
+        let part = |all: &Expr, parts: usize, i: usize| {
+            let each = all.clone().ceil_div(parts);
+            let first = each.clone() * i;
+            (first.clone(), each.min(all.clone().less(first)))
+        };
+        match cut {
+            Cut::Whole => vec![self.whole()],
+            Cut::Tokens(parts) => (0..parts)
+                .map(|i| {
+                    let (token, l) = part(&l, parts, i);
+                    Part { n: Expr::int(1), l, sequence: Expr::int(0), token }
+                })
+                .collect(),
+            Cut::Sequences(parts) => (0..parts)
+                .map(|i| {
+                    let (sequence, n) = part(&n, parts, i);
+                    Part { n, l: l.clone(), sequence: sequence.clone(), token: sequence * l.clone() }
+                })
+                .collect(),
+        }
+    }
+
+    fn chunk_major(&self, target: &Target, from: usize, o_stride: Expr, cut: Cut) -> Option<Form> {
         let (template, t) = match self.sizes.chunk_major_hopper(target) {
             Some(t) => (("attend_chunks_hopper", "attend_chunks_hopper"), t),
             None => (("attend_chunks", "attend_chunks"), self.sizes.chunk_major(target)?),
         };
-        let index = self.index(0);
         let slots = Operand::Workspace(InvertedIndex::WORKSPACES);
-        let mut calls = index.calls(INDICES, COUNT);
-        let stub =
-            self.tiled(template.0, template.1, &t, t.shared, self.sizes.slab()).write("slots", self.dtype, slots);
-        let stub = self.read_qkv(stub).read("weights", self.exact, WEIGHTS);
-        calls.push(index.read(stub).launch((index.lists() * index.max_slabs(), 1, 1)).into());
-        calls.push(self.reduce_slots(Operand::Output(0), o_stride, slots, 1));
+        let parts = self.parts(cut);
+        let mut calls = vec![];
+        for part in &parts {
+            let index = self.index(0, part);
+            calls.extend(index.calls(INDICES, COUNT));
+            let stub =
+                self.tiled(template.0, template.1, &t, t.shared, self.sizes.slab()).write("slots", self.dtype, slots);
+            let weights = part.token.clone() * (self.h * self.sizes.slots);
+            let stub = self.read_part(stub, part).read_from("weights", self.exact, WEIGHTS, weights);
+            calls.push(index.read(stub).launch((index.lists() * index.max_slabs(), 1, 1)).into());
+            calls.push(self.reduce_part(Operand::Output(0), o_stride.clone(), slots, 1, part));
+        }
+        // The first part is the largest.
+        let index = self.index(0, &parts[0]);
+        let (name, manner) = match cut {
+            Cut::Whole => ("chunk_major", String::new()),
+            Cut::Tokens(parts) => ("chunk_major_tokens", format!("; tokens in {parts} parts")),
+            Cut::Sequences(parts) => ("chunk_major_sequences", format!("; sequences in {parts} parts")),
+        };
         let why = format!(
             "at least {from} pairs per chunk: its keys and values are loaded once per {} pairs; {} warps, {} keys at a time, \
-             {} blocks per SM",
+             {} blocks per SM{manner}",
             index.slab, t.warps, t.keys, t.blocks_per_sm
         );
         let pairs = Expr::from(&self.l) * self.sizes.slots;
+        let taken = self.slots_of(parts[0].n.clone() * parts[0].l.clone(), 1);
         let form = index
-            .reserve(Form::new("chunk_major", why, calls))
-            .with("slots", self.dtype, self.slots_elements(1))
+            .reserve(Form::new(name, why, calls))
+            .with("slots", self.dtype, taken.clone())
+            .needs(Condition::Below(taken * self.sizes.element, Expr::int(target.workspace + 1)))
             .when(Condition::AtLeast(pairs, Expr::from(&self.chunks) * from))
             // Where there are no chunks, nobody would fill the index.
             .needs(Condition::AtLeast(Expr::from(&self.chunks), Expr::int(1)));
-        Some(form)
+        Some(match cut {
+            // Tokens of several sequences do not follow each other.
+            Cut::Tokens(_) => form.needs(Condition::Below(Expr::from(&self.n), Expr::int(2))),
+            _ => form,
+        })
     }
+
+    /// Chunk by chunk, in as few parts as keep the workspace within the target's.
+    fn chunk_majors(&self, target: &Target, from: usize, o_stride: &Expr) -> Vec<Form> {
+        let cuts = [Cut::Whole, Cut::Tokens(8), Cut::Sequences(8)];
+        cuts.into_iter().filter_map(|c| self.chunk_major(target, from, o_stride.clone(), c)).collect()
+    }
+}
+
+/// How tokens are cut where their workspace would be too large at once.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Cut {
+    Whole,
+    /// Of one sequence.
+    Tokens(usize),
+    Sequences(usize),
+}
+
+/// `n` sequences of `l` tokens, and which is the first of both.
+struct Part {
+    n: Expr,
+    l: Expr,
+    sequence: Expr,
+    token: Expr,
 }
 
 /// What tiles do not take runs a warp per row.
@@ -433,15 +553,16 @@ impl Cuda for ChunkAttention {
     fn candidates(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
         let mut all = self.forms(site)?;
         let o = Operand::Output(0);
-        let Ok(a) = Attending::new(site, self.chunk, self.scale, self.off_by_one, &[Q, K, V, o]) else {
+        let pages = site.pages(6, K)?;
+        let Ok(a) = Attending::new(site, self.chunk, self.scale, self.off_by_one, &[Q, K, V, o], pages) else {
             return Ok(all);
         };
         for t in a.sizes.query_tiles(site.target) {
             all.push(a.query_tile(&t, site.row_stride(o, 2)?));
         }
         // Chunk by chunk wherever there are chunks.
-        if a.sizes.chunk_major_from().is_none() {
-            all.extend(a.chunk_major(site.target, 0, site.row_stride(o, 2)?));
+        if a.pages.is_none() && a.sizes.chunk_major_from().is_none() {
+            all.extend(a.chunk_majors(site.target, 0, &site.row_stride(o, 2)?));
         }
         Ok(all)
     }
@@ -455,13 +576,14 @@ impl Cuda for ChunkAttentionGrad {
 
 fn forward(op: &ChunkAttention, site: &Site) -> Result<Vec<Form>, Unsupported> {
     let o = Operand::Output(0);
-    let a = Attending::new(site, op.chunk, op.scale, op.off_by_one, &[Q, K, V, o])?;
+    let a = Attending::new(site, op.chunk, op.scale, op.off_by_one, &[Q, K, V, o], site.pages(6, K)?)?;
     let o_stride = site.row_stride(o, 2)?;
     let Some(t) = a.sizes.query_tile(site.target) else { return a.does_not_fit(site.target) };
     let blocks = (Expr::from(&a.l) * a.sizes.group).ceil_div(16 * t.warps) * a.lists();
     let mut forms: Vec<Form> = a.pairs(site.target, blocks, o_stride.clone()).into_iter().collect();
-    if let Some(from) = a.sizes.chunk_major_from() {
-        forms.extend(a.chunk_major(site.target, from, o_stride.clone()));
+    // Segments of a long context choose each chunk a few times: no index of all chunks.
+    if let Some(from) = a.sizes.chunk_major_from().filter(|_| a.pages.is_none()) {
+        forms.extend(a.chunk_majors(site.target, from, &o_stride));
     }
     forms.push(a.query_tile(&t, o_stride));
     Ok(forms)
@@ -469,7 +591,7 @@ fn forward(op: &ChunkAttention, site: &Site) -> Result<Vec<Form>, Unsupported> {
 
 fn gradient(op: &ChunkAttentionGrad, site: &Site) -> Result<Vec<Form>, Unsupported> {
     let [dq, dk, dv, dw] = [0, 1, 2, 3].map(Operand::Output);
-    let a = Attending::new(site, op.chunk, op.scale, op.off_by_one, &[Q, K, V, DY, dq, dk, dv])?;
+    let a = Attending::new(site, op.chunk, op.scale, op.off_by_one, &[Q, K, V, DY, dq, dk, dv], None)?;
     site.contiguous(dw)?;
     let s = &a.sizes;
     let (template, t, shared) = match (s.grad_hopper(site.target), s.grad(site.target)) {
@@ -478,7 +600,7 @@ fn gradient(op: &ChunkAttentionGrad, site: &Site) -> Result<Vec<Form>, Unsupport
         (None, None) => return a.does_not_fit(site.target),
     };
     let parts = s.chunk / t.keys;
-    let index = a.index(0);
+    let index = a.index(0, &a.whole());
     let [slots, partial, delta, log2_sum] = [0, 1, 2, 3].map(|i| Operand::Workspace(InvertedIndex::WORKSPACES + i));
     let rows = |stub: Stub| -> Result<Stub, Unsupported> {
         let stub = a.read_qkv(stub).read("weights", a.exact, WEIGHTS).read("dy", a.dtype, DY);

@@ -13,14 +13,16 @@ const BLOCK_TOKENS: usize = 256;
 
 /// The index of `indices: [N, L, h, K]` with `count: [N, L, h]`, in five workspaces from `first` on.
 pub(super) struct InvertedIndex {
-    pub n: Dim,
-    pub l: Dim,
+    pub n: Expr,
+    pub l: Expr,
     pub h: usize,
     pub k: usize,
     pub chunks: Dim,
     /// Pairs of a slab, at most.
     pub slab: usize,
     pub first: usize,
+    /// The first token of `indices` and `count` that it is about.
+    pub token: Expr,
 }
 
 impl InvertedIndex {
@@ -28,17 +30,17 @@ impl InvertedIndex {
     pub const WORKSPACES: usize = 5;
 
     pub fn lists(&self) -> Expr {
-        Expr::from(&self.n) * self.h
+        self.n.clone() * self.h
     }
     /// Slabs of a list, at most.
     pub fn max_slabs(&self) -> Expr {
-        (Expr::from(&self.l) * self.k).ceil_div(self.slab) + &self.chunks
+        (self.l.clone() * self.k).ceil_div(self.slab) + &self.chunks
     }
     fn block_tokens(&self) -> Expr {
         Expr::from(&self.chunks).ceil_div(self.k).max(BLOCK_TOKENS)
     }
     fn blocks(&self) -> Expr {
-        Expr::from(&self.l).ceil_div_by(self.block_tokens())
+        self.l.clone().ceil_div_by(self.block_tokens())
     }
     fn at(&self, i: usize) -> Operand {
         Operand::Workspace(self.first + i)
@@ -61,7 +63,7 @@ impl InvertedIndex {
             .with("index.offsets", DType::I32, per_chunk.clone())
             .with("index.slab_first", DType::I32, per_chunk)
             .with("index.slabs", DType::I32, self.lists() * self.max_slabs() * 2)
-            .with("index.entries", DType::I32, self.lists() * &self.l * self.k)
+            .with("index.entries", DType::I32, self.lists() * self.l.clone() * self.k)
     }
 
     /// The launches that make it.
@@ -74,10 +76,22 @@ impl InvertedIndex {
                 .tag(format!("k{}_s{}", self.k, self.slab))
         };
         let sizes = |s: Stub| {
-            s.i32("l", &self.l).i32("h", self.h).i32("chunks", &self.chunks).i32("block_tokens", self.block_tokens())
+            s.i32("l", self.l.clone())
+                .i32("h", self.h)
+                .i32("chunks", &self.chunks)
+                .i32("block_tokens", self.block_tokens())
         };
         let count_them = stub("index_count", THREADS).write("table", DType::I32, self.at(0));
-        let count_them = count_them.read("indices", DType::I32, indices).read("count", DType::I32, count);
+        let choices = |s: Stub| {
+            let lists = self.token.clone() * self.h;
+            s.read_from("indices", DType::I32, indices, lists.clone() * self.k).read_from(
+                "count",
+                DType::I32,
+                count,
+                lists,
+            )
+        };
+        let count_them = choices(count_them);
         let scan = stub("index_scan", SCAN_THREADS)
             .write("offsets", DType::I32, self.at(1))
             .write("slab_first", DType::I32, self.at(2))
@@ -86,13 +100,9 @@ impl InvertedIndex {
             .i32("blocks", self.blocks())
             .i32("chunks", &self.chunks)
             .i32("max_slabs", self.max_slabs());
-        let fill = stub("index_fill", THREADS)
-            .write("entries", DType::I32, self.at(4))
-            .write("table", DType::I32, self.at(0))
-            .read("indices", DType::I32, indices)
-            .read("count", DType::I32, count)
-            .i32("pairs", Expr::from(&self.l) * self.k)
-            .i32("lists", self.lists());
+        let fill =
+            stub("index_fill", THREADS).write("entries", DType::I32, self.at(4)).write("table", DType::I32, self.at(0));
+        let fill = choices(fill).i32("pairs", self.l.clone() * self.k).i32("lists", self.lists());
         let warps = (self.lists() * self.blocks()).ceil_div(THREADS / 32);
         vec![
             sizes(count_them).launch((self.lists() * self.blocks(), 1, 1)).into(),
@@ -107,7 +117,7 @@ impl InvertedIndex {
             .read("offsets", DType::I32, self.at(1))
             .read("slab_first", DType::I32, self.at(2))
             .read("slabs", DType::I32, self.at(3))
-            .i32("l", &self.l)
+            .i32("l", self.l.clone())
             .i32("h", self.h)
             .i32("chunks", &self.chunks)
             .i32("max_slabs", self.max_slabs())
