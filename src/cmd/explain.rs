@@ -173,6 +173,8 @@ struct Report {
     plan: MemoryPlan,
     /// Why the plan has no workspace in it.
     uncounted: Option<String>,
+    /// Of the machine, by which recomputation was weighed.
+    rates: Target,
     lints: Vec<Diagnostic>,
     fit: Option<Fit>,
 }
@@ -247,7 +249,19 @@ impl Report {
         let (program, plan, uncounted) = planned(machine, &optimised, dims)?;
         let costs = program.costs(dims).map_err(wrap)?;
         let lints = rambac_ir::verify::lint(graph);
-        Ok(Self { dims: dims.clone(), passes, unfused, elementwise, program, costs, plan, uncounted, lints, fit })
+        Ok(Self {
+            dims: dims.clone(),
+            passes,
+            unfused,
+            elementwise,
+            program,
+            costs,
+            plan,
+            uncounted,
+            rates: machine.rates(),
+            lints,
+            fit,
+        })
     }
 
     fn graph(&self) -> &Graph {
@@ -440,7 +454,7 @@ impl Report {
         t.print();
         self.print_memory();
         if let Some(f) = &self.fit {
-            print_fit(f, a.memory.memory_limit, config)?;
+            print_fit(f, &self.rates, a.memory.memory_limit, config)?;
         }
         if config.is_some() {
             self.lints.iter().for_each(|l| println!("\n{}", show::wrapped(&l.to_string(), WIDTH, "  ")));
@@ -567,7 +581,7 @@ impl Report {
             out.push(json!({
                 "section": "recompute", "peak_bytes_kept": f.kept.0.peak(), "peak_bytes": f.fitted.0.peak(),
                 "flops": after.flops - before.flops, "bytes": after.bytes - before.bytes,
-                "time_factor": seconds(after) / seconds(before),
+                "time_factor": seconds(after, &self.rates) / seconds(before, &self.rates),
             }));
             for (layer, c) in recompute::by_layer(&f.prepared, &f.dims, &f.again).map_err(wrap)? {
                 out.push(json!({
@@ -582,13 +596,12 @@ impl Report {
 }
 
 /// Seconds that work takes at the rates by which it was weighed.
-fn seconds(c: Cost) -> f64 {
-    let t = Target::default();
+fn seconds(c: Cost, t: &Target) -> f64 {
     c.flops / t.flops_per_second + c.bytes / t.bytes_per_second
 }
 
 /// What is kept and what is computed again, and what that costs.
-fn print_fit(f: &Fit, limit: Option<usize>, config: Option<&Config>) -> Result<()> {
+fn print_fit(f: &Fit, t: &Target, limit: Option<usize>, config: Option<&Config>) -> Result<()> {
     let (before, after) = (f.kept.1, f.fitted.1);
     let within = limit.map(|l| format!(", within {}", show::bytes(l))).unwrap_or_default();
     println!(
@@ -597,14 +610,13 @@ fn print_fit(f: &Fit, limit: Option<usize>, config: Option<&Config>) -> Result<(
         show::bytes(f.fitted.0.peak())
     );
     let more = |a: f64, b: f64| format!("{:+.1} %", (b / a - 1.0) * 100.0);
-    let t = Target::default();
     println!(
         "  price: {} ({}), {} ({}), time {} at {} and {}",
         show::si(after.flops - before.flops, "FLOP"),
         more(before.flops, after.flops),
         show::si(after.bytes - before.bytes, "B"),
         more(before.bytes, after.bytes),
-        more(seconds(before), seconds(after)),
+        more(seconds(before, t), seconds(after, t)),
         show::si(t.flops_per_second, "FLOP/s"),
         show::si(t.bytes_per_second, "B/s")
     );

