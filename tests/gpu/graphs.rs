@@ -53,18 +53,8 @@ pub fn run(rig: &Rig, g: &Graph, like: &Grown) -> Result<Ran, String> {
 }
 
 /// Ops without a kernel: what fusion removes.
-const NONE: &[&str] = &[
-    "summarise",
-    "score",
-    "score_grad",
-    "select",
-    "weigh",
-    "weigh_grad",
-    "attend",
-    "attend_grad",
-    "aggregate",
-    "aggregate_grad",
-];
+const NONE: &[&str] =
+    &["score", "score_grad", "select", "weigh", "weigh_grad", "attend", "attend_grad", "aggregate", "aggregate_grad"];
 
 /// Grown graphs of ops that have kernels.
 fn grown(max_steps: usize, differentiable: bool) -> impl Strategy<Value = Grown> {

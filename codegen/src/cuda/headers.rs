@@ -14,7 +14,7 @@ headers! {
     "types", "warp", "mma", "copy",
     "tile", "chunk_softmax", "attend", "inverted_index", "attend_chunks", "attend_grad", "select", "select_grad",
     "attention", "wgmma", "attend_chunks_hopper", "any_size",
-    "map", "map_each", "move", "reduce", "cross_entropy", "embedding",
+    "map", "map_each", "move", "reduce", "summarise", "cross_entropy", "embedding",
     "slots", "conv", "rms_norm", "rotary", "scan", "scan_backward", "scan_step",
 }
 

@@ -3,7 +3,7 @@
 
 use crate::harness::Case;
 use crate::rig::{NOT_HERE, Rig};
-use crate::{attend, conv, norm, scan};
+use crate::{attend, conv, norm, rows, scan};
 use rambac_codegen::cuda::headers::HEADERS;
 use rayon::prelude::*;
 
@@ -20,6 +20,7 @@ const FAMILIES: &[(&str, Check)] = &[
     ("select.cuh", attend::quick_selection),
     ("select_grad.cuh", attend::quick_selection_grad),
     ("attention.cuh", attend::quick_attention),
+    ("summarise.cuh", rows::quick_summaries),
     ("conv.cuh", conv::quick),
     ("slots.cuh", conv::quick),
     ("rms_norm.cuh", norm::quick),

@@ -17,6 +17,7 @@ mod scan;
 mod scan_grad;
 mod selection;
 mod slots;
+mod summarise;
 
 use super::expr::Expr;
 use super::form::{Form, Operand};
@@ -158,4 +159,4 @@ macro_rules! none_yet {
     };
 }
 // Ops that have no kernel: a source is no step, and what fusion should have removed holds values of L×C.
-none_yet! { Source, Score, ScoreGrad, Select, Weigh, WeighGrad, Attend, AttendGrad, Aggregate, AggregateGrad, Summarise }
+none_yet! { Source, Score, ScoreGrad, Select, Weigh, WeighGrad, Attend, AttendGrad, Aggregate, AggregateGrad }
