@@ -1,8 +1,10 @@
 //! The command line.
 
 mod executable;
+mod variants;
 
 pub use executable::{Cache, CacheTask, Compile, GpuTarget, Report, Run, Tune};
+pub use variants::{Attempt, AttentionArgs, Compare, New, TryArgs};
 
 use crate::device::On;
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -40,6 +42,13 @@ pub enum Verb {
     Run(Run),
     /// What compiling does to a model: passes, fusion, work, memory
     Explain(Explain),
+    /// Is a variant of attention right, what does it cost, does it learn?  In a minute
+    #[command(name = "try")]
+    Try(Attempt),
+    /// Several variants side by side, under the same budget
+    Compare(Compare),
+    /// Write a variant of attention to start from
+    New(New),
     /// How fast a training step, a forward or one op runs here
     Bench(Bench),
     /// What is in an executable, a checkpoint, a model's folder or a safetensors file
@@ -161,12 +170,16 @@ pub enum Data {
     Passkey,
     /// Random strings that repeat
     Copy,
+    /// Keys with values, many asked for again
+    Recall,
 }
 
 #[derive(Args)]
 pub struct Train {
     /// What to train: a preset, a config, or a folder with weights to start from
     pub model: Option<String>,
+    #[command(flatten)]
+    pub attention: AttentionArgs,
     /// Generated data
     #[arg(long, value_enum, default_value_t = Data::Passkey)]
     pub task: Data,
@@ -219,7 +232,7 @@ pub struct Train {
     pub save_every: u64,
     /// Go on with a run, bit for bit; all settings come from its checkpoint
     #[arg(long, value_name = "DIR", conflicts_with_all = [
-        "model", "task", "data", "tokenizer", "curriculum", "len", "batch", "accumulate", "steps", "lr", "lr_floor", "warmup",
+        "model", "attention", "transformer", "task", "data", "tokenizer", "curriculum", "len", "batch", "accumulate", "steps", "lr", "lr_floor", "warmup",
         "weight_decay", "clip", "fan_in", "state_passing", "recompute", "memory_limit", "seed",
     ])]
     pub resume: Option<PathBuf>,
@@ -283,6 +296,18 @@ pub struct Chunks {
     pub store_dtype: StorePrecision,
 }
 
+/// Where inference runs.
+#[derive(Args)]
+pub struct Inference {
+    /// cpu; cuda:0, cuda:1, …: a GPU; simulator: GPU kernels, instruction by instruction and watched, for tiny models
+    #[arg(long, value_name = "DEVICE", default_value_t)]
+    pub device: On,
+    /// What a GPU may hold of weights, activations and chunks; chunks that have no place there are fetched when they are chosen
+    /// [default: most of what is free]
+    #[arg(long, value_name = "SIZE", value_parser = bytes)]
+    pub device_memory: Option<usize>,
+}
+
 #[derive(Clone, Copy, ValueEnum, PartialEq, Eq, Debug)]
 pub enum StorePrecision {
     Bf16,
@@ -309,6 +334,8 @@ pub struct Eval {
     pub flash: bool,
     #[command(flatten)]
     pub chunks: Chunks,
+    #[command(flatten)]
+    pub on: Inference,
     /// Also a line per case: how far the needle's chunks were from being chosen, their weight, the digits
     #[arg(long)]
     pub diagnose: bool,
@@ -432,6 +459,8 @@ pub struct Bench {
 pub struct Explain {
     /// A preset, a folder with config.json, a config, or an .ir file
     pub model: String,
+    #[command(flatten)]
+    pub attention: AttentionArgs,
     /// Value of the symbol L: tokens of a sequence
     #[arg(long, default_value_t = 4096, value_parser = positive())]
     pub len: usize,
@@ -563,6 +592,8 @@ pub struct Generate {
     pub flash: bool,
     #[command(flatten)]
     pub chunks: Chunks,
+    #[command(flatten)]
+    pub on: Inference,
     /// Go on with the sequence that --store FILE left: the prompt follows what it has read and written
     #[arg(long, value_name = "FILE", conflicts_with = "store")]
     pub resume_store: Option<PathBuf>,

@@ -2,12 +2,15 @@
 
 use crate::error::{Result, wrap};
 use miette::miette;
-use rambac_codegen::Program;
 use rambac_codegen::cuda::{Arch, Cache, Target, emit};
 use rambac_codegen::libraries::installed;
 use rambac_codegen::nvrtc::Nvrtc;
+use rambac_codegen::{Kernels, Program, lower_for};
 use rambac_cuda::{CUBLASLT, CudaDevice};
+use rambac_passes::optimise;
 use rambac_runtime::gpu::{Code, Device, Machine, Placement, ProgramId, archs};
+use rambac_runtime::session::DeviceMemory;
+use rambac_runtime::{Session, SessionGraphs, SessionOptions, Store};
 use rambac_simulator::Options;
 use rambac_simulator::device::Simulator;
 use std::fmt;
@@ -80,6 +83,41 @@ pub fn cublaslt() -> Vec<PathBuf> {
     installed(CUBLASLT, "RAMBAC_CUBLASLT")
 }
 
+/// How inference is to run.
+pub struct Inferring<'a> {
+    pub on: On,
+    /// Bytes of the device.
+    pub memory: Option<usize>,
+    /// Tokens of the longest segment.
+    pub segment: usize,
+    pub options: &'a SessionOptions,
+}
+
+/// A session where it is to run.
+///
+/// # Errors
+/// A device that is not there or too small; a kernel that does not compile; a store that can't be opened.
+pub fn session(
+    how: &Inferring,
+    graphs: &SessionGraphs,
+    params: Store,
+    pool: &Arc<rayon::ThreadPool>,
+) -> Result<Session> {
+    match how.on {
+        On::Cpu if how.memory.is_some() => Err(miette!("--device-memory is for GPUs: add --device cuda:0")),
+        On::Cpu => Session::new(graphs, params, pool.clone(), how.options).map_err(wrap),
+        On::Reference => Err(miette!("inference runs on cpu, simulator and cuda:0, not by the ops' definitions")),
+        On::Simulator | On::Cuda(_) => pool.install(|| {
+            let mut gpu = Gpu::open(how.on)?;
+            let programs = graphs.map(|g| lower_for(&optimise(g, &how.options.passes), Kernels::Gpu));
+            let programs = Session::device_programs(&programs, how.options.precision);
+            let parts = programs.try_map(|p| gpu.compile(p.clone()))?;
+            let memory = DeviceMemory { limit: how.memory, segment: how.segment };
+            Session::on_device(gpu.machine, parts, params, pool.clone(), how.options, memory).map_err(wrap)
+        }),
+    }
+}
+
 /// A device that runs GPU programs, and what makes them.
 pub struct Gpu {
     pub machine: Machine,
@@ -112,6 +150,18 @@ impl Gpu {
         match self.archs == Arch::ALL {
             true => of.first().copied(),
             false => self.archs.iter().copied().find(|a| of.contains(a)),
+        }
+    }
+
+    /// As [`choose`](Self::choose), or the one that was asked for.
+    ///
+    /// # Errors
+    /// The device does not run it; `None`: it runs none of them.
+    pub fn target(&mut self, asked: Option<Arch>, of: &[Arch]) -> Result<Option<Arch>> {
+        match asked {
+            Some(a) if self.archs.contains(&a) => Ok(Some(a)),
+            Some(a) => Err(miette!("{} does not run code for {a}", self.machine.device().name())),
+            None => Ok(self.choose(of)),
         }
     }
 

@@ -9,6 +9,7 @@ mod model;
 mod sample;
 mod show;
 mod work;
+mod workbench;
 
 use clap::Parser;
 

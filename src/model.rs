@@ -144,6 +144,14 @@ pub fn load(config: &Config, weights: Option<&Path>, rule: InitRule, seed: u64, 
 /// A graph that does not build, which a checked config excludes.
 pub fn session_graphs(c: &Config) -> Result<SessionGraphs> {
     use rambac_models::stack;
+    if let Some(a) = &c.attention {
+        return Err(miette!(
+            help = "rambac train, eval passkey and explain know it, for whole texts, and rambac compile FILE.ir compiles the \
+                    attention itself",
+            "attention {}: it has no form that reads a text segment by segment, which inference needs",
+            a.name
+        ));
+    }
     let lower = stack::lower(c).map_err(wrap)?;
     let (chunks, upper) = (stack::chunks(c).map_err(wrap)?, stack::upper(c).map_err(wrap)?);
     let (flash, head) = (stack::upper_flash(c).map_err(wrap)?, stack::head(c).map_err(wrap)?);

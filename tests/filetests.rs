@@ -20,7 +20,8 @@ use rambac_ir::testing::Rng;
 use rambac_ir::{Bindings, Graph, HostArray, text, verify};
 use rambac_passes::train_step::gradient_graph;
 use rambac_passes::{
-    Options, PASSES, Recompute, fuse_attention, fuse_epilogue, fuse_loss, fuse_selection, narrow, optimise, recompute,
+    Options, PASSES, Recompute, fuse_attention, fuse_epilogue, fuse_loss, fuse_selection, mixed, narrow, optimise,
+    recompute,
 };
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -92,6 +93,7 @@ fn passes(t: &FileTest, names: &[&str]) -> Result<String, String> {
             }
             "recompute" => recompute::recompute(&g, &Recompute::All),
             "narrow" => narrow::narrow(&g),
+            "mixed" => mixed::mixed(&g),
             "optimise" => optimise(&g, &Options::default()),
             name => match PASSES.iter().find(|(n, _)| *n == name) {
                 Some((_, pass)) => pass(&g, &Options::default()),

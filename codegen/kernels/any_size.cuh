@@ -21,6 +21,16 @@ template <class C, class W> struct Chosen {
     __device__ __forceinline__ int keys(int) const { return C::chunk; }
     __device__ __forceinline__ float weight(i64 row, int slot) const { return to_f32(weights[row * C::slots + slot]); }
 };
+// The same of chunks in pages: places are those of the pool, which is one sequence to the operands.
+template <class C, class W> struct ChosenPaged : Chosen<C, W> {
+    const i32* table;
+    i32 chunks;
+    // Rows of a sequence, L·h.
+    i64 own;
+    __device__ __forceinline__ i64 first(i64 row, int slot) const {
+        return (i64)table[row / own * chunks + this->indices[row * C::slots + slot]] * C::chunk;
+    }
+};
 template <class C> struct Whole {
     i32 t;
     __device__ __forceinline__ int slots(i64) const { return 1; }
@@ -29,32 +39,34 @@ template <class C> struct Whole {
     __device__ __forceinline__ float weight(i64, int) const { return 1.f; }
 };
 
-// Operands: rows of heads at their strides.
-template <class C> struct AnyOperands {
+// Operands: rows of heads at their strides; keys and values are of E.
+template <class C, class E = typename C::T> struct AnyOperands {
     using T = typename C::T;
-    const T *q, *k, *v, *dy;
+    const T* q;
+    const E *k, *v;
+    const T* dy;
     i64 q_stride, k_stride, v_stride, dy_stride;
     i32 l, tokens_kv, h, d;
 
     __device__ __forceinline__ const T* query(i64 row) const { return q + row / heads() * q_stride + row % heads() * d; }
     __device__ __forceinline__ const T* gradient(i64 row) const { return dy + row / heads() * dy_stride + row % heads() * d; }
-    __device__ __forceinline__ const T* key(i64 at, int kv_head) const { return k + at * k_stride + (i64)kv_head * d; }
-    __device__ __forceinline__ const T* value(i64 at, int kv_head) const { return v + at * v_stride + (i64)kv_head * d; }
+    __device__ __forceinline__ const E* key(i64 at, int kv_head) const { return k + at * k_stride + (i64)kv_head * d; }
+    __device__ __forceinline__ const E* value(i64 at, int kv_head) const { return v + at * v_stride + (i64)kv_head * d; }
     __device__ __forceinline__ i64 heads() const { return (i64)h * C::heads_per_kv; }
     // A warp's sum of a·b.
-    __device__ __forceinline__ float dot(const T* a, const T* b) const {
+    template <class B> __device__ __forceinline__ float dot(const T* a, const B* b) const {
         float x = 0.f;
         for (int i = lane_id(); i < d; i += 32) x = fmaf(to_f32(a[i]), to_f32(b[i]), x);
         return warp_sum(x);
     }
-    __device__ __forceinline__ float logit(const T* a, const T* b) const { return dot(a, b) * (C::scale * LOG2E); }
+    template <class B> __device__ __forceinline__ float logit(const T* a, const B* b) const { return dot(a, b) * (C::scale * LOG2E); }
 };
 
 // A query row: place of [N, L, h], first key of its sequence.
 template <class C> struct AnyRow {
     i64 row, chooser, keys;
     int token, kv_head;
-    __device__ __forceinline__ AnyRow(i64 row, const AnyOperands<C>& x) : row(row) {
+    template <class X> __device__ __forceinline__ AnyRow(i64 row, const X& x) : row(row) {
         i64 place = row / x.heads();
         token = (int)(place % x.l), kv_head = (int)(row % x.heads()) / C::heads_per_kv;
         chooser = place * x.h + kv_head, keys = place / x.l * x.tokens_kv;
@@ -63,8 +75,8 @@ template <class C> struct AnyRow {
 
 __device__ __forceinline__ i64 any_warp() { return ((i64)blockIdx.x * blockDim.x + threadIdx.x) / 32; }
 
-template <class C, class From>
-__device__ __forceinline__ void any_stats(float* stats, const AnyOperands<C>& x, const From& from, i64 rows) {
+template <class C, class X, class From>
+__device__ __forceinline__ void any_stats(float* stats, const X& x, const From& from, i64 rows) {
     if (any_warp() >= rows) return;
     AnyRow<C> r(any_warp(), x);
     for (int slot = 0; slot < from.slots(r.chooser); slot++) {
@@ -85,14 +97,15 @@ __device__ __forceinline__ void any_stats(float* stats, const AnyOperands<C>& x,
 // p of a key, and its part of dq and dk.
 template <class C> struct AnyPair {
     float p, ds;
-    __device__ __forceinline__ AnyPair(const AnyOperands<C>& x, const float* stats, i64 row, i64 key, int kv_head, float w) {
+    template <class X>
+    __device__ __forceinline__ AnyPair(const X& x, const float* stats, i64 row, i64 key, int kv_head, float w) {
         p = exp2_fast(x.logit(x.query(row), x.key(key, kv_head)) - stats[0]) * stats[1];
         if constexpr (C::gradient) ds = C::scale * w * p * (x.dot(x.gradient(row), x.value(key, kv_head)) - stats[2]);
     }
 };
 
-template <class C, class From>
-__device__ __forceinline__ void any_mix(typename C::T* out, i64 stride, const float* stats, const AnyOperands<C>& x, const From& from, i64 rows) {
+template <class C, class X, class From>
+__device__ __forceinline__ void any_mix(typename C::T* out, i64 stride, const float* stats, const X& x, const From& from, i64 rows) {
     int blocks = (int)ceil_div(x.d, 32), col = (int)(any_warp() % blocks) * 32 + lane_id();
     if (any_warp() / blocks >= rows) return;
     AnyRow<C> r(any_warp() / blocks, x);
@@ -111,9 +124,9 @@ __device__ __forceinline__ void any_mix(typename C::T* out, i64 stride, const fl
 }
 
 // entries and offsets: the inverted index of `Chosen`; a sequence of `Whole` needs none.
-template <class C, class From>
+template <class C, class X, class From>
 __device__ __forceinline__ void any_keys(typename C::T* dk, i64 dk_stride, typename C::T* dv, i64 dv_stride, const float* stats,
-                                         const AnyOperands<C>& x, const From& from, const i32* entries, const i32* offsets,
+                                         const X& x, const From& from, const i32* entries, const i32* offsets,
                                          i64 keys) {
     constexpr int K = C::slots, G = C::heads_per_kv;
     int blocks = (int)ceil_div(x.d, 32), col = (int)(any_warp() % blocks) * 32 + lane_id();
@@ -160,23 +173,23 @@ __device__ __forceinline__ void any_heads(W* dw, const float* stats, const i32* 
 }
 
 // The choice of chunks, a warp per row of [N, L, h]: K times the best below the last.
-template <class C, class W>
-__device__ __forceinline__ void any_select(i32* indices, i32* count, W* weights, W* scores,
-                                           const typename C::T* q, i64 q_stride, const typename C::T* landmarks,
-                                           i64 landmark_stride, const i32* start, i64 rows, i32 l, i32 h, i32 chunks, i32 r) {
+template <class C, class Landmarks, class W>
+__device__ __forceinline__ void any_select_of(i32* indices, i32* count, W* weights, W* scores,
+                                              const typename C::T* q, i64 q_stride, const Landmarks& landmarks,
+                                              const i32* start, i32 l, i32 h, i32 r) {
     using T = typename C::T;
     constexpr int K = C::slots;
     __shared__ u64 best[K];
     __shared__ float score[K], weight[K];
     __shared__ i32 index[K];
     i64 row = blockIdx.x, token = row / h, sequence = token / l;
-    int head = (int)(row % h), visible = max_of(0, min_of(chunks, (start[sequence] + (int)(token % l)) / C::chunk)), n = 0;
+    int head = (int)(row % h), visible = max_of(0, min_of(landmarks.chunks, (start[sequence] + (int)(token % l)) / C::chunk)), n = 0;
     const T* a = q + token * q_stride + (i64)head * r;
     u64 before = ~0ull;
     for (; n < K; n++) {
         u64 most = 0;
         for (int c = lane_id(); c < visible; c += 32) {
-            const T* b = landmarks + (sequence * chunks + c) * landmark_stride + (i64)head * r;
+            auto b = landmarks.row(sequence, c) + (i64)head * r;
             float x = 0.f;
             for (int i = 0; i < r; i++) x = fmaf(to_f32(a[i]), to_f32(b[i]), x);
             x *= C::scale;
@@ -207,6 +220,18 @@ __device__ __forceinline__ void any_select(i32* indices, i32* count, W* weights,
         weights[row * K + i] = from_f32<W>(weight[i]);
         scores[row * K + i] = from_f32<W>(score[i]);
     }
+}
+template <class C, class W>
+__device__ __forceinline__ void any_select(i32* indices, i32* count, W* weights, W* scores,
+                                           const typename C::T* q, i64 q_stride, const typename C::T* landmarks,
+                                           i64 landmark_stride, const i32* start, i64 rows, i32 l, i32 h, i32 chunks, i32 r) {
+    any_select_of<C>(indices, count, weights, scores, q, q_stride, ArrayLandmarks<C>{landmarks, landmark_stride, chunks}, start, l, h, r);
+}
+template <class C, class W>
+__device__ __forceinline__ void any_select_paged(i32* indices, i32* count, W* weights, W* scores,
+                                                 const typename C::T* q, i64 q_stride, const typename C::Stored* landmarks,
+                                                 i64 landmark_stride, const i32* table, const i32* start, i32 l, i32 h, i32 chunks, i32 r) {
+    any_select_of<C>(indices, count, weights, scores, q, q_stride, PagedLandmarks<C>{landmarks, landmark_stride, table, chunks}, start, l, h, r);
 }
 
 // dq of a thread's element.

@@ -57,13 +57,12 @@ template <class C> struct Merge {
     }
 };
 
-// q, o: rows of H·head_dim at their strides; k, v: rows of h·head_dim, `tokens_kv` per sequence; indices, weights
-// [N, L, h, K]; count [N, L, h]; all_rows is L·G.  One block per (sequence, key head, ROWS rows), in this order.
-template <class C, class W>
-__device__ __forceinline__ void attend_query_tile(typename C::T* o, i64 o_stride, const typename C::T* q, i64 q_stride,
-                                                  const typename C::T* k, i64 k_stride, const typename C::T* v,
-                                                  i64 v_stride, const i32* indices, const i32* count,
-                                                  const W* weights, i32 all_rows, i32 l, i32 tokens_kv, i32 h) {
+// q, o: rows of H·head_dim at their strides; keys: an array or pages of rows of h·head_dim; indices, weights [N, L, h, K];
+// count [N, L, h]; all_rows is L·G.  One block per (sequence, key head, ROWS rows), in this order.
+template <class C, class Keys, class W>
+__device__ __forceinline__ void attend_tile_of(typename C::T* o, i64 o_stride, const typename C::T* q, i64 q_stride,
+                                               const Keys& keys, const i32* indices, const i32* count,
+                                               const W* weights, i32 all_rows, i32 l, i32 h) {
     using S = QueryTile<C>;
     using T = typename C::T;
     constexpr int D = S::D, G = S::G, K = C::slots, PIECE = 16 / sizeof(T);
@@ -116,12 +115,10 @@ __device__ __forceinline__ void attend_query_tile(typename C::T* o, i64 o_stride
     }
     int low = min_of((mine + lane / 4) / G - token0, 31), high = min_of((mine + lane / 4 + 8) / G - token0, 31);
 
-    const T* k0 = k + sequence * tokens_kv * k_stride + (i64)kv_head * D;
-    const T* v0 = v + sequence * tokens_kv * v_stride + (i64)kv_head * D;
     auto fetch = [&](int stage, int chunk, int part) {
-        i64 first = (i64)chunk * C::chunk + part * C::keys;
-        copy_rows_async<S::THREADS, C::keys, D, S::P>(s.kv[stage][0], k0 + first * k_stride, k_stride, C::keys);
-        copy_rows_async<S::THREADS, C::keys, D, S::P>(s.kv[stage][1], v0 + first * v_stride, v_stride, C::keys);
+        i64 first = keys.first(sequence, chunk) + part * C::keys;
+        copy_rows_wide<S::THREADS, C::keys, D, S::P>(s.kv[stage][0], keys.k + first * keys.k_stride + kv_head * D, keys.k_stride, C::keys);
+        copy_rows_wide<S::THREADS, C::keys, D, S::P>(s.kv[stage][1], keys.v + first * keys.v_stride + kv_head * D, keys.v_stride, C::keys);
     };
 
     float out[D / 8][4];
@@ -168,6 +165,24 @@ __device__ __forceinline__ void attend_query_tile(typename C::T* o, i64 o_stride
         at[i] = row < rows ? o0 + r / G * o_stride + r % G * D : nullptr;
     }
     store_d_global(at[0], at[1], out);
+}
+
+template <class C, class W>
+__device__ __forceinline__ void attend_query_tile(typename C::T* o, i64 o_stride, const typename C::T* q, i64 q_stride,
+                                                  const typename C::T* k, i64 k_stride, const typename C::T* v,
+                                                  i64 v_stride, const i32* indices, const i32* count,
+                                                  const W* weights, i32 all_rows, i32 l, i32 tokens_kv, i32 h) {
+    ArrayChunks<C> keys{k, v, k_stride, v_stride, tokens_kv};
+    attend_tile_of<C>(o, o_stride, q, q_stride, keys, indices, count, weights, all_rows, l, h);
+}
+// table: [N, chunks].
+template <class C, class W>
+__device__ __forceinline__ void attend_query_tile_paged(typename C::T* o, i64 o_stride, const typename C::T* q, i64 q_stride,
+                                                        const typename C::Stored* k, i64 k_stride, const typename C::Stored* v,
+                                                        i64 v_stride, const i32* table, const i32* indices, const i32* count,
+                                                        const W* weights, i32 all_rows, i32 l, i32 chunks, i32 h) {
+    PagedChunks<C> keys{k, v, k_stride, v_stride, table, chunks};
+    attend_tile_of<C>(o, o_stride, q, q_stride, keys, indices, count, weights, all_rows, l, h);
 }
 
 }  // namespace rambac

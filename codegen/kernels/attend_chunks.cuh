@@ -111,17 +111,16 @@ template <class C> struct ChunkMajor {
 };
 
 // The slab's pairs are in shared memory, or on their way there.
-template <class C>
+template <class C, class Keys>
 __device__ __forceinline__ void attend_slab(ChunkMajor<C>& s, const SlabWork<C>& work, typename C::T* slots,
-                                            const typename C::T* q, i64 q_stride, const typename C::T* k, i64 k_stride,
-                                            const typename C::T* v, i64 v_stride, i32 l, i32 h, i32 chunks) {
+                                            const typename C::T* q, i64 q_stride, const Keys& keys, i32 l, i32 h) {
     using S = ChunkMajor<C>;
     using T = typename C::T;
     constexpr int D = C::head_dim, G = C::heads_per_kv, PARTS = ChunkSoftmax<C>::PARTS, THREADS = 32 * C::warps;
     static_assert(sizeof(S) == C::shared, "the launch gives what the layout takes");
-    i64 row_kv = (work.sequence * chunks + work.chunk) * C::chunk;
-    copy_rows_async<THREADS, C::chunk, D, S::P>(s.k, k + row_kv * k_stride + work.kv_head * D, k_stride, C::chunk);
-    copy_rows_async<THREADS, C::chunk, D, S::P>(s.v, v + row_kv * v_stride + work.kv_head * D, v_stride, C::chunk);
+    i64 row_kv = keys.first(work.sequence, work.chunk);
+    copy_rows_wide<THREADS, C::chunk, D, S::P>(s.k, keys.k + row_kv * keys.k_stride + work.kv_head * D, keys.k_stride, C::chunk);
+    copy_rows_wide<THREADS, C::chunk, D, S::P>(s.v, keys.v + row_kv * keys.v_stride + work.kv_head * D, keys.v_stride, C::chunk);
     __syncthreads();
 
     int rows = work.pairs * G, warp = warp_id(), stage = 0;
@@ -171,15 +170,13 @@ __device__ __forceinline__ void attend_chunks(typename C::T* slots, const typena
     SlabWork<C> work;
     if (!work.find(blockIdx.x, offsets, slab_first, slabs, h, chunks, max_slabs)) return;
     work.load_pairs(s.pairs, entries, weights, l, h);
-    attend_slab<C>(s, work, slots, q, q_stride, k, k_stride, v, v_stride, l, h, chunks);
+    attend_slab<C>(s, work, slots, q, q_stride, ArrayChunks<C>{k, v, k_stride, v_stride, (i64)chunks * C::chunk}, l, h);
 }
 
 // One block per (token, key head, slot), in this order.
-template <class C, class W>
-__device__ __forceinline__ void attend_pairs(typename C::T* slots, const typename C::T* q, i64 q_stride,
-                                             const typename C::T* k, i64 k_stride, const typename C::T* v, i64 v_stride,
-                                             const i32* indices, const i32* count, const W* weights, i32 l,
-                                             i32 h, i32 chunks) {
+template <class C, class Keys, class W>
+__device__ __forceinline__ void attend_pairs_of(typename C::T* slots, const typename C::T* q, i64 q_stride, const Keys& keys,
+                                                const i32* indices, const i32* count, const W* weights, i32 l, i32 h) {
     extern __shared__ __align__(16) u8 shared[];
     ChunkMajor<C>& s = *reinterpret_cast<ChunkMajor<C>*>(shared);
     i64 row = blockIdx.x / C::slots;
@@ -187,7 +184,22 @@ __device__ __forceinline__ void attend_pairs(typename C::T* slots, const typenam
     if (slot >= count[row]) return;
     SlabWork<C> work;
     work.take(row, slot, indices[blockIdx.x], to_f32(weights[blockIdx.x]), s.pairs, l, h);
-    attend_slab<C>(s, work, slots, q, q_stride, k, k_stride, v, v_stride, l, h, chunks);
+    attend_slab<C>(s, work, slots, q, q_stride, keys, l, h);
+}
+template <class C, class W>
+__device__ __forceinline__ void attend_pairs(typename C::T* slots, const typename C::T* q, i64 q_stride,
+                                             const typename C::T* k, i64 k_stride, const typename C::T* v, i64 v_stride,
+                                             const i32* indices, const i32* count, const W* weights, i32 l,
+                                             i32 h, i32 chunks) {
+    attend_pairs_of<C>(slots, q, q_stride, ArrayChunks<C>{k, v, k_stride, v_stride, (i64)chunks * C::chunk}, indices, count, weights, l, h);
+}
+// table: [N, chunks].
+template <class C, class W>
+__device__ __forceinline__ void attend_pairs_paged(typename C::T* slots, const typename C::T* q, i64 q_stride,
+                                                   const typename C::Stored* k, i64 k_stride, const typename C::Stored* v,
+                                                   i64 v_stride, const i32* table, const i32* indices, const i32* count,
+                                                   const W* weights, i32 l, i32 h, i32 chunks) {
+    attend_pairs_of<C>(slots, q, q_stride, PagedChunks<C>{k, v, k_stride, v_stride, table, chunks}, indices, count, weights, l, h);
 }
 
 // out[N, L, H, D] = the sum of a token's filled slots in [N, L, K · parts, H, D], in order.  16 bytes of a row per thread.

@@ -4,6 +4,7 @@
 // in several parts (a chunk of more keys than registers hold logits for) an output of its own is rescaled as the maximum
 // grows.
 #pragma once
+#include "pages.cuh"
 #include "tile.cuh"
 
 namespace rambac {

@@ -122,6 +122,7 @@ __device__ __forceinline__ float abs(float x) { return ::fabsf(x); }
 __device__ __forceinline__ float square(float x) { return x * x; }
 __device__ __forceinline__ float sin(float x) { return ::sinf(x); }
 __device__ __forceinline__ float cos(float x) { return ::cosf(x); }
+__device__ __forceinline__ float detach(float x) { return x; }
 template <class A> __device__ __forceinline__ A add(A a, A b) { return a + b; }
 template <class A> __device__ __forceinline__ A sub(A a, A b) { return a - b; }
 template <class A> __device__ __forceinline__ A mul(A a, A b) { return a * b; }

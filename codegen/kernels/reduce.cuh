@@ -1,4 +1,4 @@
-// Sums and maxima over the middle axis of [outer, mid, inner]: one launch or two, in a fixed order.
+// Sums, means and extremes over the middle axis of [outer, mid, inner]: one launch or two, in a fixed order.
 //
 // A block takes `inner` columns LANES at a time and one part of `mid`; its ROWS·LANES threads step down the part's rows,
 // then rows are combined in shared memory, lowest first.  The second launch combines the parts in the same way.
@@ -13,11 +13,21 @@ namespace rambac {
 struct Sum {
     static __device__ __forceinline__ float none() { return 0.f; }
     static __device__ __forceinline__ float of(float a, float b) { return a + b; }
+    static __device__ __forceinline__ float done(float a) { return a; }
+};
+template <int N> struct Mean : Sum {
+    static __device__ __forceinline__ float done(float a) { return a * (1.f / N); }
 };
 // A NaN stays, as it should be seen.
 struct Max {
     static __device__ __forceinline__ float none() { return -infinity(); }
     static __device__ __forceinline__ float of(float a, float b) { return b <= a || a != a ? a : b; }
+    static __device__ __forceinline__ float done(float a) { return a; }
+};
+struct Min {
+    static __device__ __forceinline__ float none() { return infinity(); }
+    static __device__ __forceinline__ float of(float a, float b) { return b >= a || a != a ? a : b; }
+    static __device__ __forceinline__ float done(float a) { return a; }
 };
 
 // C: In, Out, F, lanes, rows (lanes · rows threads).  `part` rows of mid per block; y: [outer, parts, inner].
@@ -41,7 +51,7 @@ __device__ __forceinline__ void reduce(const typename C::In* x, i64 outer_stride
         if (row < d) rows[row][lane] = F::of(rows[row][lane], rows[row + d][lane]);
         __syncthreads();
     }
-    if (row == 0 && col < inner) y[(outer * parts + blockIdx.y) * inner + col] = from_f32<typename C::Out>(rows[0][lane]);
+    if (row == 0 && col < inner) y[(outer * parts + blockIdx.y) * inner + col] = from_f32<typename C::Out>(F::done(rows[0][lane]));
 }
 
 }  // namespace rambac

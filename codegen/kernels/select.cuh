@@ -13,6 +13,7 @@
 // comparison settles ties.  Where tokens are few and chunks many, blocks share the chunks (`select_part`) and their bests are
 // merged (`select_merge`).  Memory O(L·K).  Traffic: landmarks once per block, q once per tile of landmarks, both from L2.
 #pragma once
+#include "pages.cuh"
 #include "wgmma.cuh"
 
 namespace rambac {
@@ -224,22 +225,20 @@ template <class C> struct SelectRows {
 };
 
 // Fills s.best from tiles from `tile0` on, before `tile1`, and lets all threads see it.
-template <class C>
+template <class C, class Landmarks>
 __device__ __forceinline__ void find_best(Selecting<C>& s, const SelectRows<C>& at, const typename C::T* q, i64 q_stride,
-                                          const typename C::T* landmarks, i64 landmark_stride, i32 l, i32 chunks, int tile0,
-                                          int tile1) {
+                                          const Landmarks& landmarks, i32 l, int tile0, int tile1) {
     using S = Selecting<C>;
     using T = typename C::T;
     using Scores = typename ScoresOf<C, C::warpgroups>::Type;
     constexpr int K = C::slots, ROWS = S::ROWS, PER_ROW = S::DEPTH / S::PIECE, STEP = S::THREADS / PER_ROW;
-    int own = threadIdx.x, tokens = at.tokens, visible = own < tokens ? at.visible(own, chunks) : 0;
-    int most = at.visible(tokens - 1, chunks), tiles = min_of(tile1, (int)ceil_div(most, C::tile));
+    int own = threadIdx.x, tokens = at.tokens, visible = own < tokens ? at.visible(own, landmarks.chunks) : 0;
+    int most = at.visible(tokens - 1, landmarks.chunks), tiles = min_of(tile1, (int)ceil_div(most, C::tile));
     if (own < ROWS)
         for (int i = 0; i < K; i++) s.best[i][own] = 0;
 
     // A thread copies one 16-byte piece of every STEP-th row.
     const T* q0 = q + (at.sequence * l + at.token0) * q_stride + at.head * C::width;
-    const T* landmark0 = landmarks + at.sequence * chunks * landmark_stride + at.head * C::width;
     const int first = own / PER_ROW, col = own % PER_ROW * S::PIECE;
     const T* q_at = q0 + first * q_stride + col;
     auto fetch = [&](int step) {
@@ -247,7 +246,7 @@ __device__ __forceinline__ void find_best(Selecting<C>& s, const SelectRows<C>& 
             int chunk = step / S::STEPS * C::tile + first, k = step % S::STEPS * S::DEPTH;
             bool inside = C::width % S::DEPTH == 0 || k + col < C::width;
             u32 to = Scores::place(shared_address(s.search.stage[step % C::stages]), first, own % PER_ROW);
-            const T* landmark_at = landmark0 + chunk * landmark_stride + col + k;
+            auto landmark_at = landmarks.row(at.sequence, step / S::STEPS * C::tile) + first * landmarks.stride + at.head * C::width + col + k;
 #pragma unroll 2
             for (int i = 0; i < ROWS; i += STEP) {
                 bool valid = inside && first + i < tokens;
@@ -256,7 +255,7 @@ __device__ __forceinline__ void find_best(Selecting<C>& s, const SelectRows<C>& 
 #pragma unroll 2
             for (int i = 0; i < C::tile; i += STEP) {
                 bool valid = inside && chunk + i < most;
-                copy16_async(to + (ROWS + i) * (u32)(S::P * sizeof(T)), valid ? landmark_at + i * landmark_stride : q0, valid);
+                copy16_wide<T>(to + (ROWS + i) * (u32)(S::P * sizeof(T)), valid ? landmark_at + i * landmarks.stride : landmarks.at, valid);
             }
         }
         copies_commit();
@@ -309,12 +308,12 @@ __device__ __forceinline__ void find_best(Selecting<C>& s, const SelectRows<C>& 
     // MUT select_best: ;
 }
 
-// q: rows of h·r at its stride; landmarks [N, C, h, r] at its stride; start [N].  Results [N, L, h, K] and count [N, L, h].
-// One block per (sequence, head, ROWS tokens), in this order.
-template <class C, class W>
-__device__ __forceinline__ void select(i32* indices, i32* count, W* weights, W* scores,
-                                       const typename C::T* q, i64 q_stride, const typename C::T* landmarks,
-                                       i64 landmark_stride, const i32* start, i32 l, i32 h, i32 chunks) {
+// q: rows of h·r at its stride; landmarks: an array [N, C, h, r] or pages; start [N].  Results [N, L, h, K] and count
+// [N, L, h].  One block per (sequence, head, ROWS tokens), in this order.
+template <class C, class Landmarks, class W>
+__device__ __forceinline__ void select_of(i32* indices, i32* count, W* weights, W* scores,
+                                          const typename C::T* q, i64 q_stride, const Landmarks& landmarks,
+                                          const i32* start, i32 l, i32 h) {
     using S = Selecting<C>;
     constexpr int K = C::slots, ROWS = S::ROWS;
     static_assert(sizeof(S) == C::shared, "the launch gives what the layout takes");
@@ -322,7 +321,7 @@ __device__ __forceinline__ void select(i32* indices, i32* count, W* weights, W* 
     S& s = *reinterpret_cast<S*>(panels);
     SelectRows<C> at(blockIdx.x, start, l, h);
     int own = threadIdx.x;
-    find_best<C>(s, at, q, q_stride, landmarks, landmark_stride, l, chunks, 0, 0x7fffffff);
+    find_best<C>(s, at, q, q_stride, landmarks, l, 0, 0x7fffffff);
 
     // Order, weights.
     for (int i = threadIdx.x; i < ROWS * K; i += S::THREADS) {
@@ -359,25 +358,49 @@ __device__ __forceinline__ void select(i32* indices, i32* count, W* weights, W* 
     }
     if (own < at.tokens) count[at.place(own, l, h)] = s.count[own];
 }
+template <class C, class W>
+__device__ __forceinline__ void select(i32* indices, i32* count, W* weights, W* scores,
+                                       const typename C::T* q, i64 q_stride, const typename C::T* landmarks,
+                                       i64 landmark_stride, const i32* start, i32 l, i32 h, i32 chunks) {
+    select_of<C>(indices, count, weights, scores, q, q_stride, ArrayLandmarks<C>{landmarks, landmark_stride, chunks}, start, l, h);
+}
+// table: [N, chunks / LANDMARK_PAGE].
+template <class C, class W>
+__device__ __forceinline__ void select_paged(i32* indices, i32* count, W* weights, W* scores,
+                                             const typename C::T* q, i64 q_stride, const typename C::Stored* landmarks,
+                                             i64 landmark_stride, const i32* table, const i32* start, i32 l, i32 h, i32 chunks) {
+    select_of<C>(indices, count, weights, scores, q, q_stride, PagedLandmarks<C>{landmarks, landmark_stride, table, chunks}, start, l, h);
+}
 
 // The best of `tiles_each` tiles of landmarks: keys [segments, N·L·h, K], two words each.  A block per (what `select` has a
 // block for, segment).
-template <class C>
-__device__ __forceinline__ void select_part(i32* keys, const typename C::T* q, i64 q_stride, const typename C::T* landmarks,
-                                            i64 landmark_stride, const i32* start, i32 l, i32 h, i32 chunks, i32 segments,
-                                            i32 tiles_each, i64 rows) {
+template <class C, class Landmarks>
+__device__ __forceinline__ void select_part_of(i32* keys, const typename C::T* q, i64 q_stride, const Landmarks& landmarks,
+                                               const i32* start, i32 l, i32 h, i32 segments, i32 tiles_each, i64 rows) {
     using S = Selecting<C>;
     static_assert(sizeof(S) == C::shared, "the launch gives what the layout takes");
     extern __shared__ __align__(1024) u8 panels[];
     S& s = *reinterpret_cast<S*>(panels);
     SelectRows<C> at(blockIdx.x / segments, start, l, h);
     int segment = blockIdx.x % segments;
-    find_best<C>(s, at, q, q_stride, landmarks, landmark_stride, l, chunks, segment * tiles_each, (segment + 1) * tiles_each);
+    find_best<C>(s, at, q, q_stride, landmarks, l, segment * tiles_each, (segment + 1) * tiles_each);
     for (int i = threadIdx.x; i < at.tokens * C::slots; i += S::THREADS) {
         u64 key = s.best[i % C::slots][i / C::slots];
         store_global(keys + ((segment * rows + at.place(i / C::slots, l, h)) * C::slots + i % C::slots) * 2,
                      Vec<i32, 2>{{(i32)key, (i32)(key >> 32)}});
     }
+}
+template <class C>
+__device__ __forceinline__ void select_part(i32* keys, const typename C::T* q, i64 q_stride, const typename C::T* landmarks,
+                                            i64 landmark_stride, const i32* start, i32 l, i32 h, i32 chunks, i32 segments,
+                                            i32 tiles_each, i64 rows) {
+    select_part_of<C>(keys, q, q_stride, ArrayLandmarks<C>{landmarks, landmark_stride, chunks}, start, l, h, segments, tiles_each, rows);
+}
+template <class C>
+__device__ __forceinline__ void select_part_paged(i32* keys, const typename C::T* q, i64 q_stride, const typename C::Stored* landmarks,
+                                                  i64 landmark_stride, const i32* table, const i32* start, i32 l, i32 h,
+                                                  i32 chunks, i32 segments, i32 tiles_each, i64 rows) {
+    select_part_of<C>(keys, q, q_stride, PagedLandmarks<C>{landmarks, landmark_stride, table, chunks}, start, l, h, segments, tiles_each, rows);
 }
 
 // The best of all segments, their order and weights.  A block of C::threads threads per row.

@@ -24,6 +24,9 @@ use rambac_passes::recompute::{candidates, choose, free_between, layer};
 use rambac_passes::{Options, Recompute, Target, pipeline};
 use std::collections::{BTreeMap, BTreeSet};
 
+/// Layers between inputs that are kept, where keeping all of them is too much.
+const SPANS: [usize; 4] = [2, 4, 8, 16];
+
 /// How much memory a program may take.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Memory {
@@ -100,6 +103,8 @@ pub struct Fit {
     pub prepared: Graph,
     /// Nodes that are computed again.
     pub again: BTreeSet<NodeId>,
+    /// Layers between inputs that are kept; 0: all are.
+    pub span: usize,
     /// The dims that need most memory.
     pub dims: Bindings,
     /// Plans at these dims, and work, if everything is kept, and as decided.
@@ -126,13 +131,14 @@ struct Search<'a> {
     dims: &'a [Bindings],
     machine: &'a Machine,
     options: &'a Options,
+    span: usize,
     /// Bytes that the program's own plan may take.
     limit: usize,
 }
 
 impl Search<'_> {
     fn attempt(&self, what: Recompute, again: BTreeSet<NodeId>) -> Result<Tried, FitError> {
-        let options = Options { recompute: what, ..self.options.clone() };
+        let options = Options { recompute: what, span: self.span, ..self.options.clone() };
         let (program, plans) = self.machine.plans(&pipeline::complete(&self.prepared, &options), self.dims)?;
         let mut worst: Option<(MemoryPlan, &Bindings)> = None;
         for (p, d) in plans.into_iter().zip(self.dims) {
@@ -225,6 +231,7 @@ impl Search<'_> {
         Ok(Fit {
             prepared: self.prepared,
             again: best.again,
+            span: self.span,
             dims: best.dims,
             kept: (kept.plan, costs.0),
             fitted: (best.plan, costs.1),
@@ -262,7 +269,7 @@ pub fn fit(
     options: &Options,
 ) -> Result<Fit, FitError> {
     let prepared = pipeline::prepare(g, options);
-    let s = Search { prepared, dims, machine, options, limit: limit.saturating_sub(reserved) };
+    let mut s = Search { prepared, dims, machine, options, span: 0, limit: limit.saturating_sub(reserved) };
     let kept = s.attempt(Recompute::Nothing, BTreeSet::new())?;
     let mut best = if s.fits(&kept) { Some(s.nodes(BTreeSet::new())?) } else { None };
     if best.is_none() {
@@ -270,6 +277,13 @@ pub fn fit(
     }
     if best.is_none() {
         best = s.cheapest(&kept, &vec![true; s.prepared.nodes.len()])?;
+    }
+    // The inputs of layers alone are too much.
+    for span in SPANS {
+        if best.is_none() {
+            s.span = span;
+            best = s.cheapest(&kept, &vec![true; s.prepared.nodes.len()])?;
+        }
     }
     let Some(best) = best else {
         let least = s.attempt(Recompute::All, BTreeSet::new())?;
@@ -284,7 +298,7 @@ pub fn fit(
 /// A dim without a value; a step that can't run on the machine.
 pub fn everything(g: &Graph, dims: &Bindings, machine: &Machine, options: &Options) -> Result<Fit, FitError> {
     let prepared = pipeline::prepare(g, options);
-    let s = Search { prepared, dims: std::slice::from_ref(dims), machine, options, limit: 0 };
+    let s = Search { prepared, dims: std::slice::from_ref(dims), machine, options, span: 0, limit: 0 };
     let kept = s.attempt(Recompute::Nothing, BTreeSet::new())?;
     let all = s.nodes(candidates(&s.prepared))?;
     s.decided(kept, all)
@@ -301,10 +315,13 @@ pub fn options(
     reserved: usize,
     others: &Options,
 ) -> Result<Options, FitError> {
-    let recompute = match memory {
-        Memory::Keep => Recompute::Nothing,
-        Memory::Recompute => Recompute::All,
-        Memory::Within { limit, dims } => Recompute::Nodes(fit(g, *limit, dims, machine, reserved, others)?.again),
+    let (recompute, span) = match memory {
+        Memory::Keep => (Recompute::Nothing, 0),
+        Memory::Recompute => (Recompute::All, 0),
+        Memory::Within { limit, dims } => {
+            let fit = fit(g, *limit, dims, machine, reserved, others)?;
+            (Recompute::Nodes(fit.again), fit.span)
+        }
     };
-    Ok(Options { recompute, ..others.clone() })
+    Ok(Options { recompute, span, ..others.clone() })
 }

@@ -473,7 +473,7 @@ fn strided_fits(op: &Op, v: &View) -> bool {
     match op {
         Op::SelectiveScan(_) | Op::SelectiveScanGrad(_) => tail(2),
         Op::Attention(_) | Op::AttentionGrad(_) | Op::Selection(_) | Op::SelectionGrad(_) => tail(2),
-        Op::ChunkAttention(_) | Op::ChunkAttentionGrad(_) => tail(2),
+        Op::ChunkAttention(_) | Op::ChunkAttentionGrad(_) | Op::Attend(_) | Op::AttendGrad(_) => tail(2),
         Op::Rotary(_) => v.ty.rank() >= 2 && tail(v.ty.rank() - 2),
         // A norm over heads reads rows that hold several of them.
         _ if is_norm(op) => (1..v.ty.rank()).any(tail),
@@ -489,7 +489,7 @@ fn rows_fit(op: &Op, ty: &Ty, cols: &Dim) -> bool {
     match op {
         // Their matrices are tokens × (all the rest).
         Op::SelectiveScanGrad(_) | Op::Attention(_) | Op::AttentionGrad(_) => tail(2),
-        Op::ChunkAttention(_) | Op::ChunkAttentionGrad(_) => tail(2),
+        Op::ChunkAttention(_) | Op::ChunkAttentionGrad(_) | Op::Attend(_) | Op::AttendGrad(_) => tail(2),
         Op::Rotary(_) | Op::SelectionGrad(_) => ty.rank() >= 2 && tail(ty.rank() - 2),
         // Elementwise: any row will do, as long as it is one.
         Op::FusedMap(_) | Op::Unary(_) | Op::Binary(_) | Op::Where(_) => (0..ty.rank()).any(tail),

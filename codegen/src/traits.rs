@@ -101,6 +101,17 @@ traits! {
     Attention: in [0, 1, 2], out [0];
     AttentionGrad: in [0, 1, 2, 3], out [0, 1, 2];
     Summarise: in [], out [];
+    Score: in [], out [];
+    ScoreGrad: in [], out [];
+    Mask: in [], out [];
+    Select: in [], out [];
+    Weigh: in [], out [];
+    WeighGrad: in [], out [];
+    Aggregate: in [], out [];
+    AggregateGrad: in [], out [];
+    Merge: in [], out [];
+    MergeGrad: in [], out [];
+    Softmax: in [], out [];
     Selection: in [0], out [], paged_inputs &[1];
     SelectionGrad: in [0], out [0];
     ChunkAttention: in [0, 1, 2], out [0], paged_inputs &[1, 2];
@@ -119,19 +130,27 @@ macro_rules! maps {
 const ANY: &[usize] = &[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15];
 maps! { Unary, Binary, Where, FusedMap }
 
-macro_rules! unfused {
-    ($($op:ident),*) => {
+/// One softmax over all chosen chunks is fused by itself; one per chunk has a kernel only with the sum over chunks.
+macro_rules! attends {
+    ($($op:ident: in $i:expr, out $o:expr, paged $p:expr;)*) => {
         $(impl Lower for $op {
             fn kernel_traits(&self) -> KernelTraits {
+                if self.joint {
+                    let (strided_inputs, strided_outputs, paged_inputs): (&[usize], &[usize], &[usize]) = (&$i, &$o, &$p);
+                    return KernelTraits { strided_inputs, strided_outputs, paged_inputs, ..KernelTraits::default() };
+                }
                 KernelTraits {
-                    reference: Some("it was not fused; its reference evaluation runs, which is slow and holds L×C or per-chunk values"),
+                    reference: Some("it was not fused; its reference evaluation runs, which is slow and holds per-chunk values"),
                     ..KernelTraits::default()
                 }
             }
         })*
     };
 }
-unfused! { Score, ScoreGrad, Select, Weigh, WeighGrad, Attend, AttendGrad, Aggregate, AggregateGrad }
+attends! {
+    Attend: in [0, 1, 2], out [0], paged [1, 2];
+    AttendGrad: in [0, 1, 2, 5, 7], out [0, 1, 2], paged [];
+}
 
 macro_rules! dispatch {
     ($($op:ident),* $(,)?) => {

@@ -90,6 +90,8 @@ impl Rng {
 
 /// Sizes that axes have.
 const DIMS: [usize; 7] = [1, 2, 3, 7, 16, 17, 64];
+/// Rules of weights: logits hold -inf.
+const RULES: [Weighting; 4] = [Weighting::StickBreaking, Weighting::Softmax, Weighting::Sigmoid, Weighting::One];
 /// No value has more elements.
 const MAX_ELEMENTS: usize = 20_000;
 /// No op does more work.
@@ -466,11 +468,20 @@ impl Grower {
                 let q = self.of(dtype, &[&b, &t, &hq, &d], 2.0);
                 let (k, v) = (self.of(dtype, &[&b, &t, &h, &d], 2.0), self.of(dtype, &[&b, &t, &h, &d], 2.0));
                 let (scale, causal) = (self.rng.pick(&[1.0, 0.5, 0.125]), self.rng.one_in(2));
+                let mut op = Attention { lse: self.rng.one_in(2), ..Attention::new(scale, causal) };
+                if causal {
+                    op.window = self.rng.pick(&[0, 0, 1, 3, 40]);
+                    op.local = self.rng.pick(&[0, 0, 1, 2, 7]);
+                }
                 if mnemonic == "attention" {
-                    self.push(Attention { scale, causal }, &[q, k, v], 2.0);
+                    self.push(op, &[q, k, v], 8.0);
                 } else {
-                    let dy = self.like(q, 2.0);
-                    self.push(AttentionGrad { scale, causal }, &[q, k, v, dy], 2000.0);
+                    let mut x = vec![q, k, v, self.like(q, 2.0)];
+                    if op.lse {
+                        x.push(self.of(dtype, &[&b, &t, &hq], 2.0));
+                    }
+                    let Attention { window, local, unit, lse, .. } = op;
+                    self.push(AttentionGrad { scale, causal, window, local, unit, lse }, &x, 4000.0);
                 }
             }
             "summarise" => {
@@ -480,7 +491,37 @@ impl Grower {
                 let t = n.checked_mul(&Dim::int(chunk)).expect("BUG: grown dims are small");
                 let (dtype, batch) = (self.float_type(), Dim::sym("N"));
                 let x = self.of(dtype, &[&batch, &t].into_iter().chain(&tail).collect::<Vec<_>>(), 8.0);
-                self.push(Summarise { chunk, mode: Summary::Mean }, &[x], 8.0);
+                let mode = self.rng.pick(Summary::ALL);
+                self.push(Summarise { chunk, mode }, &[x], 8.0);
+            }
+            "softmax" => {
+                let x = self.any(1, 8.0);
+                self.push(Softmax {}, &[x], 16.0);
+            }
+            "mask" => {
+                let Some((_, _, s, chunk, _)) = self.score() else { return };
+                let start = self.source(Ty::i32([Dim::sym("N")]), 0.0, 16.0);
+                let Some(m) = self.push(Mask { chunk }, &[s, start], 0.0) else { return };
+                let y = self.push(Softmax {}, &m, 1.0);
+                self.unpool(&m);
+                self.unpool(&y.unwrap_or_default()[1..]);
+            }
+            "merge" | "merge_grad" => {
+                let dtype = self.float_type();
+                let (n, l, h, d) = (Dim::sym("N"), self.dim_below(17), self.int_below(3), self.dim_below(7));
+                let hq = Dim::int(h * self.rng.pick(&[1, 2, 3]));
+                let mut x = vec![];
+                for _ in 0..1 + self.rng.below(3) {
+                    x.push(self.of(dtype, &[&n, &l, &hq, &d], 2.0));
+                    let h = if self.rng.one_in(2) { Dim::int(h) } else { hq.clone() };
+                    x.push(self.of(dtype, &[&n, &l, &h], 4.0));
+                }
+                if mnemonic == "merge" {
+                    self.push(Merge {}, &x, 8.0);
+                } else {
+                    x.extend([self.of(dtype, &[&n, &l, &hq, &d], 2.0), self.of(dtype, &[&n, &l, &hq], 2.0)]);
+                    self.push(MergeGrad {}, &x, 400.0);
+                }
             }
             "score" => drop(self.score()),
             "score_grad" => {
@@ -756,15 +797,21 @@ impl Grower {
         let (q, lm, start, chunk, scale) = self.score_operands();
         let s = self.push(Score { chunk, scale }, &[q, lm, start], 0.0)?[0];
         // Dense scores hold -inf: only ops of this part take them.
-        self.pool.retain(|(v, _)| *v != s);
+        self.unpool(&[s]);
         Some((q, lm, s, chunk, scale))
+    }
+
+    /// Takes values out of what any op may read.
+    fn unpool(&mut self, values: &[Value]) {
+        self.pool.retain(|(v, _)| !values.contains(v));
     }
 
     fn select(&mut self) -> Option<Chosen> {
         let (q, landmarks, s, chunk, scale) = self.score()?;
         let (k, order) = (self.rng.pick(&[1, 2, 3, 7]), self.rng.pick(Order::ALL));
-        let rule = self.rng.pick(Weighting::ALL);
-        let y = self.push(Select { k, order }, &[s], 64.0)?;
+        let rule = self.rng.pick(&RULES);
+        let (sinks, recent) = self.rng.pick(&[(0, 0), (0, 0), (1, 0), (0, 1)]);
+        let y = self.push(Select { k, order, sinks, recent }, &[s], 64.0)?;
         let c = Chosen {
             q,
             landmarks,
@@ -799,7 +846,7 @@ impl Grower {
     fn selection(&mut self) -> Option<Chosen> {
         let (q, landmarks, start, chunk, scale) = self.score_operands();
         let (k, order) = (self.rng.pick(&[1, 2, 3, 7]), self.rng.pick(Order::ALL));
-        let rule = self.rng.pick(Weighting::ALL);
+        let rule = self.rng.pick(&RULES);
         let y = self.push(Selection { chunk, scale, k, order, rule }, &[q, landmarks, start], 64.0)?;
         let c = Chosen {
             q,
@@ -854,10 +901,23 @@ impl Grower {
         if mnemonic == "attend_grad" {
             let (q, slots) = (self.b.ty(x[0]).clone(), self.b.ty(c.indices).shape[3].clone());
             x.push(self.of(q.dtype, &[&q.shape[0], &q.shape[1], &q.shape[2], &slots, &q.shape[3]], 2.0));
-            self.push(AttendGrad { chunk: c.chunk, scale, off_by_one }, &x, 4000.0);
+            self.push(AttendGrad { chunk: c.chunk, scale, off_by_one, joint: false }, &x, 4000.0);
             return;
         }
-        let Some(o) = self.push(Attend { chunk: c.chunk, scale, off_by_one }, &x, 2.0) else { return };
+        if self.rng.one_in(3) {
+            let op = Attend { chunk: c.chunk, scale, off_by_one, joint: true };
+            let Some(y) = self.push(op, &x, 8.0) else { return };
+            self.unpool(&y[1..]);
+            if !self.differentiable && self.rng.one_in(2) {
+                let lse = self.b.ty(y[1]).clone();
+                x.extend([y[0], y[1], self.like(y[0], 2.0)]);
+                x.push(self.of(lse.dtype, &lse.shape.iter().collect::<Vec<_>>(), 2.0));
+                self.push(AttendGrad { chunk: c.chunk, scale, off_by_one, joint: true }, &x, 4000.0);
+            }
+            return;
+        }
+        let op = Attend { chunk: c.chunk, scale, off_by_one, joint: false };
+        let Some(o) = self.push(op, &x, 2.0) else { return };
         let w = c.weights.expect("BUG: asked for weights");
         match mnemonic {
             "aggregate" => drop(self.push(Aggregate {}, &[o[0], w], 14.0)),

@@ -53,7 +53,8 @@ fn dot(y: &[HostArray], dy: &[Option<HostArray>]) -> f64 {
 
 fn assert_close(what: &str, a: f64, b: f64, tolerance: f64) {
     let scale = 1.0 + a.abs().max(b.abs());
-    assert!((a - b).abs() <= tolerance * scale, "{what}: {a} vs {b} (difference {:e})", (a - b).abs());
+    // -inf is itself.
+    assert!(a == b || (a - b).abs() <= tolerance * scale, "{what}: {a} vs {b} (difference {:e})", (a - b).abs());
 }
 
 fn assert_arrays(what: &str, a: &HostArray, b: &HostArray) {
@@ -163,7 +164,9 @@ impl Cases {
 }
 
 fn elementwise(c: &mut Cases) {
-    for &f in UnaryFn::ALL {
+    // `detach` has none by definition; see `detached_values_have_no_gradient`.
+    c.covered.insert("detach");
+    for &f in UnaryFn::ALL.iter().filter(|f| **f != UnaryFn::Detach) {
         let domain = matches!(f, UnaryFn::Log | UnaryFn::Sqrt | UnaryFn::Rsqrt);
         let x = if domain { c.positive(&[3, 7]) } else { c.random(&[3, 7]) };
         c.check(Unary { f }, vec![x]);
@@ -293,9 +296,48 @@ fn layers(c: &mut Cases) {
     for (b, t, hq, hk, d) in [(2, 5, 4, 2, 3), (1, 1, 1, 1, 1), (1, 3, 16, 1, 2), (2, 7, 2, 2, 1)] {
         for causal in [false, true] {
             let x = vec![c.random(&[b, t, hq, d]), c.random(&[b, t, hk, d]), c.random(&[b, t, hk, d])];
-            c.check(Attention { scale: 0.7, causal }, x);
+            c.check(Attention::new(0.7, causal), x.clone());
+            c.check(Attention { lse: true, ..Attention::new(0.7, causal) }, x.clone());
+            for (window, local) in [(1, 0), (3, 0), (0, 2), (2, 3)].into_iter().filter(|_| causal) {
+                c.check(Attention { window, local, lse: t % 2 == 1, ..Attention::new(0.7, true) }, x.clone());
+            }
+        }
+        for unit in [1, 2, 7] {
+            let x = vec![c.random(&[b, t, hq, d]), c.random(&[b, t / unit, hk, d]), c.random(&[b, t / unit, hk, d])];
+            c.check(Attention { unit, lse: true, ..Attention::new(0.7, false) }, x);
         }
     }
+    for shape in [vec![1], vec![3, 4], vec![2, 3, 1, 5]] {
+        let x = c.random(&shape);
+        c.check(Softmax {}, vec![x]);
+    }
+    let x = HostArray::f32(
+        &[2, 3],
+        [f64::NEG_INFINITY, 0.5, -1.0, f64::NEG_INFINITY, f64::NEG_INFINITY, f64::NEG_INFINITY],
+    );
+    c.check(Softmax {}, vec![x]);
+    for (n, l, hq, h, d, parts) in [(2, 3, 4, [4, 2, 1], 3, 3), (1, 1, 1, [1, 1, 1], 1, 1), (1, 2, 6, [3, 6, 6], 2, 2)]
+    {
+        let x = (0..parts).flat_map(|i| [c.random(&[n, l, hq, d]), c.random(&[n, l, h[i]])]).collect();
+        c.check(Merge {}, x);
+    }
+}
+
+/// What `detach` gives is `x`, and nothing flows back.
+#[test]
+fn detached_values_have_no_gradient() {
+    let mut rng = Rng(5);
+    let (x, dy) = (random(&mut rng, &[3, 7]), random(&mut rng, &[3, 7]));
+    assert_eq!(eval(&Unary { f: UnaryFn::Detach }.into(), std::slice::from_ref(&x))[0], x);
+    let mut b = Builder::new("g", &[]);
+    let (xv, dyv) = (b.input("x", ty_of(&x)), b.input("dy", ty_of(&dy)));
+    let op = Unary { f: UnaryFn::Detach };
+    let y = b.push_all(op.clone(), &[xv]);
+    let d = op.vjp(&mut Vjp::new(&mut b, &[xv], &y, &[Some(dyv)])).unwrap()[0].unwrap();
+    let sources = HashMap::from([("x".to_string(), x.clone()), ("dy".to_string(), dy)]);
+    let g = b.finish().unwrap();
+    let got = interp::run(&g, &Bindings::default(), &sources, &[d], Precision::Exact).unwrap();
+    assert_eq!(got[0], HostArray::filled(&x.ty(), 0.0));
 }
 
 /// Sizes of a selecting layer: batch, tokens, kv heads, query heads per kv head, chunks, chunk size, k, first position.
@@ -338,16 +380,23 @@ fn layer(rng: &mut Rng, (n, l, h, g, c, chunk, k, start): Sizes) -> Layer {
 fn selecting(c: &mut Cases) {
     for (chunk, shape) in [(1, vec![2, 3]), (3, vec![1, 6, 2]), (7, vec![2, 7, 2, 3])] {
         let x = c.random(&shape);
-        c.check(Summarise { chunk, mode: Summary::Mean }, vec![x]);
+        for &mode in Summary::ALL {
+            c.check(Summarise { chunk, mode }, vec![x.clone()]);
+        }
     }
     for sizes in SELECTIONS {
         let a = layer(&mut c.rng, sizes);
         let (chunk, k) = (a.chunk, a.k);
         let score = Score { chunk, scale: 0.8 };
         c.check(score.clone(), vec![a.q.clone(), a.landmarks.clone(), a.start.clone()]);
+        // Several query heads share the landmarks of one head.
+        let many = random(&mut c.rng, &[a.q.shape[0], a.q.shape[1], 3 * a.q.shape[2], 3]);
+        c.check(score.clone(), vec![many, a.landmarks.clone(), a.start.clone()]);
+        let dense = c.random(&[a.q.shape[0], a.q.shape[1], a.q.shape[2], a.landmarks.shape[1]]);
+        c.check(Mask { chunk }, vec![dense, a.start.clone()]);
         let s = eval(&score.into(), &[a.q, a.landmarks, a.start]).remove(0);
         for &order in Order::ALL {
-            let select = Select { k, order };
+            let select = Select::new(k, order);
             c.check(select.clone(), vec![s.clone()]);
             let chosen = eval(&select.into(), std::slice::from_ref(&s));
             for &rule in Weighting::ALL {
@@ -355,11 +404,15 @@ fn selecting(c: &mut Cases) {
             }
             for off_by_one in [0.0, 1.0] {
                 let x = [&a.queries, &a.keys, &a.values, &chosen[0], &chosen[1]].map(Clone::clone).to_vec();
-                c.check(Attend { chunk, scale: 0.6, off_by_one }, x);
+                for joint in [false, true] {
+                    c.check(Attend { chunk, scale: 0.6, off_by_one, joint }, x.clone());
+                }
             }
         }
         let (n, l, h, g, ..) = sizes;
         let x = vec![c.random(&[n, l, h * g, k, 2]), c.random(&[n, l, h, k])];
+        c.check(Aggregate {}, x);
+        let x = vec![c.random(&[n, l, h * g, 2]), c.random(&[n, l, h * g, 2]), c.random(&[n, l, h, 2])];
         c.check(Aggregate {}, x);
     }
 }
@@ -420,7 +473,7 @@ fn selection_is_score_select_weigh() {
             let x = [a.q.clone(), a.landmarks.clone(), a.start];
             let fused = eval(&Selection { chunk, scale, k, order, rule }.into(), &x);
             let s = eval(&Score { chunk, scale }.into(), &x).remove(0);
-            let chosen = eval(&Select { k, order }.into(), std::slice::from_ref(&s));
+            let chosen = eval(&Select::new(k, order).into(), std::slice::from_ref(&s));
             let w = eval(&Weigh { rule }.into(), &[s.clone(), chosen[0].clone(), chosen[1].clone()]).remove(0);
             let what = format!("{sizes:?} {} {}", order.to_attr(), rule.to_attr());
             assert_eq!((&fused[0], &fused[1]), (&chosen[0], &chosen[1]), "{what}");
@@ -448,12 +501,12 @@ fn chunk_attention_is_aggregate_attend() {
             let select = Selection { chunk, scale: 0.8, k: a.k, order: Order::Recent, rule };
             let chosen = eval(&select.into(), &[a.q, a.landmarks, a.start]);
             let mut x = vec![a.queries, a.keys, a.values, chosen[0].clone(), chosen[1].clone()];
-            let o = eval(&Attend { chunk, scale, off_by_one }.into(), &x).remove(0);
+            let o = eval(&Attend { chunk, scale, off_by_one, joint: false }.into(), &x).remove(0);
             let w = chosen[2].clone();
             let y = eval(&Aggregate {}.into(), &[o.clone(), w.clone()]).remove(0);
             let dy = random(&mut rng, &y.shape);
             let d = eval(&AggregateGrad {}.into(), &[o, w.clone(), dy.clone()]);
-            let grad = AttendGrad { chunk, scale, off_by_one };
+            let grad = AttendGrad { chunk, scale, off_by_one, joint: false };
             let mut composed = eval(&grad.into(), &[&x[..], &d[..1]].concat());
             composed.push(d[1].clone());
 
@@ -527,9 +580,12 @@ fn a_whole_layer_has_its_gradient() {
         let names = ["q", "landmarks", "queries", "keys", "values", "start"];
         let v: Vec<Value> = names.iter().zip(&arrays).map(|(n, a)| b.input(n, ty_of(a))).collect();
         let s = b.push(Score { chunk: a.chunk, scale: 0.8 }, &[v[0], v[1], v[5]]);
-        let i = b.push_all(Select { k: a.k, order: Order::Recent }, &[s]);
+        let i = b.push_all(Select::new(a.k, Order::Recent), &[s]);
         let w = b.push(Weigh { rule }, &[s, i[0], i[1]]);
-        let o = b.push(Attend { chunk: a.chunk, scale: 0.6, off_by_one: 1.0 }, &[v[2], v[3], v[4], i[0], i[1]]);
+        let o = b.push(
+            Attend { chunk: a.chunk, scale: 0.6, off_by_one: 1.0, joint: false },
+            &[v[2], v[3], v[4], i[0], i[1]],
+        );
         let y = b.push(Aggregate {}, &[o, w]);
         let y = b.square(y);
         let loss = b.sum_all(y);

@@ -8,6 +8,7 @@
 //! need not check again.
 
 use crate::error::ModelError;
+use crate::variants::Attention;
 use serde_json::{Map, Value, json};
 use std::fmt;
 use std::path::Path;
@@ -65,13 +66,20 @@ pub enum LayerKind {
     Retrieval,
     /// Hierarchical sparse attention over the chosen chunks.
     Attention,
+    /// A variant in its place, with keys and values of its own.
+    Variant,
+    /// Attention to a sliding window, in stacks without Mamba.
+    Window,
+    /// A gated feed-forward layer, in stacks without Mamba.
+    Mlp,
 }
 
-/// Whether a size matters to every model or only to those with chunk memory.
+/// Whether a size matters to every model or only to those with chunk memory, or without Mamba.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Scope {
     Any,
     Memory,
+    Transformer,
 }
 
 /// One integer key: its name, value, bounds and scope.
@@ -98,6 +106,8 @@ macro_rules! config_keys {
             pub time_step_limit: (f64, f64),
             /// The dialect to write.
             pub model_type: ModelType,
+            /// In place of hierarchical sparse attention.
+            pub attention: Option<Attention>,
         }
 
         impl Default for Config {
@@ -106,6 +116,7 @@ macro_rules! config_keys {
                     $($s: $sd,)* $($f: $fd,)* $($b: $bd,)*
                     time_step_limit: (0.0, f64::INFINITY),
                     model_type: ModelType::Ramba,
+                    attention: None,
                 }
             }
         }
@@ -126,6 +137,14 @@ macro_rules! config_keys {
                     $(stringify!($s) => read(key, value, as_size, "a whole number", problems, &mut self.$s),)*
                     $(stringify!($f) => read(key, value, as_float, "a number", problems, &mut self.$f),)*
                     $(stringify!($b) => read(key, value, Value::as_bool, "true or false", problems, &mut self.$b),)*
+                    "attention" => match value.as_str().map(Attention::from_json) {
+                        Some(Ok(a)) => self.attention = Some(a),
+                        Some(Err(what)) => problems.push(Problem { at: key.into(), what }),
+                        None => problems.push(Problem {
+                            at: key.into(),
+                            what: format!("expected a variant's name or text, found {}", kind(value)),
+                        }),
+                    },
                     "time_step_limit" => {
                         read(key, value, as_limit, "two numbers [low, high]", problems, &mut self.time_step_limit)
                     }
@@ -177,6 +196,8 @@ config_keys! {
         num_key_value_heads = 4, 1, 1 << 14, Memory;
         /// h·r, the width of landmarks and retrieval queries.
         retrieval_dim = 32, 1, 1 << 17, Memory;
+        /// Tokens that the window layers of a stack without Mamba see.
+        window_size = 64, 1, 1 << 20, Transformer;
     }
     floats {
         /// Of the norms in Mamba-2 blocks and the final one.
@@ -203,6 +224,8 @@ config_keys! {
         enable_lmk_norm = false;
         /// `lm_head` is the embedding matrix.
         tie_word_embeddings = true;
+        /// Window attention and feed-forward layers in place of Mamba-2 blocks; only with an attention variant.
+        transformer = false;
     }
 }
 
@@ -302,6 +325,7 @@ impl Config {
                 "mamba_chunk_size" if plain => o.insert("chunk_size".into(), json!(value)),
                 "num_upper_groups" if plain => None,
                 _ if plain && scope == Scope::Memory => None,
+                _ if !self.transformer && scope == Scope::Transformer => None,
                 _ => o.insert(key.into(), json!(value)),
             };
         }
@@ -311,9 +335,13 @@ impl Config {
             }
         }
         for (key, value) in self.flags() {
-            if !plain || key == "tie_word_embeddings" {
+            let needed = key != "transformer" || value;
+            if needed && (!plain || key == "tie_word_embeddings") {
                 o.insert(key.into(), json!(value));
             }
+        }
+        if let Some(a) = &self.attention {
+            o.insert("attention".into(), json!(a.to_json()));
         }
         // Left out when it is the default, because no spelling of infinity suits all readers.
         if self.time_step_limit != (0.0, f64::INFINITY) {
@@ -342,7 +370,12 @@ impl Config {
     pub fn problems(&self) -> Vec<Problem> {
         let mut p = Problems(vec![]);
         let memory = self.num_upper_groups > 0;
-        for s in self.sizes().iter().filter(|s| memory || s.scope == Scope::Any) {
+        let matters = |s: &&Size| match s.scope {
+            Scope::Any => true,
+            Scope::Memory => memory,
+            Scope::Transformer => self.transformer,
+        };
+        for s in self.sizes().iter().filter(matters) {
             let Size { key, value, min, max, .. } = *s;
             p.check(value >= min, key, || format!("expected at least {min}, found {value}"));
             p.check(value <= max, key, || {
@@ -357,6 +390,7 @@ impl Config {
         if memory {
             self.check_memory(&mut contradictions);
         }
+        self.check_attention(&mut contradictions, memory);
         p.0.extend(contradictions.0.into_iter().filter(|c| !outside.iter().any(|key| c.concerns(key))));
         if self.model_type == ModelType::Mamba2 && memory {
             let what = format!(
@@ -422,7 +456,9 @@ impl Config {
         let kv_heads = ("num_kv_heads", self.num_kv_heads);
         divides(p, ("hidden_size", self.hidden_size), heads);
         divides(p, heads, kv_heads);
-        divides(p, ("retrieval_dim", self.retrieval_dim), kv_heads);
+        if self.attention.is_none() {
+            divides(p, ("retrieval_dim", self.retrieval_dim), kv_heads);
+        }
         let per_group = self.num_upper_groups.saturating_mul(self.num_mamba_per_gca);
         let at = "num_upper_layers, num_upper_groups, num_mamba_per_gca";
         p.check(self.num_upper_layers > 0 && is_multiple(self.num_upper_layers, per_group), at, || {
@@ -431,7 +467,7 @@ impl Config {
                 self.num_upper_layers, self.num_upper_groups, self.num_mamba_per_gca
             )
         });
-        if self.encoder_layers > 0 {
+        if self.encoder_layers > 0 && self.attention.is_none() {
             divides(p, heads, ("num_key_value_heads", self.num_key_value_heads));
             let d = self.attention_head_dim();
             p.check(d.is_multiple_of(2), "hidden_size, num_attention_heads", || {
@@ -443,6 +479,31 @@ impl Config {
                     self.hidden_size
                 )
             });
+        }
+    }
+
+    fn check_attention(&self, p: &mut Problems, memory: bool) {
+        let Some(a) = &self.attention else {
+            p.check(!self.transformer, "transformer", || "needs an attention variant: set attention".into());
+            return;
+        };
+        p.check(memory, "attention, num_upper_groups", || {
+            format!("with num_upper_groups = 0 there is no layer for {}", a.name)
+        });
+        if self.transformer {
+            let d = self.attention_head_dim();
+            p.check(d.is_multiple_of(2), "hidden_size, num_attention_heads", || {
+                format!("the window's rotary embedding needs an even width per head, found {d}")
+            });
+            p.check(self.mlp_dim() > 0, "hidden_size", || {
+                format!("hidden_size = {} gives the feed-forward layers no width; use at least 24", self.hidden_size)
+            });
+        }
+        // Sizes that contradict each other are no sizes for a fragment.
+        if p.0.is_empty()
+            && let Err(what) = a.fragment(self)
+        {
+            p.0.push(Problem { at: "attention".into(), what: format!("{}: {what}", a.name) });
         }
     }
 
@@ -503,6 +564,9 @@ impl Config {
 
     /// The stack, in order, for sizes within bounds; a layer's index here is the `i` of its checkpoint names.
     pub fn layers(&self) -> Vec<LayerKind> {
+        if self.attention.is_some() {
+            return self.variant_layers();
+        }
         let mut layers = vec![LayerKind::Mamba; self.num_lower_layers];
         if !self.is_plain() {
             layers.push(LayerKind::Chunking);
@@ -517,8 +581,24 @@ impl Config {
         layers
     }
 
+    /// As RAMba's, with the variant in place of hierarchical sparse attention and nothing to choose by beside it.
+    fn variant_layers(&self) -> Vec<LayerKind> {
+        let other: &[LayerKind] =
+            if self.transformer { &[LayerKind::Window, LayerKind::Mlp] } else { &[LayerKind::Mamba] };
+        let mut layers = other.repeat(self.num_lower_layers);
+        for _ in 0..self.num_upper_groups * self.attention_per_group() {
+            layers.push(LayerKind::Variant);
+            layers.extend(self.transformer.then_some(LayerKind::Mlp));
+            layers.extend(other.repeat(self.num_mamba_per_gca));
+        }
+        layers
+    }
+
     /// Parameters in all, tied weights once.  Only for sizes within bounds.
     fn count_parameters(&self) -> u128 {
+        if self.attention.is_some() {
+            return self.parameters().iter().map(|s| s.len() as u128).sum();
+        }
         let [d, e, m, v] = [self.hidden_size, self.d_inner(), self.n_ssm_heads(), self.vocab_size].map(|x| x as u128);
         let mamba = self.in_proj_dim() as u128 * d
             + self.conv_dim() as u128 * (self.conv_kernel as u128 + 1)

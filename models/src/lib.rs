@@ -13,9 +13,11 @@ pub mod ramba;
 pub mod recipe;
 pub mod stack;
 pub mod tokenizer;
+pub mod variants;
 
 pub use config::{Config, LayerKind, ModelType, Parsed, Problem};
 pub use error::ModelError;
 pub use params::{Init, InitRule, ParamSpec, canonical_name, init_tensor};
 pub use presets::{Preset, preset};
 pub use tokenizer::{DecodeStream, Tokenizer};
+pub use variants::Attention;

@@ -96,6 +96,9 @@ impl Config {
                 LayerKind::Chunking => list.chunking(&p),
                 LayerKind::Retrieval => list.retrieval(&p),
                 LayerKind::Attention => list.attention(&p),
+                LayerKind::Variant => list.variant(&p),
+                LayerKind::Window => list.projections(&p),
+                LayerKind::Mlp => list.mlp(&p),
             }
         }
         list.norm("backbone.norm_f.weight", d);
@@ -133,6 +136,36 @@ impl List<'_> {
 
     fn norm(&mut self, name: impl Into<String>, width: usize) {
         self.push(name, &[width], Init::Ones, false);
+    }
+
+    /// Queries, keys and values of one layer's own.
+    fn projections(&mut self, p: &str) {
+        let (d, kv) = (self.config.hidden_size, self.config.kv_dim());
+        self.norm(format!("{p}pre_norm.weight"), d);
+        self.linear(format!("{p}q_proj.weight"), d, d);
+        self.linear(format!("{p}k_proj.weight"), kv, d);
+        self.linear(format!("{p}v_proj.weight"), kv, d);
+        self.linear(format!("{p}o_proj.weight"), d, d);
+    }
+
+    /// What a fragment learns: matrices `[.., out, in]` as linear layers, vectors from 0.
+    fn variant(&mut self, p: &str) {
+        self.projections(p);
+        let fragment = self.config.attention.as_ref().and_then(|a| a.fragment(self.config).ok());
+        for (name, ty) in fragment.iter().flat_map(|f| f.params()) {
+            let shape: Vec<usize> = ty.shape.iter().filter_map(|d| d.as_int()).collect();
+            let matrix = shape.len() > 1;
+            let init = if matrix { self.matrix_init(shape[shape.len() - 1]) } else { Init::Zeros };
+            self.push(format!("{p}variant.{name}"), &shape, init, matrix);
+        }
+    }
+
+    fn mlp(&mut self, p: &str) {
+        let (d, inner) = (self.config.hidden_size, self.config.mlp_dim());
+        self.norm(format!("{p}norm.weight"), d);
+        self.linear(format!("{p}mlp.gate_proj.weight"), inner, d);
+        self.linear(format!("{p}mlp.up_proj.weight"), inner, d);
+        self.linear(format!("{p}mlp.down_proj.weight"), d, inner);
     }
 
     fn mamba(&mut self, p: &str) {

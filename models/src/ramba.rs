@@ -77,7 +77,7 @@ fn encoder_attention(b: &mut Builder, c: &Config, p: &str, x: Value) -> Value {
     };
     let q = turn(b, q, "q_norm.weight");
     let k = turn(b, k, "k_norm.weight");
-    let y = b.push(Attention { scale: 1.0 / (d as f64).sqrt(), causal: false }, &[q, k, v]);
+    let y = b.push(Attention::new(1.0 / (d as f64).sqrt(), false), &[q, k, v]);
     let y = join(b, y);
     let w = param(b, p, "o_proj.weight", &[c.hidden_size, c.hidden_size]);
     b.linear(y, w)
@@ -192,7 +192,7 @@ pub fn retrieval(
         }
     }
     let s = b.push(Score { chunk: c.chunk_size, scale: 1.0 / (r as f64).sqrt() }, &[q, lm, start]);
-    let i = b.push_all(Select { k: c.chunk_topk, order: Order::Recent }, &[s]);
+    let i = b.push_all(Select::new(c.chunk_topk, Order::Recent), &[s]);
     let rule = if c.enable_softmax { Weighting::Softmax } else { Weighting::StickBreaking };
     let weights = b.push(Weigh { rule }, &[s, i[0], i[1]]);
     Chosen { indices: i[0], count: i[1], weights, query: q }
@@ -214,11 +214,61 @@ pub fn attention(b: &mut Builder, c: &Config, p: &str, x: Value, memory: &Memory
         chunk: c.chunk_size,
         scale: 1.0 / (d as f64).sqrt(),
         off_by_one: if c.enable_softmax1 { 1.0 } else { 0.0 },
+        joint: false,
     };
     let o = b.push(attend, &[q, memory.k, memory.v, chosen.indices, chosen.count]);
     let y = b.push(Aggregate {}, &[o, chosen.weights]);
     let y = join(b, y);
     let w = param(b, p, "o_proj.weight", &[width, width]);
     let y = b.linear(y, w);
+    b.add(x, y)
+}
+
+/// Queries, keys and values of a layer's own input `[N, L, D]`, and that input normalised.
+fn projected(b: &mut Builder, c: &Config, p: &str, x: Value) -> (Value, [Value; 3]) {
+    let (d, kv) = (c.hidden_size, c.kv_dim());
+    let w = param(b, p, "pre_norm.weight", &[d]);
+    let u = b.rms_norm(x, w, c.rms_eps);
+    let mut project = |name: &str, width: usize, n: usize| {
+        let w = param(b, p, &format!("{name}.weight"), &[width, d]);
+        let y = b.linear(u, w);
+        heads(b, y, n)
+    };
+    let q = project("q_proj", d, c.num_attention_heads);
+    let (k, v) = (project("k_proj", kv, c.num_kv_heads), project("v_proj", kv, c.num_kv_heads));
+    (u, [q, k, v])
+}
+
+fn unprojected(b: &mut Builder, c: &Config, p: &str, x: Value, o: Value) -> Value {
+    let y = join(b, o);
+    let w = param(b, p, "o_proj.weight", &[c.hidden_size, c.hidden_size]);
+    let y = b.linear(y, w);
+    b.add(x, y)
+}
+
+/// A layer of the config's attention variant on `x: [N, L, D]`, and its loss of its own if it has one.  Positions are left to
+/// the layers around it.
+pub fn variant(b: &mut Builder, c: &Config, p: &str, x: Value) -> (Value, Option<Value>) {
+    let a = c.attention.as_ref().expect("BUG: a variant's layer without a variant");
+    let f = a.fragment(c).unwrap_or_else(|e| panic!("BUG: a checked config holds a fragment that is none: {e}"));
+    let (u, qkv) = projected(b, c, p, x);
+    let (o, aux) = f.inline(b, &format!("{p}variant."), u, qkv);
+    (unprojected(b, c, p, x, o), aux)
+}
+
+/// A layer of attention to a sliding window, with rotary positions.
+pub fn window(b: &mut Builder, c: &Config, p: &str, x: Value) -> Value {
+    let (_, [q, k, v]) = projected(b, c, p, x);
+    let [q, k] = [q, k].map(|x| b.push(Rotary { base: 10000.0, inverse: false }, &[x]));
+    let scale = 1.0 / (c.attention_head_dim() as f64).sqrt();
+    let o = b.push(Attention { window: c.window_size, ..Attention::new(scale, true) }, &[q, k, v]);
+    unprojected(b, c, p, x, o)
+}
+
+/// A feed-forward layer on `x: [N, L, D]`.
+pub fn feed_forward(b: &mut Builder, c: &Config, p: &str, x: Value) -> Value {
+    let w = param(b, p, "norm.weight", &[c.hidden_size]);
+    let u = b.rms_norm(x, w, c.rms_eps);
+    let y = mlp(b, c, &format!("{p}mlp."), u);
     b.add(x, y)
 }

@@ -2,7 +2,9 @@
 //!
 //! A recipe is plain data, kept in every checkpoint, so that a run goes on from the checkpoint alone.
 
-use crate::data::{Alphabet, CopyMix, CopyTask, MixTask, PasskeyMix, PasskeyTask, Task, TextTask};
+use crate::data::{
+    Alphabet, CopyMix, CopyTask, MixTask, PasskeyMix, PasskeyTask, RecallMix, RecallTask, Task, TextTask,
+};
 use crate::error::ModelError;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -17,6 +19,8 @@ pub enum Rows {
     CopyPrintable,
     /// The same of digits, lower case or letters and digits.
     Copy,
+    /// Keys with values, many asked for again.
+    Recall,
     /// Windows of the run's text.
     Text,
 }
@@ -169,6 +173,7 @@ impl Recipe {
                     };
                     Ok(Arc::new(PasskeyTask::new(self.seed, mix)?))
                 }
+                Rows::Recall => Ok(Arc::new(RecallTask::new(self.seed, RecallMix::default())?)),
                 Rows::Text => match text {
                     Some(t) => Ok(Arc::new(t.clone())),
                     None => Err(ModelError::Setting {

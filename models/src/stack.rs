@@ -41,6 +41,8 @@ struct Stack<'a> {
     start: Option<Value>,
     embeddings: Option<Value>,
     trace: Vec<(String, Value)>,
+    /// Losses that layers have of their own.
+    aux: Vec<Value>,
 }
 
 impl<'a> Stack<'a> {
@@ -57,6 +59,7 @@ impl<'a> Stack<'a> {
             start: None,
             embeddings: None,
             trace: vec![],
+            aux: vec![],
         }
     }
 
@@ -126,6 +129,13 @@ impl<'a> Stack<'a> {
                 let chosen = self.chosen.expect("BUG: retrieval comes before attention");
                 ramba::attention(&mut self.b, c, &p, x, &memory, &chosen)
             }
+            LayerKind::Variant => {
+                let (y, aux) = ramba::variant(&mut self.b, c, &p, x);
+                self.aux.extend(aux);
+                y
+            }
+            LayerKind::Window => ramba::window(&mut self.b, c, &p, x),
+            LayerKind::Mlp => ramba::feed_forward(&mut self.b, c, &p, x),
         };
         self.b.leave();
         self.trace.push((format!("trace.{i}"), y));
@@ -197,7 +207,7 @@ fn traced(s: &mut Stack) {
 /// As [`forward`], and the `loss`: the mean of cross-entropy over labelled tokens, weighted by `loss_weights`.
 ///
 /// Inputs `input_ids, labels: i32[N, L]` (labels are shifted; -100 is ignored), `loss_weights: f32[N, L]`, and with
-/// [`Carry::States`] `carry: f32[N]`.  Also outputs `loss_sum` and `tokens`, the weighted sum and the sum of weights of
+/// [`Carry::States`] `carry: f32[N]`.  Losses that an attention variant has of its own are added to `loss`.  Also outputs `loss_sum` and `tokens`, the weighted sum and the sum of weights of
 /// which the loss is the quotient.
 ///
 /// # Errors
@@ -211,6 +221,7 @@ pub fn loss(c: &Config, carry: Carry, trace: bool) -> Result<Graph, BuildErrors>
         s.b.output("logits", logits);
         traced(&mut s);
     }
+    let aux = std::mem::take(&mut s.aux);
     s.b.scoped("loss", |b| {
         let nl = [Dim::sym("N"), Dim::sym("L")];
         let labels = b.input("labels", Ty::i32(nl.clone()));
@@ -227,7 +238,8 @@ pub fn loss(c: &Config, carry: Carry, trace: bool) -> Result<Graph, BuildErrors>
         let sum = b.mul(each, weights);
         let sum = b.sum_all(sum);
         let mean = b.div(sum, divisor);
-        b.output("loss", mean);
+        let all = aux.into_iter().fold(mean, |all, a| b.add(all, a));
+        b.output("loss", all);
         b.output("loss_sum", sum);
         b.output("tokens", tokens);
     });

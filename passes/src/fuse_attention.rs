@@ -37,6 +37,9 @@ fn find(g: &Graph, users: &[Vec<NodeId>], attend: NodeId) -> Result<Group, Strin
         }
     }
     let aggregate = aggregate.ok_or("nothing aggregates the per-chunk outputs")?;
+    if g.node(aggregate).inputs.len() != 2 || aggregate_grad.is_some_and(|a| g.node(a).inputs.len() != 3) {
+        return Err("they are aggregated with other outputs".into());
+    }
     if let Some(ag) = aggregate_grad {
         if g.node(ag).inputs[1] != g.node(aggregate).inputs[1] || g.outputs.iter().any(|o| o.value == ag.result(0)) {
             return Err("the gradient of the per-chunk outputs is used elsewhere".into());
@@ -55,11 +58,16 @@ fn find(g: &Graph, users: &[Vec<NodeId>], attend: NodeId) -> Result<Group, Strin
     Ok(Group { attend, aggregate, grad: aggregate_grad.map(|a| (a, attend_grad)) })
 }
 
+/// A joint softmax gives no per-chunk outputs: it is one op as it is.
+fn attends_per_chunk(op: &Op) -> bool {
+    matches!(op, Op::Attend(a) if !a.joint)
+}
+
 /// Attends that stay, each with the reason; `explain` prints them.
 pub fn unfused(g: &Graph) -> Vec<(NodeId, String)> {
     let users = g.users();
     g.iter()
-        .filter(|(_, n)| matches!(n.op, Op::Attend(_)))
+        .filter(|(_, n)| attends_per_chunk(&n.op))
         .map(|(id, _)| (id, find(g, &users, id).err().unwrap_or_else(|| "the pass did not run".into())))
         .collect()
 }
@@ -67,11 +75,8 @@ pub fn unfused(g: &Graph) -> Vec<(NodeId, String)> {
 /// See the module's comment.
 pub fn fuse_attention(g: &Graph) -> Graph {
     let users = g.users();
-    let groups: Vec<Group> = g
-        .iter()
-        .filter(|(_, n)| matches!(n.op, Op::Attend(_)))
-        .filter_map(|(id, _)| find(g, &users, id).ok())
-        .collect();
+    let groups: Vec<Group> =
+        g.iter().filter(|(_, n)| attends_per_chunk(&n.op)).filter_map(|(id, _)| find(g, &users, id).ok()).collect();
     let mut r = Rewrite::new(g);
     for (id, node) in g.iter() {
         if r.has(id) || groups.iter().any(|k| k.attend == id || k.grad.is_some_and(|(_, a)| a == Some(id))) {
@@ -82,7 +87,7 @@ pub fn fuse_attention(g: &Graph) -> Graph {
             continue;
         };
         let attend = g.node(k.attend);
-        let Op::Attend(Attend { chunk, scale, off_by_one }) = attend.op else {
+        let Op::Attend(Attend { chunk, scale, off_by_one, .. }) = attend.op else {
             unreachable!("BUG: a group holds an attend")
         };
         let mut x: Vec<Value> = attend.inputs.iter().map(|&v| r.get(v)).collect();

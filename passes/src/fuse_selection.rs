@@ -7,10 +7,12 @@
 //! %ds = weigh_grad %s, %i, %n, %dw             %dq, %dl = selection_grad %q, %lm, %i, %n, %p, %w, %dw
 //! %dq, %dl = score_grad %q, %lm, %ds
 //! ```
+//! Where only the choice is wanted, there are no weights and no gradient.
+//!
 //! Requires: nothing else reads the scores or their gradient.  Ensures: no value of shape `[.., L, C]` is left there.
 
 use crate::rewrite::Rewrite;
-use rambac_ir::ops::{Op, Select, Selection, SelectionGrad, Weigh};
+use rambac_ir::ops::{Op, Select, Selection, SelectionGrad, Weighting};
 use rambac_ir::{Graph, NodeId, Value};
 
 /// Names of a node's results.
@@ -20,7 +22,8 @@ pub(crate) type Names = Vec<Option<std::sync::Arc<str>>>;
 struct Group {
     score: NodeId,
     select: NodeId,
-    weigh: NodeId,
+    /// `None`: the choice alone is wanted.
+    weigh: Option<NodeId>,
     /// `(weigh_grad, score_grad)` in training graphs.
     grad: Option<(NodeId, NodeId)>,
 }
@@ -43,17 +46,22 @@ fn find(g: &Graph, users: &[Vec<NodeId>], score: NodeId) -> Result<Group, String
         }
     }
     let select = select.ok_or("nothing selects from the scores")?;
-    let weigh = weigh.ok_or("nothing weighs the selected scores")?;
+    if matches!(&g.node(select).op, Op::Select(s) if s.sinks + s.recent > 0) {
+        return Err("the choice is forced in part (sinks, recent), which the fused op does not know".into());
+    }
+    if g.ty(g.node(score).inputs[0]).shape[2] != g.ty(g.node(score).inputs[1]).shape[2] {
+        return Err("several query heads share the landmarks of one".into());
+    }
     let from_select = |n: NodeId| {
         let x = &g.node(n).inputs;
         x[0] == s && x[1] == select.result(0) && x[2] == select.result(1)
     };
-    if !from_select(weigh) {
+    if weigh.is_some_and(|w| !from_select(w)) {
         return Err("the weights use indices of another selection".into());
     }
     if let Some(wg) = weigh_grad {
-        let rules = (&g.node(weigh).op, &g.node(wg).op);
-        if !matches!(rules, (Op::Weigh(w), Op::WeighGrad(d)) if w.rule == d.rule) {
+        let rules = (weigh.map(|w| &g.node(w).op), &g.node(wg).op);
+        if !matches!(rules, (Some(Op::Weigh(w)), Op::WeighGrad(d)) if w.rule == d.rule) {
             return Err("the gradient of the weights has another rule".into());
         }
         if !from_select(wg) || g.outputs.iter().any(|o| o.value.node == wg) {
@@ -76,6 +84,13 @@ fn find(g: &Graph, users: &[Vec<NodeId>], score: NodeId) -> Result<Group, String
     Ok(Group { score, select, weigh, grad })
 }
 
+fn rule_of(g: &Graph, weigh: NodeId) -> Weighting {
+    match &g.node(weigh).op {
+        Op::Weigh(w) => w.rule,
+        _ => unreachable!("BUG: a group's weights are weighed"),
+    }
+}
+
 /// Scores that stay, each with the reason; `explain` prints them.
 pub fn unfused(g: &Graph) -> Vec<(NodeId, String)> {
     let users = g.users();
@@ -96,34 +111,35 @@ pub fn fuse_selection(g: &Graph) -> Graph {
         if r.has(id) {
             continue;
         }
-        if groups.iter().any(|k| k.select == id || k.weigh == id || k.grad.is_some_and(|(w, _)| w == id)) {
+        if groups.iter().any(|k| k.select == id || k.weigh == Some(id) || k.grad.is_some_and(|(w, _)| w == id)) {
             continue;
         }
         if let Some(k) = groups.iter().find(|k| k.score == id) {
-            let (Op::Score(s), Op::Select(Select { k: slots, order }), Op::Weigh(Weigh { rule })) =
-                (&node.op, &g.node(k.select).op, &g.node(k.weigh).op)
-            else {
-                unreachable!("BUG: a group holds a score, a select and a weigh")
+            let (Op::Score(s), Op::Select(Select { k: slots, order, .. })) = (&node.op, &g.node(k.select).op) else {
+                unreachable!("BUG: a group holds a score and a select")
             };
+            let rule = k.weigh.map_or(Weighting::One, |w| rule_of(g, w));
             let x: Vec<Value> = node.inputs.iter().map(|&v| r.get(v)).collect();
-            let op = Selection { chunk: s.chunk, scale: s.scale, k: *slots, order: *order, rule: *rule };
-            let mut names = [&g.node(k.select).names[..], &g.node(k.weigh).names[..]].concat();
+            let op = Selection { chunk: s.chunk, scale: s.scale, k: *slots, order: *order, rule };
+            let mut names = g.node(k.select).names.clone();
+            names.extend(k.weigh.map_or(vec![None], |w| g.node(w).names.clone()));
             names.push(None);
             let out = push_in_scope(&mut r, id, names, op.into(), &x);
             r.set(k.select, vec![out[0], out[1]]);
-            r.set(k.weigh, vec![out[2]]);
+            if let Some(w) = k.weigh {
+                r.set(w, vec![out[2]]);
+            }
             selections.push((id, out));
             continue;
         }
         if let Some(k) = groups.iter().find(|k| k.grad.is_some_and(|(_, s)| s == id)) {
             let (wg, _) = k.grad.expect("BUG: tested above");
-            let (Op::Score(s), Op::Weigh(w)) = (&g.node(k.score).op, &g.node(k.weigh).op) else {
-                unreachable!("BUG: a group holds a score and a weigh")
-            };
+            let Op::Score(s) = &g.node(k.score).op else { unreachable!("BUG: a group holds a score") };
+            let rule = rule_of(g, k.weigh.expect("BUG: a gradient of weights has weights"));
             let y = &selections.iter().find(|(s, _)| *s == k.score).expect("BUG: forward comes first").1;
             let (idx, count, weights, picked) = (y[0], y[1], y[2], y[3]);
             let (q, lm, dw) = (r.get(node.inputs[0]), r.get(node.inputs[1]), r.get(g.node(wg).inputs[3]));
-            let op = SelectionGrad { scale: s.scale, rule: w.rule };
+            let op = SelectionGrad { scale: s.scale, rule };
             let out =
                 push_in_scope(&mut r, id, node.names.clone(), op.into(), &[q, lm, idx, count, picked, weights, dw]);
             r.set(id, out);

@@ -18,6 +18,7 @@ pub mod min_cut;
 pub mod mixed;
 pub mod narrow;
 pub mod pipeline;
+pub mod probe;
 pub mod recompute;
 pub mod rewrite;
 pub mod simplify;

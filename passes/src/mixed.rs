@@ -42,7 +42,14 @@ macro_rules! halves {
         /// The one table of what may be bf16.  What it does not name is f32: weights of norms and convolutions; steps,
         /// decays and states of scans; weights and scores of chosen chunks; losses; gradients of all of them.
         pub fn halves(op: &Op) -> Halves {
+            // A log-sum-exp has the type of the operands, and merges want it exact.
+            let exact = match op {
+                Op::Attention(a) => a.lse,
+                Op::AttentionGrad(a) => a.lse,
+                _ => false,
+            };
             match op {
+                _ if exact => Halves::default(),
                 $(Op::$op(_) => Halves { $($field: &$at,)* ..Halves::default() },)*
                 _ => Halves::default(),
             }
@@ -125,6 +132,12 @@ impl Facts {
         let mut others: HashMap<Value, bool> = g.outputs.iter().map(|o| (o.value, true)).collect();
         // What readers say, the last first: moves pass on what their own readers say.
         for (id, n) in g.iter().rev() {
+            for r in 0..n.tys.len() {
+                let v = id.result(r);
+                let other = others.get(&v).copied().unwrap_or(false);
+                let f = facts.0.entry(v).or_default();
+                f.only = f.need && !other;
+            }
             let h = halves(&n.op);
             for (i, &v) in n.inputs.iter().enumerate().filter(|(_, v)| single(**v)) {
                 let y = id.result(0);
@@ -138,12 +151,6 @@ impl Facts {
                 f.need |= need;
                 f.forward |= moved.map_or(!is_backward(n), |m| m.forward);
                 f.backward |= moved.map_or(is_backward(n), |m| m.backward);
-            }
-            for r in 0..n.tys.len() {
-                let v = id.result(r);
-                let other = others.get(&v).copied().unwrap_or(false);
-                let f = facts.0.entry(v).or_default();
-                f.only = f.need && !other;
             }
         }
         for (id, n) in g.iter() {
@@ -255,11 +262,12 @@ impl Pass<'_> {
         }
         if moves(&n.op) && single {
             let f = self.facts.of(id.result(0));
-            // The elements of what is bf16 anyway; a part of what is not is rounded after it was taken.
+            // The elements of what is bf16 anyway; a part of what is not is rounded after it was taken, a whole before.
+            let whole = matches!(n.op, Op::Reshape(_) | Op::Transpose(_));
             let param = |v: &Value| matches!(&g.node(v.node).op, Op::Source(s) if s.kind == SourceKind::Param);
             let some = n.inputs.iter().any(|v| self.facts.of(*v).stored || (param(v) && self.half.contains_key(v)));
             let all = n.inputs.iter().all(|v| self.half.contains_key(v));
-            if f.stored || (f.need && some && all) {
+            if f.stored || (f.need && (some || whole) && all) {
                 let x: Vec<Value> = n.inputs.iter().map(|v| self.half[v]).collect();
                 let half = self.r.b.copy(n, &x)[0];
                 self.half.insert(id.result(0), half);

@@ -76,12 +76,17 @@ pub fn layer(n: &Node) -> Option<&str> {
 
 /// What may be computed again: nodes of the forward whose values stay within their layer and hang on no gradient.
 pub fn candidates(g: &Graph) -> BTreeSet<NodeId> {
+    within(g, layer)
+}
+
+/// As [`candidates`], with other parts of a model in place of layers.
+fn within<'g, K: PartialEq>(g: &'g Graph, part: impl Fn(&'g Node) -> Option<K>) -> BTreeSet<NodeId> {
     let (mut fixed, mut late) = (vec![false; g.nodes.len()], vec![false; g.nodes.len()]);
     for (id, n) in g.iter() {
         late[id.index()] = is_backward(n) || n.inputs.iter().any(|v| late[v.node.index()]);
-        fixed[id.index()] |= n.inputs.is_empty() || layer(n).is_none() || late[id.index()];
+        fixed[id.index()] |= n.inputs.is_empty() || part(n).is_none() || late[id.index()];
         for v in &n.inputs {
-            fixed[v.node.index()] |= !is_backward(n) && layer(g.node(v.node)) != layer(n);
+            fixed[v.node.index()] |= !is_backward(n) && part(g.node(v.node)) != part(n);
         }
     }
     g.outputs.iter().for_each(|o| fixed[o.value.node.index()] = true);
@@ -270,6 +275,36 @@ impl Pass<'_> {
     }
 }
 
+/// Keeps what crosses layers only between groups of `span` of them: within a group it is computed again from there, layer
+/// by layer, before the group's backward.  Nothing within a layer is kept for that: what the backward needs of it stays as
+/// [`recompute`], which runs before, left it.  With the square root of the number of layers as `span`, their inputs take
+/// the least memory, for one more forward (arXiv 1604.06174).
+pub fn recompute_layers(g: &Graph, span: usize) -> Graph {
+    if span < 2 {
+        return g.clone();
+    }
+    // Layers in the order of the forward.
+    let mut order: Vec<&str> = vec![];
+    for n in g.nodes.iter().filter(|n| !is_backward(n)) {
+        if let Some(l) = layer(n).filter(|l| !order.contains(l)) {
+            order.push(l);
+        }
+    }
+    let place: HashMap<&str, usize> = order.into_iter().enumerate().map(|(i, l)| (l, i / span)).collect();
+    let mut again = within(g, |n| layer(n).and_then(|l| place.get(l)));
+    // What the backward reads and does not cross layers was kept on purpose.
+    let (mut read, mut crosses) = (vec![false; g.nodes.len()], vec![false; g.nodes.len()]);
+    for n in &g.nodes {
+        for v in &n.inputs {
+            read[v.node.index()] |= is_backward(n);
+            crosses[v.node.index()] |= !is_backward(n) && layer(g.node(v.node)) != layer(n);
+        }
+    }
+    let view = |id: &NodeId| is_view(g, g.node(*id));
+    again.retain(|id| !read[id.index()] || crosses[id.index()] || view(id));
+    clone_for_backward(g, &again)
+}
+
 /// Computes nodes again for the backward, as far as they are [`candidates`]; see the module's comment.
 pub fn recompute(g: &Graph, what: &Recompute) -> Graph {
     let again = match what {
@@ -277,9 +312,13 @@ pub fn recompute(g: &Graph, what: &Recompute) -> Graph {
         Recompute::All => candidates(g),
         Recompute::Nodes(nodes) => candidates(g).intersection(nodes).copied().collect(),
     };
+    clone_for_backward(g, &again)
+}
+
+fn clone_for_backward(g: &Graph, again: &BTreeSet<NodeId>) -> Graph {
     let empty = Graph { name: g.name.clone(), syms: g.syms.clone(), ..Graph::default() };
     let map = vec![None; g.nodes.len()];
-    let mut p = Pass { g, b: Builder::extend(empty), map, again: &again, clones: HashMap::new() };
+    let mut p = Pass { g, b: Builder::extend(empty), map, again, clones: HashMap::new() };
     for (id, n) in g.iter() {
         let x: Vec<Value> = n.inputs.iter().map(|&v| p.operand(n, v)).collect();
         let out = p.b.copy(n, &x);

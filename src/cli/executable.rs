@@ -106,6 +106,9 @@ pub struct Run {
     /// small sizes
     #[arg(long, value_name = "DEVICE", default_value_t)]
     pub device: On,
+    /// Inference: what a GPU may hold of weights, activations and chunks [default: most of what is free]
+    #[arg(long, value_name = "SIZE", value_parser = super::bytes)]
+    pub device_memory: Option<usize>,
     /// Which of the file's GPU programs runs [default: the best for the device, of the simulator the first]
     #[arg(long, value_name = "ARCH")]
     pub target: Option<GpuTarget>,

@@ -277,7 +277,7 @@ impl Bencher<'_> {
         let lm = b.input("landmarks", Ty::f32([Dim::sym("N"), chunks, Dim::int(h), Dim::int(r)]));
         let start = b.constant(0.0, Ty::i32([Dim::sym("N")]));
         let s = b.push(Score { chunk: c.chunk_size, scale: 1.0 / (r as f64).sqrt() }, &[q, lm, start]);
-        let i = b.push_all(Select { k: c.chunk_topk, order: Order::Recent }, &[s]);
+        let i = b.push_all(Select::new(c.chunk_topk, Order::Recent), &[s]);
         let rule = if c.enable_softmax { Weighting::Softmax } else { Weighting::StickBreaking };
         let w = b.push(Weigh { rule }, &[s, i[0], i[1]]);
         b.output("indices", i[0]);
@@ -296,7 +296,7 @@ impl Bencher<'_> {
         let n = b.input("count", Ty::i32(self.dim_list(&[h])));
         let w = self.tokens(&mut b, "w", &[h, k]);
         let off_by_one = if c.enable_softmax1 { 1.0 } else { 0.0 };
-        let attend = Attend { chunk: c.chunk_size, scale: 1.0 / (d as f64).sqrt(), off_by_one };
+        let attend = Attend { chunk: c.chunk_size, scale: 1.0 / (d as f64).sqrt(), off_by_one, joint: false };
         let o = b.push(attend, &[q, keys, v, i, n]);
         let y = b.push(Aggregate {}, &[o, w]);
         b.output("y", y);

@@ -297,9 +297,9 @@ fn op_case(path: &Path) -> Result<Case> {
         };
         let start = c.b.constant(0.0, Ty::i32([n]));
         let s = c.b.push(Score { chunk, scale: 1.0 / (r as f64).sqrt() }, &[x[3], x[4], start]);
-        let i = c.b.push_all(Select { k, order: Order::Recent }, &[s]);
+        let i = c.b.push_all(Select::new(k, Order::Recent), &[s]);
         let w = c.b.push(Weigh { rule }, &[s, i[0], i[1]]);
-        let attend = Attend { chunk, scale: 1.0 / (d as f64).sqrt(), off_by_one };
+        let attend = Attend { chunk, scale: 1.0 / (d as f64).sqrt(), off_by_one, joint: false };
         let o = c.b.push(attend, &[x[0], x[1], x[2], i[0], i[1]]);
         let y = c.b.push(Aggregate {}, &[o, w]);
         let mut wrt: Vec<(&str, Value)> = names.into_iter().zip(x).collect();

@@ -3,8 +3,10 @@
 //! The context goes through a session segment by segment and is never whole anywhere; the answer is then fed as given,
 //! and a case counts only if every digit was the model's first choice, which is the same as if it had written them itself.
 
-use crate::cli::{Eval, EvalTask};
+use crate::cli::{Eval, EvalTask, Weights};
+use crate::device::{self, Inferring, On};
 use crate::error::{Result, wrap};
+use crate::workbench::learn::Asker;
 use crate::{machine, model, show};
 use indicatif::{ProgressBar, ProgressStyle};
 use miette::{IntoDiagnostic, miette};
@@ -26,6 +28,9 @@ pub struct How {
     /// Skim all but the last segments.
     pub flash: bool,
     pub session: SessionOptions,
+    pub on: On,
+    /// Bytes of the device.
+    pub memory: Option<usize>,
     /// A line per case.
     pub diagnose: bool,
     pub json: bool,
@@ -39,6 +44,8 @@ impl Default for How {
             segment: 4096,
             flash: false,
             session: SessionOptions::default(),
+            on: On::Cpu,
+            memory: None,
             diagnose: false,
             json: false,
             progress: false,
@@ -81,6 +88,9 @@ pub fn run(a: &Eval, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
             a.checkpoint
         )
     })?;
+    if config.attention.is_some() {
+        return whole(a, &config, &weights, &pool);
+    }
     let session = model::session_options(&a.chunks, None, 1, a.weights);
     let store = model::parameters_for(&model::session_graphs(&config)?, &session.passes, &config, Some(&weights))?;
     let how = How {
@@ -88,6 +98,8 @@ pub fn run(a: &Eval, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
         segment: a.segment,
         flash: a.flash,
         session,
+        on: a.on.device,
+        memory: a.on.device_memory,
         diagnose: a.diagnose,
         json: a.json,
         progress: !a.json,
@@ -109,6 +121,46 @@ pub fn run(a: &Eval, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
             );
         } else {
             println!("{}", row(&s));
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A model with an attention variant reads every text at once, so lengths are bounded by memory.
+fn whole(a: &Eval, config: &Config, weights: &std::path::Path, pool: &Arc<rayon::ThreadPool>) -> Result<ExitCode> {
+    if config.vocab_size < 256 {
+        return Err(miette!("passkey is a task over bytes; the model's vocab_size is {}", config.vocab_size));
+    }
+    let segments = a.flash || a.chunks.store != "ram" || a.weights != Weights::F32 || a.on.device != On::Cpu;
+    if segments {
+        return Err(miette!(
+            "this model reads whole texts, in f32: --flash, --store, --weights and --device are for those that read by segments"
+        ));
+    }
+    let store = model::parameters(config, Some(weights), rambac_models::InitRule::Normal, 0)?;
+    let mut asker = Asker::new(config, store, pool)?;
+    for &len in &a.len {
+        let t = Instant::now();
+        let s = asker.passkey(len, a.cases as u64, a.seed)?;
+        let rate = (len * a.cases) as f64 / t.elapsed().as_secs_f64();
+        let (rank, chosen) = s.needle.unzip();
+        if a.json {
+            let line = json!({
+                "len": len, "cases": a.cases, "digits_right": s.right, "digits": s.asked, "needle_rank": rank,
+                "needle_chosen": chosen, "tokens_per_s": rate,
+            });
+            println!("{line}");
+        } else {
+            let needle = rank
+                .zip(chosen)
+                .map_or(String::new(), |(r, c)| format!(", the needle's rank {r:.1}, chosen {:.0} %", 100.0 * c));
+            println!(
+                "{:>9} tokens, {} cases: {:.1} % of digits right{needle}, {:.0}k tokens/s",
+                crate::cmd::train::grouped(len as u64),
+                a.cases,
+                100.0 * s.accuracy(),
+                rate / 1e3
+            );
         }
     }
     Ok(ExitCode::SUCCESS)
@@ -157,7 +209,8 @@ pub fn passkey(
         return Err(miette!("passkey is a task over bytes; the model's vocab_size is {}", config.vocab_size));
     }
     let graphs = model::session_graphs(config)?;
-    let mut session = Session::new(&graphs, store.clone(), pool.clone(), &how.session).map_err(wrap)?;
+    let at = Inferring { on: how.on, memory: how.memory, segment: how.segment.min(len), options: &how.session };
+    let mut session = device::session(&at, &graphs, store.clone(), pool)?;
     // Only this run's contexts are in it.
     let _file = if let Tier::File(path) = &how.session.tier { Some(Removed(path)) } else { None };
     let bar = if how.progress { ProgressBar::new((len * cases) as u64) } else { ProgressBar::hidden() };

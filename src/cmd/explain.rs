@@ -35,7 +35,13 @@ const LARGEST: usize = 10;
 
 /// Runs the verb.
 pub fn run(a: &Explain, pool: &rayon::ThreadPool) -> Result<ExitCode> {
-    let named = model::resolve(&a.model)?;
+    let named = match model::resolve(&a.model)? {
+        Named::Model { config, weights } => Named::Model { config: a.attention.apply(config)?, weights },
+        Named::Ir { .. } if a.attention.attention.is_some() => {
+            return Err(miette!("{}: --attention changes a model's stack, not a graph", a.model));
+        }
+        ir => ir,
+    };
     let (graph, config) = match &named {
         Named::Model { config, .. } if a.train => (model_step(config, &AdamW::default())?, Some(config)),
         Named::Model { config, .. } => (stack::loss(config, Carry::Zero, false).map_err(wrap)?, Some(config)),
@@ -202,7 +208,8 @@ fn planned(machine: &Machine, g: &Graph, dims: &Bindings) -> Result<(Program, Me
 impl Report {
     fn new(graph: &Graph, dims: &Bindings, options: &Options, machine: &Machine, fit: Option<Fit>) -> Result<Self> {
         let recompute = fit.as_ref().map_or(Recompute::Nothing, |f| Recompute::Nodes(f.again.clone()));
-        let options = &Options { recompute, ..options.clone() };
+        let span = fit.as_ref().map_or(0, |f| f.span);
+        let options = &Options { recompute, span, ..options.clone() };
         let mut passes: Vec<PassReport> = vec![];
         let mut unfused = vec![];
         let mut counts = op_counts(graph);
@@ -601,6 +608,9 @@ fn print_fit(f: &Fit, limit: Option<usize>, config: Option<&Config>) -> Result<(
         show::si(t.flops_per_second, "FLOP/s"),
         show::si(t.bytes_per_second, "B/s")
     );
+    if f.span > 1 {
+        println!("  inputs of layers are kept for every {}th layer, those between are computed again", f.span);
+    }
     let mut table = Table::new(1, &["layer", "kept", "again", "computed again"]);
     for (layer, c) in recompute::by_layer(&f.prepared, &f.dims, &f.again).map_err(wrap)? {
         let ops = c.ops.iter().map(|(op, n)| if *n > 1 { format!("{n} {op}") } else { op.to_string() });
@@ -630,6 +640,11 @@ fn layer_name(layer: &str, config: Option<&Config>) -> String {
         Some(LayerKind::Chunking) => format!("{layer} chunking"),
         Some(LayerKind::Retrieval) => format!("{layer} retrieval"),
         Some(LayerKind::Attention) => format!("{layer} attention"),
+        Some(LayerKind::Variant) => {
+            format!("{layer} {}", config.and_then(|c| c.attention.as_ref()).map_or("variant", |a| a.name.as_str()))
+        }
+        Some(LayerKind::Window) => format!("{layer} window"),
+        Some(LayerKind::Mlp) => format!("{layer} mlp"),
         None => layer.to_string(),
     }
 }
@@ -644,6 +659,17 @@ pub fn describe(c: &Config) -> String {
     let common = format!("D {d}, {mamba} ({m} heads of {}, state {r})", c.head_dim);
     if c.is_plain() {
         return format!("plain Mamba-2: {parameters} parameters, {common}, vocabulary {v}, {head}");
+    }
+    if let Some(a) = &c.attention {
+        let layers = show::plural(count(LayerKind::Variant), "layer");
+        let rest = match c.transformer {
+            true => format!("{} of {} tokens", show::plural(count(LayerKind::Window), "window layer"), c.window_size),
+            false => format!("{mamba} ({m} heads of {}, state {r})", c.head_dim),
+        };
+        return format!(
+            "{parameters} parameters, D {d}, {layers} of {} ({} query and {} kv heads), {rest}, vocabulary {v}, {head}",
+            a.name, c.num_attention_heads, c.num_kv_heads
+        );
     }
     format!(
         "RAMba: {parameters} parameters, {common}, {} in {}, chunks of {} of which {} are selected, {} query and {} kv \

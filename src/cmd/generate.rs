@@ -1,11 +1,13 @@
 //! `rambac generate`: writes on from a prompt, token by token, with programs that are compiled once.
 
 use crate::cli::Generate;
+use crate::device::{self, Inferring};
 use crate::error::{Result, warn, wrap};
 use crate::model;
 use crate::sample::Sampling;
 use crate::show;
 use miette::{IntoDiagnostic, miette};
+use rambac_cpu::team;
 use rambac_models::data::rng::stream;
 use rambac_models::{Config, Tokenizer};
 use rambac_runtime::Session;
@@ -54,7 +56,8 @@ pub fn run(a: &Generate, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
     let options = model::session_options(&a.chunks, a.resume_store.as_deref(), prompts.len(), a.weights);
     let graphs = model::session_graphs(&config)?;
     let params = model::parameters_for(&graphs, &options.passes, &config, Some(&weights))?;
-    let mut session = Session::new(&graphs, params, pool, &options).map_err(wrap)?;
+    let how = Inferring { on: a.on.device, memory: a.on.device_memory, segment: a.segment, options: &options };
+    let mut session = device::session(&how, &graphs, params, &pool)?;
 
     let w = Writing {
         from: &a.checkpoint,
@@ -106,14 +109,15 @@ pub fn write_on(
     let prefill = begin.elapsed();
 
     let begin = Instant::now();
-    let mut out = std::io::stdout().lock();
+    let mut out = std::io::stdout();
     let mut texts: Vec<_> = prompts.iter().map(|_| tokenizer.stream()).collect();
     // One text is shown as it comes; several would mix.
     let mut written = vec![String::new(); prompts.len()];
     let mut next = vec![0; prompts.len()];
     let mut last = Segment { hidden, ..Segment::default() };
     let mut logits = vec![];
-    for i in 0..a.tokens {
+    let pool = session.pool().clone();
+    let mut token = |i: usize| -> Result<()> {
         session.logits_into(&last.hidden, &mut logits).map_err(wrap)?;
         for (seq, row) in logits.chunks_exact_mut(config.vocab_size).enumerate() {
             // A model may have more rows in its embedding than its tokenizer has ids.
@@ -139,7 +143,9 @@ pub fn write_on(
         if i + 1 < a.tokens || session.chunks(0).is_some_and(|c| c.path().is_some()) {
             session.step_into(&next, &mut last).map_err(wrap)?;
         }
-    }
+        Ok(())
+    };
+    team::awake(&pool, || (0..a.tokens).try_for_each(&mut token))?;
     session.save().map_err(wrap)?;
     for (seq, (text, done)) in texts.into_iter().zip(&written).enumerate() {
         if prompts.len() > 1 {

@@ -1,5 +1,6 @@
 //! The verbs, one file each.
 
+mod attempt;
 mod bench;
 mod cache;
 mod check;
@@ -10,6 +11,7 @@ mod eval;
 mod explain;
 mod generate;
 mod inspect;
+mod new;
 mod report;
 mod run;
 mod simulate;
@@ -40,6 +42,9 @@ pub fn run(cli: Cli) -> Result<ExitCode> {
         Verb::Doctor(a) => doctor::run(&a, pool),
         Verb::Generate(a) => generate::run(&a, pool),
         Verb::Check(a) => check::run(&a, pool),
+        Verb::New(a) => new::run(&a),
+        Verb::Try(a) => attempt::run(&a, pool),
+        Verb::Compare(a) => attempt::compare(&a, pool),
         Verb::Simulate(a) => simulate::run(&a, pool),
     }
 }

@@ -9,6 +9,7 @@ use crate::model;
 use crate::sample::Sampling;
 use crate::show::{self, Table};
 use miette::miette;
+use rambac_codegen::cuda::Arch;
 use rambac_ir::ops::SourceKind;
 use rambac_ir::{Bindings, DType, Sym};
 use rambac_models::data::Task;
@@ -18,6 +19,7 @@ use rambac_models::{Config, InitRule, Tokenizer};
 use rambac_runtime::checkpoint::{Data as Values, TensorFile, TensorRef, write_safetensors};
 use rambac_runtime::executable::{Mode, Part};
 use rambac_runtime::gpu::{Bytes, ProgramId};
+use rambac_runtime::session::DeviceMemory;
 use rambac_runtime::tensor::Data as Elements;
 use rambac_runtime::{Executable, Executor, Session, SessionOptions, Store, Tensor};
 use rand::Rng;
@@ -82,25 +84,7 @@ impl Runner {
             return Ok(Runner::Cpu(Box::new(Executor::new((*part.program).clone(), pool)), store));
         }
         let mut gpu = Gpu::open(a.device)?;
-        let arch = match a.target {
-            Some(t) if gpu.archs.contains(&t.arch()) => Some(t.arch()),
-            Some(t) => {
-                let device = gpu.machine.device().name();
-                return Err(miette!("{device} does not run code for {}", t.arch()));
-            }
-            None => gpu.choose(&e.targets),
-        };
-        let arch = arch.ok_or_else(|| {
-            let (model, file, arch) = (&e.model, a.file.display(), gpu.archs[0]);
-            let train = if e.mode == Mode::Train { " --train" } else { "" };
-            let have: Vec<&str> = std::iter::once("the cpu").chain(e.targets.iter().map(|t| t.name())).collect();
-            miette!(
-                help = format!("rambac compile {model}{train} --target {arch} -o {file}"),
-                "{file}: {} runs GPU kernels, but this was compiled for {} alone",
-                a.device,
-                have.join(", ")
-            )
-        })?;
+        let arch = target(a, e, &mut gpu)?;
         let (program, code) = e.code(part, arch).map_err(wrap)?;
         let id = gpu.machine.load(program, &code).map_err(wrap)?;
         for s in part.program.sources.iter().filter(|s| s.kind != SourceKind::Input) {
@@ -133,6 +117,21 @@ impl Runner {
             Runner::Gpu(gpu, _) => gpu.machine.get(name).map_err(wrap)?.map(|b| b.to_tensor()),
         })
     }
+}
+
+/// What the device is to run of what the file holds.
+fn target(a: &Run, e: &Executable, gpu: &mut Gpu) -> Result<Arch> {
+    gpu.target(a.target.map(|t| t.arch()), &e.targets)?.ok_or_else(|| {
+        let (model, file, arch) = (&e.model, a.file.display(), gpu.archs[0]);
+        let train = if e.mode == Mode::Train { " --train" } else { "" };
+        let have: Vec<&str> = std::iter::once("the cpu").chain(e.targets.iter().map(|t| t.name())).collect();
+        miette!(
+            help = format!("rambac compile {model}{train} --target {arch} -o {file}"),
+            "{file}: {} runs GPU kernels, but this was compiled for {} alone",
+            a.device,
+            have.join(", ")
+        )
+    })
 }
 
 /// Values of a program's symbols.
@@ -199,13 +198,6 @@ fn infer(
     store: Store,
     pool: Arc<rayon::ThreadPool>,
 ) -> Result<ExitCode> {
-    if a.device.gpu() {
-        return Err(miette!(
-            help = "compile the model with --train, or a part of it as an .ir file, to run its kernels there",
-            "{}: inference runs on the cpu; GPUs and the simulator take training steps and graphs",
-            a.file.display()
-        ));
-    }
     let name = a.file.display().to_string();
     let config = config.ok_or_else(|| miette!("{name}: it holds no config.json; compile it again"))?;
     let sampling = Sampling { temperature: a.temperature, top_k: None, top_p: None };
@@ -231,14 +223,25 @@ fn infer(
     if let Some(id) = prompts.iter().flatten().find(|&&id| id < 0 || id as usize >= config.vocab_size) {
         return Err(miette!("the id {id} is not in the vocabulary of {}", config.vocab_size));
     }
-    let part = |n: &str| e.part(n).map(|p| (*p.program).clone());
-    let need = |n: &str| part(n).ok_or_else(|| miette!("{name}: the part {n} is missing; compile it again"));
+    let need = |n: &str| e.part(n).ok_or_else(|| miette!("{name}: the part {n} is missing; compile it again"));
     let parts = model::session_parts(
         config,
-        (need("lower")?, part("chunks"), part("upper"), part("upper_flash"), need("head")?),
+        (need("lower")?, e.part("chunks"), e.part("upper"), e.part("upper_flash"), need("head")?),
     );
     let options = SessionOptions { sequences: prompts.len(), ..SessionOptions::default() };
-    let mut session = Session::compiled(&parts, store, pool, &options).map_err(wrap)?;
+    let mut session = if a.device.gpu() {
+        let mut gpu = Gpu::open(a.device)?;
+        let arch = target(a, e, &mut gpu)?;
+        let load = |p: &&Part| {
+            let (program, code) = e.code(p, arch).map_err(wrap)?;
+            gpu.machine.load(program, &code).map_err(wrap)
+        };
+        let parts = parts.try_map(load)?;
+        let memory = DeviceMemory { limit: a.device_memory, segment: a.segment };
+        Session::on_device(gpu.machine, parts, store, pool, &options, memory).map_err(wrap)?
+    } else {
+        Session::compiled(&parts.map(|p| (*p.program).clone()), store, pool, &options).map_err(wrap)?
+    };
     let w = Writing {
         from: &name,
         ids: !a.ids.is_empty(),

@@ -133,6 +133,7 @@ pub fn run(a: &Train, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
             let name = a.model.as_deref().ok_or_else(|| miette!("give a MODEL to train, or --resume DIR"))?;
             let out = a.out.clone().ok_or_else(|| miette!(help = "add --out DIR", "where should checkpoints go?"))?;
             let (config, weights) = model::config(name)?;
+            let config = a.attention.apply(config)?;
             let state = RunState {
                 recipe: recipe(a)?,
                 position: Position { step: 0, planned: 0, tokens: 0, smooth: None, seconds: 0.0 },
@@ -193,6 +194,7 @@ fn recipe(a: &Train) -> Result<Recipe> {
         (Some(_), _) => Rows::Text,
         (None, Data::Passkey) => Rows::Passkey,
         (None, Data::Copy) => Rows::Copy,
+        (None, Data::Recall) => Rows::Recall,
     };
     let mut r = if a.curriculum {
         if a.data.is_some() {

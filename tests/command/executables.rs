@@ -51,7 +51,8 @@ fn an_executable_writes_on_as_its_model_does() {
 
     refuses(&["run", &file], &["--prompt TEXT"]);
     refuses(&["run", &file, "--ids", "1,99999999"], &["99999999", "not in the vocabulary"]);
-    refuses(&["run", &file, "--prompt", "a", "--device", "simulator"], &["inference runs on the cpu"]);
+    refuses(&["run", &file, "--prompt", "a", "--device", "simulator"], &["compiled for the cpu alone"]);
+    refuses(&["generate", &model, "--prompt", "a", "--device-memory", "1G"], &["--device cuda:0"]);
     let mut bytes = fs::read(&file).unwrap();
     let last = bytes.len() - 3;
     bytes[last] ^= 1;

@@ -2,6 +2,7 @@
 //!
 //! Without NVRTC nothing here can run: every test is then counted as ignored and the reason printed.
 
+mod checks;
 #[path = "../properties/each_op.rs"]
 mod each_op;
 mod graphs;
@@ -13,6 +14,7 @@ mod models;
 #[path = "../../runtime/tests/gpu/rig.rs"]
 #[allow(dead_code)] // what checks of single ops need
 mod rig;
+mod sessions;
 #[path = "../properties/support.rs"]
 #[allow(dead_code)] // what other properties need
 mod support;
@@ -21,5 +23,5 @@ mod train;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    harness::run(&[graphs::ALL, models::ALL, mixed::ALL, train::ALL, kernels::ALL])
+    harness::run(&[graphs::ALL, models::ALL, mixed::ALL, train::ALL, kernels::ALL, checks::ALL, sessions::ALL])
 }

@@ -1,5 +1,6 @@
 //! All steps of a Program as forms, with every kernel once.
 
+use super::few_rows::{Joined, join_norms};
 use super::form::{Form, Kernel};
 use super::ops::{Site, Unsupported, forms};
 use super::target::Target;
@@ -27,6 +28,8 @@ pub struct EmitError {
 pub struct GpuStep {
     /// Shared by all steps that are alike, as those of a model's layers are.
     pub forms: Arc<Vec<Form>>,
+    /// How it stands to the steps around it.
+    pub joined: Joined,
 }
 
 impl GpuStep {
@@ -48,6 +51,7 @@ impl GpuStep {
 /// A Program for GPUs.
 #[derive(Clone, Debug)]
 pub struct GpuProgram {
+    /// Steps that do the work of one before them too have its operands behind their own, see [`join_norms`].
     pub program: Arc<Program>,
     pub target: Target,
     /// As many as the program has.
@@ -80,18 +84,18 @@ impl GpuProgram {
 /// # Errors
 /// A step whose op, types or layout no kernel takes, with the reason.
 pub fn emit(program: impl Into<Arc<Program>>, target: Target) -> Result<GpuProgram, EmitError> {
-    let program = program.into();
+    let (program, joined) = join_norms(program.into(), &target);
     let (mut steps, mut kernels) = (Vec::<GpuStep>::new(), Vec::<Kernel>::new());
     let mut sites: HashMap<u64, Vec<usize>> = HashMap::new();
     let mut known: HashMap<String, usize> = HashMap::new();
     for (i, s) in program.steps.iter().enumerate() {
         let like = sites.entry(site_hash(s)).or_default();
-        if let Some(&at) = like.iter().find(|&&at| alike(&program.steps[at], s)) {
+        if let Some(&at) = like.iter().find(|&&at| joined[at] == joined[i] && alike(&program.steps[at], s)) {
             steps.push(steps[at].clone());
             continue;
         }
         like.push(i);
-        let site = Site { inputs: &s.inputs, outputs: &s.outputs, target: &target };
+        let site = Site { inputs: &s.inputs, outputs: &s.outputs, target: &target, joined: joined[i] };
         let forms = forms(&s.op, &site).map_err(|why| EmitError {
             program: program.name.clone(),
             step: i,
@@ -111,7 +115,7 @@ pub fn emit(program: impl Into<Arc<Program>>, target: Target) -> Result<GpuProgr
                 }
             }
         }
-        steps.push(GpuStep { forms: Arc::new(forms) });
+        steps.push(GpuStep { forms: Arc::new(forms), joined: joined[i] });
     }
     Ok(GpuProgram { program, target, steps, kernels })
 }

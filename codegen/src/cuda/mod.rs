@@ -3,7 +3,8 @@
 //! - [`target`]: numbers of a GPU that choices depend on.  - [`expr`]: sizes of launches.  - [`form`]: kernels, launches,
 //!   forms.  - [`stub`]: writes the short texts that instantiate the templates of `codegen/kernels`.
 //! - [`ops`]: one file per family; **from the one list of ops**, so an op without an answer does not compile.
-//! - [`headers`]: the templates, compiled in.  - [`emit()`]: all steps of a Program.
+//! - [`headers`]: the templates, compiled in.  - [`emit()`]: all steps of a Program.  - [`pages`]: a memory in pages.
+//!   [`few_rows`]: norms within products.
 //! - [`tune`]: measures forms and tiles where there is a device; [`choices`]: what came of it.
 //! - [`cache`]: what was compiled once.  - [`describe()`]: a GPU program as JSON.
 //!
@@ -16,9 +17,11 @@ pub mod compile;
 mod describe;
 mod emit;
 pub mod expr;
+pub mod few_rows;
 pub mod form;
 pub mod headers;
 pub mod ops;
+pub mod pages;
 pub mod stub;
 pub mod target;
 pub mod tune;
@@ -28,4 +31,5 @@ pub use describe::{describe, kernel};
 pub use emit::{EmitError, GpuProgram, GpuStep, emit};
 pub use expr::Expr;
 pub use form::{Call, Condition, Form, Gemm, GemmOperand, Kernel, Launch, Operand, Param, Workspace};
+pub use pages::{PagesError, paged};
 pub use target::{Arch, Target};

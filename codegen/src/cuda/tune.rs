@@ -9,6 +9,7 @@ use super::cache::Cache;
 use super::choices::{Candidate, Choice, Verdict, fingerprint, site};
 use super::emit::{GpuProgram, GpuStep};
 use super::expr::Expr;
+use super::few_rows::Joined;
 use super::form::{Condition, Form, Kernel};
 use super::ops::{Site, candidates};
 use super::target::Target;
@@ -70,7 +71,8 @@ pub(super) fn duration(s: f64) -> String {
 /// # Errors
 /// A dim without a value.
 fn ways(step: &Step, target: &Target, dims: &Bindings) -> Result<Vec<Form>, DimError> {
-    let all = candidates(&step.op, &Site { inputs: &step.inputs, outputs: &step.outputs, target }).unwrap_or_default();
+    let (inputs, outputs, joined) = (&step.inputs, &step.outputs, Joined::No);
+    let all = candidates(&step.op, &Site { inputs, outputs, target, joined }).unwrap_or_default();
     let holds = |c: &[Condition]| c.iter().map(|c| c.holds(dims)).collect::<Result<Vec<_>, _>>();
     let (mut ways, mut prints, mut predicted) = (vec![], vec![], None);
     for f in all {
@@ -204,6 +206,10 @@ pub fn measured(p: &GpuProgram, dims: &Bindings, device: &str, cache: &Cache) ->
     let mut kernels: HashSet<String> = p.kernels.iter().map(|k| k.name.clone()).collect();
     let mut any = false;
     for (s, step) in out.steps.iter_mut().zip(&p.program.steps) {
+        // Steps that are joined choose together.
+        if s.joined != Joined::No {
+            continue;
+        }
         let with = match known.entry(Arc::as_ptr(&s.forms)) {
             Entry::Occupied(e) => e.into_mut(),
             Entry::Vacant(e) => {
@@ -211,7 +217,7 @@ pub fn measured(p: &GpuProgram, dims: &Bindings, device: &str, cache: &Cache) ->
                 let launched = form.iter().flat_map(Form::launches).map(|l| &l.kernel);
                 out.kernels.extend(launched.filter(|k| kernels.insert(k.name.clone())).cloned());
                 let all = |f| [f].into_iter().chain(s.forms.iter().cloned()).collect();
-                e.insert(form.map(|f| GpuStep { forms: Arc::new(all(f)) }))
+                e.insert(form.map(|f| GpuStep { forms: Arc::new(all(f)), joined: s.joined }))
             }
         };
         if let Some(with) = with {
@@ -273,7 +279,7 @@ impl Alone {
                 kernels.push(k.clone());
             }
         }
-        let steps = vec![GpuStep { forms: Arc::new(vec![form]) }];
+        let steps = vec![GpuStep { forms: Arc::new(vec![form]), joined: Joined::No }];
         GpuProgram { program: Arc::new(self.program.clone()), target: target.clone(), steps, kernels }
     }
 

@@ -2,7 +2,12 @@
 //!
 //! `o[t, head, slot] = softmax_j(scale · q·k_j)·v` over the `chunk` keys of the slot's chunk.  `off_by_one` adds that
 //! many zero logits to the denominator.  Query head `i` uses key head `i·h/H`.  Unfilled slots give 0.
+//!
+//! `joint`: one softmax over the keys of all chosen chunks, `o[t, head]`, and with it the log-sum-exp of the scaled scores,
+//! by which [`Merge`](super::Merge) adds what was attended elsewhere, a token's own chunk for one.  It needs no weights and
+//! no aggregation: no output of a chunk is ever in memory.
 
+use super::softmax::softmax;
 use super::{Cost, Gradients, OpDef, OpError, Vjp, arity, div, exactly, float, mismatch, rank, traffic};
 use crate::dim::Dim;
 use crate::host::HostArray;
@@ -11,13 +16,14 @@ use crate::ty::{ConcreteTy, DType, Ty};
 
 op_struct! {
     /// `attend q, k, v, indices, count`: `q: [N, L, H, d]`, `k, v: [N, T, h, d]`, `indices: i32[N, L, h, K]`,
-    /// `count: i32[N, L, h]` → `[N, L, H, K, d]`.
-    Attend = "attend" { chunk: usize, scale: f64, off_by_one: f64 = 0.0 }
+    /// `count: i32[N, L, h]` → `[N, L, H, K, d]`; with `joint` `[N, L, H, d]` and the log-sum-exp `[N, L, H]`.
+    Attend = "attend" { chunk: usize, scale: f64, off_by_one: f64 = 0.0, joint: bool = false }
 }
 
 op_struct! {
-    /// `attend_grad q, k, v, indices, count, do` → `dq`, `dk`, `dv`.
-    AttendGrad = "attend_grad" { chunk: usize, scale: f64, off_by_one: f64 = 0.0 }
+    /// `attend_grad q, k, v, indices, count, do` → `dq`, `dk`, `dv`; with `joint` the operands are `q, k, v, indices, count,
+    /// o, lse, do, dlse`.
+    AttendGrad = "attend_grad" { chunk: usize, scale: f64, off_by_one: f64 = 0.0, joint: bool = false }
 }
 
 /// Checks the five operands that attending ops share.
@@ -85,6 +91,17 @@ impl<'a> Attending<'a> {
     /// Calls `f(q row, slot, output row, first key row, probabilities)` for every filled slot of every query row; `key row`
     /// steps by `key_step` per token of the chunk.
     pub(super) fn each(&self, mut f: impl FnMut(usize, usize, usize, &[f64])) {
+        self.scores(|row, slot, first, z| {
+            let top = z.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let e: Vec<f64> = z.iter().map(|z| (z - top).exp()).collect();
+            let sum = e.iter().sum::<f64>() + if self.off == 0.0 { 0.0 } else { self.off * (-top).exp() };
+            let p: Vec<f64> = e.iter().map(|e| e / sum).collect();
+            f(row, slot, first, &p);
+        });
+    }
+
+    /// Calls `f(q row, slot, first key row, scaled scores)` for every filled slot of every query row.
+    fn scores(&self, mut f: impl FnMut(usize, usize, usize, &[f64])) {
         for row in 0..self.n * self.l * self.hq {
             let (b, t, h) = (row / (self.l * self.hq), row / self.hq % self.l, row % self.hq);
             let kv = h * self.hk / self.hq;
@@ -99,12 +116,24 @@ impl<'a> Attending<'a> {
                         self.scale * q.iter().zip(k).map(|(a, b)| a * b).sum::<f64>()
                     })
                     .collect();
-                let top = z.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-                let e: Vec<f64> = z.iter().map(|z| (z - top).exp()).collect();
-                let sum = e.iter().sum::<f64>() + if self.off == 0.0 { 0.0 } else { self.off * (-top).exp() };
-                let p: Vec<f64> = e.iter().map(|e| e / sum).collect();
-                f(row, slot, first, &p);
+                f(row, slot, first, &z);
             }
+        }
+    }
+    /// As [`each`](Self::each) for every query row at once: its filled slots' first key rows with the probabilities of one
+    /// softmax over all of them, and the log-sum-exp.
+    fn each_joint(&self, mut f: impl FnMut(usize, &[(usize, Vec<f64>)], f64)) {
+        let mut rows: Vec<Vec<(usize, Vec<f64>)>> = vec![vec![]; self.n * self.l * self.hq];
+        self.scores(|row, _, first, z| rows[row].push((first, z.to_vec())));
+        for (row, mut slots) in rows.into_iter().enumerate() {
+            let mut z: Vec<f64> = slots.iter().flat_map(|s| s.1.iter().copied()).collect();
+            // A zero logit, so many times.
+            z.push(if self.off == 0.0 { f64::NEG_INFINITY } else { self.off.ln() });
+            let (p, lse) = softmax(&z);
+            for (slot, p) in slots.iter_mut().zip(p.chunks(self.chunk)) {
+                slot.1 = p[..self.chunk].to_vec();
+            }
+            f(row, &slots, lse);
         }
     }
     pub(super) fn key_step(&self) -> usize {
@@ -128,11 +157,16 @@ impl<'a> Attending<'a> {
 
     /// Adds the gradients that `g`, the gradient at one slot's output, causes at `q`, `k`, `v`.
     pub(super) fn backward(&self, row: usize, first: usize, p: &[f64], g: &[f64], out: &mut [Vec<f64>]) {
-        let q0 = row * self.d;
         let dp: Vec<f64> = (0..p.len())
             .map(|j| g.iter().zip(&self.v[first + j * self.key_step()..]).map(|(g, v)| g * v).sum())
             .collect();
         let delta: f64 = p.iter().zip(&dp).map(|(p, d)| p * d).sum();
+        self.spread(row, first, p, g, (&dp, delta), out);
+    }
+
+    /// The rest of [`backward`](Self::backward) once `dp = g·v` and the mean that is subtracted from it are known.
+    fn spread(&self, row: usize, first: usize, p: &[f64], g: &[f64], (dp, delta): (&[f64], f64), out: &mut [Vec<f64>]) {
+        let q0 = row * self.d;
         for j in 0..p.len() {
             let k0 = first + j * self.key_step();
             let dz = p[j] * (dp[j] - delta) * self.scale;
@@ -150,6 +184,9 @@ impl OpDef for Attend {
         arity(x, 5)?;
         check(x, self.chunk)?;
         let q = &x[0].shape;
+        if self.joint {
+            return Ok(vec![x[0].clone(), Ty::new(x[0].dtype, q[..3].iter().cloned())]);
+        }
         Ok(vec![Ty::new(x[0].dtype, [&q[0], &q[1], &q[2], &x[3].shape[3], &q[3]].map(Dim::clone))])
     }
     fn cost(&self, x: &[ConcreteTy], y: &[ConcreteTy]) -> Cost {
@@ -157,25 +194,47 @@ impl OpDef for Attend {
     }
     fn eval(&self, x: &[&HostArray], y: &[ConcreteTy]) -> Vec<HostArray> {
         let a = Attending::new(x, self.chunk, self.scale, self.off_by_one);
-        let (d, slots) = (y[0].shape[4], y[0].shape[3]);
         let mut out = vec![0.0; y[0].elements()];
+        if self.joint {
+            let mut all = vec![];
+            a.each_joint(|row, slots, lse| {
+                all.push(lse);
+                for (first, p) in slots {
+                    a.mix(*first, p).iter().zip(&mut out[row * a.d..]).for_each(|(o, y)| *y += o);
+                }
+            });
+            return vec![HostArray::from_f64(&y[0], out), HostArray::from_f64(&y[1], all)];
+        }
+        let (d, slots) = (y[0].shape[4], y[0].shape[3]);
         a.each(|row, slot, first, p| out[(row * slots + slot) * d..][..d].copy_from_slice(&a.mix(first, p)));
         vec![HostArray::from_f64(&y[0], out)]
     }
     fn vjp(&self, cx: &mut Vjp) -> Gradients {
-        let dy = cx.dy(0);
-        let g = AttendGrad { chunk: self.chunk, scale: self.scale, off_by_one: self.off_by_one };
-        let d = cx.b.push_all(g, &[cx.x, &[dy]].concat());
+        let mut x = cx.x.to_vec();
+        if self.joint {
+            x.extend([cx.y[0], cx.y[1], cx.dy(0), cx.dy(1)]);
+        } else {
+            x.push(cx.dy(0));
+        }
+        let Attend { chunk, scale, off_by_one, joint } = *self;
+        let d = cx.b.push_all(AttendGrad { chunk, scale, off_by_one, joint }, &x);
         Ok(vec![Some(d[0]), Some(d[1]), Some(d[2]), None, None])
     }
 }
 
 impl OpDef for AttendGrad {
     fn infer(&self, x: &[&Ty]) -> Result<Vec<Ty>, OpError> {
-        arity(x, 6)?;
+        arity(x, if self.joint { 9 } else { 6 })?;
         check(x, self.chunk)?;
         let q = &x[0].shape;
-        exactly(x, 5, x[0].dtype, &[&q[0], &q[1], &q[2], &x[3].shape[3], &q[3]])?;
+        if self.joint {
+            for i in [5, 7] {
+                exactly(x, i, x[0].dtype, &q.iter().collect::<Vec<_>>())?;
+                exactly(x, i + 1, x[0].dtype, &[&q[0], &q[1], &q[2]])?;
+            }
+        } else {
+            exactly(x, 5, x[0].dtype, &[&q[0], &q[1], &q[2], &x[3].shape[3], &q[3]])?;
+        }
         Ok(x[..3].iter().map(|t| (*t).clone()).collect())
     }
     fn cost(&self, x: &[ConcreteTy], y: &[ConcreteTy]) -> Cost {
@@ -184,8 +243,25 @@ impl OpDef for AttendGrad {
     fn eval(&self, x: &[&HostArray], y: &[ConcreteTy]) -> Vec<HostArray> {
         let a = Attending::new(x, self.chunk, self.scale, self.off_by_one);
         let mut out: Vec<Vec<f64>> = y.iter().map(|t| vec![0.0; t.elements()]).collect();
-        let (d, slots) = (x[5].shape[4], x[5].shape[3]);
-        a.each(|row, slot, first, p| a.backward(row, first, p, &x[5].f()[(row * slots + slot) * d..][..d], &mut out));
+        if self.joint {
+            let (g, dlse) = (x[7].f(), x[8].f());
+            a.each_joint(|row, slots, _| {
+                let g = &g[row * a.d..][..a.d];
+                let dot =
+                    |first: usize, j: usize| g.iter().zip(&a.v[first + j * a.key_step()..]).map(|(g, v)| g * v).sum();
+                let dp: Vec<Vec<f64>> =
+                    slots.iter().map(|(first, p)| (0..p.len()).map(|j| dot(*first, j)).collect()).collect();
+                let terms = slots.iter().zip(&dp).flat_map(|((_, p), dp)| p.iter().zip(dp).map(|(p, d)| p * d));
+                let delta = terms.sum::<f64>() - dlse[row];
+                for ((first, p), dp) in slots.iter().zip(&dp) {
+                    a.spread(row, *first, p, g, (dp, delta), &mut out);
+                }
+            });
+        } else {
+            let (d, slots) = (x[5].shape[4], x[5].shape[3]);
+            let g = x[5].f();
+            a.each(|row, slot, first, p| a.backward(row, first, p, &g[(row * slots + slot) * d..][..d], &mut out));
+        }
         out.into_iter().zip(y).map(|(o, t)| HostArray::from_f64(t, o)).collect()
     }
 }

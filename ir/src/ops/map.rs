@@ -88,6 +88,8 @@ unary_table! {
     };
     Square, "square", |x| x * x, |b, x, _, dy| { let t = b.mul(dy, x); b.scale(t, 2.0) };
     Sin, "sin", f64::sin, |b, x, _, dy| { let c = b.unary(UnaryFn::Cos, x); b.mul(dy, c) };
+    /// `x`, through which no gradient flows.
+    Detach, "detach", |x| x, |b, _, _, dy| b.scalar_like(0.0, dy);
     Cos, "cos", f64::cos, |b, x, _, dy| { let s = b.unary(UnaryFn::Sin, x); let t = b.mul(dy, s); b.neg(t) };
 }
 

@@ -19,12 +19,12 @@ macro_rules! for_each_op {
             Source, Constant, Iota,
             Unary, Binary, Where, Cast, FusedMap, MapEach,
             Broadcast, Reshape, Transpose, Slice, Pad, Concat,
-            Reduce, SumSquares, MatMul, MatMulMap,
+            Reduce, SumSquares, Softmax, MatMul, MatMulMap,
             RmsNorm, RmsNormGrad, GatedRmsNorm, GatedRmsNormGrad, Rotary, Embedding, EmbeddingGrad,
             CrossEntropy, CrossEntropyGrad, LinearCrossEntropy, LinearCrossEntropyGrad,
             CausalConv1d, CausalConv1dGrad, SelectiveScan, SelectiveScanGrad, Attention, AttentionGrad,
-            Summarise, Score, ScoreGrad, Select, Weigh, WeighGrad, Attend, AttendGrad, Aggregate, AggregateGrad,
-            Selection, SelectionGrad, ChunkAttention, ChunkAttentionGrad
+            Summarise, Score, ScoreGrad, Mask, Select, Weigh, WeighGrad, Attend, AttendGrad, Aggregate, AggregateGrad,
+            Merge, MergeGrad, Selection, SelectionGrad, ChunkAttention, ChunkAttentionGrad
         }
     };
 }
@@ -41,8 +41,10 @@ mod gated_rms_norm;
 mod linear_cross_entropy;
 mod map;
 mod map_each;
+mod mask;
 mod matmul;
 mod matmul_map;
+mod merge;
 mod reduce;
 mod rms_norm;
 mod rotary;
@@ -51,6 +53,7 @@ mod select;
 mod selection;
 mod selective_scan;
 mod shape;
+mod softmax;
 mod source;
 mod sum_squares;
 mod summarise;
@@ -68,8 +71,10 @@ pub use gated_rms_norm::{GatedRmsNorm, GatedRmsNormGrad};
 pub use linear_cross_entropy::{LinearCrossEntropy, LinearCrossEntropyGrad};
 pub use map::{Binary, BinaryFn, Cast, Unary, UnaryFn, Where};
 pub use map_each::MapEach;
+pub use mask::Mask;
 pub use matmul::MatMul;
 pub use matmul_map::MatMulMap;
+pub use merge::{Merge, MergeGrad};
 pub use reduce::{Reduce, ReduceFn};
 pub use rms_norm::{RmsNorm, RmsNormGrad};
 pub use rotary::Rotary;
@@ -78,6 +83,7 @@ pub use select::{Order, Select};
 pub use selection::{Selection, SelectionGrad};
 pub use selective_scan::{SelectiveScan, SelectiveScanGrad};
 pub use shape::{Broadcast, Concat, Pad, Reshape, Slice, Transpose};
+pub use softmax::Softmax;
 pub use source::{Constant, Iota, Source, SourceKind};
 pub use sum_squares::SumSquares;
 pub use summarise::{Summarise, Summary};

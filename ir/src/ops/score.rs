@@ -8,14 +8,27 @@ use crate::op_struct;
 use crate::ty::{ConcreteTy, DType, Ty};
 
 op_struct! {
-    /// `score q, landmarks, start`: `q: [N, L, h, r]`, `landmarks: [N, C, h, r]`, `start: i32[N]` (the position of a
-    /// sequence's first query) → `[N, L, h, C]`.
+    /// `score q, landmarks, start`: `q: [N, L, H, r]`, `landmarks: [N, C, h, r]`, `start: i32[N]` (the position of a
+    /// sequence's first query) → `[N, L, H, C]`; query head `i` uses landmarks of head `i·h/H`.
     Score = "score" { chunk: usize, scale: f64 }
 }
 
 op_struct! {
     /// `score_grad q, landmarks, ds` → `dq`, `dlandmarks`.  `ds` is 0 where the score is `-inf`.
     ScoreGrad = "score_grad" { scale: f64 }
+}
+
+/// Checks `q: [N, L, H, r]` and `landmarks: [N, C, h, r]` with `H` a multiple of `h`.
+fn check_heads(x: &[&Ty]) -> Result<(), OpError> {
+    float(x, 0)?;
+    rank(x, 0, 4)?;
+    rank(x, 1, 4)?;
+    let (q, lm) = (&x[0].shape, &x[1].shape);
+    exactly(x, 1, x[0].dtype, &[&q[0], &lm[1], &lm[2], &q[3]])?;
+    match (q[2].as_int(), lm[2].as_int()) {
+        (Some(a), Some(b)) if b > 0 && a % b == 0 => Ok(()),
+        _ => Err(mismatch(format!("query heads {} must be a multiple of the landmarks' heads {}", q[2], lm[2]))),
+    }
 }
 
 /// Checks `q: [N, L, h, r]` and `landmarks: [N, C, h, r]`.
@@ -27,20 +40,20 @@ pub(super) fn check_q_landmarks(x: &[&Ty]) -> Result<(), OpError> {
     exactly(x, 1, x[0].dtype, &[&q[0], c, &q[2], &q[3]])
 }
 
-/// Whether the token at `pos` sees chunk `c`.
+/// Whether the token at `pos` sees chunk `c`, which is complete then.
 pub(super) fn visible(pos: i64, c: usize, chunk: usize) -> bool {
     pos >= ((c + 1) * chunk) as i64
 }
 
 /// All scores, row-major `[N, L, h, C]`.
 pub(super) fn scores(q: &HostArray, lm: &HostArray, start: &[i32], chunk: usize, scale: f64) -> Vec<f64> {
-    let (n, l, h, r, c) = (q.shape[0], q.shape[1], q.shape[2], q.shape[3], lm.shape[1]);
+    let (n, l, h, r, c, hl) = (q.shape[0], q.shape[1], q.shape[2], q.shape[3], lm.shape[1], lm.shape[2]);
     let mut out = Vec::with_capacity(n * l * h * c);
     for row in 0..n * l * h {
-        let (b, t, head) = (row / (l * h), row / h % l, row % h);
+        let (b, t, head) = (row / (l * h), row / h % l, row % h * hl / h);
         for k in 0..c {
             out.push(if visible(start[b] as i64 + t as i64, k, chunk) {
-                let lm = &lm.f()[((b * c + k) * h + head) * r..][..r];
+                let lm = &lm.f()[((b * c + k) * hl + head) * r..][..r];
                 scale * q.f()[row * r..][..r].iter().zip(lm).map(|(a, b)| a * b).sum::<f64>()
             } else {
                 f64::NEG_INFINITY
@@ -52,11 +65,11 @@ pub(super) fn scores(q: &HostArray, lm: &HostArray, start: &[i32], chunk: usize,
 
 /// Gradients at `q` and `landmarks` from dense `ds`.
 pub(super) fn scores_grad(q: &HostArray, lm: &HostArray, ds: &[f64], scale: f64) -> (Vec<f64>, Vec<f64>) {
-    let (l, h, r, c) = (q.shape[1], q.shape[2], q.shape[3], lm.shape[1]);
+    let (l, h, r, c, hl) = (q.shape[1], q.shape[2], q.shape[3], lm.shape[1], lm.shape[2]);
     let (mut dq, mut dl) = (vec![0.0; q.len()], vec![0.0; lm.len()]);
     for (i, &g) in ds.iter().enumerate().filter(|(_, g)| **g != 0.0) {
         let (row, k) = (i / c, i % c);
-        let at = ((row / (l * h) * c + k) * h + row % h) * r;
+        let at = ((row / (l * h) * c + k) * hl + row % h * hl / h) * r;
         for j in 0..r {
             dq[row * r + j] += scale * g * lm.f()[at + j];
             dl[at + j] += scale * g * q.f()[row * r + j];
@@ -68,7 +81,7 @@ pub(super) fn scores_grad(q: &HostArray, lm: &HostArray, ds: &[f64], scale: f64)
 impl OpDef for Score {
     fn infer(&self, x: &[&Ty]) -> Result<Vec<Ty>, OpError> {
         arity(x, 3)?;
-        check_q_landmarks(x)?;
+        check_heads(x)?;
         exactly(x, 2, DType::I32, &[&x[0].shape[0]])?;
         if self.chunk == 0 {
             return Err(mismatch("chunk must be at least 1"));
@@ -92,7 +105,7 @@ impl OpDef for Score {
 impl OpDef for ScoreGrad {
     fn infer(&self, x: &[&Ty]) -> Result<Vec<Ty>, OpError> {
         arity(x, 3)?;
-        check_q_landmarks(x)?;
+        check_heads(x)?;
         let q = &x[0].shape;
         exactly(x, 2, x[0].dtype, &[&q[0], &q[1], &q[2], &x[1].shape[1]])?;
         Ok(vec![x[0].clone(), x[1].clone()])

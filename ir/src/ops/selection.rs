@@ -44,10 +44,10 @@ impl OpDef for Selection {
         let c = x[1].shape[1];
         let all = scores(x[0], x[1], x[2].i(), self.chunk, self.scale);
         let (mut idx, mut count) = (vec![], vec![]);
-        let (mut w, mut s) = (vec![0.0; y[2].elements()], vec![0.0; y[3].elements()]);
+        let (mut w, mut s) = (vec![self.rule.unfilled(); y[2].elements()], vec![0.0; y[3].elements()]);
         for row in 0..y[1].elements() {
             let r = &all[row * c..][..c];
-            let chosen = choose(r, self.k, self.order);
+            let chosen = choose(r, self.k, self.order, (0, 0));
             let picked: Vec<f64> = chosen.iter().map(|&c| r[c]).collect();
             count.push(chosen.len() as i32);
             idx.extend((0..self.k).map(|i| chosen.get(i).map_or(0, |&c| c as i32)));

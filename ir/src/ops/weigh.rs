@@ -2,8 +2,9 @@
 //!
 //! - `stick_breaking`: `w_i = σ(s_i)·Π_{j<i}(1-σ(s_j)) = exp(s_i - Σ_{j≤i} softplus(s_j))`; `Σ w ≤ 1`.
 //! - `softmax` over the filled slots; `sigmoid` per slot; `one`.
+//! - `logit`: the scores themselves, for a softmax further on.
 //!
-//! Unfilled slots weigh exactly 0.
+//! Unfilled slots weigh exactly 0; as logits they are -inf.
 
 use super::map::{sigmoid, softplus};
 use super::{Cost, Gradients, OpDef, OpError, Vjp, arity, exactly, float, rank, traffic};
@@ -14,10 +15,14 @@ use crate::{op_struct, word_enum};
 
 word_enum! {
     /// The rule that turns scores into weights.
-    Weighting { StickBreaking = "stick_breaking", Softmax = "softmax", Sigmoid = "sigmoid", One = "one" }
+    Weighting { StickBreaking = "stick_breaking", Softmax = "softmax", Sigmoid = "sigmoid", One = "one", Logit = "logit" }
 }
 
 impl Weighting {
+    /// What an unfilled slot holds.
+    pub fn unfilled(self) -> f64 {
+        if self == Weighting::Logit { f64::NEG_INFINITY } else { 0.0 }
+    }
     /// Weights of the filled slots.
     pub fn weights(self, s: &[f64]) -> Vec<f64> {
         match self {
@@ -38,6 +43,7 @@ impl Weighting {
             }
             Weighting::Sigmoid => s.iter().map(|&x| sigmoid(x)).collect(),
             Weighting::One => vec![1.0; s.len()],
+            Weighting::Logit => s.to_vec(),
         }
     }
     /// `dL/ds` of the filled slots from `dL/dw`.
@@ -60,6 +66,7 @@ impl Weighting {
             }
             Weighting::Sigmoid => w.iter().zip(dw).map(|(w, g)| g * w * (1.0 - w)).collect(),
             Weighting::One => vec![0.0; s.len()],
+            Weighting::Logit => dw.to_vec(),
         }
     }
 }
@@ -103,7 +110,7 @@ impl OpDef for Weigh {
     }
     fn eval(&self, x: &[&HostArray], y: &[ConcreteTy]) -> Vec<HostArray> {
         let k = y[0].shape[3];
-        let mut out = vec![0.0; y[0].elements()];
+        let mut out = vec![self.rule.unfilled(); y[0].elements()];
         for row in 0..x[2].len() {
             let w = self.rule.weights(&picked(x, row));
             out[row * k..][..w.len()].copy_from_slice(&w);

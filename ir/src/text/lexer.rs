@@ -20,7 +20,7 @@ pub(super) enum Tok {
     Float(f64),
     /// `@layers.3`
     Scope(String),
-    /// One of `=,:{}[]()*/-`
+    /// One of `=,:{}[]()*/-+`
     Punct(char),
 }
 
@@ -109,7 +109,7 @@ impl Lexer<'_> {
         let tok = match c {
             '#' => return Ok(None),
             '/' if self.line[start..].starts_with("//") => return Ok(None),
-            '=' | ',' | ':' | '{' | '}' | '[' | ']' | '(' | ')' | '*' | '/' | '-' => {
+            '=' | ',' | ':' | '{' | '}' | '[' | ']' | '(' | ')' | '*' | '/' | '-' | '+' => {
                 self.chars.next();
                 Tok::Punct(c)
             }

@@ -18,18 +18,22 @@
 //!   not part of it: `%x`, `%x~2`, `%x~3`.
 //! - Attributes with a default may be left out.  Values: `8`, `-1`, `1e-5`, `inf`, `true`, `recent`, `"text"`, `[1, 2]`,
 //!   `4*L*N/64`, `f32[N, L]`.  Strings know the escapes `\" \\ \n \r \t \u{1f600}`.
+//! - `const chunk = 16, scale = 1/sqrt(chunk)` gives numbers names, which stand for them wherever a number may stand, in
+//!   dims (`L/chunk`) and attributes.  [`parse_with`] sets others, so that one text serves all sizes; the printer writes values.
 //! - `return %y` names the output `y`; `return "loss" = %y` names it `loss`; `return` alone gives none.
 //!
 //! Parsing checks syntax, names and types and reports every broken line; what else must hold of a graph is
 //! [`verify`](crate::verify)'s.  No input makes it panic.  Graphs that [`verify`](crate::verify) accepts survive the
 //! way out and back, but for NaN constants, which are unequal to themselves.
 
+mod consts;
 mod lexer;
 mod parser;
 mod printer;
 
+pub use consts::Consts;
 pub(crate) use parser::dims_of;
-pub use parser::parse;
+pub use parser::{parse, parse_with};
 pub use printer::print;
 
 /// Ops whose type is not inferred: it comes from the annotation.

@@ -2,6 +2,7 @@
 //!
 //! The results of a broken line keep the types of its annotation; without one, what depends on them isn't checked.
 
+use super::consts::{self, Consts};
 use super::lexer::{Label, Spanned, Tok, lex};
 use super::{ANNOTATED, is_anonymous};
 use crate::attr::{Attr, AttrError};
@@ -24,11 +25,21 @@ const MAX_SUGGESTIONS: usize = 100;
 /// # Errors
 /// Everything wrong with the text, in its order; every span lies inside `src`.
 pub fn parse(src: &str) -> Result<Graph, Vec<Diagnostic>> {
+    parse_with(src, &[]).map(|p| p.0)
+}
+
+/// As [`parse`], with other values for some of the text's consts; also every const with its value, in order.
+///
+/// # Errors
+/// As [`parse`]; a name that is no const of the text.
+pub fn parse_with(src: &str, values: &[(&str, f64)]) -> Result<(Graph, Consts), Vec<Diagnostic>> {
     let mut p = Parser::new(src);
+    p.given = values.iter().map(|(n, v)| (n.to_string(), *v)).collect();
     let mut at = 0;
     for line in src.split('\n') {
-        let (toks, broken) = lex(line, at);
+        let (mut toks, broken) = lex(line, at);
         at += line.len() + 1;
+        consts::substitute(&mut toks, &p.consts);
         if let (Some((_, first)), Some((_, last))) = (toks.first(), toks.last()) {
             let span = first.start..last.end;
             let mut l = Line { toks: &toks, at: 0, end: last.clone() };
@@ -37,7 +48,19 @@ pub fn parse(src: &str) -> Result<Graph, Vec<Diagnostic>> {
             p.errors.push(d);
         }
     }
-    p.finish(src)
+    for (name, _) in &p.given {
+        if !p.consts.iter().any(|(n, _)| n == name) {
+            let known: Vec<&str> = p.consts.iter().map(|(n, _)| n.as_str()).collect();
+            let d = Diagnostic::error(format!("the graph has no const `{name}`"));
+            p.errors.push(d.help(if known.is_empty() {
+                "it has none".into()
+            } else {
+                format!("its consts: {}", known.join(", "))
+            }));
+        }
+    }
+    let consts = std::mem::take(&mut p.consts);
+    p.finish(src).map(|g| (g, consts))
 }
 
 /// What is known of a label.
@@ -67,6 +90,9 @@ struct Parser<'a> {
     later: Option<HashMap<Label, usize>>,
     /// `None` while the header isn't read: then no symbol is reported as undeclared.
     syms: Option<HashSet<Sym>>,
+    consts: Consts,
+    /// Values of consts that count in place of the text's.
+    given: Consts,
 }
 
 /// The tokens of one line and how far they are read.
@@ -256,7 +282,37 @@ impl<'a> Parser<'a> {
             known: HashMap::new(),
             later: None,
             syms: None,
+            consts: vec![],
+            given: vec![],
         }
+    }
+
+    /// `const name = expression, …`
+    fn constants(&mut self, l: &mut Line) -> Parsed<()> {
+        while let Some(Tok::Word(name)) = l.peek() {
+            let at = l.span();
+            l.at += 1;
+            if name.starts_with(|c: char| c.is_ascii_uppercase()) {
+                let d = Diagnostic::error(format!("the const `{name}` must begin with a small letter")).at(at);
+                return Err(d.help("capitals are symbols, whose values are given per run"));
+            }
+            if self.consts.iter().any(|(n, _)| n == name) {
+                return Err(Diagnostic::error(format!("the const `{name}` is given twice")).at(at));
+            }
+            l.expect('=')?;
+            let start = l.span().start;
+            let mut rest = &l.toks[l.at..];
+            let value = consts::value(&mut rest, &self.consts);
+            l.at = l.toks.len() - rest.len();
+            let end = l.toks[l.at.max(1) - 1].1.end;
+            let value = value.map_err(|e| Diagnostic::error(e).at(start..end.max(start)))?;
+            let value = self.given.iter().find(|(n, _)| n == name).map_or(value, |(_, v)| *v);
+            self.consts.push((name.clone(), value));
+            if !l.eat(',') {
+                return l.done();
+            }
+        }
+        Err(l.wanted("a const's name").help("consts are written: const chunk = 16, scale = 1/sqrt(dim)"))
     }
 
     fn line(&mut self, l: &mut Line, span: Range<usize>, broken: Option<Diagnostic>) {
@@ -292,6 +348,10 @@ impl<'a> Parser<'a> {
                 self.stage = Stage::Returned;
                 l.at += 1;
                 if broken.is_none() { self.returns(l) } else { Ok(()) }
+            }
+            (_, Some(Tok::Word(w))) if w == "const" && broken.is_none() => {
+                l.at += 1;
+                self.constants(l)
             }
             _ if broken.is_some() => {
                 self.poison(l);
@@ -594,6 +654,11 @@ impl<'a> Parser<'a> {
                     let all = known.iter().copied().chain([s.as_str()]).collect::<Vec<_>>().join(", ");
                     format!("declare it in the first line: graph {}({all}) {{", self.g.name)
                 };
+                if !s.as_str().starts_with(|c: char| c.is_ascii_uppercase()) {
+                    return Err(
+                        d.help(near.unwrap_or_else(|| format!("give it a value before its use: const {s} = 16")))
+                    );
+                }
                 return Err(d.help(near.unwrap_or_else(declare)));
             }
         }

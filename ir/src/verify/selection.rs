@@ -7,7 +7,7 @@ use super::{chunks, mention};
 use crate::diagnostic::Diagnostic;
 use crate::dim::Dim;
 use crate::graph::{Graph, NodeId, Value};
-use crate::ops::{BinaryFn, Op, UnaryFn, Weighting};
+use crate::ops::{BinaryFn, FusedMap, MapFn, Op, UnaryFn, Weighting};
 use crate::ty::DType;
 use std::collections::{BTreeSet, HashMap};
 
@@ -27,6 +27,24 @@ fn passes_on(op: &Op) -> bool {
 /// Whether an op hands elements on unchanged.
 fn moves(op: &Op) -> bool {
     matches!(op, Op::Cast(_) | Op::Broadcast(_) | Op::Reshape(_) | Op::Transpose(_))
+}
+
+/// Operands of a map whose elements, not mere comparisons of them, are in its result.
+fn carried(m: &FusedMap, operands: usize, result: usize) -> BTreeSet<usize> {
+    let (mut out, mut todo) = (BTreeSet::new(), vec![m.outs[result]]);
+    while let Some(r) = todo.pop() {
+        let Some(i) = r.checked_sub(operands) else {
+            out.insert(r);
+            continue;
+        };
+        let inst = &m.body[i];
+        match inst.f {
+            MapFn::Binary(f) if f.is_comparison() => {}
+            MapFn::Where => todo.extend(inst.args[1..].iter().map(|a| *a as usize)),
+            _ => todo.extend(inst.args.iter().map(|a| *a as usize)),
+        }
+    }
+    out
 }
 
 fn has_selections(g: &Graph) -> bool {
@@ -101,10 +119,24 @@ impl<'g> Facts<'g> {
         out
     }
 
-    /// The `score` ops behind a score.
+    /// The ops behind a score that hide what is not complete: `score`, or `mask` where scores are made otherwise.
     fn scorers(&self, s: Value) -> BTreeSet<Value> {
-        let behind = self.behind(s, |v| passes_on(self.op(v)));
-        behind.into_iter().filter(|v| matches!(self.op(*v), Op::Score(_))).collect()
+        let (mut seen, mut todo) = (BTreeSet::new(), vec![s]);
+        while let Some(v) = todo.pop() {
+            let inputs = &self.g.node(v.node).inputs;
+            if !seen.insert(self.canon(v)) || !passes_on(self.op(v)) || !self.g.ty(v).dtype.is_float() {
+                continue;
+            }
+            // A comparison of scores is no score: it may choose among others.
+            match self.op(v) {
+                Op::Where(_) => todo.extend(&inputs[1..]),
+                Op::FusedMap(m) => {
+                    todo.extend(carried(m, inputs.len(), v.result as usize).into_iter().map(|i| inputs[i]))
+                }
+                _ => todo.extend(inputs),
+            }
+        }
+        seen.into_iter().filter(|v| matches!(self.op(*v), Op::Score(_) | Op::Mask(_))).collect()
     }
 
     /// Chunk sizes of the scores that a selection chose by, each with its scorer.
@@ -113,7 +145,11 @@ impl<'g> Facts<'g> {
             Op::Selection(s) => vec![(s.chunk, choice)],
             Op::Select(_) => {
                 let scorers = self.scorers(self.g.node(choice).inputs[0]);
-                let size = |v: Value| if let Op::Score(s) = self.op(v) { Some((s.chunk, v.node)) } else { None };
+                let size = |v: Value| match self.op(v) {
+                    Op::Score(s) => Some((s.chunk, v.node)),
+                    Op::Mask(m) => Some((m.chunk, v.node)),
+                    _ => None,
+                };
                 scorers.into_iter().filter_map(size).collect()
             }
             _ => vec![],
@@ -228,7 +264,12 @@ pub(super) fn check(g: &Graph) -> Vec<Diagnostic> {
     for (id, n) in g.iter() {
         let mut error = |message: String, help: &str| out.push(at(g, id, Diagnostic::error, message, help));
         if let Op::Aggregate(_) | Op::AggregateGrad(_) = n.op {
-            // What is aggregated was attended by some indices; the weights must be theirs.
+            // What is aggregated was attended by some indices; the weights must be theirs.  Slots given one by one are
+            // branches, which gates mix.
+            let back = usize::from(matches!(n.op, Op::AggregateGrad(_)));
+            if n.inputs.len() != 2 + back {
+                continue;
+            }
             let behind = f.behind(n.inputs[0], |v| passes_on(f.op(v)));
             let attended = behind.into_iter().filter(|v| matches!(f.op(*v), Op::Attend(_)));
             let by: BTreeSet<NodeId> = attended.flat_map(|v| f.choices(f.operand(v, 3))).collect();
@@ -331,7 +372,8 @@ fn unmasked(f: &Facts, s: Value, warn: &mut impl FnMut(String, String)) {
         }
         let from = mention(f.g, f.stripped(s).node);
         let what = format!("its scores come from {from}, not from `score`: nothing hides chunks that are not complete");
-        let help = "compute them by `score`, or set scores of unfinished chunks to -inf by `where`";
+        let help =
+            "compute them by `score`, or set scores of unfinished chunks to -inf: mask %scores, %start {chunk = …}";
         return warn(what, help.into());
     }
     // -inf must stay -inf on its way from `score` to the choice.
@@ -358,10 +400,6 @@ fn unmasked(f: &Facts, s: Value, warn: &mut impl FnMut(String, String)) {
 /// Warns of scorers that depend on params but only decide which chunks are chosen.
 fn unreached(f: &Facts) -> Vec<Diagnostic> {
     let g = f.g;
-    let mut learned = vec![false; g.nodes.len()];
-    for (id, n) in g.iter() {
-        learned[id.index()] = n.op.mnemonic() == "param" || n.inputs.iter().any(|v| learned[v.node.index()]);
-    }
     // Backward from the outputs: which results matter at all, and which by a way that carries gradients.
     let mut live = vec![false; g.nodes.len()];
     let mut reached: Vec<Vec<bool>> = g.nodes.iter().map(|n| vec![false; n.tys.len()]).collect();
@@ -378,6 +416,7 @@ fn unreached(f: &Facts) -> Vec<Diagnostic> {
             live[v.node.index()] = true;
             let carries = match &n.op {
                 Op::Select(_) => false,
+                Op::Unary(u) if u.f == UnaryFn::Detach => false,
                 Op::Weigh(w) => i == 0 && w.rule != Weighting::One,
                 Op::Selection(s) => i < 2 && s.rule != Weighting::One,
                 _ => true,
@@ -385,6 +424,12 @@ fn unreached(f: &Facts) -> Vec<Diagnostic> {
             let float = |d: DType| d.is_float();
             reached[v.node.index()][v.result as usize] |= any && carries && float(g.ty(*v).dtype);
         }
+    }
+    // Behind a scorer that shares its params with what is attended, they learn anyway.
+    let mut learned = vec![false; g.nodes.len()];
+    for (id, n) in g.iter() {
+        let untaught = n.op.mnemonic() == "param" && !reached[id.index()][0];
+        learned[id.index()] = untaught || n.inputs.iter().any(|v| learned[v.node.index()]);
     }
     let mut out = vec![];
     for (id, n) in g.iter().filter(|(id, n)| live[id.index()] && matches!(n.op, Op::Score(_) | Op::Selection(_))) {
@@ -396,7 +441,7 @@ fn unreached(f: &Facts) -> Vec<Diagnostic> {
         if is_learned && !gets {
             let what = "no gradient reaches this learned scorer: its scores only choose chunks, and a choice has none";
             let help = "let its weights enter the result: weigh the scores by stick_breaking, softmax or sigmoid (not \
-                        one) and aggregate with them";
+                        one) and aggregate with them, or give it a loss of its own: return …, \"aux\" = %loss";
             out.push(at(g, id, Diagnostic::warning, what.into(), help));
         }
     }

@@ -4,12 +4,14 @@
 pub mod copy;
 pub mod mix;
 pub mod passkey;
+pub mod recall;
 pub mod rng;
 pub mod text;
 
 pub use copy::{Alphabet, CopyMix, CopyTask};
 pub use mix::MixTask;
 pub use passkey::{Haystack, PasskeyCase, PasskeyMix, PasskeyTask};
+pub use recall::{RecallMix, RecallTask};
 pub use text::{Split, Text, TextTask};
 
 use crate::error::ModelError;

@@ -4,7 +4,8 @@
 //! the program and the others wait, spinning, for the loops of [`par::for_each`](crate::par::for_each).  A loop's tasks
 //! are dealt in runs of neighbours, so that a thread streams contiguous memory; who is done takes tasks from the end of
 //! another's run.  A thread that does not come at once is not waited for, and not let in later: it might be inside a task
-//! that the program itself waits for.  Who has waited long sleeps until the next loop.
+//! that the program itself waits for.  Who has waited long sleeps until the next loop.  A program of many runs, such as
+//! the tokens of a text, gathers its team once, with [`awake`]: the runs inside are then its loops.
 //! Invariants: as in `par`, what a task computes depends on its index alone.  A loop inside a task is no business of the
 //! team: it runs on the pool as ever.
 
@@ -19,6 +20,10 @@ use std::sync::{Condvar, Mutex};
 const PATIENCE: usize = 2000;
 /// Looks before it sleeps: a few hundred µs more, which no step of decoding takes.
 const ASLEEP: usize = PATIENCE + 500;
+
+/// Looks for helpers that are missing, before a run and before many of them: a tenth of a millisecond and some.
+const RUN: usize = PATIENCE;
+const MANY_RUNS: usize = 20 * PATIENCE;
 
 /// Threads that a team can have.
 const MOST: usize = 128;
@@ -131,8 +136,22 @@ impl Drop for Over<'_> {
     }
 }
 
-/// Runs `f` on one thread of `pool`, with the others as its team.  Nothing is allocated.
+/// Runs `f` on one thread of `pool`, with the others as its team; inside a team's program, with that team.  Nothing is
+/// allocated.
 pub fn run<R: Send>(pool: &rayon::ThreadPool, f: impl FnOnce() -> R + Send) -> R {
+    gathered(pool, RUN, f)
+}
+
+/// As [`run`], for an `f` that calls it many times: waits longer for helpers, which would be missed longer.
+pub fn awake<R: Send>(pool: &rayon::ThreadPool, f: impl FnOnce() -> R + Send) -> R {
+    gathered(pool, MANY_RUNS, f)
+}
+
+/// See [`run`]; looks `patience` times for those that are missing.
+fn gathered<R: Send>(pool: &rayon::ThreadPool, patience: usize, f: impl FnOnce() -> R + Send) -> R {
+    if with_current(|team| team.is_some()) {
+        return f();
+    }
     let threads = pool.current_num_threads().min(MOST);
     if threads == 1 {
         return pool.install(f);
@@ -154,7 +173,7 @@ pub fn run<R: Send>(pool: &rayon::ThreadPool, f: impl FnOnce() -> R + Send) -> R
         let _over = Over(&team);
         // A program inside a team's task is none of that team's loops.
         let _member = Member::join();
-        team.close_door();
+        team.close_door(patience);
         let _entered = Entered::new(&team);
         f()
     };
@@ -177,12 +196,10 @@ impl Team {
     }
 
     /// Waits a little for the helpers, then goes without those that are missing.
-    fn close_door(&self) {
-        for _ in 0..PATIENCE {
-            if self.door.load(Relaxed) / 2 + 1 == self.threads {
-                break;
-            }
-            std::hint::spin_loop();
+    fn close_door(&self, patience: usize) {
+        let mut looks = 0;
+        while looks < patience && self.door.load(Relaxed) / 2 + 1 < self.threads {
+            wait(&mut looks);
         }
         self.door.fetch_add(1, SeqCst);
     }
@@ -328,6 +345,24 @@ mod tests {
             let want = |i: usize| (0..300).filter(|round| round * 7 % 1000 > i).count();
             each.iter().enumerate().for_each(|(i, n)| assert_eq!(*n, want(i), "task {i}, {threads} threads"));
         }
+    }
+
+    #[test]
+    fn team_of_many_runs() {
+        let (p, count) = (pool(3), AtomicUsize::new(0));
+        let ids = awake(&p, || {
+            let run_once = |_| {
+                run(&p, || {
+                    par::for_each(100, usize::MAX, |_| {
+                        count.fetch_add(1, Relaxed);
+                    });
+                    std::thread::current().id()
+                })
+            };
+            (0..200).map(run_once).collect::<Vec<_>>()
+        });
+        assert_eq!(count.into_inner(), 200 * 100);
+        assert!(ids.iter().all(|id| *id == ids[0]), "a run inside is on its team's thread");
     }
 
     #[test]

@@ -154,6 +154,7 @@ fn weights_reference(rule: Weighting, scores: &[f32]) -> Vec<f64> {
         }
         Weighting::Sigmoid => s.iter().map(|&s| sigmoid(s)).collect(),
         Weighting::One => vec![1.0; s.len()],
+        Weighting::Logit => s.to_vec(),
     }
 }
 
@@ -485,6 +486,9 @@ fn check_dense_attention(s: DenseAttention) {
         for head in 0..s.heads {
             let (first, at) = (row / s.t * s.t, row * width + head * s.dim);
             let last = if s.causal { row + 1 } else { first + s.t };
+            let t = row - first;
+            let window = if s.window > 0 { (t + 1).saturating_sub(s.window) } else { 0 };
+            let first = first + window.max(t.checked_div(s.local).unwrap_or(0) * s.local);
             let part = Row {
                 q: &q.row(row)[head * s.dim..][..s.dim],
                 dy: &dy[at..][..s.dim],
@@ -498,7 +502,7 @@ fn check_dense_attention(s: DenseAttention) {
     }
     let forward = || {
         let mut y = vec![f32::NAN; rows * width];
-        s.forward(q, k, v, MatMut::new(&mut y, rows, width));
+        s.forward(q, k, v, MatMut::new(&mut y, rows, width), None);
         y
     };
     let backward = || {
@@ -509,6 +513,7 @@ fn check_dense_attention(s: DenseAttention) {
             k,
             v,
             Mat::new(&dy, rows, width),
+            None,
             MatMut::new(&mut dq, rows, width),
             MatMut::new(&mut dk, rows, kv_width),
             MatMut::new(&mut dv, rows, kv_width),
@@ -526,9 +531,23 @@ fn check_dense_attention(s: DenseAttention) {
 
 #[test]
 fn dense_attention_matches_reference() {
-    let base = DenseAttention { batch: 3, t: 17, heads: 4, kv_heads: 2, dim: 16, scale: 0.25, causal: false };
-    for causal in [false, true] {
-        let base = DenseAttention { causal, ..base };
+    let base = DenseAttention {
+        batch: 3,
+        t: 17,
+        keys: 17,
+        heads: 4,
+        kv_heads: 2,
+        dim: 16,
+        scale: 0.25,
+        causal: false,
+        window: 0,
+        local: 0,
+        unit: 0,
+    };
+    for (causal, window, local) in
+        [(false, 0, 0), (true, 0, 0), (true, 1, 0), (true, 20, 0), (true, 0, 16), (true, 9, 30)]
+    {
+        let base = DenseAttention { causal, window, local, ..base };
         let cases = [
             base,
             DenseAttention { t: 65, heads: 2, dim: 20, ..base },
@@ -538,7 +557,7 @@ fn dense_attention_matches_reference() {
             DenseAttention { batch: 1, t: 257, heads: 3, kv_heads: 1, dim: 33, ..base },
             DenseAttention { batch: 2, t: 33, heads: 64, kv_heads: 1, dim: 8, ..base },
         ];
-        cases.into_iter().for_each(check_dense_attention);
+        cases.into_iter().for_each(|c| check_dense_attention(DenseAttention { keys: c.t, ..c }));
     }
 }
 

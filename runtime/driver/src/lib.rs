@@ -7,6 +7,8 @@
 
 mod error;
 mod product;
+#[cfg(feature = "testing")]
+pub mod testing;
 
 pub use error::{Error, Result};
 pub use product::{Float, Matrix, Product};

@@ -29,7 +29,7 @@ pub enum Precision {
 }
 
 impl Precision {
-    fn bytes(self) -> usize {
+    pub fn bytes(self) -> usize {
         match self {
             Precision::Bf16 => 2,
             Precision::F32 => 4,
@@ -240,6 +240,29 @@ impl ChunkStore {
         }
     }
 
+    /// The bytes of a chunk as they are stored, of all heads: rows `[S, h, d]` of keys or values, the landmarks `[h, r]`;
+    /// zeros where the file fails, see [`failure`](Self::failure).
+    pub fn raw(&self, part: Part, chunk: usize, out: &mut Vec<u8>) {
+        let g = &self.geometry;
+        let (rows, width) = match part {
+            Part::Landmarks => (1, g.landmark_dim * g.precision.bytes()),
+            _ => (g.chunk, g.dim * g.precision.bytes()),
+        };
+        out.clear();
+        out.resize(rows * g.heads * width, 0);
+        for head in 0..g.heads {
+            let at = self.place(part, head, chunk);
+            let read = self.pages.read(chunk / PAGE, at, rows * width, |bytes| {
+                for (t, row) in bytes.chunks_exact(width).enumerate() {
+                    out[(t * g.heads + head) * width..][..width].copy_from_slice(row);
+                }
+            });
+            if let Err(e) = read {
+                self.failed.lock().unwrap_or_else(|p| p.into_inner()).get_or_insert(e);
+            }
+        }
+    }
+
     fn fetch(&self, part: Part, head: usize, chunk: usize, out: &mut [f32]) {
         let precision = self.geometry.precision;
         let at = self.place(part, head, chunk);
@@ -314,6 +337,14 @@ mod tests {
                     for (i, &x) in out.iter().enumerate() {
                         let (row, d) = (first * chunk + i / dim, i % dim);
                         prop_assert_eq!(x, round(v[(row * heads + head) * dim + d]));
+                    }
+                    let (mut raw, width) = (vec![], precision.bytes());
+                    s.raw(Part::Keys, first, &mut raw);
+                    prop_assert_eq!(raw.len(), chunk * heads * dim * width);
+                    for (i, b) in raw.chunks_exact(width).enumerate() {
+                        let x = k[first * chunk * heads * dim + i];
+                        let want = if f32s { x.to_le_bytes().to_vec() } else { half::bf16::from_f32(x).to_le_bytes().to_vec() };
+                        prop_assert_eq!(b, &want[..]);
                     }
                     let mut out = vec![f32::NAN; n * landmark_dim];
                     s.read(Part::Landmarks, head, first, n, &mut out);

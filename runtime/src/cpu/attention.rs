@@ -9,16 +9,19 @@ fn width(x: &Arg) -> usize {
     x.shape()[2] * x.shape()[3]
 }
 
-fn dense(x: &[Arg], scale: f64, causal: bool) -> da::DenseAttention {
+fn dense(x: &[Arg], op: &Attention) -> da::DenseAttention {
     let s = x[0].shape();
     let (batch, t, heads, dim) = (s[0], s[1], s[2], s[3]);
-    da::DenseAttention { batch, t, heads, kv_heads: x[1].shape()[2], dim, scale: scale as f32, causal }
+    let (keys, kv_heads) = (x[1].shape()[1], x[1].shape()[2]);
+    let Attention { scale, causal, window, local, unit, .. } = *op;
+    da::DenseAttention { batch, t, keys, heads, kv_heads, dim, scale: scale as f32, causal, window, local, unit }
 }
 
 impl CpuKernel for Attention {
     fn run(&self, x: &[Arg], y: &[Arg]) -> Result<(), KernelError> {
         let (q, kv) = (width(&x[0]), width(&x[1]));
-        dense(x, self.scale, self.causal).forward(x[0].mat(q), x[1].mat(kv), x[2].mat(kv), y[0].mat_mut(q));
+        let lse = y.get(1).map(Arg::f32_mut);
+        dense(x, self).forward(x[0].mat(q), x[1].mat(kv), x[2].mat(kv), y[0].mat_mut(q), lse);
         Ok(())
     }
 }
@@ -26,11 +29,12 @@ impl CpuKernel for Attention {
 impl CpuKernel for AttentionGrad {
     fn run(&self, x: &[Arg], y: &[Arg]) -> Result<(), KernelError> {
         let (q, kv) = (width(&x[0]), width(&x[1]));
-        dense(x, self.scale, self.causal).backward(
+        dense(x, &self.forward()).backward(
             x[0].mat(q),
             x[1].mat(kv),
             x[2].mat(kv),
             x[3].mat(q),
+            x.get(4).map(Arg::f32),
             y[0].mat_mut(q),
             y[1].mat_mut(kv),
             y[2].mat_mut(kv),
@@ -39,16 +43,17 @@ impl CpuKernel for AttentionGrad {
     }
 }
 
-fn weighting(rule: Weighting) -> sel::Weighting {
+pub(super) fn weighting(rule: Weighting) -> sel::Weighting {
     match rule {
         Weighting::StickBreaking => sel::Weighting::StickBreaking,
         Weighting::Softmax => sel::Weighting::Softmax,
         Weighting::Sigmoid => sel::Weighting::Sigmoid,
         Weighting::One => sel::Weighting::One,
+        Weighting::Logit => sel::Weighting::Logit,
     }
 }
 
-fn order(order: Order) -> sel::Order {
+pub(super) fn order(order: Order) -> sel::Order {
     match order {
         Order::Recent => sel::Order::Recent,
         Order::Score => sel::Order::Score,
@@ -119,7 +124,7 @@ impl CpuKernel for SelectionGrad {
     }
 }
 
-fn chunked(x: &[impl Shaped], chunk: usize, scale: f64, off_by_one: f64) -> ca::ChunkAttention {
+pub(super) fn chunked(x: &[impl Shaped], chunk: usize, scale: f64, off_by_one: f64) -> ca::ChunkAttention {
     let (q, k) = (x[0].shape(), x[1].shape());
     ca::ChunkAttention {
         n: q[0],

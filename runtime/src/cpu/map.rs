@@ -143,6 +143,7 @@ fn unary(f: UnaryFn, x: &[f32], y: &mut [f32]) {
         UnaryFn::Square => vmath::square(x, y),
         UnaryFn::Sin => vmath::sin(x, y),
         UnaryFn::Cos => vmath::cos(x, y),
+        UnaryFn::Detach => y.copy_from_slice(x),
     }
 }
 

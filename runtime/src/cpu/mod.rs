@@ -7,6 +7,7 @@ mod move_;
 mod nn;
 mod reference;
 mod scan;
+mod slots;
 
 pub use arg::Arg;
 use rambac_ir::for_each_op;

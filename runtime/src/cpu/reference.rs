@@ -1,4 +1,4 @@
-//! Ops that run by their reference evaluation: those that fusion should have removed, and a few that move little data.
+//! Ops that run by their reference evaluation: per-chunk attention that was not fused, and a few that move little data.
 //!
 //! For the former the Program says so (`KernelTraits::reference`) and `explain` prints it.
 
@@ -14,6 +14,11 @@ pub(super) fn evaluate(op: &dyn OpDef, x: &[Arg], y: &[Arg]) {
     y.iter().zip(&out).for_each(|(y, v)| y.write_host(v));
 }
 
+/// Floats that an evaluation takes: copies on the heap, in f64; planned as if they were ours, so that the peak holds.
+pub(super) fn copies(x: &[ConcreteTy], y: &[ConcreteTy]) -> usize {
+    x.iter().chain(y).map(|t| 3 * t.elements()).sum()
+}
+
 macro_rules! by_reference {
     ($($op:ident),*) => {
         $(impl CpuKernel for $op {
@@ -22,13 +27,11 @@ macro_rules! by_reference {
                 Ok(())
             }
             fn scratch(&self, x: &[ConcreteTy], y: &[ConcreteTy]) -> usize {
-                // Copies on the heap, in f64; planned as if they were ours, so that the peak holds.
-                x.iter().chain(y).map(|t| 3 * t.elements()).sum()
+                copies(x, y)
             }
         })*
     };
 }
-by_reference! { Score, ScoreGrad, Select, Weigh, WeighGrad, Attend, AttendGrad, Aggregate, AggregateGrad }
 // Integers only (floats become maps), or counters: tiny.  So are bools that a kernel of four-byte elements moves.
 by_reference! { Unary, Where, Iota }
 

@@ -32,9 +32,9 @@ pub use error::ExecutableError;
 pub use read::{Executable, KernelInfo};
 pub use write::{Contents, Written, write};
 
-use rambac_codegen::cuda::{Arch, GpuProgram, Target, emit};
+use rambac_codegen::cuda::{Arch, GpuProgram, Target, emit, paged};
 use rambac_codegen::{Kernels, Program, lower, lower_for};
-use rambac_ir::{Graph, text};
+use rambac_ir::{DType, Graph, text};
 use rambac_passes::{Options, optimise};
 use rayon::prelude::*;
 use std::sync::Arc;
@@ -108,9 +108,17 @@ impl Part {
         graph: &Graph,
         targets: &[Arch],
     ) -> Result<Part, ExecutableError> {
-        // The GPUs' program has other copies, and is lowered once for all of them.
+        // The GPUs' program has other copies, and is lowered once for all of them.  Where the upper half of a model's inference
+        // runs on a GPU, its memory lies in pages.
         let gpus = || {
-            let program = (!targets.is_empty()).then(|| Arc::new(lower_for(graph, Kernels::Gpu)));
+            let lowered = || {
+                let p = lower_for(graph, Kernels::Gpu);
+                match name {
+                    "upper" => paged(p.clone(), crate::session::PAGED, DType::BF16).unwrap_or(p),
+                    _ => p,
+                }
+            };
+            let program = (!targets.is_empty()).then(|| Arc::new(lowered()));
             let one = |a: &Arch| Ok(Arc::new(emit(program.clone().expect("BUG: there is a target"), Target::of(*a))?));
             targets.par_iter().map(one).collect::<Result<Vec<_>, ExecutableError>>()
         };

@@ -4,6 +4,7 @@ use super::error::GpuError;
 use rambac_codegen::View;
 use rambac_codegen::cuda::{Call, Expr, Form, Gemm, GemmOperand, GpuProgram, Launch, Operand, Param};
 use rambac_driver::{Arg, BufferId, Extent, Float, Matrix, Product};
+use rambac_ir::ops::Op;
 use rambac_ir::ty::ConcreteTy;
 use rambac_ir::{Bindings, DType, DimError};
 
@@ -39,6 +40,17 @@ pub struct Bound {
     pub work: Vec<Work>,
     /// As many as the program has outputs that are no updates.
     pub outputs: Vec<(ConcreteTy, Place)>,
+    /// Choices of chunks that steps read out of pages, in order.
+    pub choices: Vec<Choice>,
+}
+
+/// What a step that attends in pages is about to read.
+pub struct Choice {
+    /// The first work of the step.
+    pub work: usize,
+    /// i32 `[N, L, h, K]` and `[N, L, h]`.
+    pub indices: (ConcreteTy, Place),
+    pub count: (ConcreteTy, Place),
 }
 
 /// Where the operands of a program are.
@@ -59,9 +71,21 @@ pub fn bind(gpu: &GpuProgram, forms: &[&Form], dims: &Bindings, at: &Places) -> 
         let (buffer, first) = at.buffers[v.buffer.index()].expect("BUG: the plan has a place for every buffer in use");
         Ok((buffer, first + v.offset.eval(dims)? * v.ty.dtype.size()))
     };
-    let mut work = vec![];
+    let (mut work, mut choices) = (vec![], Vec::<Choice>::new());
+    // Several steps attend to one choice.
+    let mut known: Option<Place> = None;
     for (step, form) in forms.iter().enumerate() {
         let s = &p.steps[step];
+        match &s.op {
+            Op::Selection(_) => known = None,
+            Op::ChunkAttention(_) if s.inputs.len() > 6 && known != Some(of(&s.inputs[3])?) => {
+                let operand = |i: usize| Ok::<_, DimError>((s.inputs[i].ty.bind(dims)?, of(&s.inputs[i])?));
+                let (indices, count) = (operand(3)?, operand(4)?);
+                known = Some(indices.1);
+                choices.push(Choice { work: work.len(), indices, count });
+            }
+            _ => {}
+        }
         let place = |o: Operand| match o {
             Operand::Input(k) => of(&s.inputs[k]),
             Operand::Output(k) => of(&s.outputs[k]),
@@ -85,7 +109,7 @@ pub fn bind(gpu: &GpuProgram, forms: &[&Form], dims: &Bindings, at: &Places) -> 
     }
     let outputs = p.outputs.iter().filter(|o| !o.update);
     let outputs = outputs.map(|o| Ok((o.view.ty.bind(dims)?, of(&o.view)?))).collect::<Result<_, DimError>>()?;
-    Ok(Bound { work, outputs })
+    Ok(Bound { work, outputs, choices })
 }
 
 fn extent(gpu: &GpuProgram, step: usize, l: &Launch, dims: &Bindings) -> Result<Extent, GpuError> {

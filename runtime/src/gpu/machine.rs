@@ -37,6 +37,9 @@ pub struct ProgramId(usize);
 
 type Outcome<T> = Result<T, GpuError>;
 
+/// Hears which chunks a step is about to attend to, see [`Machine::run_choosing`].
+pub type Chosen<'a, D> = dyn FnMut(&mut Machine<D>, &[i32], &[i32]) -> Outcome<()> + 'a;
+
 struct Loaded {
     gpu: Arc<GpuProgram>,
     /// As many as the program has kernels.
@@ -151,6 +154,14 @@ impl<D: Device> Machine<D> {
         self.device.copy_in(buffer, 0, &value.data).map_err(device(name, "its value"))
     }
 
+    /// Room for a value, without content; what had that name before is taken away if it is of another size.
+    ///
+    /// # Errors
+    /// The device has no memory left.
+    pub fn allocate(&mut self, name: &str, ty: &ConcreteTy) -> Outcome<()> {
+        self.room(name, ty).map(drop)
+    }
+
     /// Overwrites a part of a value, from its byte `at` on.
     ///
     /// # Errors
@@ -254,8 +265,34 @@ impl<D: Device> Machine<D> {
         inputs: &[(&str, &Bytes)],
         keep: &[(&str, &str)],
     ) -> Outcome<Vec<(String, Bytes)>> {
+        self.run_all(id, dims, inputs, keep, None)
+    }
+
+    /// As [`run`](Self::run); before a step attends to chunks in pages, `chosen` hears which: their indices
+    /// `[N, L, h, K]`, of which the first `count` `[N, L, h]` of a row are meant.  It may write values, not move them.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    pub fn run_choosing(
+        &mut self,
+        id: ProgramId,
+        dims: &Bindings,
+        inputs: &[(&str, &Bytes)],
+        chosen: &mut Chosen<D>,
+    ) -> Outcome<Vec<(String, Bytes)>> {
+        self.run_all(id, dims, inputs, &[], Some(chosen))
+    }
+
+    fn run_all(
+        &mut self,
+        id: ProgramId,
+        dims: &Bindings,
+        inputs: &[(&str, &Bytes)],
+        keep: &[(&str, &str)],
+        chosen: Option<&mut Chosen<D>>,
+    ) -> Outcome<Vec<(String, Bytes)>> {
         let mut temporary = vec![];
-        let result = self.run_with(id, dims, inputs, keep, &mut temporary);
+        let result = self.run_with(id, dims, inputs, keep, &mut temporary, chosen);
         let mut freed = Ok(());
         for b in temporary {
             let name = &self.programs[id.0].gpu.program.name;
@@ -271,6 +308,7 @@ impl<D: Device> Machine<D> {
         inputs: &[(&str, &Bytes)],
         keep: &[(&str, &str)],
         temporary: &mut Vec<BufferId>,
+        mut chosen: Option<&mut Chosen<D>>,
     ) -> Outcome<Vec<(String, Bytes)>> {
         let gpu = self.programs[id.0].gpu.clone();
         let (p, name) = (&gpu.program, gpu.program.name.as_str());
@@ -292,7 +330,11 @@ impl<D: Device> Machine<D> {
             let (gpu, bound) = (&gpu, &bound);
             move |e| blame(gpu, bound, what, e)
         };
-        for w in &bound.work {
+        for (i, w) in bound.work.iter().enumerate() {
+            if let (Some(f), Some(c)) = (&mut chosen, bound.choices.iter().find(|c| c.work == i)) {
+                let (indices, count) = (self.integers(name, &c.indices)?, self.integers(name, &c.count)?);
+                f(self, &indices, &count)?;
+            }
             let started = match &w.what {
                 What::Launch(k, extent, args) => {
                     let module = self.programs[id.0].modules[*k];
@@ -315,6 +357,42 @@ impl<D: Device> Machine<D> {
         }
         self.device.synchronise().map_err(late("its end".into()))?;
         Ok(out)
+    }
+
+    fn integers(&mut self, program: &str, (ty, at): &(ConcreteTy, Place)) -> Outcome<Vec<i32>> {
+        let mut data = vec![0; ty.bytes()];
+        self.device.copy_out(at.0, at.1, &mut data).map_err(device(program, "the choice of chunks"))?;
+        Ok(data.as_chunks::<4>().0.iter().map(|b| i32::from_le_bytes(*b)).collect())
+    }
+
+    /// Copies a part of a value (its name and byte) to another value.
+    ///
+    /// # Errors
+    /// There is no such value, or the part lies outside of one.
+    pub fn copy_value(&mut self, from: (&str, usize), to: (&str, usize), bytes: usize) -> Outcome<()> {
+        let place = |(name, at): (&str, usize)| {
+            let known = self.values.get(name).filter(|(ty, _)| at.checked_add(bytes).is_some_and(|e| e <= ty.bytes()));
+            known.map(|v| (v.1, at)).ok_or_else(|| GpuError::Device {
+                program: name.into(),
+                what: "its value".into(),
+                error: DriverError::refused(format!("there are no {bytes} bytes at {at} of it on the device")),
+            })
+        };
+        let (from_place, to_place) = (place(from)?, place(to)?);
+        self.device.copy(from_place, to_place, bytes).map_err(device(to.0, "its value"))
+    }
+
+    /// Gives a value another name; what had that name before is taken away.
+    ///
+    /// # Errors
+    /// The device fails.
+    pub fn rename(&mut self, from: &str, to: &str) -> Outcome<()> {
+        self.remove(to)?;
+        if let Some(v) = self.values.remove(from) {
+            self.layout += 1;
+            self.values.insert(to.into(), v);
+        }
+        Ok(())
     }
 
     /// Every source is there and of the right type.

@@ -13,6 +13,6 @@ mod measure;
 pub use bytes::Bytes;
 pub use code::{Code, archs};
 pub use error::GpuError;
-pub use machine::{Machine, Placement, ProgramId};
+pub use machine::{Chosen, Machine, Placement, ProgramId};
 pub use measure::{Measurer, Timed};
 pub use rambac_driver::{Device, Error as DeviceError};

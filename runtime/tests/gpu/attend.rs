@@ -22,7 +22,7 @@ pub const ALL: &[Case] = &[
 
 /// One case of attention to chunks.
 #[derive(Clone, Copy)]
-struct Shape {
+pub struct Shape {
     dtype: DType,
     n: usize,
     l: usize,
@@ -35,7 +35,7 @@ struct Shape {
     off: f64,
 }
 
-const fn shape(dtype: DType, sizes: [usize; 4], heads: [usize; 2], d: usize, chunk: usize, k: usize) -> Shape {
+pub const fn shape(dtype: DType, sizes: [usize; 4], heads: [usize; 2], d: usize, chunk: usize, k: usize) -> Shape {
     let [n, l, chunks, _] = sizes;
     Shape { dtype, n, l, chunks, h: heads[0], group: heads[1], d, chunk, k, off: sizes[3] as f64 / 2.0 }
 }
@@ -113,7 +113,7 @@ fn attend(rig: &Rig, arch: Arch, rng: &mut Rng, s: &Shape, wide: bool, form: &'s
     rig.check(&check_attend(rng, s, wide).on(arch).in_form(form)).map(|_| ())
 }
 
-fn check_attend(rng: &mut Rng, s: &Shape, wide: bool) -> Check {
+pub fn check_attend(rng: &mut Rng, s: &Shape, wide: bool) -> Check {
     let op = ChunkAttention { chunk: s.chunk, scale: (s.d as f64).powf(-0.5), off_by_one: s.off };
     Check::new(op, operands(rng, s, wide, false), &dims(s), tolerance(s.dtype))
 }
@@ -273,9 +273,9 @@ fn whole(rng: &mut Rng, ty: Ty, b: &Bindings, most: usize) -> Input {
     Input::of(ty, HostArray::from_f64(&bound, v))
 }
 
-type Selecting = (DType, [usize; 5], usize, usize, Vec<i32>, Order, Weighting);
+pub type Selecting = (DType, [usize; 5], usize, usize, Vec<i32>, Order, Weighting);
 
-fn check_selection(rng: &mut Rng, case: Selecting) -> Check {
+pub fn check_selection(rng: &mut Rng, case: Selecting) -> Check {
     let (dtype, [n, l, c, h, r], chunk, k, start, order, rule) = case;
     let b = Bindings::new([("N", n), ("L", l), ("C", c)]);
     let ty = |len: &str| Ty::new(dtype, [Dim::sym("N"), Dim::sym(len), Dim::int(h), Dim::int(r)]);
@@ -379,9 +379,14 @@ fn check_attention(
         x.iter_mut().for_each(|x| x.wide = Some(2));
     }
     let scale = (d as f64).powf(-0.5);
-    let o = rambac_ir::ops::Attention { scale, causal };
+    let o = rambac_ir::ops::Attention::new(scale, causal);
     rig.check(&Check::new(o, x[..3].to_vec(), &bindings, tolerance(dtype)))?;
-    rig.check(&Check::new(AttentionGrad { scale, causal }, x, &bindings, 1.5 * tolerance(dtype)))?;
+    rig.check(&Check::new(
+        AttentionGrad { scale, causal, window: 0, local: 0, unit: 0, lse: false },
+        x,
+        &bindings,
+        1.5 * tolerance(dtype),
+    ))?;
     Ok(())
 }
 

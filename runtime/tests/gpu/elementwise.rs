@@ -14,6 +14,7 @@ pub const ALL: &[Case] = &[
     ("moves", moves),
     ("reductions", reductions),
     ("products", products),
+    ("many_tensors", many_tensors),
 ];
 
 fn dims(n: usize, l: usize) -> Bindings {
@@ -26,6 +27,63 @@ fn ty(d: DType, shape: &[Dim]) -> Ty {
 
 fn sym(s: &str) -> Dim {
     Dim::sym(s)
+}
+
+/// Tensors of these sizes: `own` operands of each with these types, in one region with a scalar; all results in two types.
+fn update(rng: &mut Rng, sizes: &[usize], types: &[DType]) -> Check {
+    let d = Bindings::new([("N", 3), ("L", 5)]);
+    let mut x = vec![];
+    for &n in sizes {
+        // A symbol decides the size of some.
+        let shape = if n.is_multiple_of(15) { vec![sym("N"), sym("L"), Dim::int(n / 15)] } else { vec![Dim::int(n)] };
+        x.extend(types.iter().map(|&t| Input::new(rng, ty(t, &shape), &d, -2.0, 2.0)));
+    }
+    x.push(Input::new(rng, ty(DType::F32, &[]), &d, 0.5, 1.5));
+    let (own, s) = (types.len(), types.len() as u32);
+    // v0·s + v1², for one operand v0·s + v0².
+    let other = (own - 1) as u32;
+    let inst = |f, args: &[u32]| MapInst { f, args: args.to_vec() };
+    let body = vec![
+        inst(MapFn::Binary(BinaryFn::Mul), &[0, s]),
+        inst(MapFn::Unary(UnaryFn::Square), &[other]),
+        inst(MapFn::Binary(BinaryFn::Add), &[s + 1, s + 2]),
+    ];
+    let (outs, dtypes) = (vec![own + 3, own + 1], vec![DType::F32, DType::BF16]);
+    Check::new(MapEach { own, shared: 1, body, outs, dtypes }, x, &d, 5e-3)
+}
+
+fn norm_of(rng: &mut Rng, sizes: &[usize], t: DType) -> Check {
+    let d = Bindings::default();
+    let x = sizes.iter().map(|&n| Input::new(rng, ty(t, &[Dim::int(n)]), &d, -2.0, 2.0)).collect();
+    Check::new(SumSquares {}, x, &d, if t == DType::F32 { 1e-6 } else { 4e-3 })
+}
+
+/// One region over many tensors, and the sum of all their squares: ends of tensors, empty ones, several blocks.
+fn many_tensors(rig: &Rig) -> Result<String, String> {
+    let mut rng = Rng(9);
+    for sizes in [&[5000, 1, 0, 4096, 30, 4097, 0][..], &[8], &[3, 5, 7], &[8192, 16]] {
+        for types in [&[DType::F32][..], &[DType::F32, DType::BF16], &[DType::F16, DType::F32, DType::F32]] {
+            rig.check(&update(&mut rng, sizes, types))?;
+        }
+        for t in [DType::F32, DType::BF16] {
+            rig.check(&norm_of(&mut rng, sizes, t))?;
+        }
+    }
+    // More than a launch's arguments hold.
+    let many: Vec<usize> = (0..1500).map(|i| i % 9).collect();
+    let seen = rig.check(&norm_of(&mut rng, &many, DType::F32))?;
+    let launches = seen.program.steps[0].forms[0].calls.len();
+    if launches < 3 {
+        return Err(format!("1500 tensors in {launches} launches"));
+    }
+    Ok(format!(", 1500 tensors in {launches} launches"))
+}
+
+/// For defects.
+pub fn quick_each(rig: &Rig) -> Result<(), String> {
+    let mut rng = Rng(9);
+    rig.check(&update(&mut rng, &[4096, 4100, 9], &[DType::F32]))?;
+    rig.check(&norm_of(&mut rng, &[4096, 4100, 9], DType::F32)).map(drop)
 }
 
 /// Every function of a map, over its domain.
@@ -178,6 +236,16 @@ fn reductions(rig: &Rig) -> Result<String, String> {
             for axes in [vec![0, 1], vec![0, 1, 2], vec![1], vec![2], vec![1, 2]] {
                 let x = Input::new(&mut rng, ty(DType::F32, &shape), &d, -1.0, 3.0);
                 rig.check(&Check::new(Reduce { f, axes, keep: false }, vec![x], &d, 2e-6))?;
+            }
+        }
+    }
+    for (dtype, tolerance) in [(DType::F32, 1e-6), (DType::BF16, 8e-3)] {
+        for (chunk, width) in [(16, 64), (5, 3), (1, 8)] {
+            let d = Bindings::new([("N", 2), ("C", 7)]);
+            let t = sym("C").checked_mul(&Dim::int(chunk)).expect("small sizes multiply");
+            let x = Input::new(&mut rng, ty(dtype, &[sym("N"), t, Dim::int(width)]), &d, -1.0, 3.0);
+            for mode in [Summary::Mean, Summary::Max, Summary::Min] {
+                rig.check(&Check::new(Summarise { chunk, mode }, vec![x.clone()], &d, tolerance))?;
             }
         }
     }

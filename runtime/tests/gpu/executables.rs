@@ -19,7 +19,7 @@ use tempfile::TempDir;
 pub const ALL: &[Case] = &[("executable_trains", trains), ("executable_refused_kernel", refused)];
 
 /// A layer with its loss: `mean((x·wᵀ)²)`.
-fn layer() -> Graph {
+pub fn layer() -> Graph {
     let mut b = Builder::new("layer", &["N"]);
     let x = b.input("x", Ty::f32([Dim::sym("N"), Dim::int(24)]));
     let w = b.param("w", Ty::f32([8, 24]));

@@ -7,9 +7,12 @@ mod attend;
 mod conv;
 mod elementwise;
 mod executables;
+mod faults;
 mod harness;
 mod mutants;
 mod norm;
+mod pages;
+mod products;
 mod rig;
 mod rows;
 mod scan;
@@ -25,8 +28,11 @@ fn main() -> ExitCode {
         norm::ALL,
         scan::ALL,
         attend::ALL,
+        pages::ALL,
+        products::ALL,
         executables::ALL,
         tune::ALL,
+        faults::ALL,
         mutants::ALL,
     ])
 }

@@ -3,7 +3,7 @@
 
 use crate::harness::Case;
 use crate::rig::{NOT_HERE, Rig};
-use crate::{attend, conv, norm, rows, scan};
+use crate::{attend, conv, elementwise, norm, pages, products, scan};
 use rambac_codegen::cuda::headers::HEADERS;
 use rayon::prelude::*;
 
@@ -18,9 +18,12 @@ const FAMILIES: &[(&str, Check)] = &[
     ("attend_chunks_hopper.cuh", attend::quick_hopper),
     ("inverted_index.cuh", attend::quick_selection_grad),
     ("select.cuh", attend::quick_selection),
+    ("select_scan.cuh", pages::quick_scan),
+    ("pages.cuh", pages::quick_attention),
+    ("few_rows.cuh", products::quick),
     ("select_grad.cuh", attend::quick_selection_grad),
     ("attention.cuh", attend::quick_attention),
-    ("summarise.cuh", rows::quick_summaries),
+    ("map_each.cuh", elementwise::quick_each),
     ("conv.cuh", conv::quick),
     ("slots.cuh", conv::quick),
     ("rms_norm.cuh", norm::quick),

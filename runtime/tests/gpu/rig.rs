@@ -5,7 +5,8 @@
 
 use rambac_codegen::cuda::compile::OPTIONS;
 use rambac_codegen::cuda::headers::included;
-use rambac_codegen::cuda::{Arch, Cache, Form, GpuProgram, Kernel, Target, emit};
+use rambac_codegen::cuda::pages::LANDMARK_PAGE;
+use rambac_codegen::cuda::{Arch, Cache, Form, GpuProgram, Kernel, Target, emit, paged};
 use rambac_codegen::libraries::installed;
 use rambac_codegen::nvrtc::{Compiled, Nvrtc, NvrtcError};
 use rambac_codegen::{Kernels, lower_for};
@@ -75,6 +76,8 @@ pub struct Check {
     pub tolerance: f64,
     /// The form to run, whatever its conditions; else the one that would be chosen.
     pub form: Option<&'static str>,
+    /// Elements of the pages that keys, values or landmarks lie in, if they do.
+    pub pages: Option<DType>,
 }
 
 /// How the error of a check begins whose code the device does not run: the test is then counted as skipped.
@@ -148,7 +151,9 @@ impl Rig {
         Ok(rig)
     }
 
-    fn device(&self, o: Schedule) -> Result<Box<dyn Tested>, String> {
+    /// # Errors
+    /// The device went away.
+    pub fn device(&self, o: Schedule) -> Result<Box<dyn Tested>, String> {
         Ok(match self.cuda {
             None => Box::new(Simulator::strict(o)),
             Some(i) => {
@@ -221,7 +226,13 @@ impl Rig {
         let want = c.want();
         let mut target = Target::of(c.arch);
         target.sms = c.sms.unwrap_or(target.sms);
-        let mut program = emit(lower_for(&graph, Kernels::Gpu), target).map_err(|e| e.to_string())?;
+        let (dims, states) = c.pools();
+        let mut program = lower_for(&graph, Kernels::Gpu);
+        if let Some(stored) = c.pages {
+            let names: Vec<&str> = states.iter().map(|s| s.0).filter(|n| n.starts_with('x')).collect();
+            program = paged(program, &names, stored).map_err(|e| e.to_string())?;
+        }
+        let mut program = emit(program, target).map_err(|e| e.to_string())?;
         if let Some(name) = c.form {
             let op = program.program.steps.iter().position(|s| s.op.mnemonic() == c.op.mnemonic());
             let forms = Arc::make_mut(&mut program.steps[op.ok_or("the op is no step")?].forms);
@@ -229,9 +240,26 @@ impl Rig {
             let form = forms.first_mut().ok_or_else(|| format!("there is no form {name}\n{}", c.describe()))?;
             form.when.clear();
         }
+        let inputs: Vec<(String, Bytes)> = given.into_iter().filter(|(n, _)| states.iter().all(|s| s.0 != n)).collect();
+        let states: Vec<(String, Bytes)> = states.into_iter().map(|(n, b)| (n.to_string(), b)).collect();
+        let (program, code, outputs, counts) =
+            self.run(program, &dims, &states, &inputs).map_err(|e| format!("{e}\n{}", c.describe()))?;
+        let worst = c.compare(&outputs, &want)?;
+        Ok(Seen { program, code, counts, worst })
+    }
+
+    /// Runs a program in the forms that these sizes take under every schedule: no finding, always the same bits.
+    #[allow(clippy::type_complexity)] // what it is called once for
+    pub fn run(
+        &self,
+        mut program: GpuProgram,
+        dims: &Bindings,
+        states: &[(String, Bytes)],
+        inputs: &[(String, Bytes)],
+    ) -> Result<(GpuProgram, Code, Vec<HostArray>, Vec<Counts>), String> {
         // Forms that these sizes don't take need not be compiled.
         for s in &mut program.steps {
-            let taken = s.form(&c.dims).map_err(|e| e.to_string())?.clone();
+            let taken = s.form(dims).map_err(|e| e.to_string())?.clone();
             s.forms = Arc::new(vec![Form { when: vec![], ..taken }]);
         }
         program.kernels = program
@@ -249,26 +277,48 @@ impl Rig {
             let at = format!("seed {}, lazy {}", o.seed, o.lazy);
             let mut e = self.machine(o, Placement::Apart)?;
             let id = e.load(program.clone(), &code).map_err(|e| e.to_string())?;
-            let inputs: Vec<(&str, &Bytes)> = given.iter().map(|(n, b)| (n.as_str(), b)).collect();
-            let out = e.run(id, &c.dims, &inputs).map_err(|e| format!("{at}: {e}\n{}", c.describe()))?;
+            for (name, value) in states {
+                e.set(name, value).map_err(|e| e.to_string())?;
+            }
+            let inputs: Vec<(&str, &Bytes)> = inputs.iter().map(|(n, b)| (n.as_str(), b)).collect();
+            let out = e.run(id, dims, &inputs).map_err(|e| format!("{at}: {e}"))?;
             counts = e.device().counts();
             let out: Vec<Bytes> = out.into_iter().map(|(_, b)| b).collect();
             match &first {
                 None => first = Some(out),
                 Some(f) if *f == out => {}
-                Some(_) => return Err(format!("{at}: other bits than under the first schedule\n{}", c.describe())),
+                Some(_) => return Err(format!("{at}: other bits than under the first schedule")),
             }
         }
         let outputs: Vec<HostArray> = first.unwrap_or_default().iter().map(Bytes::to_host).collect();
-        let worst = c.compare(&outputs, &want)?;
-        let program = Arc::unwrap_or_clone(program);
-        Ok(Seen { program, code, counts, worst })
+        Ok((Arc::unwrap_or_clone(program), code, outputs, counts))
     }
 }
 
 impl Check {
     pub fn new(op: impl Into<Op>, inputs: Vec<Input>, dims: &Bindings, tolerance: f64) -> Check {
-        Check { op: op.into(), inputs, dims: dims.clone(), arch: Arch::Sm80, sms: None, tolerance, form: None }
+        Check {
+            op: op.into(),
+            inputs,
+            dims: dims.clone(),
+            arch: Arch::Sm80,
+            sms: None,
+            tolerance,
+            form: None,
+            pages: None,
+        }
+    }
+    /// With keys and values, or landmarks, in pages of `stored` elements, to which they are rounded.
+    pub fn in_pages(mut self, stored: DType) -> Check {
+        let last = if self.op.mnemonic() == "selection" { 1 } else { 2 };
+        for x in &mut self.inputs[1..=last] {
+            let mut a = HostArray::float(stored, &x.value.shape, x.value.f().to_vec());
+            a.round_to_dtype();
+            x.value = HostArray::float(x.value.dtype, &a.shape, a.f().to_vec());
+            x.wide = None;
+        }
+        self.pages = Some(stored);
+        self
     }
     pub fn on(mut self, arch: Arch) -> Check {
         self.arch = arch;
@@ -281,6 +331,38 @@ impl Check {
     pub fn sms(mut self, sms: usize) -> Check {
         self.sms = Some(sms);
         self
+    }
+
+    /// Pools in place of the operands that are to lie in pages, with their tables, and all sizes.
+    fn pools(&self) -> (Bindings, Vec<(&'static str, Bytes)>) {
+        let mut dims = self.dims.clone();
+        let Some(stored) = self.pages else { return (dims, vec![]) };
+        let (names, rows, symbol, table) = match &self.op {
+            Op::ChunkAttention(a) => (&["x1", "x2"][..], a.chunk, "kv_slots", "chunk_table"),
+            _ => (&["x1"][..], LANDMARK_PAGE, "landmark_pages", "landmark_table"),
+        };
+        let mut rng = Rng(77);
+        let shape = &self.inputs[1].value.shape;
+        let (entries, row) = (shape[1] / rows, shape[2] * shape[3]);
+        let used = shape[0] * entries;
+        let slots = used + 3;
+        // Every page somewhere.
+        let mut places: Vec<i32> = (0..slots as i32).collect();
+        (0..used).for_each(|i| places.swap(i, i + rng.below(slots - i)));
+        let mut out = vec![];
+        for (i, name) in names.iter().enumerate() {
+            let x = self.inputs[1 + i].value.f();
+            // What no table points to must not matter.
+            let mut pool = vec![1e4; slots * rows * row];
+            for (page, part) in x.chunks_exact(rows * row).enumerate() {
+                pool[places[page] as usize * rows * row..][..rows * row].copy_from_slice(part);
+            }
+            out.push((*name, Bytes::from_host(&HostArray::float(stored, &[slots, rows, shape[2], shape[3]], pool))));
+        }
+        places.truncate(used);
+        out.push((table, Bytes::from_host(&HostArray::i32(&[shape[0], entries], places))));
+        dims.assign(&[(symbol, slots)]);
+        (dims, out)
     }
 
     /// The op alone, with its operands as inputs.

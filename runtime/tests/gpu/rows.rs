@@ -13,29 +13,6 @@ pub const ALL: &[Case] = &[
     ("summaries", summaries),
 ];
 
-/// Means of chunks, of rows that are no whole pieces of 16 bytes too.
-fn summaries(rig: &Rig) -> Result<String, String> {
-    quick_summaries(rig).map(|()| String::new())
-}
-
-/// What finds defects of summarise.cuh.
-pub fn quick_summaries(rig: &Rig) -> Result<(), String> {
-    let mut rng = Rng(4);
-    for (dtype, chunk, shape, tolerance) in [
-        (DType::F32, 16, vec![2, 24], 2e-6),
-        (DType::BF16, 64, vec![64], 8e-3),
-        (DType::F16, 3, vec![1, 7], 2e-3),
-        (DType::F32, 1, vec![5], 1e-7),
-    ] {
-        let d = Bindings::new([("N", 2), ("C", 3)]);
-        let tokens = Dim::sym("C").checked_mul(&Dim::int(chunk)).ok_or("BUG: a small size")?;
-        let ty = Ty::new(dtype, [Dim::sym("N"), tokens].into_iter().chain(shape.into_iter().map(Dim::int)));
-        let x = Input::new(&mut rng, ty, &d, -1.0, 1.0);
-        rig.check(&Check::new(Summarise { chunk, mode: Summary::Mean }, vec![x], &d, tolerance))?;
-    }
-    Ok(())
-}
-
 fn cross_entropy(rig: &Rig) -> Result<String, String> {
     let mut rng = Rng(1);
     for (dtype, tolerance) in [(DType::F32, 2e-6), (DType::BF16, 8e-3)] {

@@ -12,6 +12,7 @@ use crate::model;
 use crate::show;
 use crate::work::Sums;
 use rambac_codegen::Program;
+use rambac_cpu::team;
 use rambac_ir::ops::{Op, SourceKind};
 use rambac_ir::{Bindings, Cost};
 use rambac_models::Config;
@@ -109,20 +110,25 @@ impl Infer<'_> {
         let s = if self.config.is_plain() { 1 } else { self.config.chunk_size };
         let tokens = TOKENS.next_multiple_of(s);
         let mut seconds = vec![];
-        for run in 0..=self.a.runs {
-            let n = self.a.batch;
-            let ids = self.ids(tokens * n);
-            if run == 1 {
-                self.record();
+        let pool = self.session.pool().clone();
+        // As `generate` does.
+        team::awake(&pool, || {
+            for run in 0..=self.a.runs {
+                let n = self.a.batch;
+                let ids = self.ids(tokens * n);
+                if run == 1 {
+                    self.record();
+                }
+                let t = Instant::now();
+                for ids in ids.chunks(n) {
+                    std::hint::black_box(self.step(ids)?);
+                }
+                if run > 0 {
+                    seconds.push(t.elapsed().as_secs_f64() / tokens as f64);
+                }
             }
-            let t = Instant::now();
-            for ids in ids.chunks(n) {
-                std::hint::black_box(self.step(ids)?);
-            }
-            if run > 0 {
-                seconds.push(t.elapsed().as_secs_f64() / tokens as f64);
-            }
-        }
+            Result::Ok(())
+        })?;
         seconds.sort_by(f64::total_cmp);
         let done = (tokens * self.a.runs) as f64;
         let n = self.a.batch;
@@ -195,7 +201,7 @@ impl Infer<'_> {
 
     fn print(&self, r: &Timed, rates: machine::Rates, read: f64, rss: usize) {
         let (a, t) = (self.a, median(&r.seconds));
-        let persistent = self.session.store().bytes();
+        let persistent = self.session.bytes();
         let peak = persistent + r.arena + r.memory;
         let (tokens_per_s, least, most) = (r.tokens as f64 / t, r.seconds[0], r.seconds[r.seconds.len() - 1]);
         let (threads, decode) = (rates.threads, r.name == "decode");

@@ -3,10 +3,11 @@
 
 use super::inverted_index::InvertedIndex;
 use super::selection::rule;
-use super::{Site, Unsupported};
+use super::{Pages, Site, Unsupported};
 use crate::cuda::expr::Expr;
 use crate::cuda::form::{Call, Form, Operand};
-use crate::cuda::stub::Stub;
+use crate::cuda::pages::LANDMARK_PAGE;
+use crate::cuda::stub::{Stub, c_type};
 use rambac_ir::ops::*;
 use rambac_ir::{DType, Dim};
 
@@ -38,6 +39,9 @@ impl AnyAttention<'_> {
     fn dtype(&self) -> DType {
         self.site.dtype(input(0))
     }
+    fn pages(&self) -> Result<Option<Pages<'_>>, Unsupported> {
+        if self.chunk.is_some() && self.dy.is_none() { self.site.pages(6, input(1)) } else { Ok(None) }
+    }
     fn slots(&self) -> Result<usize, Unsupported> {
         if self.chunk.is_some() { self.site.int(input(3), 3) } else { Ok(1) }
     }
@@ -58,22 +62,25 @@ impl AnyAttention<'_> {
     }
     /// Launches `template` with `own` arguments, the operands, what is attended to, and `rest`.
     fn launch(&self, s: Stub, template: &str, own: &str, rest: &str, warps: Expr) -> Result<Call, Unsupported> {
-        let (t, site) = (self.dtype(), self.site);
+        let (t, site, pages) = (self.dtype(), self.site, self.pages()?);
+        let e = pages.map_or(t, |p| p.stored);
         let mut s = s
             .read("q", t, input(0))
             .i64("q_stride", site.row_stride(input(0), 2)?)
-            .read("k", t, input(1))
+            .read("k", e, input(1))
             .i64("k_stride", site.row_stride(input(1), 2)?)
-            .read("v", t, input(2))
+            .read("v", e, input(2))
             .i64("v_stride", site.row_stride(input(2), 2)?);
         let mut dy = ("nullptr", "0");
         if let Some(at) = self.dy {
             s = s.read("dy", t, at).i64("dy_stride", site.row_stride(at, 2)?);
             dy = ("dy", "dy_stride");
         }
+        // A pool is one sequence.
+        let tokens_kv = if pages.is_some() { Expr::int(0) } else { Expr::from(&self.shape(1)[1]) };
         s = s
             .i32("l", &self.shape(0)[1])
-            .i32("tokens_kv", &self.shape(1)[1])
+            .i32("tokens_kv", tokens_kv)
             .i32("h", &self.shape(1)[2])
             .i32("d", &self.shape(0)[3]);
         let mut from = "Whole<Config>{l}".to_string();
@@ -85,8 +92,15 @@ impl AnyAttention<'_> {
             );
             from = format!("Chosen<Config, {}>{{indices, count, weights}}", site.c_type(input(5)));
         }
+        let mut operands = String::from("AnyOperands<Config>");
+        if let Some(p) = pages {
+            s = s.read("table", DType::I32, p.table).i32("chunks", p.entries);
+            let w = site.c_type(input(5));
+            from = format!("ChosenPaged<Config, {w}>{{{{indices, count, weights}}, table, chunks, (i64)l * h}}");
+            operands = format!("AnyOperands<Config, {}>", c_type(p.stored));
+        }
         let body = format!(
-            "    AnyOperands<Config> x{{q, k, v, {}, q_stride, k_stride, v_stride, {}, l, tokens_kv, h, d}};\n    \
+            "    {operands} x{{q, k, v, {}, q_stride, k_stride, v_stride, {}, l, tokens_kv, h, d}};\n    \
              {template}<Config>({own}, x, {from}{rest});\n",
             dy.0, dy.1
         );
@@ -178,7 +192,8 @@ pub(super) fn selection(op: &Selection, site: &Site, why: String) -> Result<Vec<
         Order::Recent => "RECENT",
         Order::Score => "SCORE",
     };
-    let launch = Stub::new("any_size", "any_select", 32)
+    let pages = site.pages(3, landmarks)?;
+    let mut stub = Stub::new("any_size", if pages.is_some() { "any_select_paged" } else { "any_select" }, 32)
         .element("T", t)
         .int("slots", op.k)
         .int("chunk", op.chunk)
@@ -192,15 +207,18 @@ pub(super) fn selection(op: &Selection, site: &Site, why: String) -> Result<Vec<
         .write("scores", site.dtype(scores), scores)
         .read("q", t, q)
         .i64("q_stride", site.row_stride(q, 2)?)
-        .read("landmarks", t, landmarks)
-        .i64("landmark_stride", site.row_stride(landmarks, 2)?)
-        .read("start", DType::I32, start)
-        .i64("rows", rows.clone())
-        .i32("l", &shape[1])
-        .i32("h", &shape[2])
-        .i32("chunks", &site.inputs[1].ty.shape[1])
-        .i32("r", &shape[3])
-        .launch((rows, 1, 1));
+        .read("landmarks", pages.map_or(t, |p| p.stored), landmarks)
+        .i64("landmark_stride", site.row_stride(landmarks, 2)?);
+    let mut chunks = Expr::from(&site.inputs[1].ty.shape[1]);
+    stub = match pages {
+        Some(p) => {
+            chunks = Expr::from(p.entries) * LANDMARK_PAGE;
+            stub.element("Stored", p.stored).read("table", DType::I32, p.table).read("start", DType::I32, start)
+        }
+        None => stub.read("start", DType::I32, start).i64("rows", rows.clone()),
+    };
+    let launch =
+        stub.i32("l", &shape[1]).i32("h", &shape[2]).i32("chunks", chunks).i32("r", &shape[3]).launch((rows, 1, 1));
     Ok(vec![Form::new("any_size", format!("a warp per row, which is slow: {why}"), vec![launch.into()])])
 }
 

@@ -191,14 +191,27 @@ fn or_any_size(
     })
 }
 
+/// Refuses what the kernels don't know.
+fn whole(op: &rambac_ir::ops::Attention) -> Result<(), Unsupported> {
+    let parts = [("window", op.window > 0), ("local", op.local > 0), ("unit", op.unit > 0), ("lse", op.lse)];
+    match parts.into_iter().find(|p| p.1) {
+        Some((name, _)) => {
+            because(format!("kernels attend to all keys, or all up to a token, and give no more than that: not {name}"))
+        }
+        None => Ok(()),
+    }
+}
+
 impl Cuda for rambac_ir::ops::Attention {
     fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
+        whole(self)?;
         or_any_size(forward(site, self.scale, self.causal), site, self.scale, self.causal, None)
     }
 }
 
 impl Cuda for AttentionGrad {
     fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
+        whole(&self.forward())?;
         let dy = Some(Operand::Input(3));
         or_any_size(gradient(site, self.scale, self.causal), site, self.scale, self.causal, dy)
     }

@@ -7,7 +7,7 @@
 
 use super::any_size::AnyAttention;
 use super::inverted_index::InvertedIndex;
-use super::{Cuda, Site, Unsupported, because};
+use super::{Cuda, Pages, Site, Unsupported, because};
 use crate::cuda::expr::Expr;
 use crate::cuda::form::{Call, Condition, Form, Operand};
 use crate::cuda::stub::Stub;
@@ -197,7 +197,7 @@ impl Sizes {
 }
 
 /// Operands of an attending op, by name.
-struct Attending {
+struct Attending<'a> {
     sizes: Sizes,
     dtype: DType,
     /// Of the chunks' weights.
@@ -206,7 +206,9 @@ struct Attending {
     l: Dim,
     h: usize,
     tokens_kv: Dim,
+    /// Of a sequence.
     chunks: Dim,
+    pages: Option<Pages<'a>>,
     scale: f64,
     off_by_one: f64,
     /// Distance of rows: q, k, v.
@@ -221,8 +223,15 @@ const COUNT: Operand = Operand::Input(4);
 const WEIGHTS: Operand = Operand::Input(5);
 const DY: Operand = Operand::Input(6);
 
-impl Attending {
-    fn new(site: &Site, chunk: usize, scale: f64, off_by_one: f64, rows: &[Operand]) -> Result<Attending, Unsupported> {
+impl<'a> Attending<'a> {
+    fn new(
+        site: &'a Site<'a>,
+        chunk: usize,
+        scale: f64,
+        off_by_one: f64,
+        rows: &[Operand],
+        pages: Option<Pages<'a>>,
+    ) -> Result<Attending<'a>, Unsupported> {
         let dtype = site.dtype(Q);
         let shape = |at: Operand| &site.view(at).ty.shape;
         let (heads, head_dim, h, slots) = (site.int(Q, 2)?, site.int(Q, 3)?, site.int(K, 2)?, site.int(INDICES, 3)?);
@@ -243,8 +252,12 @@ impl Attending {
         if site.vector(rows, piece) < piece {
             return because("rows of q, k, v and of what goes with them must begin at multiples of 16 bytes");
         }
-        let Some(chunks) = shape(K)[1].checked_div(chunk as u64) else {
-            return because(format!("{} keys are no whole number of chunks of {chunk}", shape(K)[1]));
+        let chunks = match pages {
+            Some(p) => p.entries.clone(),
+            None => match shape(K)[1].checked_div(chunk as u64) {
+                Some(chunks) => chunks,
+                None => return because(format!("{} keys are no whole number of chunks of {chunk}", shape(K)[1])),
+            },
         };
         Ok(Attending {
             sizes: Sizes { element: dtype.size(), head_dim, chunk, group: heads / h, slots },
@@ -255,6 +268,7 @@ impl Attending {
             h,
             tokens_kv: shape(K)[1].clone(),
             chunks,
+            pages,
             scale,
             off_by_one,
             strides: [site.row_stride(Q, 2)?, site.row_stride(K, 2)?, site.row_stride(V, 2)?],
@@ -313,13 +327,28 @@ impl Attending {
     /// As [`read_qkv`](Self::read_qkv), from a part's first token and sequence on.
     fn read_part(&self, s: Stub, part: &Part) -> Stub {
         let [q, k, v] = self.strides.clone();
+        let stored = self.pages.map_or(self.dtype, |p| p.stored);
         let keys = part.sequence.clone() * &self.tokens_kv;
-        s.read_from("q", self.dtype, Q, part.token.clone() * q.clone())
-            .i64("q_stride", q)
-            .read_from("k", self.dtype, K, keys.clone() * k.clone())
-            .i64("k_stride", k)
-            .read_from("v", self.dtype, V, keys * v.clone())
-            .i64("v_stride", v)
+        let s = s.read_from("q", self.dtype, Q, part.token.clone() * q.clone()).i64("q_stride", q);
+        match self.pages {
+            // A pool belongs to all sequences.
+            Some(p) => s
+                .read("k", stored, K)
+                .i64("k_stride", k)
+                .read("v", stored, V)
+                .i64("v_stride", v)
+                .element("Stored", stored)
+                .read("table", DType::I32, p.table),
+            None => s
+                .read_from("k", stored, K, keys.clone() * k.clone())
+                .i64("k_stride", k)
+                .read_from("v", stored, V, keys * v.clone())
+                .i64("v_stride", v),
+        }
+    }
+    /// The template that reads keys where they lie.
+    fn template(&self, array: &'static str, paged: &'static str) -> &'static str {
+        if self.pages.is_some() { paged } else { array }
     }
     fn slots_elements(&self, parts: usize) -> Expr {
         let whole = self.whole();
@@ -351,8 +380,15 @@ impl Attending {
     fn query_tile(&self, t: &Tile, o_stride: Expr) -> Form {
         let o = Operand::Output(0);
         let rows = Expr::from(&self.l) * self.sizes.group;
+        let kv = if self.pages.is_some() { ("chunks", &self.chunks) } else { ("tokens_kv", &self.tokens_kv) };
         let stub = self
-            .tiled("attend", "attend_query_tile", t, t.shared, self.sizes.slab())
+            .tiled(
+                "attend",
+                self.template("attend_query_tile", "attend_query_tile_paged"),
+                t,
+                t.shared,
+                self.sizes.slab(),
+            )
             .write("o", self.dtype, o)
             .i64("o_stride", o_stride);
         let launch = self
@@ -362,7 +398,7 @@ impl Attending {
             .read("weights", self.exact, WEIGHTS)
             .i32("all_rows", rows.clone())
             .i32("l", &self.l)
-            .i32("tokens_kv", &self.tokens_kv)
+            .i32(kv.0, kv.1)
             .i32("h", self.h)
             .launch((rows.ceil_div(16 * t.warps) * self.lists(), 1, 1));
         let why = format!(
@@ -384,7 +420,8 @@ impl Attending {
         let mut t = self.sizes.chunk_major(target)?;
         t.shared -= self.sizes.pairs_bytes() - 8;
         let slots = Operand::Workspace(0);
-        let stub = self.tiled("attend_chunks", "attend_pairs", &t, t.shared, 1).write("slots", self.dtype, slots);
+        let template = self.template("attend_pairs", "attend_pairs_paged");
+        let stub = self.tiled("attend_chunks", template, &t, t.shared, 1).write("slots", self.dtype, slots);
         let launch = self
             .read_qkv(stub)
             .read("indices", DType::I32, INDICES)
@@ -516,14 +553,15 @@ impl Cuda for ChunkAttention {
     fn candidates(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
         let mut all = self.forms(site)?;
         let o = Operand::Output(0);
-        let Ok(a) = Attending::new(site, self.chunk, self.scale, self.off_by_one, &[Q, K, V, o]) else {
+        let pages = site.pages(6, K)?;
+        let Ok(a) = Attending::new(site, self.chunk, self.scale, self.off_by_one, &[Q, K, V, o], pages) else {
             return Ok(all);
         };
         for t in a.sizes.query_tiles(site.target) {
             all.push(a.query_tile(&t, site.row_stride(o, 2)?));
         }
         // Chunk by chunk wherever there are chunks.
-        if a.sizes.chunk_major_from().is_none() {
+        if a.pages.is_none() && a.sizes.chunk_major_from().is_none() {
             all.extend(a.chunk_majors(site.target, 0, &site.row_stride(o, 2)?));
         }
         Ok(all)
@@ -538,12 +576,13 @@ impl Cuda for ChunkAttentionGrad {
 
 fn forward(op: &ChunkAttention, site: &Site) -> Result<Vec<Form>, Unsupported> {
     let o = Operand::Output(0);
-    let a = Attending::new(site, op.chunk, op.scale, op.off_by_one, &[Q, K, V, o])?;
+    let a = Attending::new(site, op.chunk, op.scale, op.off_by_one, &[Q, K, V, o], site.pages(6, K)?)?;
     let o_stride = site.row_stride(o, 2)?;
     let Some(t) = a.sizes.query_tile(site.target) else { return a.does_not_fit(site.target) };
     let blocks = (Expr::from(&a.l) * a.sizes.group).ceil_div(16 * t.warps) * a.lists();
     let mut forms: Vec<Form> = a.pairs(site.target, blocks, o_stride.clone()).into_iter().collect();
-    if let Some(from) = a.sizes.chunk_major_from() {
+    // Segments of a long context choose each chunk a few times: no index of all chunks.
+    if let Some(from) = a.sizes.chunk_major_from().filter(|_| a.pages.is_none()) {
         forms.extend(a.chunk_majors(site.target, from, &o_stride));
     }
     forms.push(a.query_tile(&t, o_stride));
@@ -552,7 +591,7 @@ fn forward(op: &ChunkAttention, site: &Site) -> Result<Vec<Form>, Unsupported> {
 
 fn gradient(op: &ChunkAttentionGrad, site: &Site) -> Result<Vec<Form>, Unsupported> {
     let [dq, dk, dv, dw] = [0, 1, 2, 3].map(Operand::Output);
-    let a = Attending::new(site, op.chunk, op.scale, op.off_by_one, &[Q, K, V, DY, dq, dk, dv])?;
+    let a = Attending::new(site, op.chunk, op.scale, op.off_by_one, &[Q, K, V, DY, dq, dk, dv], None)?;
     site.contiguous(dw)?;
     let s = &a.sizes;
     let (template, t, shared) = match (s.grad_hopper(site.target), s.grad(site.target)) {

@@ -214,7 +214,9 @@ fn inputs<'a>(site: &Site<'a>) -> Vec<(Operand, &'a View)> {
 
 /// The launch of a region whose first operand is the product in workspace and whose others follow a product's two.
 pub(super) fn of_product(map: &FusedMap, product: &View, at: Operand, site: &Site) -> Result<Vec<Call>, Unsupported> {
-    let operands = std::iter::once((at, product)).chain(inputs(site).into_iter().skip(2)).collect();
+    let mut own = inputs(site);
+    own.truncate(own.len() - site.joined.operands());
+    let operands = std::iter::once((at, product)).chain(own.into_iter().skip(2)).collect();
     let r = Region { operands, shape: &map.shape, body: &map.body, outs: &map.outs, ints: false };
     Ok(r.forms(site)?.remove(0).calls)
 }

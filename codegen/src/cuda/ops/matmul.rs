@@ -1,5 +1,6 @@
-//! Dense products go to the vendor's library.
+//! Dense products go to the vendor's library; those of a few rows are ours.
 
+use super::few_rows::products;
 use super::{Cuda, Site, Unsupported, row_stride};
 use crate::cuda::expr::Expr;
 use crate::cuda::form::{Call, Form, Gemm, GemmOperand, Operand};
@@ -43,7 +44,14 @@ fn gemm(op: &MatMul, site: &Site, c: Operand, result: &View) -> Result<Gemm, Uns
 impl Cuda for MatMul {
     fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
         let g = gemm(self, site, Operand::Output(0), &site.outputs[0])?;
-        Ok(vec![Form::new("gemm", "a dense product of the vendor's library", vec![Call::Gemm(g)])])
+        let mut forms = vec![];
+        if !self.trans_a && self.trans_b {
+            for (when, call, why) in products(site, Operand::Output(0), &site.outputs[0]) {
+                forms.push(Form::new("few_rows", why, vec![call]).needs(when));
+            }
+        }
+        forms.push(Form::new("gemm", "a dense product of the vendor's library", vec![Call::Gemm(g)]));
+        Ok(forms)
     }
 }
 
@@ -55,9 +63,19 @@ impl Cuda for MatMulMap {
         // A view of workspace: its buffer is never asked for.
         let view = View { buffer: BufferId(u32::MAX), offset: Dim::int(0), ty, strided: None };
         let g = gemm(&self.product(), site, product, &view)?;
-        let mut calls = vec![Call::Gemm(g)];
-        calls.extend(super::map::of_product(&self.map(shape.clone()), &view, product, site)?);
+        let map = super::map::of_product(&self.map(shape.clone()), &view, product, site)?;
+        let form = |name, why: String, first| {
+            let calls = std::iter::once(first).chain(map.iter().cloned()).collect();
+            Form::new(name, why, calls).with("product", DType::F32, Expr::product(shape))
+        };
+        let mut forms = vec![];
+        if !self.trans_a && self.trans_b {
+            for (when, call, why) in products(site, product, &view) {
+                forms.push(form("few_rows_map", format!("{why}; then one pass over the result"), call).needs(when));
+            }
+        }
         let why = "a dense product of the vendor's library, then one pass over its result";
-        Ok(vec![Form::new("gemm_map", why, calls).with("product", DType::F32, Expr::product(shape))])
+        forms.push(form("gemm_map", why.into(), Call::Gemm(g)));
+        Ok(forms)
     }
 }

@@ -4,6 +4,7 @@ mod any_size;
 mod attention;
 mod chunk_attention;
 mod conv;
+mod few_rows;
 mod inverted_index;
 mod loss;
 mod map;
@@ -17,13 +18,14 @@ mod scan;
 mod scan_grad;
 mod selection;
 mod slots;
-mod summarise;
 
 use super::expr::Expr;
+use super::few_rows::Joined;
 use super::form::{Form, Operand};
 use super::stub::c_type;
 use super::target::Target;
 use crate::View;
+pub use few_rows::takes_few_rows;
 use rambac_ir::ops::*;
 use rambac_ir::{DType, Dim, for_each_op};
 
@@ -45,6 +47,7 @@ pub struct Site<'a> {
     pub inputs: &'a [View],
     pub outputs: &'a [View],
     pub target: &'a Target,
+    pub joined: Joined,
 }
 
 impl Site<'_> {
@@ -78,12 +81,35 @@ impl Site<'_> {
     pub fn vector(&self, all: &[Operand], most: usize) -> usize {
         vector(all.iter().map(|&at| self.view(at)), most)
     }
+    /// The table of a step that reads pages: the operand behind the `arity` of its op.
+    ///
+    /// # Errors
+    /// Elements that kernels do not widen.
+    pub fn pages(&self, arity: usize, pool: Operand) -> Result<Option<Pages<'_>>, Unsupported> {
+        let Some(table) = self.inputs.get(arity) else { return Ok(None) };
+        let (stored, dtype) = (self.dtype(pool), self.dtype(Operand::Input(0)));
+        if stored != dtype && (dtype != DType::F32 || stored.size() != 2) {
+            return because(format!(
+                "pages of {stored} under queries of {dtype}; kernels take the same, or 16 bits under f32"
+            ));
+        }
+        Ok(Some(Pages { table: Operand::Input(arity), entries: &table.ty.shape[1], stored }))
+    }
     pub fn dtype(&self, at: Operand) -> DType {
         self.view(at).ty.dtype
     }
     pub fn c_type(&self, at: Operand) -> &'static str {
         c_type(self.dtype(at))
     }
+}
+
+/// A memory in pages, see [`crate::cuda::pages`].
+#[derive(Clone, Copy)]
+pub struct Pages<'a> {
+    pub table: Operand,
+    /// Entries of the table per sequence.
+    pub entries: &'a Dim,
+    pub stored: DType,
 }
 
 /// The distance, in elements, of rows that hold axes `axis..` of the view.
@@ -158,5 +184,9 @@ macro_rules! none_yet {
         })*
     };
 }
-// Ops that have no kernel: a source is no step, and what fusion should have removed holds values of L×C.
-none_yet! { Source, Score, ScoreGrad, Select, Weigh, WeighGrad, Attend, AttendGrad, Aggregate, AggregateGrad }
+// Ops that have no kernel: a source is no step, what fusion should have removed holds values of L×C, and compositions of the
+// vocabulary (a joint softmax, merges, dense scores) run on CPUs only.
+none_yet! {
+    Source, Score, ScoreGrad, Mask, Select, Weigh, WeighGrad, Attend, AttendGrad, Aggregate, AggregateGrad, Merge, MergeGrad,
+    Softmax
+}

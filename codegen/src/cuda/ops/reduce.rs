@@ -1,4 +1,4 @@
-//! Reductions over neighbouring axes, as the middle of [outer, mid, inner].
+//! Reductions over neighbouring axes, and summaries of chunks, as the middle of [outer, mid, inner].
 
 use super::{Cuda, Site, Unsupported};
 use crate::cuda::expr::Expr;
@@ -20,7 +20,7 @@ struct Group {
 impl Group {
     fn pass(
         &self,
-        f: ReduceFn,
+        f: &str,
         from: (Operand, DType),
         to: (Operand, DType),
         mid: Expr,
@@ -33,12 +33,8 @@ impl Group {
             Some(n) if n < 32 => n.next_power_of_two().max(1),
             _ => 32,
         };
-        let f = match f {
-            ReduceFn::Sum => "Sum",
-            ReduceFn::Max => "Max",
-        };
         Stub::new("reduce", "reduce", 256)
-            .tag(f.to_lowercase())
+            .tag(f.to_lowercase().trim_end_matches('>').replace('<', "_"))
             .element("In", from.1)
             .element("Out", to.1)
             .line(format!("using F = {f};"))
@@ -78,6 +74,10 @@ impl Cuda for Reduce {
         site.contiguous(y)?;
         let mut shape = site.inputs[0].ty.shape.clone();
         let groups = groups(&shape, &self.axes);
+        let f = match self.f {
+            ReduceFn::Sum => "Sum",
+            ReduceFn::Max => "Max",
+        };
         let mut form = Form::new("reduce", "", vec![]);
         let mut at = (x, site.dtype(x));
         let mut two = false;
@@ -97,7 +97,7 @@ impl Cuda for Reduce {
                 two = true;
                 let w = (Operand::Workspace(form.workspace.len()), DType::F32);
                 form = form.with("parts", DType::F32, result.clone() * parts.clone());
-                form.calls.push(g.pass(self.f, from, w, g.mid.clone(), parts.clone(), Expr::int(PART)).into());
+                form.calls.push(g.pass(f, from, w, g.mid.clone(), parts.clone(), Expr::int(PART)).into());
                 from = w;
             }
             let to = if k == 0 {
@@ -107,7 +107,7 @@ impl Cuda for Reduce {
                 (Operand::Workspace(form.workspace.len() - 1), DType::F32)
             };
             let mid = if two && from.0 != at.0 { parts } else { g.mid.clone() };
-            form.calls.push(g.pass(self.f, from, to, mid.clone(), Expr::int(1), mid.max(1)).into());
+            form.calls.push(g.pass(f, from, to, mid.clone(), Expr::int(1), mid.max(1)).into());
             at = to;
         }
         form.why = match (two, groups.len()) {
@@ -116,6 +116,25 @@ impl Cuda for Reduce {
             (_, n) => format!("{n} groups of axes, one after another"),
         };
         Ok(vec![form])
+    }
+}
+
+impl Cuda for Summarise {
+    fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
+        let (x, y) = (Operand::Input(0), Operand::Output(0));
+        site.contiguous(x)?;
+        site.contiguous(y)?;
+        let shape = &site.outputs[0].ty.shape;
+        let (outer, inner) = (Expr::product(&shape[..2]), Expr::product(&shape[2..]));
+        let (f, form) = match self.mode {
+            Summary::Mean => (format!("Mean<{}>", self.chunk), "mean"),
+            Summary::Max => ("Max".into(), "max"),
+            Summary::Min => ("Min".into(), "min"),
+        };
+        let mid = Expr::int(self.chunk);
+        let group = Group { outer, mid: mid.clone(), inner };
+        let call = group.pass(&f, (x, site.dtype(x)), (y, site.dtype(y)), mid.clone(), Expr::int(1), mid);
+        Ok(vec![Form::new(form, "a block takes the rows of a chunk", vec![call.into()])])
     }
 }
 

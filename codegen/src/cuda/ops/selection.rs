@@ -2,9 +2,10 @@
 
 use super::any_size;
 use super::inverted_index::InvertedIndex;
-use super::{Cuda, Site, Unsupported, because};
+use super::{Cuda, Pages, Site, Unsupported, because};
 use crate::cuda::expr::Expr;
 use crate::cuda::form::{Call, Condition, Form, Operand};
+use crate::cuda::pages::LANDMARK_PAGE;
 use crate::cuda::stub::Stub;
 use crate::cuda::target::{Arch, Target};
 use rambac_ir::DType;
@@ -66,6 +67,7 @@ pub(super) fn rule(w: Weighting) -> String {
         Weighting::Softmax => "SOFTMAX",
         Weighting::Sigmoid => "SIGMOID",
         Weighting::One => "ONE",
+        Weighting::Logit => panic!("BUG: refused before"),
     };
     format!("static constexpr Weigh rule = Weigh::{name};")
 }
@@ -120,14 +122,24 @@ pub(super) fn slot_gradients(
         .into())
 }
 
+fn refuse_logits(rule: Weighting) -> Result<(), Unsupported> {
+    if rule == Weighting::Logit {
+        because("kernels weigh what they choose; logits for a softmax further on are for CPUs")
+    } else {
+        Ok(())
+    }
+}
+
 impl Cuda for Selection {
     fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
+        refuse_logits(self.rule)?;
         tiled(self, site).or_else(|why| any_size::selection(self, site, why.to_string()))
     }
 }
 
 impl Cuda for SelectionGrad {
     fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
+        refuse_logits(self.rule)?;
         sparse(self, site).or_else(|why| any_size::selection_grad(self, site, why.to_string()))
     }
 }
@@ -138,7 +150,12 @@ fn tiled(op: &Selection, site: &Site) -> Result<Vec<Form>, Unsupported> {
     let r = width(site, op.k, &[q, landmarks])?;
     [start, indices, count, weights, scores].into_iter().try_for_each(|at| site.contiguous(at))?;
     let (t, shape) = (site.dtype(q), &site.inputs[0].ty.shape);
-    let (h, chunks) = (site.int(q, 2)?, Expr::from(&site.inputs[1].ty.shape[1]));
+    let pages = site.pages(3, landmarks)?;
+    let chunks = match pages {
+        Some(p) => Expr::from(p.entries) * LANDMARK_PAGE,
+        None => Expr::from(&site.inputs[1].ty.shape[1]),
+    };
+    let h = site.int(q, 2)?;
     let order = match op.order {
         Order::Recent => "RECENT",
         Order::Score => "SCORE",
@@ -166,14 +183,16 @@ fn tiled(op: &Selection, site: &Site) -> Result<Vec<Form>, Unsupported> {
             .blocks_per_sm(tile.blocks_per_sm)
     };
     let read = |s: Stub| -> Result<Stub, Unsupported> {
-        Ok(s.read("q", t, q)
+        let stored = pages.map_or(t, |p| p.stored);
+        let mut s = s
+            .read("q", t, q)
             .i64("q_stride", site.row_stride(q, 2)?)
-            .read("landmarks", t, landmarks)
-            .i64("landmark_stride", site.row_stride(landmarks, 2)?)
-            .read("start", DType::I32, start)
-            .i32("l", &shape[1])
-            .i32("h", h)
-            .i32("chunks", chunks.clone()))
+            .read("landmarks", stored, landmarks)
+            .i64("landmark_stride", site.row_stride(landmarks, 2)?);
+        if let Some(p) = pages {
+            s = s.element("Stored", stored).read("table", DType::I32, p.table);
+        }
+        Ok(s.read("start", DType::I32, start).i32("l", &shape[1]).i32("h", h).i32("chunks", chunks.clone()))
     };
     let write = |s: Stub| {
         s.write("indices", DType::I32, indices)
@@ -191,7 +210,8 @@ fn tiled(op: &Selection, site: &Site) -> Result<Vec<Form>, Unsupported> {
         )
     };
     let whole = |name, tile: SelectTile| -> Result<Form, Unsupported> {
-        let launch = read(write(search("select", &tile)))?.launch((blocks.clone(), 1, 1));
+        let template = if pages.is_some() { "select_paged" } else { "select" };
+        let launch = read(write(search(template, &tile)))?.launch((blocks.clone(), 1, 1));
         Ok(Form::new(name, why(&tile), vec![launch.into()]))
     };
     let Some(narrow) = SelectTile::choose(site.target, t, op.k, 64) else {
@@ -201,29 +221,114 @@ fn tiled(op: &Selection, site: &Site) -> Result<Vec<Form>, Unsupported> {
     let tiles_each = chunks.clone().ceil_div(64 * SEGMENTS).max(1);
     let segments = chunks.clone().ceil_div(64).ceil_div_by(tiles_each.clone());
     let keys = Operand::Workspace(0);
-    let part = read(search("select_part", &narrow).write("keys", DType::I32, keys))?
+    let template = if pages.is_some() { "select_part_paged" } else { "select_part" };
+    let part = read(search(template, &narrow).write("keys", DType::I32, keys))?
         .i32("segments", segments.clone())
         .i32("tiles_each", tiles_each)
         .i64("rows", rows.clone())
         .launch((blocks.clone() * segments.clone(), 1, 1));
-    let merge = write(config(Stub::new("select", "select_merge", ADD_THREADS), &narrow).int("threads", ADD_THREADS))
-        .read("keys", DType::I32, keys)
-        .i32("segments", segments.clone())
-        .i64("rows", rows.clone())
-        .launch((rows.clone(), 1, 1));
+    let merge = |segments: Expr| {
+        write(config(Stub::new("select", "select_merge", ADD_THREADS), &narrow).int("threads", ADD_THREADS))
+            .read("keys", DType::I32, keys)
+            .i32("segments", segments)
+            .i64("rows", rows.clone())
+            .launch((rows.clone(), 1, 1))
+    };
     let reason = format!("few tokens, many chunks: blocks share the chunks, then merge; {}", why(&narrow));
-    let mut forms = vec![
+    let mut forms = vec![];
+    if let Some(p) = pages {
+        let scan = Scan { op, site, r, t, h, pages: p, rows: rows.clone(), keys };
+        forms.extend(scan.form(&merge)?);
+    }
+    let merge = merge(segments.clone());
+    forms.push(
         Form::new("split", reason, vec![part.into(), merge.into()])
             .with("keys", DType::I32, segments * rows * (2 * op.k))
             .when(Condition::Below(blocks.clone() * 4, Expr::int(site.target.sms)))
             .when(Condition::AtLeast(chunks.clone(), Expr::int(256))),
-    ];
+    );
     // Few landmarks would leave half of a wide tile empty.
     if let Some(wide) = SelectTile::choose(site.target, t, op.k, 128) {
         forms.push(whole("select_128", wide)?.when(Condition::AtLeast(chunks.clone(), Expr::int(256))));
     }
     forms.push(whole("select_64", narrow)?);
     Ok(forms)
+}
+
+/// The choice of a few tokens among landmarks in pages.
+struct Scan<'a> {
+    op: &'a Selection,
+    site: &'a Site<'a>,
+    r: usize,
+    t: DType,
+    h: usize,
+    pages: Pages<'a>,
+    rows: Expr,
+    keys: Operand,
+}
+
+impl Scan<'_> {
+    const THREADS: usize = 256;
+    /// Landmarks of a tile, as `SelectScan` has it.
+    const TILE: usize = 32;
+    /// Parts that the landmarks are cut in, at most.
+    const SEGMENTS: usize = 512;
+    /// Tokens per sequence from which on tiles of tokens are better.
+    const TOKENS: usize = 8;
+
+    /// Elements of a load and threads of a landmark.
+    fn lanes(&self) -> Option<(usize, usize)> {
+        let vec = 16 / self.pages.stored.size();
+        // A lane holds at most 64 elements of the query.
+        let fits = self.r.is_multiple_of(vec) && self.r <= 64 * 32;
+        fits.then(|| (vec, (self.r / vec).next_power_of_two().clamp(8, 32)))
+    }
+
+    fn form(&self, merge: &dyn Fn(Expr) -> crate::cuda::Launch) -> Result<Option<Form>, Unsupported> {
+        let (q, landmarks, start) = (Operand::Input(0), Operand::Input(1), Operand::Input(2));
+        let (op, site, shape) = (self.op, self.site, &self.site.inputs[0].ty.shape);
+        let Some((vec, lanes)) = self.lanes() else { return Ok(None) };
+        if site.vector(&[q], vec) < vec {
+            return Ok(None);
+        }
+        let chunks = Expr::from(self.pages.entries) * LANDMARK_PAGE;
+        let tiles_each = chunks.clone().ceil_div(Self::TILE * Self::SEGMENTS).max(1);
+        let segments = chunks.clone().ceil_div(Self::TILE).ceil_div_by(tiles_each.clone());
+        let scan = Stub::new("select_scan", "select_scan", Self::THREADS)
+            .element("T", self.t)
+            .element("Stored", self.pages.stored)
+            .int("width", self.r)
+            .int("chunk", op.chunk)
+            .int("slots", op.k)
+            .float("scale", op.scale)
+            .int("vec", vec)
+            .int("lanes", lanes)
+            .tag(format!("r{}_s{}_k{}", self.r, op.chunk, op.k))
+            .hashed()
+            .blocks_per_sm(2)
+            .write("keys", DType::I32, self.keys)
+            .read("q", self.t, q)
+            .i64("q_stride", site.row_stride(q, 2)?)
+            .read("landmarks", self.pages.stored, landmarks)
+            .i64("landmark_stride", site.row_stride(landmarks, 2)?)
+            .read("table", DType::I32, self.pages.table)
+            .read("start", DType::I32, start)
+            .i32("l", &shape[1])
+            .i32("h", self.h)
+            .i32("chunks", chunks)
+            .i32("segments", segments.clone())
+            .i32("tiles_each", tiles_each)
+            .i64("rows", self.rows.clone())
+            .launch((self.rows.clone() * segments.clone(), 1, 1));
+        let why = format!(
+            "few tokens: each goes through the landmarks by itself; {lanes} lanes a landmark, {} a tile",
+            Self::TILE
+        );
+        let form = Form::new("scan", why, vec![scan.into(), merge(segments.clone()).into()])
+            .with("keys", DType::I32, segments * self.rows.clone() * (2 * op.k))
+            .when(Condition::Below(Expr::from(&shape[1]), Expr::int(Self::TOKENS)));
+        Ok(Some(form))
+    }
 }
 
 fn sparse(op: &SelectionGrad, site: &Site) -> Result<Vec<Form>, Unsupported> {

@@ -10,6 +10,7 @@
 use pulp::{Simd, WithSimd};
 
 use crate::Mat;
+use std::ops::Range;
 
 /// Widths of tiles are multiples of this; every vector length divides it.
 pub(crate) const PAD: usize = 16;
@@ -306,12 +307,17 @@ pub(crate) fn exp2<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
     simd.select_f32s(simd.less_than_f32s(x, c(-126.0)), c(0.0), y)
 }
 
-/// Replaces the first `visible` base-2 logits of `row` by `2^(x - max)` and the rest by 0; returns their sum plus
-/// `zeros` further logits of 0.
+/// Replaces the `visible` base-2 logits of `row` by `2^(x - max)` and the rest by 0; returns their sum plus `zeros`
+/// further logits of 0, and the maximum.  Nothing visible: the sum is 1, so that it divides, and the maximum -inf.
 #[inline(always)]
-fn exp_row<S: Simd>(simd: S, row: &mut [f32], visible: usize, zeros: f32) -> f32 {
-    row[visible..].fill(f32::NEG_INFINITY);
-    let used = padded(visible);
+fn exp_row<S: Simd>(simd: S, row: &mut [f32], visible: Range<usize>, zeros: f32) -> (f32, f32) {
+    if visible.is_empty() {
+        row.fill(0.0);
+        return (1.0, f32::NEG_INFINITY);
+    }
+    row[..visible.start].fill(f32::NEG_INFINITY);
+    row[visible.end..].fill(f32::NEG_INFINITY);
+    let used = padded(visible.end);
     let (vectors, _) = S::as_mut_simd_f32s(&mut row[..used]);
     let mut max = simd.splat_f32s(f32::NEG_INFINITY);
     for &v in vectors.iter() {
@@ -329,7 +335,7 @@ fn exp_row<S: Simd>(simd: S, row: &mut [f32], visible: usize, zeros: f32) -> f32
     }
     row[used..].fill(0.0);
     let sum = simd.reduce_sum_f32s(sum);
-    if zeros != 0.0 { sum + zeros * (-max).exp2() } else { sum }
+    (if zeros != 0.0 { sum + zeros * (-max).exp2() } else { sum }, max)
 }
 
 /// A block of keys and values packed for the products of attention.
@@ -351,9 +357,10 @@ pub(crate) struct Block<'a> {
 
 /// Softmax attention of `rows` query rows over a block.
 ///
-/// `q`: rows of `padded(dim)`, in base 2; row `i` sees the first `visible(i) >= 1` keys, no fewer than row `i - 1`.  Out: `s`, rows of
-/// `padded(keys)`, the exponentials; `o`, rows of `padded(dim)`, their product with V; `sums`, the denominators
-/// (`o / sums` is the attention's value).
+/// `q`: rows of `padded(dim)`, in base 2; row `i` sees the keys `visible(i)`, which end no earlier than row `i - 1`'s.
+/// Out: `s`, rows of `padded(keys)`, the exponentials; `o`, rows of `padded(dim)`, their product with V; `sums`, the
+/// denominators (`o / sums` is the attention's value); `tops`, what was subtracted from the logits (so the base-2
+/// log-sum-exp is `top + log2 sum`).
 pub(crate) struct Attend<'a, V> {
     pub block: Block<'a>,
     pub rows: usize,
@@ -362,15 +369,16 @@ pub(crate) struct Attend<'a, V> {
     pub s: &'a mut [f32],
     pub o: &'a mut [f32],
     pub sums: &'a mut [f32],
+    pub tops: &'a mut [f32],
 }
 
-impl<V: Fn(usize) -> usize> WithSimd for Attend<'_, V> {
+impl<V: Fn(usize) -> Range<usize>> WithSimd for Attend<'_, V> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Attend { block, rows, visible, q, s, o, sums } = self;
-        let used = exponentials(simd, &block, rows, visible, q, s, sums);
+        let Attend { block, rows, visible, q, s, o, sums, tops } = self;
+        let used = exponentials(simd, &block, rows, visible, q, s, (sums, tops));
         let (wide, width) = (padded(block.dim), padded(block.keys));
         simd.vectorize(Product {
             m: rows,
@@ -392,13 +400,13 @@ fn exponentials<S: Simd>(
     simd: S,
     block: &Block,
     rows: usize,
-    visible: &impl Fn(usize) -> usize,
+    visible: &impl Fn(usize) -> Range<usize>,
     q: &[f32],
     s: &mut [f32],
-    sums: &mut [f32],
+    (sums, tops): (&mut [f32], &mut [f32]),
 ) -> usize {
     let (wide, width) = (padded(block.dim), padded(block.keys));
-    let used = visible(rows - 1);
+    let used = visible(rows - 1).end;
     simd.vectorize(Product {
         m: rows,
         n: padded(used),
@@ -410,13 +418,25 @@ fn exponentials<S: Simd>(
         c_row: width,
         accumulate: false,
     });
-    for (i, (row, sum)) in s.chunks_exact_mut(width).zip(sums).take(rows).enumerate() {
-        *sum = exp_row(simd, &mut row[..padded(used)], visible(i), block.zeros);
+    for (i, (row, (sum, top))) in s.chunks_exact_mut(width).zip(sums.iter_mut().zip(tops)).take(rows).enumerate() {
+        (*sum, *top) = exp_row(simd, &mut row[..padded(used)], visible(i), block.zeros);
     }
     used
 }
 
-/// The backward of [`Attend`] for `y_i = weights[i] * (o / sums)_i`, recomputing the softmax.
+/// What comes into [`AttendBackward`] beside `dy`, a number per row.
+#[derive(Clone, Copy)]
+pub(crate) enum Upstream<'a> {
+    /// `y_i = weights[i] * (o / sums)_i`.
+    Weighted(&'a [f32]),
+    /// `y_i = (o / sums)_i`, and the gradient at the natural log-sum-exp.
+    LogSumExp(&'a [f32]),
+    /// The block is a part of a softmax over more keys: its base-2 log-sum-exp, and `Σ p·dp` over all keys less the
+    /// gradient at the log-sum-exp.
+    Part { total: &'a [f32], delta: &'a [f32] },
+}
+
+/// The backward of [`Attend`] for what [`Upstream`] says, recomputing the softmax.
 ///
 /// `dy`: upstream rows of `padded(dim)`.  Out: `dots[i] = dy_i · (o / sums)_i`, which is the gradient of
 /// `weights[i]`; `dq`, rows of `padded(dim)`, to be multiplied by the logits' scale; `dk` and `dv`, `keys` rows of
@@ -426,26 +446,27 @@ pub(crate) struct AttendBackward<'a, V> {
     pub block: Block<'a>,
     pub rows: usize,
     pub visible: &'a V,
-    pub weights: &'a [f32],
+    pub upstream: Upstream<'a>,
     pub q: &'a [f32],
     pub dy: &'a [f32],
     pub s: &'a mut [f32],
     pub ds: &'a mut [f32],
     pub dots: &'a mut [f32],
+    pub tops: &'a mut [f32],
     pub dq: &'a mut [f32],
     pub dk: &'a mut [f32],
     pub dv: &'a mut [f32],
     pub first: bool,
 }
 
-impl<V: Fn(usize) -> usize> WithSimd for AttendBackward<'_, V> {
+impl<V: Fn(usize) -> Range<usize>> WithSimd for AttendBackward<'_, V> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let AttendBackward { block, rows, visible, weights, q, dy, s, ds, dots, dq, dk, dv, first } = self;
+        let AttendBackward { block, rows, visible, upstream, q, dy, s, ds, dots, tops, dq, dk, dv, first } = self;
         let (wide, width) = (padded(block.dim), padded(block.keys));
-        let used = exponentials(simd, &block, rows, visible, q, s, dots);
+        let used = exponentials(simd, &block, rows, visible, q, s, (dots, tops));
         simd.vectorize(Product {
             m: rows,
             n: padded(used),
@@ -458,8 +479,14 @@ impl<V: Fn(usize) -> usize> WithSimd for AttendBackward<'_, V> {
             accumulate: false,
         });
         let lines = s.chunks_exact_mut(width).zip(ds.chunks_exact_mut(width));
-        for (((p, dp), &weight), dot) in lines.zip(weights).zip(dots.iter_mut()).take(rows) {
-            *dot = softmax_backward(simd, &mut p[..padded(used)], &mut dp[..padded(used)], weight, 1.0 / *dot);
+        for (i, ((p, dp), dot)) in lines.zip(dots.iter_mut()).take(rows).enumerate() {
+            let inverse = 1.0 / *dot;
+            let (factor, shift) = match upstream {
+                Upstream::Weighted(w) => (w[i] * inverse, Shift::Less(0.0)),
+                Upstream::LogSumExp(d) => (inverse, Shift::Less(d[i])),
+                Upstream::Part { total, delta } => ((tops[i] - total[i]).exp2(), Shift::By(delta[i])),
+            };
+            *dot = softmax_backward(simd, &mut p[..padded(used)], &mut dp[..padded(used)], factor, inverse, shift);
         }
         simd.vectorize(Product {
             m: rows,
@@ -495,10 +522,18 @@ impl<V: Fn(usize) -> usize> WithSimd for AttendBackward<'_, V> {
     }
 }
 
+/// What is subtracted from `dp`.
+#[derive(Clone, Copy)]
+enum Shift {
+    /// The row's dot, less this.
+    Less(f32),
+    By(f32),
+}
+
 /// From the exponentials `p` (their sum's inverse is `inverse`) and `dp = dy·Vᵀ`: the row's dot `Σ softmax·dp`, which
-/// is returned, `p = weight·softmax` and `dp = weight·softmax∘(dp - dot)`.
+/// is returned, `p` times `factor`, and `dp = p∘(dp - shift)`.
 #[inline(always)]
-fn softmax_backward<S: Simd>(simd: S, p: &mut [f32], dp: &mut [f32], weight: f32, inverse: f32) -> f32 {
+fn softmax_backward<S: Simd>(simd: S, p: &mut [f32], dp: &mut [f32], factor: f32, inverse: f32, shift: Shift) -> f32 {
     let (p, _) = S::as_mut_simd_f32s(p);
     let (dp, _) = S::as_mut_simd_f32s(dp);
     let mut dot = simd.splat_f32s(0.0);
@@ -506,7 +541,11 @@ fn softmax_backward<S: Simd>(simd: S, p: &mut [f32], dp: &mut [f32], weight: f32
         dot = simd.mul_add_e_f32s(p, dp, dot);
     }
     let dot = simd.reduce_sum_f32s(dot) * inverse;
-    let (factor, shift) = (simd.splat_f32s(weight * inverse), simd.splat_f32s(dot));
+    let shift = match shift {
+        Shift::Less(by) => dot - by,
+        Shift::By(by) => by,
+    };
+    let (factor, shift) = (simd.splat_f32s(factor), simd.splat_f32s(shift));
     for (p, dp) in p.iter_mut().zip(dp) {
         *p = simd.mul_f32s(*p, factor);
         *dp = simd.mul_f32s(*p, simd.sub_f32s(*dp, shift));

@@ -10,6 +10,9 @@
 //! pair's own slot and is summed in slot order afterwards; dK and dV of a slab are summed in slab order.  So the
 //! bits do not depend on threads, and a popular chunk is shared by many.
 //!
+//! A *joint* softmax over all chosen chunks runs the same way: slots hold a chunk's own output with its log-sum-exp, and the
+//! sum over slots weighs them by that; the backward knows the softmax's denominator from the forward.
+//!
 //! Slots are the only large workspace; tokens are processed in segments of bounded size (see
 //! `ChunkAttention::segments`), never more than `k` times the size of `q`.
 
@@ -17,7 +20,7 @@ use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::attn_micro::{
-    Attend, AttendBackward, Block, LN_2, LOG2_E, carve, carved, pack_row, pack_rows, pack_transposed, padded,
+    Attend, AttendBackward, Block, LN_2, LOG2_E, Upstream, carve, carved, pack_row, pack_rows, pack_transposed, padded,
 };
 use super::inverted_index::InvertedIndex;
 use crate::par::{Plain, SharedMut, floats_of, plain, rounded, with_scratch};
@@ -65,7 +68,24 @@ struct Inputs<'a> {
     v: Rows<'a>,
     indices: &'a [i32],
     count: &'a [i32],
-    weights: &'a [f32],
+    weights: Weights<'a>,
+}
+
+/// How the chunks of a token are mixed.
+#[derive(Clone, Copy)]
+enum Weights<'a> {
+    /// (n, l, kv_heads, k).
+    Given(&'a [f32]),
+    /// One softmax over all.
+    Joint,
+    /// The same in the backward: its log-sum-exps and the gradient at them (n, l, heads), and the output.
+    Known { o: Mat<'a>, lse: &'a [f32], dlse: &'a [f32] },
+}
+
+impl Weights<'_> {
+    fn is_joint(&self) -> bool {
+        !matches!(self, Weights::Given(_))
+    }
 }
 
 /// Tokens `token..token + l` of sequences `seq..seq + n`; a part of a sequence only when `n` is 1.
@@ -236,24 +256,72 @@ impl ChunkAttention {
     /// Attention; `y` is overwritten, with zeros for tokens that selected nothing.
     #[allow(clippy::too_many_arguments)]
     pub fn forward(&self, q: Mat, k: Rows, v: Rows, indices: &[i32], count: &[i32], weights: &[f32], y: MatMut) {
-        let inputs = Inputs { q, k, v, indices, count, weights };
-        self.check(&inputs);
-        assert!(y.rows() == q.rows() && y.cols() == q.cols(), "BUG: y");
+        self.attend(&Inputs { q, k, v, indices, count, weights: Weights::Given(weights) }, y, None);
+    }
+
+    /// Attention with one softmax over all chosen chunks; `y` and the natural log-sum-exps (n, l, heads) are overwritten,
+    /// with 0 and -inf for tokens that selected nothing.
+    #[allow(clippy::too_many_arguments)]
+    pub fn forward_joint(&self, q: Mat, k: Rows, v: Rows, indices: &[i32], count: &[i32], y: MatMut, lse: &mut [f32]) {
+        assert_eq!(lse.len(), self.n * self.l * self.heads, "BUG: lse");
+        let inputs = Inputs { q, k, v, indices, count, weights: Weights::Joint };
+        self.attend(&inputs, y, Some(SharedMut::new(lse)));
+    }
+
+    fn attend(&self, inputs: &Inputs, y: MatMut, lse: Option<SharedMut>) {
+        self.check(inputs);
+        assert!(y.rows() == inputs.q.rows() && y.cols() == inputs.q.cols(), "BUG: y");
         let arch = simd::arch();
         for segment in self.segments() {
-            Plan::with(self, &inputs, segment, |plan| {
-                with_scratch(segment.n * segment.l * self.token_slots(), |slots| {
-                    let shared = SharedMut::new(slots);
+            Plan::with(self, inputs, segment, |plan| {
+                let sizes = [segment.n * segment.l * self.token_slots(), self.tops(segment, lse.is_some())];
+                with_scratch(carved(&sizes), |scratch| {
+                    let [slots, tops] = carve(scratch, sizes);
+                    let (shared, shared_tops) = (SharedMut::new(slots), SharedMut::new(tops));
                     plan.slabs.par_iter().for_each(|slab| {
-                        let task = SlabTask { shape: self, inputs: &inputs, segment, slab, plan, slots: shared };
+                        let task = SlabTask { shape: self, inputs, segment, slab, plan, slots: shared };
                         with_scratch(carved(&task.forward_sizes()), |scratch| {
-                            arch.dispatch(ForwardSlab { task, scratch });
+                            arch.dispatch(ForwardSlab { task, scratch, tops: shared_tops });
                         });
                     });
-                    self.sum_slots(arch, &inputs, segment, slots, &y);
+                    if let Some(lse) = lse {
+                        self.weigh_slots(inputs, segment, slots, tops, lse);
+                    }
+                    self.sum_slots(arch, inputs, segment, slots, &y);
                 });
             });
         }
+    }
+
+    /// Base-2 log-sum-exps of the segment's pairs, for each head of the group.
+    fn tops(&self, segment: Segment, joint: bool) -> usize {
+        if joint { self.pairs(segment) * self.group() } else { 0 }
+    }
+
+    /// Scales every slot by its share of the token's softmax and writes the log-sum-exp over all.
+    fn weigh_slots(&self, inputs: &Inputs, segment: Segment, slots: &mut [f32], tops: &[f32], lse: SharedMut) {
+        let (group, wide) = (self.group(), padded(self.dim));
+        let offset = (segment.seq * self.l + segment.token) * self.kv_heads;
+        let zeros = if self.off_by_one > 0.0 { self.off_by_one.log2() } else { f32::NEG_INFINITY };
+        slots.par_chunks_mut((self.k * self.slot()).max(1)).enumerate().for_each(|(row, slots)| {
+            let count = inputs.count[offset + row] as usize;
+            let tops = &tops[row * self.k * group..][..self.k * group];
+            // SAFETY: every task has its own row and heads.
+            let out = unsafe { lse.slice((offset + row) * group, group) };
+            for (g, out) in out.iter_mut().enumerate() {
+                let top = (0..count).fold(zeros, |m, i| m.max(tops[i * group + g]));
+                let part = |x: f32| if x == f32::NEG_INFINITY { 0.0 } else { (x - top).exp2() };
+                let sum = (0..count).fold(part(zeros), |s, i| s + part(tops[i * group + g]));
+                *out = (top + sum.log2()) * LN_2;
+                if sum == 0.0 {
+                    *out = f32::NEG_INFINITY;
+                }
+                for i in 0..count {
+                    let w = part(tops[i * group + g]) / sum;
+                    slots[i * self.slot() + g * wide..][..wide].iter_mut().for_each(|x| *x *= w);
+                }
+            }
+        });
     }
 
     /// Gradients from `dy`: of `q`, `k`, `v` and the weights (unfilled slots: 0); all are overwritten.
@@ -272,12 +340,50 @@ impl ChunkAttention {
         dv: MatMut,
         dweights: &mut [f32],
     ) {
+        assert_eq!(dweights.len(), weights.len(), "BUG: dweights");
+        let weights = Weights::Given(weights);
         let inputs = Inputs { q, k: Rows::Dense(k), v: Rows::Dense(v), indices, count, weights };
-        self.check(&inputs);
+        self.attend_backward(&inputs, k, dy, dq, dk, dv, dweights);
+    }
+
+    /// Gradients of [`forward_joint`](Self::forward_joint) from its results, `dy` and the gradient at the log-sum-exps.
+    #[allow(clippy::too_many_arguments)]
+    pub fn backward_joint(
+        &self,
+        q: Mat,
+        k: Mat,
+        v: Mat,
+        indices: &[i32],
+        count: &[i32],
+        (o, lse): (Mat, &[f32]),
+        (dy, dlse): (Mat, &[f32]),
+        dq: MatMut,
+        dk: MatMut,
+        dv: MatMut,
+    ) {
+        assert!(lse.len() == self.n * self.l * self.heads && dlse.len() == lse.len(), "BUG: lse");
+        assert!(o.rows() == q.rows() && o.cols() == q.cols(), "BUG: o");
+        let weights = Weights::Known { o, lse, dlse };
+        let inputs = Inputs { q, k: Rows::Dense(k), v: Rows::Dense(v), indices, count, weights };
+        self.attend_backward(&inputs, k, dy, dq, dk, dv, &mut []);
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn attend_backward(
+        &self,
+        inputs: &Inputs,
+        k: Mat,
+        dy: Mat,
+        dq: MatMut,
+        dk: MatMut,
+        dv: MatMut,
+        dweights: &mut [f32],
+    ) {
+        self.check(inputs);
+        let q = inputs.q;
         assert!(dy.rows() == q.rows() && dy.cols() == q.cols(), "BUG: dy");
         assert!(dq.rows() == q.rows() && dq.cols() == q.cols(), "BUG: dq");
         assert!([&dk, &dv].iter().all(|x| x.rows() == k.rows() && x.cols() == k.cols()), "BUG: dk, dv");
-        assert_eq!(dweights.len(), weights.len(), "BUG: dweights");
         (0..k.rows()).into_par_iter().with_min_len(64).for_each(|row| {
             // SAFETY: every task has its own row of both.
             unsafe {
@@ -289,7 +395,7 @@ impl ChunkAttention {
         let dweights = SharedMut::new(dweights);
         let arch = simd::arch();
         for segment in self.segments() {
-            Plan::with(self, &inputs, segment, |plan| {
+            Plan::with(self, inputs, segment, |plan| {
                 let size = self.chunk * padded(self.dim);
                 let sizes = [segment.n * segment.l * self.token_slots(), plan.partials * 2 * size];
                 with_scratch(carved(&sizes), |workspace| {
@@ -297,12 +403,12 @@ impl ChunkAttention {
                     let (shared, parts) = (SharedMut::new(slots), SharedMut::new(partials));
                     let (dk, dv) = (&dk, &dv);
                     plan.slabs.par_iter().for_each(|slab| {
-                        let task = SlabTask { shape: self, inputs: &inputs, segment, slab, plan, slots: shared };
+                        let task = SlabTask { shape: self, inputs, segment, slab, plan, slots: shared };
                         with_scratch(carved(&task.backward_sizes()), |scratch| {
                             arch.dispatch(BackwardSlab { task, scratch, dy, dk, dv, dweights, partials: parts });
                         });
                     });
-                    self.sum_slots(arch, &inputs, segment, slots, &dq);
+                    self.sum_slots(arch, inputs, segment, slots, &dq);
                     let partials = &*partials;
                     plan.shared.par_iter().for_each(|chunk| {
                         let parts = partials[chunk.first * 2 * size..chunk.last * 2 * size].chunks_exact(2 * size);
@@ -329,7 +435,10 @@ impl ChunkAttention {
             }
         }
         assert_eq!(x.count.len(), self.n * self.l * self.kv_heads, "BUG: counts");
-        assert!(x.indices.len() == x.count.len() * self.k && x.weights.len() == x.indices.len(), "BUG: indices");
+        assert_eq!(x.indices.len(), x.count.len() * self.k, "BUG: indices");
+        if let Weights::Given(w) = x.weights {
+            assert_eq!(w.len(), x.indices.len(), "BUG: weights");
+        }
         assert!(x.count.iter().all(|&c| c >= 0 && c as usize <= self.k), "BUG: a count exceeds {}", self.k);
     }
 
@@ -384,7 +493,14 @@ impl ChunkAttention {
         self.segments().next().map_or(0, |s| carved(&Plan::sizes(self, s)) + rounded(s.n * s.l * self.token_slots()))
     }
 
-    /// Floats of scratch that `backward` takes on the calling thread, at most.
+    /// Floats of scratch that `forward_joint` takes on the calling thread.
+    pub fn joint_scratch(&self) -> usize {
+        self.segments().next().map_or(0, |s| {
+            carved(&Plan::sizes(self, s)) + carved(&[s.n * s.l * self.token_slots(), self.tops(s, true)])
+        })
+    }
+
+    /// Floats of scratch that `backward` and `backward_joint` take on the calling thread, at most.
     pub fn backward_scratch(&self) -> usize {
         self.segments().next().map_or(0, |s| {
             let partials = Plan::most_partials(self, s) * 2 * self.chunk * padded(self.dim);
@@ -487,18 +603,18 @@ impl<'a> SlabTask<'a> {
         self.plan.index.chosen_by(seq, head, chunk)[first..last].chunks(self.tile())
     }
 
-    /// Kᵀ, V; queries, exponentials, outputs and denominators of a tile; rows read from pages.
-    fn forward_sizes(&self) -> [usize; 7] {
+    /// Kᵀ, V; queries, exponentials, outputs, denominators and maxima of a tile; rows read from pages.
+    fn forward_sizes(&self) -> [usize; 8] {
         let (wide, width) = (padded(self.shape.dim), padded(self.shape.chunk));
         let rows = self.tile() * self.shape.group();
         let loaded = self.inputs.k.scratch(self.shape.row_shape(), 1);
-        [self.shape.dim * width, self.shape.chunk * wide, rows * wide, rows * width, rows * wide, rows, loaded]
+        [self.shape.dim * width, self.shape.chunk * wide, rows * wide, rows * width, rows * wide, rows, rows, loaded]
     }
 
-    /// Kᵀ, Vᵀ, K, dK, dV; of a tile queries, dy, dq, exponentials, their gradient, dots and weights.
-    fn backward_sizes(&self) -> [usize; 12] {
-        let [turned, keys, queries, square, _, rows, _] = self.forward_sizes();
-        [turned, turned, keys, keys, keys, queries, queries, queries, square, square, rows, rows]
+    /// Kᵀ, Vᵀ, K, dK, dV; of a tile queries, dy, dq, exponentials, their gradient, dots, maxima and what comes from above.
+    fn backward_sizes(&self) -> [usize; 14] {
+        let [turned, keys, queries, square, _, rows, _, _] = self.forward_sizes();
+        [turned, turned, keys, keys, keys, queries, queries, queries, square, square, rows, rows, rows, rows]
     }
 
     /// Pairs of a tile.
@@ -519,11 +635,37 @@ impl<'a> SlabTask<'a> {
         self.segment.seq * self.shape.l + self.segment.token + row
     }
 
+    /// Position of a pair within the segment.
+    #[inline(always)]
+    fn pair_at(&self, entry: u32) -> usize {
+        let (row, slot) = self.pair(entry);
+        (row * self.shape.kv_heads + self.slab.head) * self.shape.k + slot
+    }
+
     /// Position of a pair in (n, l, kv_heads, k).
     #[inline(always)]
     fn weight_at(&self, entry: u32) -> usize {
         let (row, slot) = self.pair(entry);
         (self.token(row) * self.shape.kv_heads + self.slab.head) * self.shape.k + slot
+    }
+
+    /// Of a pair's token and the group's heads: the base-2 log-sum-exp, and `dy·o` less the gradient at the log-sum-exp.
+    #[inline(always)]
+    fn known(
+        &self,
+        entry: u32,
+        (o, dy): (Mat, Mat),
+        (lse, dlse): (&[f32], &[f32]),
+        (total, delta): (&mut [f32], &mut [f32]),
+    ) {
+        let (row, dim, group) = (self.token(self.pair(entry).0), self.shape.dim, self.shape.group());
+        let (o, dy) = (o.row(row), dy.row(row));
+        for g in 0..group {
+            let head = self.slab.head * group + g;
+            let at = row * self.shape.heads + head;
+            let dot: f32 = o[head * dim..][..dim].iter().zip(&dy[head * dim..][..dim]).map(|(o, g)| o * g).sum();
+            (total[g], delta[g]) = (lse[at] * LOG2_E, dot - dlse[at]);
+        }
     }
 
     /// The rows of the slab's chunk and head in keys or values.
@@ -572,6 +714,8 @@ impl<'a> SlabTask<'a> {
 struct ForwardSlab<'a> {
     task: SlabTask<'a>,
     scratch: &'a mut [f32],
+    /// Base-2 log-sum-exps per pair and head, if the softmax is joint.
+    tops: SharedMut<'a>,
 }
 
 impl WithSimd for ForwardSlab<'_> {
@@ -583,15 +727,28 @@ impl WithSimd for ForwardSlab<'_> {
         let shape = task.shape;
         let (dim, chunk, group) = (shape.dim, shape.chunk, shape.group());
         let width = padded(chunk);
-        let [keys_t, values, q, s, o, sums, loaded] = carve(self.scratch, task.forward_sizes());
+        let [keys_t, values, q, s, o, sums, tops, loaded] = carve(self.scratch, task.forward_sizes());
         pack_transposed(task.chunk(task.inputs.k, loaded), width, keys_t);
         pack_rows(task.chunk(task.inputs.v, loaded), 1.0, values);
-        let block = Block { keys: chunk, dim, zeros: shape.off_by_one, keys_t, rows: values, values_t: &[] };
+        let joint = task.inputs.weights.is_joint();
+        let zeros = if joint { 0.0 } else { shape.off_by_one };
+        let block = Block { keys: chunk, dim, zeros, keys_t, rows: values, values_t: &[] };
         for pairs in task.tiles() {
             task.gather(pairs, task.inputs.q, shape.scale * LOG2_E, q);
             let rows = pairs.len() * group;
-            simd.vectorize(Attend { block, rows, visible: &|_| chunk, q, s, o, sums });
-            task.scatter(pairs, o, |row| task.inputs.weights[task.weight_at(pairs[row / group])] / sums[row]);
+            simd.vectorize(Attend { block, rows, visible: &|_| 0..chunk, q, s, o, sums, tops });
+            let Weights::Given(weights) = task.inputs.weights else {
+                task.scatter(pairs, o, |row| 1.0 / sums[row]);
+                for (i, &entry) in pairs.iter().enumerate() {
+                    // SAFETY: a pair is in one list, once.
+                    let out = unsafe { self.tops.slice(task.pair_at(entry) * group, group) };
+                    for (g, out) in out.iter_mut().enumerate() {
+                        *out = tops[i * group + g] + sums[i * group + g].log2();
+                    }
+                }
+                continue;
+            };
+            task.scatter(pairs, o, |row| weights[task.weight_at(pairs[row / group])] / sums[row]);
         }
     }
 }
@@ -615,29 +772,43 @@ impl WithSimd for BackwardSlab<'_> {
         let shape = task.shape;
         let (dim, chunk, group) = (shape.dim, shape.chunk, shape.group());
         let (width, keys) = (padded(chunk), chunk * padded(dim));
-        let [keys_t, values_t, key_rows, dk, dv, q, dy, dq, s, ds, dots, weights] =
+        let [keys_t, values_t, key_rows, dk, dv, q, dy, dq, s, ds, dots, tops, above, delta] =
             carve(scratch, task.backward_sizes());
         pack_transposed(task.chunk(task.inputs.k, &mut []), width, keys_t);
         pack_transposed(task.chunk(task.inputs.v, &mut []), width, values_t);
         pack_rows(task.chunk(task.inputs.k, &mut []), 1.0, key_rows);
-        let block = Block { keys: chunk, dim, zeros: shape.off_by_one, keys_t, rows: key_rows, values_t };
+        let joint = task.inputs.weights.is_joint();
+        let zeros = if joint { 0.0 } else { shape.off_by_one };
+        let block = Block { keys: chunk, dim, zeros, keys_t, rows: key_rows, values_t };
         let mut first = true;
         for pairs in task.tiles() {
             task.gather(pairs, task.inputs.q, shape.scale * LOG2_E, q);
             task.gather(pairs, self.dy, 1.0, dy);
-            for (&entry, weights) in pairs.iter().zip(weights.chunks_exact_mut(group)) {
-                weights.fill(task.inputs.weights[task.weight_at(entry)]);
+            for (i, &entry) in pairs.iter().enumerate() {
+                let rows = i * group..(i + 1) * group;
+                match task.inputs.weights {
+                    Weights::Given(w) => above[rows].fill(w[task.weight_at(entry)]),
+                    Weights::Known { o, lse, dlse } => {
+                        task.known(entry, (o, self.dy), (lse, dlse), (&mut above[rows.clone()], &mut delta[rows]))
+                    }
+                    Weights::Joint => unreachable!("BUG: a backward without the forward's results"),
+                }
             }
+            let upstream = match task.inputs.weights {
+                Weights::Given(_) => Upstream::Weighted(above),
+                _ => Upstream::Part { total: above, delta },
+            };
             simd.vectorize(AttendBackward {
                 block,
                 rows: pairs.len() * group,
-                visible: &|_| chunk,
-                weights,
+                visible: &|_| 0..chunk,
+                upstream,
                 q,
                 dy,
                 s,
                 ds,
                 dots,
+                tops,
                 dq,
                 dk,
                 dv,
@@ -645,6 +816,9 @@ impl WithSimd for BackwardSlab<'_> {
             });
             first = false;
             task.scatter(pairs, dq, |_| shape.scale);
+            if joint {
+                continue;
+            }
             for (&entry, dots) in pairs.iter().zip(dots.chunks_exact(group)) {
                 // SAFETY: a pair is in one list, once.
                 let out = unsafe { self.dweights.slice(task.weight_at(entry), 1) };

@@ -1,41 +1,54 @@
-//! Softmax attention within short sequences: the chunk encoder's bidirectional attention, or causal.
+//! Softmax attention within sequences: the chunk encoder's bidirectional attention, causal attention, and a range of keys
+//! per token: a window, its own chunk, complete units.
 //!
 //! `y_t,head = softmax(q_t · kᵀ * scale) v`, head → kv head: `head / (heads / kv_heads)`.
 //!
-//! One task per (sequence, kv head): its keys are one block of `attn_micro`, so the softmax
-//! needs no rescaling, and the backward recomputes it and sums dK and dV inside the task in token order.
+//! One task per (sequence, kv head): the keys that a tile of rows sees are one block of `attn_micro`, so the softmax
+//! needs no rescaling, and the backward recomputes it and sums dK and dV inside the task in token order.  Where every tile
+//! may see every key, they are packed once.
 
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::attn_micro::{
-    Attend, AttendBackward, Block, LN_2, LOG2_E, carve, carved, pack_row, pack_rows, pack_transposed, padded,
+    Attend, AttendBackward, Block, LN_2, LOG2_E, Upstream, carve, carved, pack_row, pack_rows, pack_transposed, padded,
 };
-use crate::par::with_scratch;
+use crate::par::{SharedMut, with_scratch};
 use crate::{Mat, MatMut, simd};
+use std::ops::Range;
 
 /// Query rows (token, head) of one tile.
 const ROWS: usize = 48;
 
-/// Shapes of a batch of short sequences: `q` and `y` are (batch·t x heads·dim), `k` and `v` (batch·t x kv_heads·dim).
+/// Shapes of a batch of sequences: `q` and `y` are (batch·t x heads·dim), `k` and `v` (batch·keys x kv_heads·dim).
 #[derive(Clone, Copy, Debug)]
 pub struct DenseAttention {
     pub batch: usize,
     /// Tokens per sequence.
     pub t: usize,
+    /// Keys per sequence: as many as tokens, or with `unit` whole units.
+    pub keys: usize,
     pub heads: usize,
     pub kv_heads: usize,
     pub dim: usize,
     pub scale: f32,
     /// Whether token i sees keys 0..=i only.
     pub causal: bool,
+    /// A token sees so many of the last keys; 0: no bound.
+    pub window: usize,
+    /// A token sees keys of its own chunk of so many; 0: no bound.
+    pub local: usize,
+    /// Key `c` is seen from token `(c + 1)·unit` on; 0: keys are tokens.
+    pub unit: usize,
 }
 
 impl DenseAttention {
-    /// Attention; `y` is overwritten.
-    pub fn forward(&self, q: Mat, k: Mat, v: Mat, y: MatMut) {
+    /// Attention; `y` is overwritten, and `lse`, the natural log-sum-exps (batch, t, heads), if wanted.
+    pub fn forward(&self, q: Mat, k: Mat, v: Mat, y: MatMut, lse: Option<&mut [f32]>) {
         self.check(q, k, v);
         assert!(y.rows() == q.rows() && y.cols() == q.cols(), "BUG: y");
+        assert!(lse.as_ref().is_none_or(|l| l.len() == self.batch * self.t * self.heads), "BUG: lse");
+        let lse = lse.map(SharedMut::new);
         let arch = simd::arch();
         self.tasks().for_each(|(seq, head)| {
             with_scratch(carved(&self.forward_sizes()), |scratch| {
@@ -46,14 +59,16 @@ impl DenseAttention {
                     k: self.keys(k, seq, head),
                     v: self.keys(v, seq, head),
                     y: self.queries_mut(&y, seq, head),
+                    lse,
+                    place: (seq, head),
                 })
             })
         });
     }
 
-    /// Gradients of all three inputs from `dy`; all are overwritten.
+    /// Gradients of all three inputs from `dy` and the gradient at `lse` if it was wanted; all are overwritten.
     #[allow(clippy::too_many_arguments)]
-    pub fn backward(&self, q: Mat, k: Mat, v: Mat, dy: Mat, dq: MatMut, dk: MatMut, dv: MatMut) {
+    pub fn backward(&self, q: Mat, k: Mat, v: Mat, dy: Mat, dlse: Option<&[f32]>, dq: MatMut, dk: MatMut, dv: MatMut) {
         self.check(q, k, v);
         assert!(dy.rows() == q.rows() && dy.cols() == q.cols(), "BUG: dy");
         assert!(dq.rows() == q.rows() && dq.cols() == q.cols(), "BUG: dq");
@@ -71,16 +86,19 @@ impl DenseAttention {
                     dq: self.queries_mut(&dq, seq, head),
                     dk: self.keys_mut(&dk, seq, head),
                     dv: self.keys_mut(&dv, seq, head),
+                    dlse,
+                    place: (seq, head),
                 })
             })
         });
     }
 
     fn check(&self, q: Mat, k: Mat, v: Mat) {
-        let (rows, width) = (self.batch * self.t, self.kv_heads * self.dim);
+        let (rows, keys, width) = (self.batch * self.t, self.batch * self.keys, self.kv_heads * self.dim);
+        assert!(self.unit > 0 || self.keys == self.t, "BUG: {} keys", self.keys);
         assert!(self.kv_heads > 0 && self.heads.is_multiple_of(self.kv_heads), "BUG: {} heads", self.heads);
         assert!(q.rows() == rows && q.cols() == self.heads * self.dim, "BUG: q");
-        assert!(k.rows() == rows && k.cols() == width && v.rows() == rows && v.cols() == width, "BUG: k, v");
+        assert!(k.rows() == keys && k.cols() == width && v.rows() == keys && v.cols() == width, "BUG: k, v");
     }
 
     /// All (sequence, kv head); none when there is nothing to do.
@@ -101,16 +119,49 @@ impl DenseAttention {
         (ROWS / self.group()).clamp(1, self.t)
     }
 
-    /// Kᵀ, V; queries, exponentials, outputs and denominators of a tile.
-    fn forward_sizes(&self) -> [usize; 6] {
-        let (wide, width, rows) = (padded(self.dim), padded(self.t), self.tile() * self.group());
-        [self.dim * width, self.t * wide, rows * wide, rows * width, rows * wide, rows]
+    /// Keys that token `t` sees.
+    fn visible(&self, t: usize) -> Range<usize> {
+        if let Some(units) = t.checked_div(self.unit) {
+            return 0..self.keys.min(units);
+        }
+        let end = if self.causal { t + 1 } else { self.keys };
+        let window = if self.window > 0 { (t + 1).saturating_sub(self.window) } else { 0 };
+        let local = t.checked_div(self.local).unwrap_or(0) * self.local;
+        window.max(local)..end
     }
 
-    /// Kᵀ, Vᵀ, K, dK, dV; of a tile queries, dy, dq, exponentials, their gradient, dots and weights.
-    fn backward_sizes(&self) -> [usize; 12] {
-        let [turned, keys, queries, square, _, rows] = self.forward_sizes();
-        [turned, turned, keys, keys, keys, queries, queries, queries, square, square, rows, rows]
+    /// Whether a tile sees fewer keys than there are, so that it packs its own.
+    fn is_ranged(&self) -> bool {
+        self.window > 0 || self.local > 0
+    }
+
+    /// The most keys that a tile sees.
+    fn block(&self) -> usize {
+        let bound = |n: usize| if n > 0 { n + self.tile() } else { self.keys };
+        self.keys.min(bound(self.window)).min(bound(self.local))
+    }
+
+    /// The keys of the tile of `tokens` tokens from `first` on.
+    fn tile_keys(&self, first: usize, tokens: usize) -> Range<usize> {
+        if self.is_ranged() { self.visible(first).start..self.visible(first + tokens - 1).end } else { 0..self.keys }
+    }
+
+    /// Kᵀ, V; queries, exponentials, outputs, denominators and maxima of a tile.
+    fn forward_sizes(&self) -> [usize; 7] {
+        let keys = self.block();
+        let (wide, width, rows) = (padded(self.dim), padded(keys), self.tile() * self.group());
+        [self.dim * width, keys * wide, rows * wide, rows * width, rows * wide, rows, rows]
+    }
+
+    /// Kᵀ, Vᵀ, K, dK, dV; of a tile queries, dy, dq, exponentials, their gradient, dots, maxima and what comes from above.
+    fn backward_sizes(&self) -> [usize; 13] {
+        let [turned, keys, queries, square, _, rows, _] = self.forward_sizes();
+        [turned, turned, keys, keys, keys, queries, queries, queries, square, square, rows, rows, rows]
+    }
+
+    /// Where the log-sum-exp of a task's row is: token, then head of the group.
+    fn lse_at(&self, (seq, head): (usize, usize), token: usize) -> usize {
+        (seq * self.t + token) * self.heads + head * self.group()
     }
 
     /// The rows of a sequence and the columns of a kv head's group.
@@ -120,7 +171,7 @@ impl DenseAttention {
     }
 
     fn keys<'a>(&self, x: Mat<'a>, seq: usize, head: usize) -> Mat<'a> {
-        x.block(seq * self.t, self.t, head * self.dim, self.dim)
+        x.block(seq * self.keys, self.keys, head * self.dim, self.dim)
     }
 
     fn queries_mut<'a>(&self, x: &'a MatMut, seq: usize, head: usize) -> MatMut<'a> {
@@ -131,7 +182,7 @@ impl DenseAttention {
 
     fn keys_mut<'a>(&self, x: &'a MatMut, seq: usize, head: usize) -> MatMut<'a> {
         // SAFETY: as above.
-        unsafe { x.block_unchecked(seq * self.t, self.t, head * self.dim, self.dim) }
+        unsafe { x.block_unchecked(seq * self.keys, self.keys, head * self.dim, self.dim) }
     }
 }
 
@@ -154,6 +205,8 @@ struct Forward<'a> {
     k: Mat<'a>,
     v: Mat<'a>,
     y: MatMut<'a>,
+    lse: Option<SharedMut<'a>>,
+    place: (usize, usize),
 }
 
 impl WithSimd for Forward<'_> {
@@ -163,20 +216,35 @@ impl WithSimd for Forward<'_> {
     fn with_simd<S: Simd>(mut self, simd: S) {
         let shape = self.shape;
         let (t, dim, group) = (shape.t, shape.dim, shape.group());
-        let (width, wide) = (padded(t), padded(dim));
-        let [keys_t, values, qs, s, o, sums] = carve(self.scratch, shape.forward_sizes());
-        pack_transposed(self.k, width, keys_t);
-        pack_rows(self.v, 1.0, values);
-        let block = Block { keys: t, dim, zeros: 0.0, keys_t, rows: values, values_t: &[] };
+        let wide = padded(dim);
+        let [keys_t, values, qs, s, o, sums, tops] = carve(self.scratch, shape.forward_sizes());
         for first in (0..t).step_by(shape.tile()) {
             let tokens = shape.tile().min(t - first);
+            let range = shape.tile_keys(first, tokens);
+            let keys = range.len();
+            if first == 0 || shape.is_ranged() {
+                pack_transposed(self.k.block(range.start, keys, 0, dim), padded(keys), keys_t);
+                pack_rows(self.v.block(range.start, keys, 0, dim), 1.0, values);
+            }
+            let block = Block { keys, dim, zeros: 0.0, keys_t, rows: values, values_t: &[] };
             gather(self.q, first, tokens, dim, shape.scale * LOG2_E, qs);
-            let visible = |row: usize| if shape.causal { first + row / group + 1 } else { t };
-            simd.vectorize(Attend { block, rows: tokens * group, visible: &visible, q: qs, s, o, sums });
+            let visible = |row: usize| {
+                let v = shape.visible(first + row / group);
+                v.start - range.start..v.end - range.start
+            };
+            simd.vectorize(Attend { block, rows: tokens * group, visible: &visible, q: qs, s, o, sums, tops });
             let mut lines = o.chunks_exact(wide).zip(&*sums);
             for token in first..first + tokens {
                 for (y, (o, sum)) in self.y.row_mut(token).chunks_exact_mut(dim).zip(&mut lines) {
                     pack_row(&o[..dim], 1.0 / sum, y, dim);
+                }
+            }
+            let Some(lse) = self.lse else { continue };
+            for i in 0..tokens {
+                // SAFETY: every task has its own sequence and heads.
+                let out = unsafe { lse.slice(shape.lse_at(self.place, first + i), group) };
+                for (g, y) in out.iter_mut().enumerate() {
+                    *y = (tops[i * group + g] + sums[i * group + g].log2()) * LN_2;
                 }
             }
         }
@@ -194,6 +262,8 @@ struct Backward<'a> {
     dq: MatMut<'a>,
     dk: MatMut<'a>,
     dv: MatMut<'a>,
+    dlse: Option<&'a [f32]>,
+    place: (usize, usize),
 }
 
 impl WithSimd for Backward<'_> {
@@ -203,33 +273,55 @@ impl WithSimd for Backward<'_> {
     fn with_simd<S: Simd>(mut self, simd: S) {
         let shape = self.shape;
         let (t, dim, group) = (shape.t, shape.dim, shape.group());
-        let (width, wide) = (padded(t), padded(dim));
-        let [keys_t, values_t, keys, dks, dvs, qs, dys, dqs, s, ds, dots, weights] =
+        let wide = padded(dim);
+        let [keys_t, values_t, keys, dks, dvs, qs, dys, dqs, s, ds, dots, tops, above] =
             carve(self.scratch, shape.backward_sizes());
-        weights.fill(1.0);
-        pack_transposed(self.k, width, keys_t);
-        pack_transposed(self.v, width, values_t);
-        pack_rows(self.k, 1.0, keys);
-        let block = Block { keys: t, dim, zeros: 0.0, keys_t, rows: keys, values_t };
+        above.fill(if self.dlse.is_some() { 0.0 } else { 1.0 });
+        if shape.is_ranged() {
+            for row in 0..shape.keys {
+                self.dk.row_mut(row).fill(0.0);
+                self.dv.row_mut(row).fill(0.0);
+            }
+        }
         for first in (0..t).step_by(shape.tile()) {
             let tokens = shape.tile().min(t - first);
+            let range = shape.tile_keys(first, tokens);
+            let fresh = first == 0 || shape.is_ranged();
+            let n = range.len();
+            if fresh {
+                let (k, v) = (self.k.block(range.start, n, 0, dim), self.v.block(range.start, n, 0, dim));
+                pack_transposed(k, padded(n), keys_t);
+                pack_transposed(v, padded(n), values_t);
+                pack_rows(k, 1.0, keys);
+            }
+            let block = Block { keys: n, dim, zeros: 0.0, keys_t, rows: keys, values_t };
             gather(self.q, first, tokens, dim, shape.scale * LOG2_E, qs);
             gather(self.dy, first, tokens, dim, 1.0, dys);
-            let visible = |row: usize| if shape.causal { first + row / group + 1 } else { t };
+            let visible = |row: usize| {
+                let v = shape.visible(first + row / group);
+                v.start - range.start..v.end - range.start
+            };
+            if let Some(dlse) = self.dlse {
+                for (i, out) in above.chunks_exact_mut(group).take(tokens).enumerate() {
+                    out.copy_from_slice(&dlse[shape.lse_at(self.place, first + i)..][..group]);
+                }
+            }
+            let upstream = if self.dlse.is_some() { Upstream::LogSumExp(above) } else { Upstream::Weighted(above) };
             simd.vectorize(AttendBackward {
                 block,
                 rows: tokens * group,
                 visible: &visible,
-                weights,
+                upstream,
                 q: qs,
                 dy: dys,
                 s,
                 ds,
                 dots,
+                tops,
                 dq: dqs,
                 dk: dks,
                 dv: dvs,
-                first: first == 0,
+                first: fresh,
             });
             let mut lines = dqs.chunks_exact(wide);
             for token in first..first + tokens {
@@ -237,8 +329,20 @@ impl WithSimd for Backward<'_> {
                     pack_row(&line[..dim], shape.scale, dq, dim);
                 }
             }
+            if shape.is_ranged() {
+                for (i, (dk, dv)) in dks.chunks_exact(wide).zip(dvs.chunks_exact(wide)).take(n).enumerate() {
+                    let add = |out: &mut [f32], line: &[f32], factor: f32| {
+                        out.iter_mut().zip(line).for_each(|(y, x)| *y += factor * x)
+                    };
+                    add(self.dk.row_mut(range.start + i), dk, LN_2);
+                    add(self.dv.row_mut(range.start + i), dv, 1.0);
+                }
+            }
         }
-        for (i, (dk, dv)) in dks.chunks_exact(wide).zip(dvs.chunks_exact(wide)).enumerate() {
+        if shape.is_ranged() {
+            return;
+        }
+        for (i, (dk, dv)) in dks.chunks_exact(wide).zip(dvs.chunks_exact(wide)).take(shape.keys).enumerate() {
             pack_row(&dk[..dim], LN_2, self.dk.row_mut(i), dim);
             pack_row(&dv[..dim], 1.0, self.dv.row_mut(i), dim);
         }

@@ -1,9 +1,11 @@
 //! Products of a few rows with a weight matrix, c (m x n) = a (m x k) wᵀ (k x n), which read w once: decoding.
 //!
-//! The limit is how fast memory is read, so w is read in contiguous runs of whole rows, four rows at a time, and all
-//! rows of `a` meet a row of w while it is in L1.  Weights may be bf16: a vector of 32-bit words holds the even elements
-//! in its upper halves and, shifted by 16 bits, the odd ones, so `a` is laid out as even and odd planes and every
-//! product is of an exactly widened weight with an f32 activation, summed in f32.
+//! The limit is how fast memory is read, so w is read as one stream, row after row, and all rows of `a` meet a row of w
+//! while it is in L1; where there are many, four rows of w share what is loaded of `a`.  The stream is asked for far
+//! ahead into L2 and near ahead into L1: the first keeps more reads under way than L1 can.  Weights may be bf16: a
+//! vector of 32-bit words holds the even elements in its upper halves and, shifted by 16 bits, the odd ones, so `a` is
+//! laid out as even and odd planes and every product is of an exactly widened weight with an f32 activation, summed in
+//! f32.
 //! Invariants: an element of c depends on its row of `a` and its row of w alone: not on m, n, tasks or threads (its bits
 //! do depend on the instruction set).
 
@@ -22,10 +24,11 @@ compile_error!("bf16 weights are read two at a time as little-endian words");
 const ROWS: usize = 6;
 /// Bytes of w that a task reads: a few microseconds.
 const TASK_BYTES: usize = 1 << 16;
-/// Bytes up to which rows of w are asked for while the ones before them are used: half of L1.
-const NEXT_ROWS: usize = 24 << 10;
-/// Bytes that are asked for ahead of the ones used where rows are longer.
-const AHEAD: usize = 1024;
+/// Bytes of the stream between those used and those that L2 is asked for, and L1.
+const FAR: usize = 16 << 10;
+const NEAR: usize = 1 << 10;
+/// Rows of `a` up to which one row of w at a time loads less than L1 gives while memory is waited for.
+const SINGLE: usize = 2;
 /// Lanes of the widest vector: planes of `a` are padded to it.
 const LANES: usize = 16;
 
@@ -81,9 +84,13 @@ unsafe fn lay_out<const P: usize>(m: usize, k: usize, a: (*const f32, usize, usi
         for (p, plane) in planes.chunks_exact_mut(len).enumerate() {
             let n = (k + P - 1 - p) / P;
             plane[n..].fill(0.0);
-            for (e, v) in plane[..n].iter_mut().enumerate() {
-                // SAFETY: element e * P + p < k of row i.
-                *v = unsafe { *a.add(i * ars + (e * P + p) * acs) };
+            // SAFETY: element e * P + p < k of row i.
+            let at = |e: usize, acs: usize| unsafe { *a.add(i * ars + (e * P + p) * acs) };
+            let plane = plane[..n].iter_mut().enumerate();
+            // The usual stride is known to the compiler, which then takes vectors.
+            match acs {
+                1 => plane.for_each(|(e, v)| *v = at(e, 1)),
+                _ => plane.for_each(|(e, v)| *v = at(e, acs)),
             }
         }
     }
@@ -140,7 +147,11 @@ impl<W: Weight<P>, const P: usize> WithSimd for Part<'_, W, P> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         // 6 x 4 sums, 4 vectors of w and one of a fill 32 registers; 6 x 2 fill 16.
-        let most = if S::REGISTER_COUNT >= 32 || self.job.m <= 2 { 4 } else { 2 };
+        let most = match self.job.m {
+            0..=SINGLE => 1,
+            _ if S::REGISTER_COUNT >= 32 => 4,
+            _ => 2,
+        };
         let mut j = self.start;
         while j < self.end {
             let rows = (self.end - j).min(most);
@@ -191,14 +202,13 @@ impl<W: Weight<P>, const P: usize> Part<'_, W, P> {
         unsafe {
             let x = planes.as_ptr().add(i * P * len);
             let rows: [*const W; NR] = std::array::from_fn(|r| w.add((j + r) * ws));
-            // Every line is asked for once, the beginnings of rows too.
-            let next = NR * ws * size_of::<W>();
-            let ahead = if next <= NEXT_ROWS { next } else { AHEAD };
             for v in 0..k / step {
                 for r in 0..NR {
                     let at = rows[r].add(v * step);
                     if !S::IS_SCALAR {
-                        prefetch(at.wrapping_byte_add(ahead));
+                        // In the order of memory, whatever that of use.
+                        prefetch_far(rows[0].wrapping_add((v * NR + r) * step).wrapping_byte_add(FAR));
+                        prefetch(at.wrapping_byte_add(NEAR / NR));
                     }
                     let w = W::load(simd, at);
                     for p in 0..P {
@@ -241,6 +251,18 @@ pub(super) fn prefetch<T>(at: *const T) {
     // SAFETY: a hint; it reads nothing.
     unsafe {
         std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(at.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
+}
+
+/// As [`prefetch`], into L2 alone.
+#[inline(always)]
+pub(super) fn prefetch_far<T>(at: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a hint; it reads nothing.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(at.cast());
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = at;

@@ -18,5 +18,6 @@ pub mod scan;
 mod scan_backward;
 mod scan_steps;
 pub mod selection;
+pub mod slots;
 pub mod transpose;
 pub mod vmath;

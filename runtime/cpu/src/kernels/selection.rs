@@ -38,6 +38,8 @@ pub enum Weighting {
     Sigmoid,
     /// 1 for every filled slot; no gradient.
     One,
+    /// The scores themselves, -inf where nothing is chosen.
+    Logit,
 }
 
 /// The order of a token's list.
@@ -555,7 +557,7 @@ pub fn weigh(rule: Weighting, scores: &[f32], count: &[i32], k: usize, out: &mut
     }
     for ((s, w), &count) in scores.chunks_exact(k).zip(out.chunks_exact_mut(k)).zip(count) {
         let (w, unfilled) = w.split_at_mut(count as usize);
-        unfilled.fill(0.0);
+        unfilled.fill(if rule == Weighting::Logit { f32::NEG_INFINITY } else { 0.0 });
         match rule {
             Weighting::StickBreaking => {
                 let mut left = 0.0;
@@ -575,6 +577,7 @@ pub fn weigh(rule: Weighting, scores: &[f32], count: &[i32], k: usize, out: &mut
             }
             Weighting::Sigmoid => w.iter_mut().zip(s).for_each(|(w, &s)| *w = sigmoid(s)),
             Weighting::One => w.fill(1.0),
+            Weighting::Logit => w.copy_from_slice(&s[..w.len()]),
         }
     }
 }
@@ -612,6 +615,7 @@ pub fn weigh_backward(
             }
             Weighting::Sigmoid => ds.iter_mut().zip(w).zip(g).for_each(|((ds, w), g)| *ds = g * w * (1.0 - w)),
             Weighting::One => ds.fill(0.0),
+            Weighting::Logit => ds.copy_from_slice(&g[..ds.len()]),
         }
     }
 }

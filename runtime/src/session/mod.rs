@@ -6,15 +6,28 @@
 //! is compiled again as the context grows, for the memory is read in pages and its length is no program's shape.
 //!
 //! Several sequences of different lengths are prefilled one by one and then decoded together.
+//!
+//! `cpu.rs` runs the programs on this machine's cores, `device.rs` on a GPU or the simulator, with `slots.rs` for the chunks that
+//! are there.
+
+mod cpu;
+mod device;
+mod slots;
+
+pub use device::{DeviceMemory, Residency};
 
 use crate::checkpoint::{TensorFile, TensorRef as Saved, write_safetensors};
 use crate::chunk_store::{ChunkStore, Geometry, Part, Precision, StoreError};
-use crate::executor::{ExecError, Executor, Outputs};
+use crate::executor::{ExecError, Executor};
+use crate::gpu::{GpuError, Machine, ProgramId};
 use crate::store::Store;
-use crate::tensor::{Data, Tensor, TensorRef};
+use crate::tensor::{Data, Tensor};
+use cpu::Cpu;
+use device::OnDevice;
+use rambac_codegen::cuda::paged;
+use rambac_codegen::cuda::pages::{CHUNK_TABLE, LANDMARK_TABLE};
 use rambac_codegen::program::SourceSlot;
 use rambac_codegen::{Program, lower};
-use rambac_cpu::ChunkRows;
 use rambac_ir::ops::SourceKind;
 use rambac_ir::{Bindings, DType, Graph};
 use rambac_passes::{Options, optimise};
@@ -47,16 +60,35 @@ pub type SessionGraphs = SessionParts<Graph>;
 impl<T> SessionParts<T> {
     /// The same with every part changed.
     pub fn map<U>(&self, mut f: impl FnMut(&T) -> U) -> SessionParts<U> {
-        SessionParts {
-            lower: f(&self.lower),
-            chunks: self.chunks.as_ref().map(&mut f),
-            upper: self.upper.as_ref().map(&mut f),
-            upper_flash: self.upper_flash.as_ref().map(&mut f),
-            head: f(&self.head),
+        match self.try_map(|p| Ok::<_, std::convert::Infallible>(f(p))) {
+            Ok(parts) => parts,
+            Err(never) => match never {},
+        }
+    }
+    /// As [`map`](Self::map), if every change succeeds.
+    ///
+    /// # Errors
+    /// The first that `f` gives.
+    pub fn try_map<U, E>(&self, mut f: impl FnMut(&T) -> Result<U, E>) -> Result<SessionParts<U>, E> {
+        Ok(SessionParts {
+            lower: f(&self.lower)?,
+            chunks: self.chunks.as_ref().map(&mut f).transpose()?,
+            upper: self.upper.as_ref().map(&mut f).transpose()?,
+            upper_flash: self.upper_flash.as_ref().map(&mut f).transpose()?,
+            head: f(&self.head)?,
             chunk_size: self.chunk_size,
             hidden_size: self.hidden_size,
             kv: self.kv,
             landmark: self.landmark,
+        })
+    }
+    fn geometry(&self, precision: Precision) -> Geometry {
+        Geometry {
+            heads: self.kv[0],
+            chunk: self.chunk_size,
+            dim: self.kv[1],
+            landmark_dim: self.landmark[1],
+            precision,
         }
     }
     /// The parts that there are, with their names.
@@ -114,39 +146,18 @@ pub enum SessionError {
     NoChunks(PathBuf),
     #[error("a sequence of more than {} tokens cannot be counted", i32::MAX)]
     TooLong,
-}
-
-/// A part of the model with the sizes and results of its last run, whose memory the next run uses again.
-struct Compiled {
-    executor: Executor,
-    dims: Bindings,
-    outputs: Outputs,
-}
-
-impl Compiled {
-    fn run(
-        &mut self,
-        dims: &[(&str, usize)],
-        inputs: &[(&str, TensorRef)],
-        store: &mut Store,
-    ) -> Result<(), ExecError> {
-        self.dims.assign(dims);
-        self.executor.run_into(&self.dims, inputs, store, &mut self.outputs, None)
-    }
-    /// A result of the last run; empty if the part has none of that name.
-    fn floats(&self, name: &str) -> &[f32] {
-        self.outputs.iter().find(|(n, _)| n == name).and_then(|(_, t)| t.as_f32()).unwrap_or_default()
-    }
-    /// As [`floats`](Self::floats).
-    fn ints(&self, name: &str) -> &[i32] {
-        self.outputs.iter().find(|(n, _)| n == name).and_then(|(_, t)| t.as_i32()).unwrap_or_default()
-    }
-}
-
-struct Halves {
-    chunks: Compiled,
-    upper: Compiled,
-    flash: Compiled,
+    #[error(transparent)]
+    Gpu(#[from] GpuError),
+    #[error(
+        "{have} bytes of device memory are too few: weights, activations and the chunks of one token take {need}; give \
+             more with --device-memory, or feed shorter segments"
+    )]
+    DeviceMemory { have: usize, need: usize },
+    #[error(
+        "the landmarks of this context take {need} bytes on the device, where {have} are left for them; give more with \
+             --device-memory"
+    )]
+    Landmarks { have: usize, need: usize },
 }
 
 /// What a sequence carries besides its scan states.
@@ -157,32 +168,23 @@ struct Sequence {
     position: usize,
 }
 
-/// One part of the chunk stores of several sequences, as kernels read it.
-struct Pages<'a> {
-    sequences: &'a [Sequence],
-    part: Part,
-}
-
-impl ChunkRows for Pages<'_> {
-    fn read(&self, seq: usize, head: usize, first: usize, chunks: usize, out: &mut [f32]) {
-        let store = self.sequences[seq].chunks.as_ref().expect("BUG: a model with chunks has a store per sequence");
-        store.read(self.part, head, first, chunks, out);
-    }
-}
-
 /// See the module's comment.
 pub struct Session {
-    lower: Compiled,
-    halves: Option<Halves>,
-    head: Compiled,
+    engine: Engine,
     chunk_size: usize,
     hidden_size: usize,
-    /// Params, and the scan states of all sequences.
-    store: Store,
-    states: Vec<String>,
+    /// Of the weights.
+    fingerprint: u64,
     sequences: Vec<Sequence>,
     /// Positions of the sequences that run.
     start: Vec<i32>,
+    pool: Arc<rayon::ThreadPool>,
+}
+
+/// Where the programs run.
+enum Engine {
+    Cpu(Box<Cpu>),
+    Device(Box<OnDevice>),
 }
 
 /// What a run of the upper half tells of its last retrieval, for `rows` tokens in order.
@@ -241,75 +243,117 @@ impl Session {
         pool: Arc<rayon::ThreadPool>,
         options: &SessionOptions,
     ) -> Result<Self, SessionError> {
-        let compile = |p: &Program| Compiled {
-            executor: Executor::new(p.clone(), pool.clone()),
-            dims: Bindings::default(),
-            outputs: vec![],
-        };
-        let halves = match (&g.chunks, &g.upper, &g.upper_flash) {
-            (Some(c), Some(u), Some(f)) => Some(Halves { chunks: compile(c), upper: compile(u), flash: compile(f) }),
-            _ => None,
-        };
+        let mut params = params;
         let n = options.sequences.max(1);
-        let geometry = Geometry {
-            heads: g.kv[0],
-            chunk: g.chunk_size,
-            dim: g.kv[1],
-            landmark_dim: g.landmark[1],
-            precision: options.precision,
-        };
-        match &options.tier {
-            Tier::File(_) | Tier::Resume(_) if n > 1 => return Err(SessionError::OneSequence(n)),
-            Tier::File(path) | Tier::Resume(path) if halves.is_none() => {
-                return Err(SessionError::NoChunks(path.clone()));
-            }
-            _ => {}
-        }
-        let mut s = Self {
-            lower: compile(&g.lower),
-            halves,
-            head: compile(&g.head),
-            chunk_size: g.chunk_size,
-            hidden_size: g.hidden_size,
-            store: params,
-            states: vec![],
-            sequences: vec![],
-            start: vec![],
-        };
-        let all = Bindings::new([("N", n)]);
-        let programs = [Some(&s.lower), s.halves.as_ref().map(|h| &h.upper)];
-        let mut states = vec![];
-        for slot in programs.into_iter().flatten().flat_map(|e| &e.executor.program().sources) {
-            if slot.kind == SourceKind::State {
-                states.push((slot.name.clone(), slot.ty.bind(&all).map_err(ExecError::from)?));
-            }
-        }
-        let sources: Vec<SourceSlot> = s.parts().iter().flat_map(|p| p.program().sources.clone()).collect();
-        for slot in sources.iter().filter(|s| s.kind == SourceKind::Param && s.ty.dtype == DType::BF16) {
-            if let Some(t) = s.store.0.get_mut(&slot.name) {
+        let (geometry, halves) = (g.geometry(options.precision), g.upper.is_some());
+        refuse(options, n, halves)?;
+        let sources = || g.named().into_iter().flat_map(|(_, p)| &p.sources);
+        let states = states(sources(), n)?;
+        for slot in sources().filter(|s| s.kind == SourceKind::Param && s.ty.dtype == DType::BF16) {
+            if let Some(t) = params.0.get_mut(&slot.name) {
                 t.narrow();
             }
         }
-        let fingerprint = if options.tier == Tier::Ram { 0 } else { fingerprint(&s.store, &[]) };
-        for (name, ty) in states {
-            s.store.insert(name.clone(), Tensor::zeros(&ty));
-            s.states.push(name);
+        let fingerprint = if options.tier == Tier::Ram { 0 } else { fingerprint(&params) };
+        let mut cpu = Cpu::new(g, params, &pool);
+        for (name, t) in states {
+            cpu.set_state(&name, t);
         }
         // Every token reads all of it.
-        s.store.prefer_huge_pages();
+        cpu.store.prefer_huge_pages();
+        let mut s = Self {
+            engine: Engine::Cpu(Box::new(cpu)),
+            chunk_size: g.chunk_size,
+            hidden_size: g.hidden_size,
+            fingerprint,
+            sequences: vec![],
+            start: vec![],
+            pool,
+        };
+        s.open(options, n, geometry, halves)?;
+        Ok(s)
+    }
+
+    /// The parts as programs for a device, to be compiled there for [`on_device`](Self::on_device): the memory of the upper
+    /// half lies in pages of the options' precision.
+    pub fn device_programs(g: &SessionParts<Program>, precision: Precision) -> SessionParts<Program> {
+        let stored = match precision {
+            Precision::Bf16 => DType::BF16,
+            Precision::F32 => DType::F32,
+        };
+        let mut parts = g.map(Program::clone);
+        parts.upper =
+            parts.upper.map(|p| paged(p, PAGED, stored).expect("BUG: an upper half reads its memory by chunks"));
+        parts
+    }
+
+    /// A session of programs that are loaded on a machine, see [`device_programs`](Self::device_programs).
+    ///
+    /// # Errors
+    /// As [`new`](Self::new); too little memory on the device.
+    pub fn on_device(
+        machine: Machine,
+        g: SessionParts<ProgramId>,
+        mut params: Store,
+        pool: Arc<rayon::ThreadPool>,
+        options: &SessionOptions,
+        memory: DeviceMemory,
+    ) -> Result<Self, SessionError> {
+        let n = options.sequences.max(1);
+        let (geometry, halves) = (g.geometry(options.precision), g.upper.is_some());
+        refuse(options, n, halves)?;
+        device::narrow_params(&machine, &g, &mut params);
+        let of_chunks = |name: &str| PAGED.contains(&name) || TABLES.contains(&name);
+        let programs: Vec<_> = g.named().into_iter().map(|(_, &id)| machine.program(id).clone()).collect();
+        let sources = programs.iter().flat_map(|p| &p.program.sources).filter(|s| !of_chunks(&s.name));
+        let states = states(sources, n)?;
+        let fingerprint = if options.tier == Tier::Ram { 0 } else { fingerprint(&params) };
+        let (chunk_size, hidden_size) = (g.chunk_size, g.hidden_size);
+        let mut on = OnDevice::new(machine, g, &params, n, geometry, memory)?;
+        for (name, t) in &states {
+            on.set_state(name, t)?;
+        }
+        let mut s = Self {
+            engine: Engine::Device(Box::new(on)),
+            chunk_size,
+            hidden_size,
+            fingerprint,
+            sequences: vec![],
+            start: vec![],
+            pool,
+        };
+        s.open(options, n, geometry, halves)?;
+        Ok(s)
+    }
+
+    /// Makes or takes up the sequences.
+    fn open(
+        &mut self,
+        options: &SessionOptions,
+        n: usize,
+        geometry: Geometry,
+        halves: bool,
+    ) -> Result<(), SessionError> {
         if let Tier::Resume(path) = &options.tier {
-            s.resume(path, geometry, fingerprint)?;
-            return Ok(s);
+            self.resume(path, geometry)?;
+            return self.appended(0);
         }
         for _ in 0..n {
             let chunks = match &options.tier {
-                _ if s.halves.is_none() => None,
+                _ if !halves => None,
                 Tier::File(path) => Some(ChunkStore::create(path, geometry)?),
                 _ => Some(ChunkStore::ram(geometry)),
             };
-            s.sequences.push(Sequence { chunks, waiting: vec![], position: 0 });
+            self.sequences.push(Sequence { chunks, waiting: vec![], position: 0 });
         }
-        Ok(s)
+        Ok(())
+    }
+
+    fn appended(&mut self, seq: usize) -> Result<(), SessionError> {
+        match &mut self.engine {
+            Engine::Cpu(_) => Ok(()),
+            Engine::Device(d) => d.appended(seq, &self.sequences),
+        }
     }
 
     /// Tokens fed so far to sequence `seq`.
@@ -320,16 +364,31 @@ impl Session {
     pub fn chunks(&self, seq: usize) -> Option<&ChunkStore> {
         self.sequences[seq].chunks.as_ref()
     }
-    /// Weights and carried states.
-    pub fn store(&self) -> &Store {
-        &self.store
+    /// Bytes of weights and carried states on this machine; 0 where a device has them.
+    pub fn bytes(&self) -> usize {
+        match &self.engine {
+            Engine::Cpu(c) => c.store.bytes(),
+            Engine::Device(_) => 0,
+        }
     }
-    /// The compiled parts in the order in which a token meets them: `lower`, `chunks` and `upper` where there are any, `head`.
+    /// The threads it runs on: who feeds token after token keeps them [awake](rambac_cpu::team::awake) meanwhile.
+    pub fn pool(&self) -> &Arc<rayon::ThreadPool> {
+        &self.pool
+    }
+    /// What became of the chunks on a device; `None` on this machine's cores, and for a plain Mamba-2.
+    pub fn residency(&self) -> Option<Residency> {
+        match &self.engine {
+            Engine::Cpu(_) => None,
+            Engine::Device(d) => d.residency(),
+        }
+    }
+    /// The compiled parts in the order in which a token meets them: `lower`, `chunks` and `upper` where there are any, `head`;
+    /// none of a device.
     pub fn parts(&mut self) -> Vec<&mut Executor> {
-        let mut all = vec![&mut self.lower.executor];
-        all.extend(self.halves.iter_mut().flat_map(|h| [&mut h.chunks.executor, &mut h.upper.executor]));
-        all.push(&mut self.head.executor);
-        all
+        match &mut self.engine {
+            Engine::Cpu(c) => c.parts(),
+            Engine::Device(_) => vec![],
+        }
     }
 
     /// Forgets all sequences.
@@ -337,10 +396,9 @@ impl Session {
     /// # Errors
     /// A store's file that can't be shortened.
     pub fn reset(&mut self) -> Result<(), SessionError> {
-        for name in &self.states {
-            if let Some(Data::F32(v)) = self.store.0.get_mut(name).map(|t| &mut t.data) {
-                v.fill(0.0);
-            }
+        match &mut self.engine {
+            Engine::Cpu(c) => c.reset(),
+            Engine::Device(d) => d.reset()?,
         }
         for s in &mut self.sequences {
             if let Some(c) = &mut s.chunks {
@@ -406,25 +464,15 @@ impl Session {
         if seqs.len() == self.sequences.len() {
             return self.run(seqs, ids, flash, out);
         }
-        // The programs carry the states of whole batches: those of the others step aside.
-        let (all, rows) = (self.sequences.len(), seqs.clone());
-        let mut aside = vec![];
-        for name in &self.states {
-            let whole = self.store.0.remove(name).expect("BUG: states are in the store");
-            let (size, mut shape) = (whole.len() / all, whole.shape.clone());
-            shape[0] = rows.len();
-            let part = whole.as_f32().expect("BUG: states are floats")[rows.start * size..rows.end * size].to_vec();
-            self.store.insert(name.clone(), Tensor::f32(&shape, part));
-            aside.push(whole);
+        let all = self.sequences.len();
+        match &mut self.engine {
+            Engine::Cpu(c) => c.narrow(seqs.clone(), all),
+            Engine::Device(d) => d.narrow(seqs.clone(), all)?,
         }
-        let result = self.run(seqs, ids, flash, out);
-        for (name, mut whole) in self.states.iter().zip(aside) {
-            let part = self.store.0.remove(name).expect("BUG: inserted above");
-            if let (Data::F32(whole), Data::F32(part)) = (&mut whole.data, &part.data) {
-                let size = whole.len() / all;
-                whole[rows.start * size..rows.end * size].copy_from_slice(part);
-            }
-            self.store.insert(name.clone(), whole);
+        let result = self.run(seqs.clone(), ids, flash, out);
+        match &mut self.engine {
+            Engine::Cpu(c) => c.widen(seqs, all),
+            Engine::Device(d) => result.is_ok().then(|| d.widen(seqs, all)).transpose().map(drop)?,
         }
         result
     }
@@ -432,67 +480,51 @@ impl Session {
     fn run(&mut self, seqs: Range<usize>, ids: &[i32], flash: bool, out: &mut Segment) -> Result<(), SessionError> {
         let (n, s, d) = (seqs.len(), self.chunk_size, self.hidden_size);
         let l = ids.len() / n;
-        let by_sequence = [n];
-        let ids_shape = [n, l];
-        let sequences = &mut self.sequences[seqs];
         self.start.clear();
-        self.start.extend(sequences.iter().map(|x| x.position as i32));
-        for x in sequences.iter_mut() {
+        self.start.extend(self.sequences[seqs.clone()].iter().map(|x| x.position as i32));
+        for x in &mut self.sequences[seqs.clone()] {
             x.position += l;
             i32::try_from(x.position).map_err(|_| SessionError::TooLong)?;
         }
-        let inputs = [("input_ids", TensorRef::I32(&ids_shape, ids))];
-        self.lower.run(&[("N", n), ("L", l)], &inputs, &mut self.store)?;
-        let hidden = self.lower.floats("hidden");
-        let Some(halves) = &mut self.halves else {
+        let hidden = match &mut self.engine {
+            Engine::Cpu(c) => {
+                c.lower(n, ids)?;
+                c.hidden()
+            }
+            Engine::Device(d) => {
+                d.lower(n, ids)?;
+                d.hidden()
+            }
+        };
+        if self.sequences.iter().all(|x| x.chunks.is_none()) {
             out.hidden.extend_from_slice(hidden);
             return Ok(());
-        };
+        }
 
-        for (x, rows) in sequences.iter_mut().zip(hidden.chunks_exact(l * d)) {
+        for (x, rows) in self.sequences[seqs.clone()].iter_mut().zip(hidden.chunks_exact(l * d)) {
             x.waiting.extend_from_slice(rows);
+        }
+        for seq in seqs.clone() {
+            let x = &mut self.sequences[seq];
             let whole = x.waiting.len() / (s * d);
             let (Some(chunks), true) = (&mut x.chunks, whole > 0) else { continue };
-            let shape = [1, whole * s, d];
-            let inputs = [("hidden", TensorRef::F32(&shape, &x.waiting[..whole * s * d]))];
-            halves.chunks.run(&[("N", 1), ("B", whole)], &inputs, &mut self.store)?;
-            let [k, v, landmarks] = ["k", "v", "landmarks"].map(|name| halves.chunks.floats(name));
+            let (shape, rows) = ([1, whole * s, d], &x.waiting[..whole * s * d]);
+            let [k, v, landmarks] = match &mut self.engine {
+                Engine::Cpu(c) => c.chunks(whole, shape, rows)?,
+                Engine::Device(d) => d.chunks(whole, shape, rows)?,
+            };
             chunks.append(k, v, landmarks)?;
             x.waiting.drain(..whole * s * d);
+            self.appended(seq)?;
         }
 
-        let hidden_shape = [n, l, d];
-        let hidden = ("hidden", TensorRef::F32(&hidden_shape, hidden));
-        if flash {
-            halves.flash.run(&[("N", n), ("L", l)], &[hidden], &mut self.store)?;
-            return Ok(());
+        let shape = [n, l, d];
+        match (&mut self.engine, flash) {
+            (Engine::Cpu(c), true) => c.flash(shape),
+            (Engine::Device(d), true) => d.flash(shape),
+            (Engine::Cpu(c), false) => c.upper(shape, s, &self.start, &self.sequences[seqs], out),
+            (Engine::Device(d), false) => d.upper(shape, seqs, &self.start, &self.sequences, out),
         }
-        let sequences = &*sequences;
-        let stores = || sequences.iter().filter_map(|x| x.chunks.as_ref());
-        let Geometry { heads, dim, landmark_dim, .. } = stores().next().expect("BUG: halves have stores").geometry();
-        // A token sees what its position says: any number that is large enough will do, and few of them bind few plans.
-        let c = stores().map(|x| x.chunks()).max().unwrap_or(0).next_power_of_two();
-        let (kv_shape, lm_shape) = ([n, c * s, heads, dim], [n, c, heads, landmark_dim]);
-        let [k, v, landmarks] = [Part::Keys, Part::Values, Part::Landmarks].map(|part| Pages { sequences, part });
-        let inputs = [
-            hidden,
-            ("start", TensorRef::I32(&by_sequence, &self.start)),
-            ("k", TensorRef::Paged(&kv_shape, &k)),
-            ("v", TensorRef::Paged(&kv_shape, &v)),
-            ("landmarks", TensorRef::Paged(&lm_shape, &landmarks)),
-        ];
-        let done = halves.upper.run(&[("N", n), ("L", l), ("C", c)], &inputs, &mut self.store);
-        if let Some(e) = stores().find_map(|x| x.failure()) {
-            return Err(e.into());
-        }
-        done?;
-        out.hidden.extend_from_slice(halves.upper.floats("upper"));
-        let r = &mut out.retrieved;
-        r.indices.extend_from_slice(halves.upper.ints("indices"));
-        r.count.extend_from_slice(halves.upper.ints("count"));
-        r.weights.extend_from_slice(halves.upper.floats("weights"));
-        r.query.extend_from_slice(halves.upper.floats("query"));
-        Ok(())
     }
 
     /// Logits `[rows, V]` of hidden states `[rows, D]`.
@@ -513,11 +545,10 @@ impl Session {
         let d = self.hidden_size;
         let rows = hidden.len() / d;
         let shape = [1, rows, d];
-        let inputs = [("upper", TensorRef::F32(&shape, hidden))];
-        self.head.run(&[("N", 1), ("L", rows)], &inputs, &mut self.store)?;
-        out.clear();
-        out.extend_from_slice(self.head.floats("logits"));
-        Ok(())
+        match &mut self.engine {
+            Engine::Cpu(c) => c.head(shape, hidden, out),
+            Engine::Device(d) => d.head(shape, hidden, out),
+        }
     }
 
     /// How many stored chunks score better than `chunk` for a query `[h, r]` of [`Retrieved`], per head: chunks with a
@@ -553,15 +584,15 @@ impl Session {
         // The state speaks of chunks: they must be there first.
         chunks.flush()?;
         let shape = [x.waiting.len() / self.hidden_size, self.hidden_size];
+        let states = self.engine.states()?;
         let mut tensors = vec![Saved::f32("waiting", &shape, &x.waiting)];
-        for name in &self.states {
-            let t = &self.store.0[name];
+        for (name, t) in &states {
             tensors.push(Saved::f32(name.as_str(), &t.shape, t.as_f32().expect("BUG: states are floats")));
         }
         let about = [
             ("position", x.position.to_string()),
             ("chunks", chunks.chunks().to_string()),
-            ("weights", fingerprint(&self.store, &self.states).to_string()),
+            ("weights", self.fingerprint.to_string()),
         ];
         let about: Vec<(&str, &str)> = about.iter().map(|(k, v)| (*k, v.as_str())).collect();
         let (target, new) = (state_path(path), state_path(path).with_extension("state.new"));
@@ -570,7 +601,7 @@ impl Session {
             .map_err(|source| StoreError::Io { path: target.clone(), action: "put the new state here", source }.into())
     }
 
-    fn resume(&mut self, path: &Path, geometry: Geometry, weights: u64) -> Result<(), SessionError> {
+    fn resume(&mut self, path: &Path, geometry: Geometry) -> Result<(), SessionError> {
         let state = state_path(path);
         let file = TensorFile::open(&state).map_err(StoreError::from)?;
         let wrong = |reason: &str| StoreError::State { path: state.clone(), reason: reason.into() };
@@ -578,16 +609,16 @@ impl Session {
             let value = file.metadata().get(key).and_then(|v| v.parse().ok());
             value.ok_or_else(|| wrong("it does not say where the sequence stands: it is no state of a chunk store"))
         };
-        if number("weights")? != weights {
+        if number("weights")? != self.fingerprint {
             return Err(StoreError::Weights { path: path.into() }.into());
         }
         let (position, stored) = (number("position")? as usize, number("chunks")? as usize);
-        for name in &self.states {
-            let (shape, data) = file.get_f32(name).map_err(StoreError::from)?;
-            if shape != self.store.0[name].shape {
+        for (name, t) in self.engine.states()? {
+            let (shape, data) = file.get_f32(&name).map_err(StoreError::from)?;
+            if shape != t.shape {
                 return Err(wrong("a state of another shape: it was made by another model").into());
             }
-            self.store.insert(name.clone(), Tensor::f32(&shape, data));
+            self.engine.set_state(&name, Tensor::f32(&shape, data))?;
         }
         let (_, waiting) = file.get_f32("waiting").map_err(StoreError::from)?;
         let rows = position.checked_sub(stored.saturating_mul(self.chunk_size));
@@ -600,6 +631,49 @@ impl Session {
     }
 }
 
+/// Inputs of the upper half that are chunks, and what says on a device where they are.
+pub(crate) const PAGED: &[&str] = &["k", "v", "landmarks"];
+const TABLES: &[&str] = &[CHUNK_TABLE, LANDMARK_TABLE];
+
+impl Engine {
+    fn states(&mut self) -> Result<Vec<(String, Tensor)>, SessionError> {
+        match self {
+            Engine::Cpu(c) => Ok(c.states()),
+            Engine::Device(d) => d.states(),
+        }
+    }
+    fn set_state(&mut self, name: &str, t: Tensor) -> Result<(), SessionError> {
+        match self {
+            Engine::Cpu(c) => {
+                c.set_state(name, t);
+                Ok(())
+            }
+            Engine::Device(d) => d.set_state(name, &t),
+        }
+    }
+}
+
+/// Scan states of `n` sequences as they begin.
+fn states<'a>(sources: impl Iterator<Item = &'a SourceSlot>, n: usize) -> Result<Vec<(String, Tensor)>, SessionError> {
+    let all = Bindings::new([("N", n)]);
+    let mut out: Vec<(String, Tensor)> = vec![];
+    for slot in sources.filter(|s| s.kind == SourceKind::State) {
+        if !out.iter().any(|(name, _)| *name == slot.name) {
+            out.push((slot.name.clone(), Tensor::zeros(&slot.ty.bind(&all).map_err(ExecError::from)?)));
+        }
+    }
+    Ok(out)
+}
+
+/// What no session can be.
+fn refuse(options: &SessionOptions, n: usize, halves: bool) -> Result<(), SessionError> {
+    match &options.tier {
+        Tier::File(_) | Tier::Resume(_) if n > 1 => Err(SessionError::OneSequence(n)),
+        Tier::File(path) | Tier::Resume(path) if !halves => Err(SessionError::NoChunks(path.clone())),
+        _ => Ok(()),
+    }
+}
+
 /// The file beside a store's that holds the rest of its sequence.
 fn state_path(path: &Path) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
@@ -607,11 +681,11 @@ fn state_path(path: &Path) -> PathBuf {
     name.into()
 }
 
-/// A number that other weights would hardly have: FNV-1a over names and bits of all that is no state.
-fn fingerprint(store: &Store, states: &[String]) -> u64 {
+/// A number that other weights would hardly have: FNV-1a over names and bits.
+fn fingerprint(params: &Store) -> u64 {
     let mut h = 0xcbf2_9ce4_8422_2325u64;
     let mut mix = |x: u64| h = (h ^ x).wrapping_mul(0x0100_0000_01b3);
-    for (name, t) in store.0.iter().filter(|(name, _)| !states.contains(name)) {
+    for (name, t) in &params.0 {
         name.bytes().for_each(|b| mix(b.into()));
         match &t.data {
             Data::F32(v) => v.iter().for_each(|x| mix(x.to_bits().into())),

@@ -1,0 +1,92 @@
+// Where keys, values and landmarks lie: in one array, or in pages that a table on the device finds.
+//
+//   array   sequence s, chunk c of C:   rows (s·C + c)·S …                 [N, C·S, h, d]
+//   pages                               rows table[s, c]·S …               a pool [slots, S, h, d], table i32 [N, C]
+//   landmarks in pages                  row table[s, c / PAGE]·PAGE + c % PAGE      a pool [pages, PAGE, h, r]
+//
+// A pool's elements (C::Stored) may be narrower than T: they are widened on their way to shared memory, as a copy that is
+// under way until the next barrier.
+#pragma once
+#include "copy.cuh"
+
+namespace rambac {
+
+// Landmarks of a page.
+constexpr int LANDMARK_PAGE = 128;
+
+__device__ __forceinline__ void store_shared16(u32 at, const u32 (&x)[4]) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
+}
+
+// 16 bytes of T, from elements of T (asynchronously) or narrower ones; zeros where `valid` is false.
+template <class T, class E> __device__ __forceinline__ void copy16_wide(u32 to, const E* from, bool valid) {
+    if constexpr (sizeof(T) == sizeof(E)) {
+        copy16_async(to, from, valid);
+    } else {
+        static_assert(sizeof(T) == 4, "f32 alone is wider than what is stored");
+        u32 x[4] = {};
+        if (valid) {
+            auto v = load<E, 4>(from);
+#pragma unroll
+            for (int i = 0; i < 4; i++) x[i] = __float_as_uint(to_f32(v[i]));
+        }
+        store_shared16(to, x);
+    }
+}
+
+// As copy_rows_async, from elements of T or narrower ones.
+template <int THREADS, int ROWS, int COLS, int PITCH, class T, class E>
+__device__ __forceinline__ void copy_rows_wide(T* to, const E* from, i64 stride, int rows) {
+    if constexpr (sizeof(T) == sizeof(E)) {
+        copy_rows_async<THREADS, ROWS, COLS, PITCH>(to, from, stride, rows);
+    } else {
+        constexpr int EACH = 16 / sizeof(T), PER_ROW = COLS / EACH;
+#pragma unroll 4
+        for (int i = threadIdx.x; i < ROWS * PER_ROW; i += THREADS) {
+            int row = i / PER_ROW, col = i % PER_ROW * EACH;
+            copy16_wide<T>(shared_address(to + row * PITCH + col), from + row * stride + col, row < rows);
+        }
+    }
+}
+
+// Keys and values, rows of h·head_dim at their strides, by chunk.  C says: T, chunk; with pages Stored too.
+template <class C> struct ArrayChunks {
+    using Stored = typename C::T;
+    const Stored *k, *v;
+    i64 k_stride, v_stride, tokens_kv;
+    // The first of a chunk's rows.
+    __device__ __forceinline__ i64 first(i64 sequence, int chunk) const { return sequence * tokens_kv + (i64)chunk * C::chunk; }
+};
+template <class C> struct PagedChunks {
+    using Stored = typename C::Stored;
+    const Stored *k, *v;
+    i64 k_stride, v_stride;
+    const i32* table;
+    i32 chunks;
+    __device__ __forceinline__ i64 first(i64 sequence, int chunk) const { return (i64)table[sequence * chunks + chunk] * C::chunk; }
+    // MUT pages_chunk: __device__ __forceinline__ i64 first(i64 sequence, int chunk) const { return (i64)table[chunk] * C::chunk; }
+};
+
+// Landmarks, rows of h·width at their stride.
+template <class C> struct ArrayLandmarks {
+    using Stored = typename C::T;
+    const Stored* at;
+    i64 stride;
+    i32 chunks;
+    // The row of a chunk; those of a tile that divides a page, and of which this is the first, lie side by side.
+    __device__ __forceinline__ const Stored* row(i64 sequence, int chunk) const { return at + (sequence * chunks + chunk) * stride; }
+};
+template <class C> struct PagedLandmarks {
+    using Stored = typename C::Stored;
+    const Stored* at;
+    i64 stride;
+    const i32* table;
+    i32 chunks;
+    __device__ __forceinline__ const Stored* row(i64 sequence, int chunk) const {
+        i64 page = table[sequence * (chunks / LANDMARK_PAGE) + chunk / LANDMARK_PAGE];
+        return at + (page * LANDMARK_PAGE + chunk % LANDMARK_PAGE) * stride;
+        // MUT pages_landmark: return at + (page * LANDMARK_PAGE + chunk) * stride;
+    }
+};
+
+}  // namespace rambac

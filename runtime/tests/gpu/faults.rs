@@ -1,0 +1,164 @@
+//! Every call that a program makes of its device fails once, and the device is lost by every one: each time the error says
+//! what was being done, nothing is left allocated, and a device that is still there goes on.
+
+use crate::executables::layer;
+use crate::harness::Case;
+use crate::rig::{NOT_HERE, Rig};
+use rambac_codegen::cuda::{Arch, GpuProgram, Target, emit};
+use rambac_codegen::lower;
+use rambac_driver::testing::{Fault, Faulty, INJECTED};
+use rambac_ir::ops::SourceKind;
+use rambac_ir::testing::Rng;
+use rambac_ir::{Bindings, HostArray};
+use rambac_passes::train_step::{AdamW, accumulate, apply, train_step};
+use rambac_passes::{Options, optimise};
+use rambac_runtime::gpu::{Bytes, Code, GpuError, Machine, Placement, ProgramId};
+use rambac_simulator::device::Simulator;
+use std::sync::Arc;
+
+pub const ALL: &[Case] = &[("faults_of_a_step", step), ("faults_of_two_programs", two_programs)];
+
+type Faults = Machine<Faulty<Simulator>>;
+
+/// Programs that share one machine; a round runs each, in order, at these sizes.
+struct Work {
+    programs: Vec<(Arc<GpuProgram>, Code)>,
+    dims: Vec<Bindings>,
+}
+
+/// Values of a program's sources of a kind.
+fn values(p: &GpuProgram, dims: &Bindings, input: bool) -> Result<Vec<(String, Bytes)>, String> {
+    let mut rng = Rng(9);
+    let wanted = |k: SourceKind| (k == SourceKind::Input) == input;
+    let all = p.program.sources.iter().filter(|s| wanted(s.kind));
+    all.map(|s| {
+        let ty = s.ty.bind(dims).map_err(|e| e.to_string())?;
+        let a = match s.kind {
+            SourceKind::State => HostArray::filled(&ty, 0.0),
+            _ => HostArray::from_f64(&ty, (0..ty.elements()).map(|_| rng.uniform(-1.0, 1.0)).collect()),
+        };
+        Ok((s.name.clone(), Bytes::from_host(&a)))
+    })
+    .collect()
+}
+
+impl Work {
+    /// Loads all, sets values, runs every program at every size, and reads all values back.
+    fn run(&self, m: &mut Faults) -> Result<Vec<(String, Bytes)>, GpuError> {
+        let text = |e: String| -> ! { panic!("BUG: {e}") };
+        let mut ids: Vec<ProgramId> = vec![];
+        for (p, code) in &self.programs {
+            ids.push(m.load(p.clone(), code)?);
+            for (name, v) in values(p, &self.dims[0], false).unwrap_or_else(|e| text(e)) {
+                m.set(&name, &v)?;
+            }
+        }
+        let mut out = vec![];
+        for d in &self.dims {
+            for (id, (p, _)) in ids.iter().zip(&self.programs) {
+                let given = values(p, d, true).unwrap_or_else(|e| text(e));
+                let given: Vec<(&str, &Bytes)> = given.iter().map(|(n, b)| (n.as_str(), b)).collect();
+                // One result stays on the device, too.
+                let first = p.program.outputs.iter().find(|o| !o.update).map(|o| o.name.as_str());
+                let keep: Vec<(&str, &str)> = first.map(|n| (n, "kept")).into_iter().collect();
+                out.extend(m.run_keeping(*id, d, &given, &keep)?);
+            }
+        }
+        let mut names: Vec<String> = m.names().map(String::from).collect();
+        names.sort();
+        for n in names {
+            let value = m.get(&n)?;
+            out.extend(value.map(|v| (n, v)));
+        }
+        Ok(out)
+    }
+
+    /// See the module's comment.
+    fn check(&self) -> Result<String, String> {
+        let mut total = 0;
+        for placement in [Placement::Arena, Placement::Apart] {
+            let machine = |fails| {
+                let device = Faulty::new(Simulator::default(), fails);
+                let seen = device.seen();
+                (Machine::new(device, placement), seen)
+            };
+            let (mut m, seen) = machine(None);
+            let want = self.run(&mut m).map_err(|e| e.to_string())?;
+            drop(m);
+            if seen.live() > 0 {
+                return Err(format!("{} buffers live on without a fault", seen.live()));
+            }
+            let calls = seen.calls();
+            total += calls.len();
+            for (n, call) in calls.iter().enumerate() {
+                for fault in [Fault::Once, Fault::Lost] {
+                    let at = format!("{placement:?}, call {n} ({call}), {fault:?}");
+                    let (mut m, seen) = machine(Some((n, fault)));
+                    let Err(e) = self.run(&mut m) else { return Err(format!("{at}: it went well")) };
+                    self.judge(&e, call, fault).map_err(|why| format!("{at}: {why}: {e}"))?;
+                    match (self.run(&mut m), fault) {
+                        (Ok(got), Fault::Once) if got == want => {}
+                        (Ok(_), Fault::Once) => return Err(format!("{at}: other results afterwards")),
+                        (Err(e), Fault::Once) => return Err(format!("{at}: it does not go on: {e}")),
+                        (Err(e), Fault::Lost) if e.lost() => {}
+                        (other, Fault::Lost) => {
+                            return Err(format!("{at}: then {:?}", other.err().map(|e| e.to_string())));
+                        }
+                    }
+                    drop(m);
+                    if seen.live() > 0 {
+                        return Err(format!("{at}: {} buffers live on", seen.live()));
+                    }
+                }
+            }
+        }
+        Ok(format!(", {total} calls"))
+    }
+
+    /// The error is the one that was asked for, and says what was being done.
+    fn judge(&self, e: &GpuError, call: &str, fault: Fault) -> Result<(), &'static str> {
+        let text = e.to_string();
+        if e.lost() != (fault == Fault::Lost) {
+            return Err("another kind of error");
+        }
+        let told = match (call, fault) {
+            ("alloc", Fault::Once) => text.contains("there is no memory for \""),
+            ("launch", _) => text.contains("step ") && text.contains("kernel ") && text.contains(INJECTED),
+            ("product", _) => text.contains("step ") && text.contains("a product ") && text.contains(INJECTED),
+            ("load", _) => text.contains("kernel ") && text.contains(INJECTED),
+            _ => text.contains(INJECTED),
+        };
+        if told { Ok(()) } else { Err("it does not say what was being done") }
+    }
+}
+
+fn work(rig: &Rig, graphs: &[rambac_ir::Graph], dims: &[Bindings]) -> Result<Work, String> {
+    if rig.cuda.is_some() {
+        return Err(format!("{NOT_HERE} injected faults: they are for the simulator"));
+    }
+    let mut programs = vec![];
+    for g in graphs {
+        let p = emit(lower(&optimise(g, &Options::default())), Target::of(Arch::Sm80)).map_err(|e| e.to_string())?;
+        let code = rig.compile(&p.kernels, &p.target)?;
+        programs.push((Arc::new(p), code));
+    }
+    Ok(Work { programs, dims: dims.to_vec() })
+}
+
+fn sizes() -> [Bindings; 2] {
+    // The second needs a larger arena.
+    [Bindings::new([("N", 3)]), Bindings::new([("N", 40)])]
+}
+
+fn step(rig: &Rig) -> Result<String, String> {
+    let g = train_step(&layer(), &AdamW::default(), |_| true).map_err(|e| e.to_string())?;
+    work(rig, &[g], &sizes())?.check()
+}
+
+/// Gradients are added up by one program and applied by another.
+fn two_programs(rig: &Rig) -> Result<String, String> {
+    let opt = AdamW::default();
+    let all = [accumulate(&layer()), apply(&layer(), &opt, |_| true, &[])];
+    let all = all.into_iter().collect::<Result<Vec<_>, _>>().map_err(|e| e.to_string())?;
+    work(rig, &all, &sizes())?.check()
+}

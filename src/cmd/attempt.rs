@@ -1,0 +1,228 @@
+//! `rambac try` and `rambac compare`: is a variant of attention right, what does it cost, does it learn?
+
+use crate::cli::{Attempt, Compare, TryArgs};
+use crate::error::{self, Result};
+use crate::show::{self, Table};
+use crate::workbench::Subject;
+use crate::workbench::checks::{self, Checks};
+use crate::workbench::cost::{self, Costs};
+use crate::workbench::learn::{self, Budget, Learnt};
+use crate::workbench::page::{self, Entry};
+use indicatif::{ProgressBar, ProgressStyle};
+use miette::{IntoDiagnostic, miette};
+use rambac_ir::Severity;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// What was found of one variant.
+struct Found {
+    subject: Subject,
+    checks: Checks,
+    costs: Costs,
+    learnt: Option<Learnt>,
+}
+
+/// Runs `try`.
+pub fn run(a: &Attempt, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
+    let began = Instant::now();
+    let found = examine(&a.variant, &a.how, &pool)?;
+    let title = format!("{}: {}", found.subject.name, if found.checks.ok() { "right" } else { "not right" });
+    let out = a.how.out.clone().unwrap_or_else(|| PathBuf::from(format!("{}.html", found.subject.name)));
+    write(&out, &title, std::slice::from_ref(&found))?;
+    println!("\n{} in all; the report: {}", show::seconds(began.elapsed().as_secs_f64()), out.display());
+    let ok = found.checks.ok();
+    complain(found);
+    Ok(if ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Runs `compare`.
+pub fn compare(a: &Compare, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
+    if a.variants.len() < 2 {
+        return Err(miette!("give two variants or more to compare, or one to `rambac try`"));
+    }
+    let mut all = vec![];
+    for v in &a.variants {
+        all.push(examine(v, &a.how, &pool)?);
+    }
+    println!("\nSide by side, under one budget");
+    let at = |l: &Learnt, task: &str, i: usize| {
+        let of: Vec<_> = l.scores.iter().filter(|s| s.task == task).collect();
+        of.get(i).map_or("-".into(), |s| format!("{:.0} % @{}", 100.0 * s.accuracy(), s.len))
+    };
+    let mut t = Table::new(
+        1,
+        &[
+            "variant",
+            "lines",
+            "right",
+            "work at 16K",
+            "memory",
+            "tokens/s",
+            "loss",
+            "recall",
+            "longer",
+            "needle",
+            "longer",
+            "passkey",
+        ],
+    );
+    for f in &all {
+        let c = &f.costs.lines[2];
+        let l = f.learnt.as_ref();
+        let learnt = |g: &dyn Fn(&Learnt) -> String| l.map_or("-".into(), g);
+        t.row([
+            f.subject.name.clone(),
+            f.checks.lines.to_string(),
+            if f.checks.ok() { "yes" } else { "no" }.into(),
+            format!("{} of full", show::share(c.own.flops, c.full.flops)),
+            show::bytes(c.own.peak),
+            learnt(&|l| format!("{:.1}k", l.tokens as f64 / l.seconds.max(1e-9) / 1e3)),
+            learnt(&|l| l.curve.last().map_or("-".into(), |p| format!("{:.2}", p.loss))),
+            learnt(&|l| at(l, "recall", 1)),
+            learnt(&|l| at(l, "recall", 3)),
+            learnt(&|l| at(l, "needle", 1)),
+            learnt(&|l| at(l, "needle", 3)),
+            learnt(&|l| at(l, "passkey", 1)),
+        ]);
+    }
+    t.print();
+    let out = a.how.out.clone().unwrap_or_else(|| PathBuf::from("compare.html"));
+    let names: Vec<&str> = all.iter().map(|f| f.subject.name.as_str()).collect();
+    write(&out, &names.join(", "), &all)?;
+    println!("\nthe report: {}", out.display());
+    let ok = all.iter().all(|f| f.checks.ok());
+    all.into_iter().for_each(complain);
+    Ok(if ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Prints what is wrong, at its lines.
+fn complain(f: Found) {
+    let mut findings = f.checks.findings;
+    if findings.is_empty() {
+        return;
+    }
+    findings.sort_by_key(|d| d.severity != Severity::Error);
+    error::report(error::findings(&f.subject.path, &f.subject.text, findings));
+}
+
+fn write(out: &std::path::Path, title: &str, all: &[Found]) -> Result<()> {
+    let entry = |f: &'_ Found| -> (String, String) { (f.subject.name.clone(), f.subject.text.clone()) };
+    let texts: Vec<(String, String)> = all.iter().map(entry).collect();
+    let entries: Vec<Entry> = all
+        .iter()
+        .zip(&texts)
+        .map(|(f, (name, text))| Entry { name, text, checks: &f.checks, costs: &f.costs, learnt: f.learnt.as_ref() })
+        .collect();
+    if let Some(dir) = out.parent().filter(|d| !d.as_os_str().is_empty()) {
+        std::fs::create_dir_all(dir).map_err(|e| miette!("{}: {e}", dir.display()))?;
+    }
+    std::fs::write(out, page::html(title, &entries)).map_err(|e| miette!("{}: {e}", out.display()))
+}
+
+fn examine(name: &str, how: &TryArgs, pool: &Arc<rayon::ThreadPool>) -> Result<Found> {
+    let s = Subject::open(name, &how.set)?;
+    println!("{} ({})", s.name, s.path.display());
+    let mut t = Table::new(2, &["", "type"]);
+    checks::interface(&s).into_iter().for_each(|(what, ty)| t.row([what, ty]));
+    t.print();
+    let consts: Vec<String> = s.fragment.consts.iter().map(|(n, v)| format!("{n} {}", short(*v))).collect();
+    println!("  {}", show::wrapped(&format!("at {}; texts in multiples of {}", consts.join(", "), s.unit), 96, "  "));
+
+    let len = how.len.next_multiple_of(s.unit);
+    let checks = pool.install(|| checks::run(&s, len, pool))?;
+    println!("\nIs it right?  ({} operations)", checks.lines);
+    for a in &checks.answers {
+        let text = format!("{:<15} {}", a.what, a.detail);
+        println!("  {} {}", if a.ok { "✓" } else { "✗" }, show::wrapped(&text, 92, "                    "));
+    }
+
+    let costs = cost::run(&s)?;
+    println!("\nWhat does it cost?  (forward and backward of the attention alone, beside full attention)");
+    let mut t = Table::new(0, &["tokens", "work", "of full", "moved", "memory", "of full"]);
+    for l in &costs.lines {
+        t.row([
+            show::count(l.len as u64),
+            show::si(l.own.flops, "FLOP"),
+            show::share(l.own.flops, l.full.flops),
+            show::si(l.own.bytes, "B"),
+            show::bytes(l.own.peak),
+            show::share(l.own.peak as f64, l.full.peak as f64),
+        ]);
+    }
+    t.print();
+    let fused: Vec<String> = costs.fused.iter().map(|(op, n)| format!("{n} {op}")).collect();
+    println!("  kernels: {}", if fused.is_empty() { "none of attention's own".into() } else { fused.join(", ") });
+    for u in &costs.unfused {
+        println!("  {}", show::wrapped(u, 96, "    "));
+    }
+    // Nothing is to be learnt of what is wrong.
+    let train = !how.no_train && checks.ok();
+    let learnt = if train { Some(train_it(&s, how, len, pool)?) } else { None };
+    if !how.no_train && !checks.ok() {
+        println!("\nnot trained: first put right what is wrong");
+    }
+    Ok(Found { subject: s, checks, costs, learnt })
+}
+
+fn short(v: f64) -> String {
+    if v.fract() == 0.0 { format!("{v}") } else { format!("{v:.3}") }
+}
+
+fn train_it(s: &Subject, how: &TryArgs, len: usize, pool: &Arc<rayon::ThreadPool>) -> Result<Learnt> {
+    let config = s.model(how.transformer)?;
+    let budget = Budget { tokens: how.tokens, time: Duration::from_secs(how.seconds), seed: how.seed, len, lr: how.lr };
+    println!(
+        "\nDoes it learn?  ({} parameters: {}; {} tokens of recall, copying and passkeys)",
+        show::count(config.n_parameters()),
+        if how.transformer {
+            "window attention and feed-forward layers around it"
+        } else {
+            "a Mamba-2 block before it and one after"
+        },
+        show::count(budget.tokens)
+    );
+    let bar = ProgressBar::new(budget.tokens);
+    let style = "  {elapsed_precise} [{bar:20}] {msg}";
+    bar.set_style(ProgressStyle::with_template(style).into_diagnostic()?.progress_chars("=> "));
+    let l = learn::run(s, &config, &budget, pool, |curve, total| {
+        let last = curve[curve.len() - 1];
+        bar.set_length(total);
+        bar.set_position(last.tokens);
+        bar.set_message(format!("loss {:.3}  {}", last.loss, learn::sparkline(curve, 40)));
+    })?;
+    bar.finish_and_clear();
+    println!("  loss {}", learn::sparkline(&l.curve, 80));
+    let ends = (l.curve.first(), l.curve.last());
+    if let (Some(a), Some(b)) = ends {
+        println!(
+            "  {:.2} → {:.2} in {} ({:.1}k tokens/s, {} planned for a step)",
+            a.loss,
+            b.loss,
+            show::seconds(l.seconds),
+            l.tokens as f64 / l.seconds / 1e3,
+            show::bytes(l.peak)
+        );
+    }
+    if let Some(why) = &l.stopped {
+        println!("  {why}: give more --seconds, or fewer --tokens");
+    }
+    let mut t = Table::new(1, &["task", "tokens", "right", "of", "needle's rank", "chosen"]);
+    for x in &l.scores {
+        let (rank, chosen) = match x.needle {
+            Some((r, c)) => (format!("{r:.1}"), format!("{:.0} %", 100.0 * c)),
+            None => ("-".into(), "-".into()),
+        };
+        t.row([
+            x.task.to_string(),
+            show::count(x.len as u64),
+            format!("{:.0} %", 100.0 * x.accuracy()),
+            x.asked.to_string(),
+            rank,
+            chosen,
+        ]);
+    }
+    t.print();
+    Ok(l)
+}

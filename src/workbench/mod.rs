@@ -1,0 +1,135 @@
+//! The workbench for attention that selects: what `try` and `compare` ask of a variant, learn of it and show.
+
+pub mod checks;
+pub mod cost;
+pub mod learn;
+pub mod page;
+
+use crate::error::{Result, findings};
+use miette::miette;
+use rambac_models::variants::{self, Fragment, Sizes};
+use rambac_models::{Attention, Config};
+use std::path::{Path, PathBuf};
+
+/// A variant under examination.
+pub struct Subject {
+    pub name: String,
+    /// Its file; of a built-in one a name that stands for it in messages.
+    pub path: PathBuf,
+    pub text: String,
+    pub fragment: Fragment,
+    /// Texts have a multiple of so many tokens.
+    pub unit: usize,
+}
+
+impl Subject {
+    /// A file, or a built-in variant by its name; `values` replace consts of the text.
+    ///
+    /// # Errors
+    /// Neither; everything wrong with the text.
+    pub fn open(name: &str, values: &[(String, f64)]) -> Result<Self> {
+        let path = Path::new(name);
+        let (path, text) = match (path.exists(), variants::built_in(name)) {
+            (true, _) => (path.to_path_buf(), std::fs::read_to_string(path).map_err(|e| miette!("{name}: {e}"))?),
+            (false, Some(v)) => (format!("{name}.ir (built in)").into(), v.text.to_string()),
+            (false, None) => {
+                let known: Vec<&str> = variants::BUILT_IN.iter().map(|v| v.name).collect();
+                return Err(miette!(
+                    help = format!("built in are: {}; `rambac new NAME` writes a file to start from", known.join(", ")),
+                    "{name}: no such file, and no built-in variant of that name"
+                ));
+            }
+        };
+        let values: Vec<(&str, f64)> = values.iter().map(|(n, v)| (n.as_str(), *v)).collect();
+        let fragment = Fragment::read(&text, &values).map_err(|e| findings(&path, &text, e))?;
+        let dims = fragment.graph.nodes.iter().flat_map(|n| n.tys.iter().flat_map(|t| &t.shape));
+        let unit = dims.map(|d| d.divisor() as usize).fold(1, lcm);
+        Ok(Self { name: fragment.graph.name.clone(), path, text, fragment, unit })
+    }
+
+    /// A const as a size, or what stands for it.
+    fn size(&self, name: &str, default: usize) -> usize {
+        self.fragment.constant(name).map_or(default, |v| v as usize)
+    }
+
+    /// The sizes of its text.
+    pub fn sizes(&self) -> Sizes {
+        let (heads, dim) = (self.size("heads", 4), self.size("dim", 16));
+        Sizes {
+            heads,
+            kv_heads: self.size("kv_heads", heads),
+            dim,
+            width: self.size("width", heads * dim),
+            chunk: self.size("chunk", 16),
+            k: self.size("k", 4),
+        }
+    }
+
+    /// Tokens of the texts that checks run on.
+    pub fn check_len(&self) -> usize {
+        self.unit * 32usize.div_ceil(self.unit).max(4)
+    }
+
+    /// A small model around it: one block, the variant, one block.
+    ///
+    /// # Errors
+    /// Sizes of the text that no model has.
+    pub fn model(&self, transformer: bool) -> Result<Config> {
+        let s = self.sizes();
+        let config = Config {
+            hidden_size: s.width,
+            num_attention_heads: s.heads,
+            num_key_value_heads: s.heads,
+            num_kv_heads: s.kv_heads,
+            retrieval_dim: s.kv_heads * 16,
+            chunk_size: s.chunk,
+            chunk_topk: s.k,
+            num_lower_layers: 1,
+            num_upper_layers: 1,
+            encoder_layers: 0,
+            window_size: 32,
+            transformer,
+            attention: Some(Attention { name: self.name.clone(), text: self.baked().into() }),
+            ..Config::default()
+        };
+        if s.width != s.heads * s.dim {
+            return Err(miette!(
+                help = "make width = heads*dim in its const line, or pass --no-train",
+                "{}: heads * dim = {} must equal width = {} for a model around it",
+                self.path.display(),
+                s.heads * s.dim,
+                s.width
+            ));
+        }
+        config.validate(&self.path.display().to_string()).map_err(crate::error::wrap)?;
+        Ok(config)
+    }
+
+    /// The text with the values that were given on the command line.
+    fn baked(&self) -> String {
+        let Ok((_, own)) = rambac_ir::text::parse_with(&self.text, &[]) else { return self.text.clone() };
+        let differs = own.iter().zip(&self.fragment.consts).any(|(a, b)| a != b);
+        if !differs {
+            return self.text.clone();
+        }
+        // All consts in one line, in the place of the first.
+        let all: Vec<String> = self.fragment.consts.iter().map(|(n, v)| format!("{n} = {v}")).collect();
+        let mut first = true;
+        let line = |l: &str| {
+            if !l.trim_start().starts_with("const ") {
+                return l.to_string();
+            }
+            let was = std::mem::replace(&mut first, false);
+            if was { format!("  const {}", all.join(", ")) } else { String::new() }
+        };
+        self.text.lines().map(line).collect::<Vec<_>>().join("\n") + "\n"
+    }
+}
+
+fn lcm(a: usize, b: usize) -> usize {
+    let (mut x, mut y) = (a, b);
+    while y > 0 {
+        (x, y) = (y, x % y);
+    }
+    a / x.max(1) * b
+}

@@ -1,0 +1,211 @@
+//! Inference on a device: the same programs, states and chunks as on this machine's cores, on the simulator, without findings.
+
+use crate::harness::Case;
+use crate::rig::Rig;
+use crate::support::{pool, session_graphs};
+use rambac_codegen::cuda::{Target, emit};
+use rambac_codegen::{Kernels, lower_for};
+use rambac_models::{Config, InitRule, ModelType, init_tensor, preset};
+use rambac_passes::optimise;
+use rambac_runtime::chunk_store::Precision;
+use rambac_runtime::gpu::{Device, Machine, Placement, archs};
+use rambac_runtime::session::{DeviceMemory, Segment};
+use rambac_runtime::{Session, SessionError, SessionOptions, Store, Tensor, Tier};
+use rambac_simulator::Options as Schedule;
+use std::sync::Arc;
+
+pub const ALL: &[Case] = &[
+    ("tiny_session_decodes_as_the_cpu", ramba),
+    ("mamba2_session_decodes_as_the_cpu", mamba2),
+    ("session_with_few_slots_gathers_what_is_chosen", few_slots),
+    ("sessions_of_unlike_lengths_decode_together", together),
+    ("session_in_a_file_goes_on", file),
+];
+
+fn params(c: &Config) -> Store {
+    let mut store = Store::default();
+    for s in c.parameters_with(InitRule::FanIn) {
+        store.insert(s.name.clone(), Tensor::f32(&s.shape, init_tensor(&s, 7)));
+    }
+    store
+}
+
+fn tiny() -> Result<Config, String> {
+    preset("tiny").map_err(|e| e.to_string())
+}
+
+fn options(sequences: usize, precision: Precision) -> SessionOptions {
+    SessionOptions { sequences, precision, ..SessionOptions::default() }
+}
+
+fn on_device(rig: &Rig, c: &Config, o: &SessionOptions, limit: Option<usize>) -> Result<Session, SessionError> {
+    let schedule = Schedule { seed: 5, lazy: true, ..Schedule::default() };
+    let device: Box<dyn Device> = rig.device(schedule).expect("the device was there when the tests began");
+    let mut machine = Machine::new(device, Placement::Apart);
+    let arch = *archs(machine.device().capability()).first().expect("the device runs code of some architecture");
+    let programs = session_graphs(c).map(|g| lower_for(&optimise(g, &o.passes), Kernels::Gpu));
+    let parts = Session::device_programs(&programs, o.precision).map(|p| {
+        let gpu = Arc::new(emit(p.clone(), Target::of(arch)).expect("a model's parts run on GPUs"));
+        let code = rig.compile(&gpu.kernels, &gpu.target).expect("its kernels compile");
+        machine.load(gpu, &code).expect("the simulator takes them")
+    });
+    Session::on_device(machine, parts, params(c), pool(), o, DeviceMemory { limit, segment: 64 })
+}
+
+fn ids(n: usize, seed: usize) -> Vec<i32> {
+    (0..n).map(|i| ((i * i * 31 + i * 7 + seed * 101) % 251) as i32).collect()
+}
+
+fn text<T>(r: Result<T, SessionError>) -> Result<T, String> {
+    r.map_err(|e| e.to_string())
+}
+
+/// `‖a-b‖/‖b‖`
+fn relative(a: &[f32], b: &[f32]) -> Result<f64, String> {
+    if a.len() != b.len() {
+        return Err(format!("{} numbers, {} wanted", a.len(), b.len()));
+    }
+    let square = |x: f64| x * x;
+    let d: f64 = a.iter().zip(b).map(|(a, b)| square(f64::from(*a) - f64::from(*b))).sum();
+    Ok((d / b.iter().map(|b| square(f64::from(*b))).sum::<f64>()).sqrt())
+}
+
+fn near(what: &str, a: &[f32], b: &[f32]) -> Result<f64, String> {
+    let e = relative(a, b)?;
+    // A key that lies between two bf16s goes either way by the last bit of its f32.
+    if e <= 2e-4 { Ok(e) } else { Err(format!("{what}: {e:.1e} of the CPU's")) }
+}
+
+/// Feeds segments, then tokens one by one, to both; the largest difference of logits.
+fn compare(mut a: Session, mut b: Session, segments: &[usize], tokens: usize) -> Result<(f64, Session), String> {
+    let all = ids(segments.iter().sum::<usize>() + tokens, 1);
+    let (mut at, mut worst) = (0, 0f64);
+    for (i, &n) in segments.iter().chain(std::iter::repeat_n(&1, tokens)).enumerate() {
+        let part = &all[at..at + n];
+        at += n;
+        if i == 1 && segments.len() > 2 {
+            // Skimmed rows become memory too.
+            text(a.skim(0, part))?;
+            text(b.skim(0, part))?;
+            continue;
+        }
+        let (x, y) = (text(a.feed(0, part))?, text(b.feed(0, part))?);
+        worst = worst.max(near(&format!("hidden rows up to token {at}"), &x.hidden, &y.hidden)?);
+        let (x, y) = (last(&x, n), last(&y, n));
+        worst = worst.max(near(&format!("logits of token {at}"), &text(a.logits(x))?, &text(b.logits(y))?)?);
+    }
+    Ok((worst, a))
+}
+
+fn last(s: &Segment, rows: usize) -> &[f32] {
+    &s.hidden[s.hidden.len() / rows * (rows - 1)..]
+}
+
+fn pair(rig: &Rig, c: &Config, o: &SessionOptions, limit: Option<usize>) -> Result<(Session, Session), String> {
+    let cpu = text(Session::new(&session_graphs(c), params(c), pool(), o))?;
+    Ok((text(on_device(rig, c, o, limit))?, cpu))
+}
+
+fn ramba(rig: &Rig) -> Result<String, String> {
+    let c = tiny()?;
+    let mut said = String::new();
+    for precision in [Precision::F32, Precision::Bf16] {
+        let (a, b) = pair(rig, &c, &options(1, precision), None)?;
+        // Chunks become whole within segments, at their end and while tokens come one by one.
+        let segments = if precision == Precision::F32 { &[40, 24][..] } else { &[25, 16, 30] };
+        let (worst, a) = compare(a, b, segments, 32)?;
+        if precision == Precision::F32 && worst > 1e-5 {
+            return Err(format!("with chunks in f32: {worst:.1e} of the CPU's"));
+        }
+        let r = a.residency().ok_or("a session on a device has chunks there")?;
+        if r.evicted != 0 || r.resident != a.chunks(0).map_or(0, |c| c.chunks()) {
+            return Err(format!("{r:?}: every chunk has room"));
+        }
+        said += &format!(" {worst:.1e}");
+    }
+    Ok(format!(": 32 tokens, logits within{said} of the CPU's"))
+}
+
+fn mamba2(rig: &Rig) -> Result<String, String> {
+    let c = Config { model_type: ModelType::Mamba2, num_upper_groups: 0, ..tiny()? };
+    let (a, b) = pair(rig, &c, &options(1, Precision::F32), None)?;
+    let (worst, _) = compare(a, b, &[19], 32)?;
+    Ok(format!(": 32 tokens, logits within {worst:.1e} of the CPU's"))
+}
+
+fn few_slots(rig: &Rig) -> Result<String, String> {
+    let c = Config { chunk_size: 16, chunk_topk: 3, ..tiny()? };
+    let o = options(1, Precision::Bf16);
+    let need = match on_device(rig, &c, &o, Some(1)) {
+        Err(SessionError::DeviceMemory { have: 1, need }) => need,
+        Err(e) => return Err(format!("a limit of one byte: {e}")),
+        Ok(_) => return Err("a limit of one byte was taken".into()),
+    };
+    let (a, b) = pair(rig, &c, &o, Some(need))?;
+    let (worst, mut a) = compare(a, b, &[64, 64, 64, 32], 20)?;
+    let (r, chunks) = (a.residency().ok_or("chunks are on the device")?, a.chunks(0).map_or(0, |c| c.chunks()));
+    if r.slots >= chunks || r.resident > r.slots || r.evicted == 0 || r.gathered <= r.evicted {
+        return Err(format!("{r:?} of {chunks} chunks"));
+    }
+    // From the beginning again, as the first time.
+    let before = a.residency();
+    text(a.reset())?;
+    let b = text(Session::new(&session_graphs(&c), params(&c), pool(), &o))?;
+    let (_, a) = compare(a, b, &[50, 50], 3)?;
+    if a.residency() == before {
+        return Err("a session that is reset gathers anew".into());
+    }
+    Ok(format!(
+        ": {} slots for {chunks} chunks, {} gathered, {} evicted, within {worst:.1e}",
+        r.slots, r.gathered, r.evicted
+    ))
+}
+
+fn together(rig: &Rig) -> Result<String, String> {
+    let c = tiny()?;
+    let lengths = [37, 5, 70];
+    let o = options(lengths.len(), Precision::F32);
+    let mut worst = 0f64;
+    // With a slot for every chunk, and with as few as a step may need.
+    let need = match on_device(rig, &c, &o, Some(1)) {
+        Err(SessionError::DeviceMemory { need, .. }) => need,
+        other => return Err(format!("a limit of one byte: {:?}", other.err())),
+    };
+    for limit in [None, Some(need)] {
+        let (mut a, mut b) = pair(rig, &c, &o, limit)?;
+        for (seq, &n) in lengths.iter().enumerate() {
+            let prompt = ids(n, seq);
+            let (x, y) = (text(a.feed(seq, &prompt))?, text(b.feed(seq, &prompt))?);
+            worst = worst.max(near(&format!("prompt {seq}"), &x.hidden, &y.hidden)?);
+        }
+        for i in 0..14 {
+            let next = ids(lengths.len(), 40 + i);
+            let (x, y) = (text(a.step(&next))?, text(b.step(&next))?);
+            worst = worst.max(near(&format!("step {i}"), &x.hidden, &y.hidden)?);
+        }
+    }
+    Ok(format!(": within {worst:.1e}"))
+}
+
+fn file(rig: &Rig) -> Result<String, String> {
+    let c = tiny()?;
+    let dir = tempfile::tempdir().map_err(|e| e.to_string())?;
+    let path = dir.path().join("store");
+    let all = ids(90, 2);
+    let mut whole = text(Session::new(&session_graphs(&c), params(&c), pool(), &options(1, Precision::Bf16)))?;
+    text(whole.feed(0, &all[..60]))?;
+    let want = text(whole.feed(0, &all[60..]))?.hidden;
+    let mut first = text(on_device(
+        rig,
+        &c,
+        &SessionOptions { tier: Tier::File(path.clone()), ..options(1, Precision::Bf16) },
+        None,
+    ))?;
+    text(first.feed(0, &all[..60]))?;
+    text(first.save())?;
+    drop(first);
+    let o = SessionOptions { tier: Tier::Resume(path), ..options(1, Precision::Bf16) };
+    let mut again = text(on_device(rig, &c, &o, None))?;
+    let worst = near("what follows", &text(again.feed(0, &all[60..]))?.hidden, &want)?;
+    Ok(format!(": within {worst:.1e}"))
+}
