@@ -46,7 +46,6 @@ template <class C> struct NormRow {
 #pragma unroll
             for (int w = 0; w < WARPS; w++) a += scratch[w], b += scratch[WARPS + w];
             __syncthreads();
-            // MUT norm_scratch: ;
         }
     }
     template <class T> static __device__ __forceinline__ void load(Values& v, int piece, const T* row) { load_f32(v[piece], row + column(piece)); }
