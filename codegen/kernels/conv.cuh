@@ -94,12 +94,22 @@ __device__ __forceinline__ void causal_conv(const T* x, i64 x_stride, const E* w
         for (int j = 0; j < H; j++) store_f32(s + (n * H + j) * C::channels + c, last[j]);
     }
     T* out = y + n * l * y_stride + c;
-    for (int t = t0; t < t1; t += BATCH) {
-        float in[BATCH][V] = {};
+    // A batch is on its way while the one before it is worked on.
+    Vec<T, V> next[BATCH];
+    auto fetch = [&](int t) {
 #pragma unroll
         for (int i = 0; i < BATCH; i++)
-            if (t + i < t1) load_f32(in[i], own.x + (t + i) * x_stride);
-        // MUT conv_bound: load_f32(in[i], own.x + (t + i) * x_stride);
+            next[i] = t + i < t1 ? load<T, V>(own.x + (t + i) * x_stride) : Vec<T, V>{};
+        // MUT conv_bound: next[i] = load<T, V>(own.x + (t + i) * x_stride);
+    };
+    fetch(t0);
+    for (int t = t0; t < t1; t += BATCH) {
+        float in[BATCH][V];
+#pragma unroll
+        for (int i = 0; i < BATCH; i++)
+#pragma unroll
+            for (int v = 0; v < V; v++) in[i][v] = to_f32(next[i][v]);
+        fetch(t + BATCH);
 #pragma unroll
         for (int i = 0; i < BATCH; i++) {
             push(window, in[i]);
@@ -143,15 +153,26 @@ __device__ __forceinline__ void causal_conv_grad(const T* x, i64 x_stride, const
         float window[K][V] = {}, g[K][V] = {};
 #pragma unroll
         for (int j = 0; j < H; j++) own.load_input(window[j + 1], t0 - H + j);
+        // A batch is on its way while the one before it is worked on.
+        Vec<T, V> next_x[BATCH], next_dy[BATCH];
+        auto fetch = [&](int u) {
+#pragma unroll
+            for (int i = 0; i < BATCH; i++) {
+                const bool here = u + i < min_of(t1 + H, l);
+                // MUT conv_ahead: const bool here = u + i < t1 + H;
+                next_x[i] = here ? load<T, V>(own.x + (u + i) * x_stride) : Vec<T, V>{};
+                next_dy[i] = here ? load<T, V>(dy_at + (u + i) * dy_stride) : Vec<T, V>{};
+            }
+        };
+        fetch(t0);
         // Time u gives g_u and with it completes dx_{u-(k-1)}.
         for (int u0 = t0; u0 < t1 + H; u0 += BATCH) {
-            float in[BATCH][V] = {}, grad[BATCH][V] = {};
+            float in[BATCH][V], grad[BATCH][V];
 #pragma unroll
             for (int i = 0; i < BATCH; i++)
-                if (u0 + i < min_of(t1 + H, l)) {
-                    load_f32(in[i], own.x + (u0 + i) * x_stride);
-                    load_f32(grad[i], dy_at + (u0 + i) * dy_stride);
-                }
+#pragma unroll
+                for (int v = 0; v < V; v++) in[i][v] = to_f32(next_x[i][v]), grad[i][v] = to_f32(next_dy[i][v]);
+            fetch(u0 + BATCH);
 #pragma unroll
             for (int i = 0; i < BATCH; i++) {
                 const int u = u0 + i, t = u - H;

@@ -1,7 +1,8 @@
 // Cross-entropy of logits against labels, a block per row: ln Σ exp(z) − z[label], and its gradient.
 //
 // One pass over the row finds maximum and sum at once: a thread keeps (m, s) with s = Σ exp(z − m); pairs are combined as
-// (max, s1·exp(m1 − max) + s2·exp(m2 − max)).  The gradient reads the row twice, the second time from the L2 cache.
+// (max, s1·exp(m1 − max) + s2·exp(m2 − max)).  The gradient reads the row twice, the second time from the L2 cache, and can
+// give the loss too.  `vec` neighbouring logits are read at once, two such vectors a thread and turn.
 #pragma once
 #include "warp.cuh"
 
@@ -11,10 +12,14 @@ struct LogSum {
     float top, sum;
     // What a part with this maximum counts beside `t`: nothing at −∞, where −∞ − −∞ would be NaN.
     static __device__ __forceinline__ float scale(float top, float t) { return top == -infinity() ? 0.f : expf(top - t); }
-    __device__ __forceinline__ void add(float z) {
-        float t = fmaxf(top, z);
-        sum = sum * scale(top, t) + scale(z, t);
-        top = t;
+    template <class T, int N> __device__ __forceinline__ void add(const Vec<T, N>& z) {
+        float t = top;
+#pragma unroll
+        for (int i = 0; i < N; i++) t = fmaxf(t, to_f32(z[i]));
+        float s = sum * scale(top, t);
+#pragma unroll
+        for (int i = 0; i < N; i++) s += scale(to_f32(z[i]), t);
+        top = t, sum = s;
     }
     __device__ __forceinline__ void join(LogSum o) {
         float t = fmaxf(top, o.top);
@@ -24,9 +29,18 @@ struct LogSum {
 };
 
 // ln Σ exp of a row, for all threads.
-template <int THREADS, class T> __device__ __forceinline__ float log_sum_exp(const T* z, int cols, LogSum* scratch) {
-    LogSum a{-infinity(), 0.f};
-    for (int j = threadIdx.x; j < cols; j += THREADS) a.add(to_f32(z[j]));
+template <int THREADS, int VEC, class T> __device__ __forceinline__ float log_sum_exp(const T* z, int cols, LogSum* scratch) {
+    constexpr int STEP = THREADS * VEC;
+    LogSum a{-infinity(), 0.f}, b = a;
+    int j = threadIdx.x * VEC;
+    for (; j + STEP < cols; j += 2 * STEP) {
+        auto x = load<T, VEC>(z + j), y = load<T, VEC>(z + j + STEP);
+        a.add(x), b.add(y);
+        // MUT loss_halves: a.add(x), b.add(x);
+    }
+    if (j < cols) a.add(load<T, VEC>(z + j));
+    // MUT loss_rest: ;
+    a.join(b);
 #pragma unroll
     for (int d = 16; d > 0; d /= 2)
         a.join({__shfl_xor_sync(ALL_LANES, a.top, d), __shfl_xor_sync(ALL_LANES, a.sum, d)});
@@ -38,7 +52,7 @@ template <int THREADS, class T> __device__ __forceinline__ float log_sum_exp(con
     return a.top + logf(a.sum);
 }
 
-// C: threads, ignore.
+// C: threads, vec (a part of every row, and of where they begin), ignore.
 template <class C, class Z, class Y>
 __device__ __forceinline__ void cross_entropy(const Z* z, i64 stride, const i32* labels, Y* y, i32 cols) {
     __shared__ LogSum scratch[C::threads / 32];
@@ -48,29 +62,50 @@ __device__ __forceinline__ void cross_entropy(const Z* z, i64 stride, const i32*
     float loss = 0.f;
     if (label != C::ignore) {
         float at = label >= 0 && label < cols ? to_f32(zr[label]) : 0.f;
-        loss = log_sum_exp<C::threads>(zr, cols, scratch) - at;
+        loss = log_sum_exp<C::threads, C::vec>(zr, cols, scratch) - at;
     }
     if (threadIdx.x == 0) y[row] = from_f32<Y>(loss);
 }
 
-template <class C, class Z, class Y, class DZ>
-__device__ __forceinline__ void cross_entropy_grad(const Z* z, i64 stride, const i32* labels, const Y* dloss, DZ* dz, i64 dz_stride, i32 cols) {
+// LOSSES: `y` gets them.
+template <class C, bool LOSSES, class Z, class Y, class L, class DZ>
+__device__ __forceinline__ void cross_entropy_row(L* y, const Z* z, i64 stride, const i32* labels, const Y* dloss, DZ* dz, i64 dz_stride, i32 cols) {
+    constexpr int VEC = C::vec;
     __shared__ LogSum scratch[C::threads / 32];
     i64 row = blockIdx.x;
     i32 label = labels[row];
     const Z* zr = z + row * stride;
     DZ* dr = dz + row * dz_stride;
-    float g = 0.f, lse = 0.f;
+    float g = 0.f, lse = 0.f, loss = 0.f;
     if (label != C::ignore) {
         g = to_f32(dloss[row]);
-        lse = log_sum_exp<C::threads>(zr, cols, scratch);
+        float at = LOSSES && label >= 0 && label < cols ? to_f32(zr[label]) : 0.f;
+        lse = log_sum_exp<C::threads, VEC>(zr, cols, scratch);
+        loss = lse - at;
         // The gradient may overwrite the logits: all have been read.
         __syncthreads();
+        // MUT loss_overwritten: ;
     }
-    for (int j = threadIdx.x; j < cols; j += C::threads) {
-        float p = label != C::ignore ? expf(to_f32(zr[j]) - lse) : 0.f;
-        dr[j] = from_f32<DZ>(g * (p - (j == label ? 1.f : 0.f)));
+    if (LOSSES && threadIdx.x == 0) y[row] = from_f32<L>(loss);
+#pragma unroll 2
+    for (int j = threadIdx.x * VEC; j < cols; j += C::threads * VEC) {
+        auto x = load<Z, VEC>(zr + j);
+        float d[VEC];
+#pragma unroll
+        for (int i = 0; i < VEC; i++) {
+            float p = label != C::ignore ? expf(to_f32(x[i]) - lse) : 0.f;
+            d[i] = g * (p - (j + i == label ? 1.f : 0.f));
+        }
+        store_f32(dr + j, d);
     }
+}
+template <class C, class Z, class Y, class DZ>
+__device__ __forceinline__ void cross_entropy_grad(const Z* z, i64 stride, const i32* labels, const Y* dloss, DZ* dz, i64 dz_stride, i32 cols) {
+    cross_entropy_row<C, false>((float*)nullptr, z, stride, labels, dloss, dz, dz_stride, cols);
+}
+template <class C, class Z, class Y, class L, class DZ>
+__device__ __forceinline__ void cross_entropy_both(const Z* z, i64 stride, const i32* labels, const Y* dloss, L* y, DZ* dz, i64 dz_stride, i32 cols) {
+    cross_entropy_row<C, true>(y, z, stride, labels, dloss, dz, dz_stride, cols);
 }
 
 }  // namespace rambac

@@ -35,6 +35,19 @@ template <class C> struct NormRow {
         if constexpr (LANES <= 32) return warp_sum<LANES>(x);
         else return block_sum<LANES>(x, scratch);
     }
+    // Two at once: half as many barriers.
+    static __device__ __forceinline__ void sums(float& a, float& b, float* scratch) {
+        a = warp_sum<min_of(LANES, 32)>(a), b = warp_sum<min_of(LANES, 32)>(b);
+        if constexpr (LANES > 32) {
+            constexpr int WARPS = LANES / 32;
+            if (lane_id() == 0) scratch[warp_id()] = a, scratch[WARPS + warp_id()] = b;
+            __syncthreads();
+            a = b = 0.f;
+#pragma unroll
+            for (int w = 0; w < WARPS; w++) a += scratch[w], b += scratch[WARPS + w];
+            __syncthreads();
+        }
+    }
     template <class T> static __device__ __forceinline__ void load(Values& v, int piece, const T* row) { load_f32(v[piece], row + column(piece)); }
 };
 
@@ -98,7 +111,7 @@ template <class C, class X, class W, class DY, class DX, class Gate, class Base>
 __device__ __forceinline__ void norm_rows_grad(const X* x, i64 x_stride, const W* w, const DY* dy, i64 dy_stride, DX* dx, i64 dx_stride, float* slots, i64 rows,
                                                const Gate& gate, const Base& base) {
     using R = NormRow<C>;
-    __shared__ float scratch[max_of(C::threads / 32, 1)];
+    __shared__ float scratch[2 * max_of(C::threads / 32, 1)];
     __shared__ float sums[R::GROUPS > 1 ? R::PIECES * C::vec * C::lanes : 1];
     const int lane = threadIdx.x % C::lanes, group = threadIdx.x / C::lanes;
 
@@ -133,9 +146,10 @@ __device__ __forceinline__ void norm_rows_grad(const X* x, i64 x_stride, const W
                 dot = fmaf(v[p][i] * weight[p][i], g[p][i], dot);
             }
         }
-        const float r = rsqrtf(R::sum(squares, scratch) * (1.f / C::width) + C::eps);
-        const float m = R::sum(dot, scratch) * (1.f / C::width) * r * r;
-        // MUT norm_mean: const float m = R::sum(dot, scratch) * (1.f / C::width) * r;
+        R::sums(squares, dot, scratch);
+        const float r = rsqrtf(squares * (1.f / C::width) + C::eps);
+        const float m = dot * (1.f / C::width) * r * r;
+        // MUT norm_mean: const float m = dot * (1.f / C::width) * r;
 #pragma unroll
         for (int p = 0; p < R::PIECES; p++) {
             float d[C::vec], dz[C::vec], more[C::vec] = {};

@@ -280,6 +280,7 @@ families! {
         Case { what: "embedding", inputs: &[("i", "i32[N]"), ("w", "[50304, 1024]")], sizes: ROWS, op: "%y = embedding %i, %w" },
         Case { what: "its gradient", inputs: &[("i", "i32[N]"), ("dy", "[N, 1024]")], sizes: ROWS,
                op: "%y = embedding_grad %i, %dy {vocab = 50304}" },
+        Case { what: "means of chunks", inputs: &[("x", "[N, 4096, 1, 64]")], sizes: ROWS, op: "%y = summarise %x {chunk = 64}" },
         Case { what: "a sum of rows", inputs: &[("x", "[N, 1024]")], sizes: ROWS, op: "%y = reduce %x {f = sum, axes = [0]}" },
         Case { what: "a largest element", inputs: &[("x", "[N, 1024]")], sizes: ROWS, op: "%y = reduce %x {f = max, axes = [1]}" },
         Case { what: "transposed", inputs: &[("x", "[N, 1024]")], sizes: ROWS, op: "%y = transpose %x {perm = [1, 0]}" },

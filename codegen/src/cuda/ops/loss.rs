@@ -2,7 +2,7 @@
 //! less where rows are many.  Logits are f32; their gradient overwrites them, or stands beside them in bf16.
 
 use super::reduce::rows_of;
-use super::rows::{CrossEntropyStub, cross_entropy};
+use super::rows::{CrossEntropyStub, cross_entropy, row_vector};
 use super::{Cuda, Site, Unsupported};
 use crate::cuda::expr::Expr;
 use crate::cuda::form::{Call, Condition, Form, Gemm, GemmOperand, Operand};
@@ -79,16 +79,19 @@ impl<'a> Parts<'a> {
     fn losses(&self, i: usize, to: Operand) -> Result<Call, Unsupported> {
         let (first, rows) = self.range(i);
         let y = self.site.dtype(to);
-        let stub = self.stub(first.clone(), false)?.tag(y).write_from("y", y, to, first);
+        let stub = self.stub(first.clone(), "cross_entropy")?.tag(y).write_from("y", y, to, first);
         Ok(stub.i32("cols", self.vocab.clone()).launch((rows, 1, 1)).into())
     }
 
-    fn stub(&self, first: Expr, grad: bool) -> Result<Stub, Unsupported> {
+    fn stub(&self, first: Expr, template: &'static str) -> Result<Stub, Unsupported> {
+        let cols = &self.site.inputs[1].ty.shape[0];
         let s = CrossEntropyStub {
-            template: if grad { "cross_entropy_grad" } else { "cross_entropy" },
+            template,
             dtype: DType::F32,
-            cols: &self.site.inputs[1].ty.shape[0],
+            cols,
             ignore: self.ignore,
+            // Of workspace, so that only rows' length matters.
+            vec: row_vector(cols, 4),
         };
         Ok(cross_entropy(&s)?.read("z", DType::F32, LOGITS).i64("stride", self.vocab.clone()).read_from(
             "labels",
@@ -144,12 +147,13 @@ impl Cuda for LinearCrossEntropyGrad {
             for i in 0..parts {
                 let (first, rows) = p.range(i);
                 calls.push(p.logits(i));
-                calls.push(p.losses(i, loss)?);
                 let dz = p
-                    .stub(first.clone(), true)?
+                    .stub(first.clone(), "cross_entropy_both")?
                     .tag(site.dtype(DLOSS))
+                    .tag(site.dtype(loss))
                     .tag(p.dtype)
                     .read_from("dloss", site.dtype(DLOSS), DLOSS, first.clone())
+                    .write_from("y", site.dtype(loss), loss, first.clone())
                     .write("dz", p.dtype, grad)
                     .i64("dz_stride", p.vocab.clone())
                     .i32("cols", p.vocab.clone())

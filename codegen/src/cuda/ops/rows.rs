@@ -10,7 +10,7 @@ use rambac_ir::{DType, Dim};
 
 /// A block per row: long rows are read by more threads.
 fn row_threads(cols: &Dim) -> usize {
-    cols.as_int().map_or(256, |c| c.div_ceil(8).next_power_of_two().clamp(32, 1024))
+    cols.as_int().map_or(256, |c| c.div_ceil(8).next_power_of_two().clamp(32, 256))
 }
 
 /// What the two kernels of `cross_entropy.cuh` have in common.
@@ -19,6 +19,8 @@ pub(super) struct CrossEntropyStub<'a> {
     pub dtype: DType,
     pub cols: &'a Dim,
     pub ignore: i64,
+    /// Logits that can be moved at once.
+    pub vec: usize,
 }
 
 /// A stub without its parameters.
@@ -30,9 +32,18 @@ pub(super) fn cross_entropy(s: &CrossEntropyStub) -> Result<Stub, Unsupported> {
     Ok(Stub::new("cross_entropy", s.template, threads)
         .tag(s.dtype)
         .int("threads", threads)
+        .int("vec", s.vec)
+        .tag(format!("v{}", s.vec))
         .line(format!("static constexpr i32 ignore = {ignore};"))
         .tag(threads)
         .tag(format!("i{}", ignore as u32)))
+}
+
+/// Elements of a row that can be moved at once, at most `most`.
+pub(super) fn row_vector(cols: &Dim, most: usize) -> usize {
+    std::iter::successors(Some(most), |v| (*v > 1).then_some(v / 2))
+        .find(|&v| cols.is_multiple_of(v as u64))
+        .unwrap_or(1)
 }
 
 fn labelled(site: &Site, template: &'static str, ignore: i64) -> Result<(Stub, Dim, Expr), Unsupported> {
@@ -40,7 +51,10 @@ fn labelled(site: &Site, template: &'static str, ignore: i64) -> Result<(Stub, D
     site.contiguous(labels)?;
     let shape = &site.inputs[0].ty.shape;
     let cols = shape[shape.len() - 1].clone();
-    let stub = cross_entropy(&CrossEntropyStub { template, dtype: site.dtype(z), cols: &cols, ignore })?
+    let rows: Vec<Operand> = if template == "cross_entropy" { vec![z] } else { vec![z, Operand::Output(0)] };
+    let widest = rows.iter().map(|&at| site.dtype(at).size()).max().unwrap_or(4);
+    let vec = row_vector(&cols, site.vector(&rows, 16 / widest));
+    let stub = cross_entropy(&CrossEntropyStub { template, dtype: site.dtype(z), cols: &cols, ignore, vec })?
         .read("z", site.dtype(z), z)
         .i64("stride", site.row_stride(z, shape.len() - 1)?)
         .read("labels", DType::I32, labels);
@@ -113,6 +127,7 @@ impl Cuda for EmbeddingGrad {
             .element("T", site.dtype(y))
             .int("threads", threads)
             .int("rows", ROWS)
+            .int("batch", 16)
             .tag(threads)
             .read("ids", DType::I32, ids)
             .read("dy", site.dtype(dy), dy)
