@@ -148,6 +148,8 @@ pub struct Demo {
     /// Stop training after this many minutes
     #[arg(long, default_value_t = 6)]
     pub minutes: u64,
+    #[command(flatten)]
+    pub place: TrainPlace,
 }
 
 /// Data that needs no file.
@@ -221,11 +223,23 @@ pub struct Train {
     pub resume: Option<PathBuf>,
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
-    #[arg(long, value_enum, default_value_t = TrainDevice::Cpu)]
-    pub device: TrainDevice,
+    #[command(flatten)]
+    pub place: TrainPlace,
     /// One JSON object per step on standard output instead of a progress bar
     #[arg(long)]
     pub json: bool,
+}
+
+/// Where training runs, and in what.
+#[derive(Args, Clone, Copy, Debug, Default)]
+pub struct TrainPlace {
+    /// cpu; simulator: GPU kernels on this machine's cores, watched, for the smallest sizes; cuda:0, cuda:1, …: a GPU.  A run
+    /// may go on on another device
+    #[arg(long, value_name = "DEVICE", default_value_t)]
+    pub device: On,
+    /// What activations are kept in; bf16 is for GPUs [default: f32, or what a resumed run had]
+    #[arg(long, value_enum)]
+    pub precision: Option<PrecisionArg>,
 }
 
 /// How much memory a training step may take.
@@ -249,12 +263,6 @@ impl MemoryArgs {
             (None, false) => Memory::Keep,
         }
     }
-}
-
-/// Where training runs.
-#[derive(Clone, Copy, ValueEnum, PartialEq, Eq, Debug)]
-pub enum TrainDevice {
-    Cpu,
 }
 
 #[derive(Clone, Copy, ValueEnum, PartialEq, Eq, Debug)]
@@ -407,7 +415,10 @@ pub struct Bench {
     pub weights: Weights,
     #[command(flatten)]
     pub memory: MemoryArgs,
-    /// Also the time per kind of op
+    /// Where and in what: a training step
+    #[command(flatten)]
+    pub place: TrainPlace,
+    /// Also the time per kind of op, on the CPU
     #[arg(long)]
     pub profile: bool,
     /// One JSON object per line
@@ -433,6 +444,9 @@ pub struct Explain {
     pub train: bool,
     #[command(flatten)]
     pub memory: MemoryArgs,
+    /// What activations are kept in; bf16 is for GPUs, and then --target is sm_90a if it is left out
+    #[arg(long, value_enum, default_value_t = PrecisionArg::F32)]
+    pub precision: PrecisionArg,
     /// Print the optimised graph in text form instead
     #[arg(long, conflicts_with_all = ["program", "json"])]
     pub ir: bool,
@@ -448,6 +462,37 @@ pub struct Explain {
     /// One JSON object per line
     #[arg(long)]
     pub json: bool,
+}
+
+impl Explain {
+    pub fn precision(&self) -> rambac_passes::Precision {
+        self.precision.into()
+    }
+    /// The GPU whose kernels and memory it is about.
+    pub fn gpu(&self) -> Option<rambac_codegen::cuda::Arch> {
+        let bf16 = (self.precision == PrecisionArg::Bf16).then_some(GpuTarget::Sm90a);
+        self.target.or(bf16).map(GpuTarget::arch)
+    }
+}
+
+/// What activations and operands of products are kept in.
+#[derive(Clone, Copy, Debug, Default, ValueEnum, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PrecisionArg {
+    /// Everything in f32
+    #[default]
+    F32,
+    /// Activations and products' operands in bf16; sums, states, losses, gradients and master weights in f32
+    Bf16,
+}
+
+impl From<PrecisionArg> for rambac_passes::Precision {
+    fn from(p: PrecisionArg) -> Self {
+        match p {
+            PrecisionArg::F32 => Self::F32,
+            PrecisionArg::Bf16 => Self::Bf16,
+        }
+    }
 }
 
 /// `L=4096`

@@ -122,3 +122,15 @@ impl Gpu {
         self.machine.load(gpu, &code).map_err(wrap)
     }
 }
+
+impl rambac_runtime::trainer_gpu::Gpu for Gpu {
+    fn machine(&mut self) -> &mut Machine {
+        &mut self.machine
+    }
+    fn target(&self) -> Target {
+        Target::of(self.archs[0])
+    }
+    fn load(&mut self, program: Program) -> std::result::Result<ProgramId, String> {
+        self.compile(program).map_err(|e| e.to_string())
+    }
+}

@@ -13,9 +13,9 @@
 namespace rambac {
 
 // Slots of a row of [N, L, h]; its keys' place, number and weight.
-template <class C> struct Chosen {
+template <class C, class W> struct Chosen {
     const i32 *indices, *count;
-    const typename C::T* weights;
+    const W* weights;
     __device__ __forceinline__ int slots(i64 row) const { return count[row]; }
     __device__ __forceinline__ i64 first(i64 row, int slot) const { return (i64)indices[row * C::slots + slot] * C::chunk; }
     __device__ __forceinline__ int keys(int) const { return C::chunk; }
@@ -148,20 +148,20 @@ __device__ __forceinline__ void any_keys(typename C::T* dk, i64 dk_stride, typen
     dv[key * dv_stride + (i64)kv_head * x.d + col] = from_f32<typename C::T>(sum_v);
 }
 
-template <class C>
-__device__ __forceinline__ void any_heads(typename C::T* dw, const float* stats, const i32* count, i64 choosers) {
+template <class C, class W>
+__device__ __forceinline__ void any_heads(W* dw, const float* stats, const i32* count, i64 choosers) {
     i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x, chooser = i / C::slots;
     int slot = (int)(i % C::slots);
     if (chooser >= choosers) return;
     float sum = 0.f;
     if (slot < count[chooser])
         for (int g = 0; g < C::heads_per_kv; g++) sum += stats[((chooser * C::heads_per_kv + g) * C::slots + slot) * 3 + 2];
-    dw[i] = from_f32<typename C::T>(sum);
+    dw[i] = from_f32<W>(sum);
 }
 
 // The choice of chunks, a warp per row of [N, L, h]: K times the best below the last.
-template <class C>
-__device__ __forceinline__ void any_select(i32* indices, i32* count, typename C::T* weights, typename C::T* scores,
+template <class C, class W>
+__device__ __forceinline__ void any_select(i32* indices, i32* count, W* weights, W* scores,
                                            const typename C::T* q, i64 q_stride, const typename C::T* landmarks,
                                            i64 landmark_stride, const i32* start, i64 rows, i32 l, i32 h, i32 chunks, i32 r) {
     using T = typename C::T;
@@ -204,8 +204,8 @@ __device__ __forceinline__ void any_select(i32* indices, i32* count, typename C:
     for (int i = n; i < K; i++) index[i] = 0, weight[i] = score[i] = 0.f;
     for (int i = 0; i < K; i++) {
         indices[row * K + i] = index[i];
-        weights[row * K + i] = from_f32<T>(weight[i]);
-        scores[row * K + i] = from_f32<T>(score[i]);
+        weights[row * K + i] = from_f32<W>(weight[i]);
+        scores[row * K + i] = from_f32<W>(score[i]);
     }
 }
 

@@ -59,11 +59,11 @@ template <class C> struct Merge {
 
 // q, o: rows of H·head_dim at their strides; k, v: rows of h·head_dim, `tokens_kv` per sequence; indices, weights
 // [N, L, h, K]; count [N, L, h]; all_rows is L·G.  One block per (sequence, key head, ROWS rows), in this order.
-template <class C>
+template <class C, class W>
 __device__ __forceinline__ void attend_query_tile(typename C::T* o, i64 o_stride, const typename C::T* q, i64 q_stride,
                                                   const typename C::T* k, i64 k_stride, const typename C::T* v,
                                                   i64 v_stride, const i32* indices, const i32* count,
-                                                  const typename C::T* weights, i32 all_rows, i32 l, i32 tokens_kv, i32 h) {
+                                                  const W* weights, i32 all_rows, i32 l, i32 tokens_kv, i32 h) {
     using S = QueryTile<C>;
     using T = typename C::T;
     constexpr int D = S::D, G = S::G, K = C::slots, PIECE = 16 / sizeof(T);

@@ -40,7 +40,8 @@ template <class C> struct SlabWork {
         first = found[1];
         return true;
     }
-    __device__ __forceinline__ void load_pairs(Pairs& to, const i32* entries, const T* weights, i32 l, i32 h) const {
+    template <class W>
+    __device__ __forceinline__ void load_pairs(Pairs& to, const i32* entries, const W* weights, i32 l, i32 h) const {
         for (int i = threadIdx.x; i < pairs; i += THREADS) {
             u32 e = entries[list * l * K + first + i];
             to.entry[i] = e;
@@ -48,10 +49,10 @@ template <class C> struct SlabWork {
         }
     }
     // The one pair of row (sequence, token, key head) `row` and a slot.
-    __device__ __forceinline__ void take(i64 row, int slot, int chosen, T weight, Pairs& to, i32 l, i32 h) {
+    __device__ __forceinline__ void take(i64 row, int slot, int chosen, float weight, Pairs& to, i32 l, i32 h) {
         kv_head = (int)(row % h), sequence = row / h / l, list = sequence * h + kv_head;
         chunk = chosen, pairs = 1, slab = 0, first = 0;
-        if (threadIdx.x == 0) to.entry[0] = (u32)(row / h % l) * K + slot, to.weight[0] = to_f32(weight);
+        if (threadIdx.x == 0) to.entry[0] = (u32)(row / h % l) * K + slot, to.weight[0] = weight;
     }
     // ROWS rows from row `row0` of the slab on, of an operand [N, L, H·D], by LANES threads, to a tile of `Layout`.
     template <int ROWS, int LANES, class Layout>
@@ -159,10 +160,10 @@ __device__ __forceinline__ void attend_slab(ChunkMajor<C>& s, const SlabWork<C>&
     }
 }
 
-template <class C>
+template <class C, class W>
 __device__ __forceinline__ void attend_chunks(typename C::T* slots, const typename C::T* q, i64 q_stride,
                                               const typename C::T* k, i64 k_stride, const typename C::T* v, i64 v_stride,
-                                              const typename C::T* weights, const i32* entries, const i32* offsets,
+                                              const W* weights, const i32* entries, const i32* offsets,
                                               const i32* slab_first, const i32* slabs, i32 l, i32 h, i32 chunks,
                                               i32 max_slabs) {
     extern __shared__ __align__(16) u8 shared[];
@@ -174,10 +175,10 @@ __device__ __forceinline__ void attend_chunks(typename C::T* slots, const typena
 }
 
 // One block per (token, key head, slot), in this order.
-template <class C>
+template <class C, class W>
 __device__ __forceinline__ void attend_pairs(typename C::T* slots, const typename C::T* q, i64 q_stride,
                                              const typename C::T* k, i64 k_stride, const typename C::T* v, i64 v_stride,
-                                             const i32* indices, const i32* count, const typename C::T* weights, i32 l,
+                                             const i32* indices, const i32* count, const W* weights, i32 l,
                                              i32 h, i32 chunks) {
     extern __shared__ __align__(16) u8 shared[];
     ChunkMajor<C>& s = *reinterpret_cast<ChunkMajor<C>*>(shared);
@@ -185,7 +186,7 @@ __device__ __forceinline__ void attend_pairs(typename C::T* slots, const typenam
     int slot = blockIdx.x % C::slots;
     if (slot >= count[row]) return;
     SlabWork<C> work;
-    work.take(row, slot, indices[blockIdx.x], weights[blockIdx.x], s.pairs, l, h);
+    work.take(row, slot, indices[blockIdx.x], to_f32(weights[blockIdx.x]), s.pairs, l, h);
     attend_slab<C>(s, work, slots, q, q_stride, k, k_stride, v, v_stride, l, h, chunks);
 }
 

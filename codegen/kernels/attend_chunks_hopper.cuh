@@ -33,10 +33,10 @@ template <class C> struct ChunkMajorHopper {
     typename SlabWork<C>::Pairs pairs;
 };
 
-template <class C>
+template <class C, class W>
 __device__ __forceinline__ void attend_chunks_hopper(typename C::T* slots, const typename C::T* q, i64 q_stride,
                                                      const typename C::T* k, i64 k_stride, const typename C::T* v,
-                                                     i64 v_stride, const typename C::T* weights, const i32* entries,
+                                                     i64 v_stride, const W* weights, const i32* entries,
                                                      const i32* offsets, const i32* slab_first, const i32* slabs, i32 l,
                                                      i32 h, i32 chunks, i32 max_slabs) {
     using S = ChunkMajorHopper<C>;
@@ -120,11 +120,11 @@ template <class C> struct ChunkGradHopper {
 };
 
 // As `attend_grad`.
-template <class C>
+template <class C, class W>
 __device__ __forceinline__ void attend_grad_hopper(typename C::T* slots, float* partial, float* delta, const float*,
                                                    const typename C::T* q, i64 q_stride, const typename C::T* k,
                                                    i64 k_stride, const typename C::T* v, i64 v_stride,
-                                                   const typename C::T* weights, const typename C::T* dy, i64 dy_stride,
+                                                   const W* weights, const typename C::T* dy, i64 dy_stride,
                                                    const i32* entries, const i32* offsets, const i32* slab_first,
                                                    const i32* slabs, i32 l, i32 h, i32 chunks, i32 max_slabs) {
     using S = ChunkGradHopper<C>;

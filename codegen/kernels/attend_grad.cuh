@@ -42,10 +42,10 @@ template <class C> struct ChunkGrad {
 
 // partial: [lists, max_slabs, PARTS, 2 (dk, dv), keys, D]; delta, and log2_sum of several parts: [N·L·h·K, G].
 // One block per (list, slab, part).
-template <class C>
+template <class C, class W>
 __device__ __forceinline__ void attend_grad(typename C::T* slots, float* partial, float* delta, const float* log2_sum,
                                             const typename C::T* q, i64 q_stride, const typename C::T* k, i64 k_stride,
-                                            const typename C::T* v, i64 v_stride, const typename C::T* weights,
+                                            const typename C::T* v, i64 v_stride, const W* weights,
                                             const typename C::T* dy, i64 dy_stride, const i32* entries, const i32* offsets,
                                             const i32* slab_first, const i32* slabs, i32 l, i32 h, i32 chunks,
                                             i32 max_slabs) {
@@ -177,10 +177,10 @@ template <class C> struct GradStats {
     float top[C::slab * C::heads_per_kv], sum[C::slab * C::heads_per_kv], delta[C::slab * C::heads_per_kv];
 };
 
-template <class C>
+template <class C, class W>
 __device__ __forceinline__ void attend_grad_stats(float* log2_sum, float* delta, const typename C::T* q, i64 q_stride,
                                                   const typename C::T* k, i64 k_stride, const typename C::T* v, i64 v_stride,
-                                                  const typename C::T* weights, const typename C::T* dy, i64 dy_stride,
+                                                  const W* weights, const typename C::T* dy, i64 dy_stride,
                                                   const i32* entries, const i32* offsets, const i32* slab_first,
                                                   const i32* slabs, i32 l, i32 h, i32 chunks, i32 max_slabs) {
     using S = GradStats<C>;
@@ -246,8 +246,8 @@ __device__ __forceinline__ void attend_grad_stats(float* log2_sum, float* delta,
 }
 
 // dw[N, L, h, K] = Σ over the G heads of δ, 0 for unfilled slots.  A thread per slot.
-template <class C>
-__device__ __forceinline__ void attend_grad_heads(typename C::T* dw, const float* delta, const i32* count, i64 lists_tokens) {
+template <class C, class W>
+__device__ __forceinline__ void attend_grad_heads(W* dw, const float* delta, const i32* count, i64 lists_tokens) {
     i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x, row = i / C::slots;
     if (row >= lists_tokens) return;
     float sum = 0.f;
@@ -255,7 +255,7 @@ __device__ __forceinline__ void attend_grad_heads(typename C::T* dw, const float
 #pragma unroll 4
         for (int g = 0; g < C::heads_per_kv; g++) sum += delta[i * C::heads_per_kv + g];
         // MUT grad_heads: for (int g = 1; g < C::heads_per_kv; g++) sum += delta[i * C::heads_per_kv + g];
-    dw[i] = from_f32<typename C::T>(sum);
+    dw[i] = from_f32<W>(sum);
 }
 
 // dk, dv of a chunk: its slabs' partial sums in order.  One block per (list, chunk).

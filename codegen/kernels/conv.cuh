@@ -14,7 +14,9 @@
 // Traffic: x once, y once; backward x, dy, dx once and k+1 floats per channel and CTA.  Memory limits both.
 // s may lie over s0: whoever reads s0 (the threads of time 0) writes s, after reading.
 //
-// C: T, channels, k, silu, aligned (w, to 16 bytes), vec, lanes, rows, steps.  Grid (ceil(L / (rows·steps)) or 1, ceil(channels / (lanes·vec)), N),
+// T: of x, y and their gradients; E: of w, bias and states, T or f32.
+//
+// C: channels, k, silu, aligned (w, to 16 bytes), vec, lanes, rows, steps.  Grid (ceil(L / (rows·steps)) or 1, ceil(channels / (lanes·vec)), N),
 // lanes · rows threads.
 #pragma once
 #include "types.cuh"
@@ -22,14 +24,14 @@
 namespace rambac {
 
 // What a thread knows of its channels: the weights, and where rows of the padded input are.
-template <class C> struct ConvThread {
-    using T = typename C::T;
+template <class C, class T, class E> struct ConvThread {
     static constexpr int V = C::vec, K = C::k, H = C::k - 1;
     float w[V][K], bias[V];
-    const T *x, *s0;
+    const T* x;
+    const E* s0;
     i64 stride;
 
-    __device__ __forceinline__ void load_weights(const T* w_at, const T* bias_at, int c) {
+    __device__ __forceinline__ void load_weights(const E* w_at, const E* bias_at, int c) {
         float flat[V * K];
         if constexpr (C::aligned) {
             load_f32(flat, w_at + (i64)c * K);
@@ -44,9 +46,10 @@ template <class C> struct ConvThread {
         load_f32(bias, bias_at + c);
     }
     // The input at time t >= -(k-1).
-    __device__ __forceinline__ const T* at(int t) const {
-        return t < 0 ? s0 + (i64)(t + H) * C::channels : x + t * stride;
-        // MUT conv_state_row: return t < 0 ? s0 + (i64)(t + H - 1) * C::channels : x + t * stride;
+    __device__ __forceinline__ void load_input(float (&to)[V], int t) const {
+        if (t < 0) load_f32(to, s0 + (i64)(t + H) * C::channels);
+        // MUT conv_state_row: if (t < 0) load_f32(to, s0 + (i64)(t + H - 1) * C::channels);
+        else load_f32(to, x + t * stride);
     }
     __device__ __forceinline__ float pre(const float (&window)[K][V], int v) const {
         float p = bias[v];
@@ -65,10 +68,8 @@ template <int K, int V> __device__ __forceinline__ void push(float (&window)[K][
     }
 }
 
-template <class C>
-__device__ __forceinline__ void causal_conv(const typename C::T* x, i64 x_stride, const typename C::T* w, const typename C::T* bias,
-                                            const typename C::T* s0, typename C::T* y, i64 y_stride, typename C::T* s, i32 l) {
-    using T = typename C::T;
+template <class C, class T, class E>
+__device__ __forceinline__ void causal_conv(const T* x, i64 x_stride, const E* w, const E* bias, const E* s0, T* y, i64 y_stride, E* s, i32 l) {
     constexpr int V = C::vec, K = C::k, H = K - 1, BATCH = min_of(4, C::steps);
     const int c = (blockIdx.y * C::lanes + threadIdx.x % C::lanes) * V;
     const int t0 = (blockIdx.x * C::rows + threadIdx.x / C::lanes) * C::steps;
@@ -76,7 +77,7 @@ __device__ __forceinline__ void causal_conv(const typename C::T* x, i64 x_stride
     if (c >= C::channels || (t0 >= l && t0 > 0)) return;
     const i64 n = blockIdx.z;
 
-    ConvThread<C> own;
+    ConvThread<C, T, E> own;
     own.x = x + n * l * x_stride + c;
     own.s0 = s0 + n * H * C::channels + c;
     own.stride = x_stride;
@@ -84,13 +85,13 @@ __device__ __forceinline__ void causal_conv(const typename C::T* x, i64 x_stride
 
     float window[K][V] = {};
 #pragma unroll
-    for (int j = 0; j < H; j++) load_f32(window[j + 1], own.at(t0 - H + j));
+    for (int j = 0; j < H; j++) own.load_input(window[j + 1], t0 - H + j);
     if (t0 == 0) {
-        Vec<T, V> last[K];
+        float last[K][V];
 #pragma unroll
-        for (int j = 0; j < H; j++) last[j] = load<T, V>(own.at(l - H + j));
+        for (int j = 0; j < H; j++) own.load_input(last[j], l - H + j);
 #pragma unroll
-        for (int j = 0; j < H; j++) store(s + (n * H + j) * C::channels + c, last[j]);
+        for (int j = 0; j < H; j++) store_f32(s + (n * H + j) * C::channels + c, last[j]);
     }
     T* out = y + n * l * y_stride + c;
     for (int t = t0; t < t1; t += BATCH) {
@@ -114,11 +115,9 @@ __device__ __forceinline__ void causal_conv(const typename C::T* x, i64 x_stride
 }
 
 // Weights' gradients go to slots [N · time tiles, k + 1, channels]: row j is dw_j, row k is dbias.
-template <class C>
-__device__ __forceinline__ void causal_conv_grad(const typename C::T* x, i64 x_stride, const typename C::T* w, const typename C::T* bias,
-                                                 const typename C::T* s0, const typename C::T* dy, i64 dy_stride, const typename C::T* ds,
-                                                 typename C::T* dx, i64 dx_stride, typename C::T* ds0, float* slots, i32 l) {
-    using T = typename C::T;
+template <class C, class T, class E>
+__device__ __forceinline__ void causal_conv_grad(const T* x, i64 x_stride, const E* w, const E* bias, const E* s0, const T* dy, i64 dy_stride, const E* ds,
+                                                 T* dx, i64 dx_stride, E* ds0, float* slots, i32 l) {
     constexpr int V = C::vec, K = C::k, H = K - 1, BATCH = min_of(4, C::steps);
     // Columns of a vector's elements lie apart, so that both writing by threads and reading by columns spread over banks.
     constexpr int PITCH = C::lanes + (V <= 32 ? 32 / V : 1);
@@ -131,19 +130,19 @@ __device__ __forceinline__ void causal_conv_grad(const typename C::T* x, i64 x_s
 
     float dw[K + 1][V] = {};
     if (c < C::channels && (t0 < l || t0 == 0)) {
-        ConvThread<C> own;
+        ConvThread<C, T, E> own;
         own.x = x + n * l * x_stride + c;
         own.s0 = s0 + n * H * C::channels + c;
         own.stride = x_stride;
         own.load_weights(w, bias, c);
         const T* dy_at = dy + n * l * dy_stride + c;
-        const T* ds_at = ds + n * H * C::channels + c;
+        const E* ds_at = ds + n * H * C::channels + c;
         T* dx_at = dx + n * l * dx_stride + c;
-        T* ds0_at = ds0 + n * H * C::channels + c;
+        E* ds0_at = ds0 + n * H * C::channels + c;
 
         float window[K][V] = {}, g[K][V] = {};
 #pragma unroll
-        for (int j = 0; j < H; j++) load_f32(window[j + 1], own.at(t0 - H + j));
+        for (int j = 0; j < H; j++) own.load_input(window[j + 1], t0 - H + j);
         // Time u gives g_u and with it completes dx_{u-(k-1)}.
         for (int u0 = t0; u0 < t1 + H; u0 += BATCH) {
             float in[BATCH][V] = {}, grad[BATCH][V] = {};
@@ -182,7 +181,8 @@ __device__ __forceinline__ void causal_conv_grad(const typename C::T* x, i64 x_s
                     for (int v = 0; v < V; v++)
 #pragma unroll
                         for (int j = 0; j < K; j++) d[v] = fmaf(own.w[v][j], g[K - 1 - j][v], d[v]);
-                    store_f32(t < 0 ? ds0_at + (i64)(t + H) * C::channels : dx_at + t * dx_stride, d);
+                    if (t < 0) store_f32(ds0_at + (i64)(t + H) * C::channels, d);
+                    else store_f32(dx_at + t * dx_stride, d);
                 }
             }
         }
@@ -207,32 +207,27 @@ __device__ __forceinline__ void causal_conv_grad(const typename C::T* x, i64 x_s
 }
 
 // One token.  A thread owns VEC channels of a sequence; `s` may be `s0`.  Grid (ceil(channels / (threads·vec)), N).
-template <class C>
-__device__ __forceinline__ void causal_conv_step(const typename C::T* x, i64 x_stride, const typename C::T* w, const typename C::T* bias,
-                                                 const typename C::T* s0, typename C::T* y, i64 y_stride, typename C::T* s) {
-    using T = typename C::T;
+template <class C, class T, class E>
+__device__ __forceinline__ void causal_conv_step(const T* x, i64 x_stride, const E* w, const E* bias, const E* s0, T* y, i64 y_stride, E* s) {
     constexpr int V = C::vec, K = C::k, H = K - 1;
     const int c = (blockIdx.x * C::lanes + threadIdx.x) * V;
     if (c >= C::channels) return;
     const i64 n = blockIdx.y;
-    ConvThread<C> own;
+    ConvThread<C, T, E> own;
     own.load_weights(w, bias, c);
-    Vec<T, V> in[K];
-#pragma unroll
-    for (int j = 0; j < H; j++) in[j] = load<T, V>(s0 + (n * H + j) * C::channels + c);
-    in[H] = load<T, V>(x + n * x_stride + c);
     float window[K][V], value[V];
 #pragma unroll
-    for (int v = 0; v < V; v++) {
+    for (int j = 0; j < H; j++) load_f32(window[j], s0 + (n * H + j) * C::channels + c);
+    load_f32(window[H], x + n * x_stride + c);
 #pragma unroll
-        for (int j = 0; j < K; j++) window[j][v] = to_f32(in[j][v]);
+    for (int v = 0; v < V; v++) {
         float p = own.pre(window, v);
         value[v] = C::silu ? p * sigmoid_fast(p) : p;
     }
     store_f32(y + n * y_stride + c, value);
 #pragma unroll
-    for (int j = 0; j < H; j++) store(s + (n * H + j) * C::channels + c, in[j + 1]);
-    // MUT conv_step_shift: for (int j = 0; j < H; j++) store(s + (n * H + j) * C::channels + c, in[j]);
+    for (int j = 0; j < H; j++) store_f32(s + (n * H + j) * C::channels + c, window[j + 1]);
+    // MUT conv_step_shift: for (int j = 0; j < H; j++) store_f32(s + (n * H + j) * C::channels + c, window[j]);
 }
 
 }  // namespace rambac

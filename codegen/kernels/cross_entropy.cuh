@@ -38,29 +38,28 @@ template <int THREADS, class T> __device__ __forceinline__ float log_sum_exp(con
     return a.top + logf(a.sum);
 }
 
-// C: T, threads, ignore.
-template <class C>
-__device__ __forceinline__ void cross_entropy(const typename C::T* z, i64 stride, const i32* labels, typename C::T* y, i32 cols) {
+// C: threads, ignore.
+template <class C, class Z, class Y>
+__device__ __forceinline__ void cross_entropy(const Z* z, i64 stride, const i32* labels, Y* y, i32 cols) {
     __shared__ LogSum scratch[C::threads / 32];
     i64 row = blockIdx.x;
     i32 label = labels[row];
-    const typename C::T* zr = z + row * stride;
+    const Z* zr = z + row * stride;
     float loss = 0.f;
     if (label != C::ignore) {
         float at = label >= 0 && label < cols ? to_f32(zr[label]) : 0.f;
         loss = log_sum_exp<C::threads>(zr, cols, scratch) - at;
     }
-    if (threadIdx.x == 0) y[row] = from_f32<typename C::T>(loss);
+    if (threadIdx.x == 0) y[row] = from_f32<Y>(loss);
 }
 
-template <class C>
-__device__ __forceinline__ void cross_entropy_grad(const typename C::T* z, i64 stride, const i32* labels, const typename C::T* dloss,
-                                                   typename C::T* dz, i64 dz_stride, i32 cols) {
+template <class C, class Z, class Y, class DZ>
+__device__ __forceinline__ void cross_entropy_grad(const Z* z, i64 stride, const i32* labels, const Y* dloss, DZ* dz, i64 dz_stride, i32 cols) {
     __shared__ LogSum scratch[C::threads / 32];
     i64 row = blockIdx.x;
     i32 label = labels[row];
-    const typename C::T* zr = z + row * stride;
-    typename C::T* dr = dz + row * dz_stride;
+    const Z* zr = z + row * stride;
+    DZ* dr = dz + row * dz_stride;
     float g = 0.f, lse = 0.f;
     if (label != C::ignore) {
         g = to_f32(dloss[row]);
@@ -70,7 +69,7 @@ __device__ __forceinline__ void cross_entropy_grad(const typename C::T* z, i64 s
     }
     for (int j = threadIdx.x; j < cols; j += C::threads) {
         float p = label != C::ignore ? expf(to_f32(zr[j]) - lse) : 0.f;
-        dr[j] = from_f32<typename C::T>(g * (p - (j == label ? 1.f : 0.f)));
+        dr[j] = from_f32<DZ>(g * (p - (j == label ? 1.f : 0.f)));
     }
 }
 

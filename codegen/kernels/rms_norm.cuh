@@ -11,7 +11,9 @@
 // Traffic: x (and z) and y once; backward x (and z), dy, dx (and dz) once, and per CTA a slot of dw [width] in f32
 // (slots.cuh adds them).  Memory limits both.  y may lie over x, dx over dy: a row is read whole before it is written.
 //
-// C: T, width, eps, vec, lanes, threads.  Grid (ceil(rows / (threads / lanes))); backward fewer, CTAs then take every
+// Every operand has a type of its own: f32 for a residual stream and weights, 16 bits for what products read.
+//
+// C: width, eps, vec, lanes, threads.  Grid (ceil(rows / (threads / lanes))); backward fewer, CTAs then take every
 // grid-th group of rows.
 #pragma once
 #include "warp.cuh"
@@ -19,7 +21,6 @@
 namespace rambac {
 
 template <class C> struct NormRow {
-    using T = typename C::T;
     static constexpr int V = C::vec, LANES = C::lanes, PIECES = (C::width + V * LANES - 1) / (V * LANES);
     static constexpr int GROUPS = C::threads / LANES;
     static_assert(C::width % V == 0, "rows are whole vectors");
@@ -34,18 +35,18 @@ template <class C> struct NormRow {
         if constexpr (LANES <= 32) return warp_sum<LANES>(x);
         else return block_sum<LANES>(x, scratch);
     }
-    static __device__ __forceinline__ void load(Values& v, int piece, const T* row) { load_f32(v[piece], row + column(piece)); }
+    template <class T> static __device__ __forceinline__ void load(Values& v, int piece, const T* row) { load_f32(v[piece], row + column(piece)); }
 };
 
 // Hooks: what the row is multiplied by before the norm (nothing, or silu(z)), and what is added to its gradient.
 struct NoGate {
     static constexpr bool on = false;
 };
-template <class T> struct SiluGate {
+template <class Z, class DZ = Z> struct SiluGate {
     static constexpr bool on = true;
-    const T* z;
+    const Z* z;
     i64 z_stride;
-    T* dz;
+    DZ* dz;
     i64 dz_stride;
 };
 struct NoBase {
@@ -57,8 +58,8 @@ template <class T> struct RowBase {
     i64 stride;
 };
 
-template <class C, class Gate>
-__device__ __forceinline__ void norm_rows(const typename C::T* x, i64 x_stride, const typename C::T* w, typename C::T* y, i64 y_stride, i64 rows, const Gate& gate) {
+template <class C, class X, class W, class Y, class Gate>
+__device__ __forceinline__ void norm_rows(const X* x, i64 x_stride, const W* w, Y* y, i64 y_stride, i64 rows, const Gate& gate) {
     using R = NormRow<C>;
     __shared__ float scratch[max_of(C::threads / 32, 1)];
     const i64 row = (i64)blockIdx.x * R::GROUPS + threadIdx.x / C::lanes;
@@ -93,9 +94,9 @@ __device__ __forceinline__ void norm_rows(const typename C::T* x, i64 x_stride, 
     }
 }
 
-template <class C, class Gate, class Base>
-__device__ __forceinline__ void norm_rows_grad(const typename C::T* x, i64 x_stride, const typename C::T* w, const typename C::T* dy, i64 dy_stride,
-                                               typename C::T* dx, i64 dx_stride, float* slots, i64 rows, const Gate& gate, const Base& base) {
+template <class C, class X, class W, class DY, class DX, class Gate, class Base>
+__device__ __forceinline__ void norm_rows_grad(const X* x, i64 x_stride, const W* w, const DY* dy, i64 dy_stride, DX* dx, i64 dx_stride, float* slots, i64 rows,
+                                               const Gate& gate, const Base& base) {
     using R = NormRow<C>;
     __shared__ float scratch[max_of(C::threads / 32, 1)];
     __shared__ float sums[R::GROUPS > 1 ? R::PIECES * C::vec * C::lanes : 1];
@@ -186,31 +187,28 @@ __device__ __forceinline__ void norm_rows_grad(const typename C::T* x, i64 x_str
     }
 }
 
-template <class C>
-__device__ __forceinline__ void rms_norm(const typename C::T* x, i64 x_stride, const typename C::T* w, typename C::T* y, i64 y_stride, i64 rows) {
+template <class C, class X, class W, class Y>
+__device__ __forceinline__ void rms_norm(const X* x, i64 x_stride, const W* w, Y* y, i64 y_stride, i64 rows) {
     norm_rows<C>(x, x_stride, w, y, y_stride, rows, NoGate{});
 }
-template <class C>
-__device__ __forceinline__ void gated_rms_norm(const typename C::T* x, i64 x_stride, const typename C::T* z, i64 z_stride, const typename C::T* w,
-                                               typename C::T* y, i64 y_stride, i64 rows) {
-    norm_rows<C>(x, x_stride, w, y, y_stride, rows, SiluGate<typename C::T>{z, z_stride, nullptr, 0});
+template <class C, class X, class Z, class W, class Y>
+__device__ __forceinline__ void gated_rms_norm(const X* x, i64 x_stride, const Z* z, i64 z_stride, const W* w, Y* y, i64 y_stride, i64 rows) {
+    norm_rows<C>(x, x_stride, w, y, y_stride, rows, SiluGate<Z>{z, z_stride, nullptr, 0});
 }
-template <class C>
-__device__ __forceinline__ void rms_norm_grad(const typename C::T* x, i64 x_stride, const typename C::T* w, const typename C::T* dy, i64 dy_stride,
-                                              typename C::T* dx, i64 dx_stride, float* slots, i64 rows) {
+template <class C, class X, class W, class DY, class DX>
+__device__ __forceinline__ void rms_norm_grad(const X* x, i64 x_stride, const W* w, const DY* dy, i64 dy_stride, DX* dx, i64 dx_stride, float* slots, i64 rows) {
     norm_rows_grad<C>(x, x_stride, w, dy, dy_stride, dx, dx_stride, slots, rows, NoGate{}, NoBase{});
 }
 // dx is the norm's gradient plus `base`.
-template <class C>
-__device__ __forceinline__ void rms_norm_grad_add(const typename C::T* x, i64 x_stride, const typename C::T* w, const typename C::T* dy, i64 dy_stride,
-                                                  const typename C::T* base, i64 base_stride, typename C::T* dx, i64 dx_stride, float* slots, i64 rows) {
-    norm_rows_grad<C>(x, x_stride, w, dy, dy_stride, dx, dx_stride, slots, rows, NoGate{}, RowBase<typename C::T>{base, base_stride});
+template <class C, class X, class W, class DY, class B, class DX>
+__device__ __forceinline__ void rms_norm_grad_add(const X* x, i64 x_stride, const W* w, const DY* dy, i64 dy_stride, const B* base, i64 base_stride, DX* dx,
+                                                  i64 dx_stride, float* slots, i64 rows) {
+    norm_rows_grad<C>(x, x_stride, w, dy, dy_stride, dx, dx_stride, slots, rows, NoGate{}, RowBase<B>{base, base_stride});
 }
-template <class C>
-__device__ __forceinline__ void gated_rms_norm_grad(const typename C::T* x, i64 x_stride, const typename C::T* z, i64 z_stride, const typename C::T* w,
-                                                    const typename C::T* dy, i64 dy_stride, typename C::T* dx, i64 dx_stride, typename C::T* dz,
-                                                    i64 dz_stride, float* slots, i64 rows) {
-    norm_rows_grad<C>(x, x_stride, w, dy, dy_stride, dx, dx_stride, slots, rows, SiluGate<typename C::T>{z, z_stride, dz, dz_stride}, NoBase{});
+template <class C, class X, class Z, class W, class DY, class DX, class DZ>
+__device__ __forceinline__ void gated_rms_norm_grad(const X* x, i64 x_stride, const Z* z, i64 z_stride, const W* w, const DY* dy, i64 dy_stride, DX* dx,
+                                                    i64 dx_stride, DZ* dz, i64 dz_stride, float* slots, i64 rows) {
+    norm_rows_grad<C>(x, x_stride, w, dy, dy_stride, dx, dx_stride, slots, rows, SiluGate<Z, DZ>{z, z_stride, dz, dz_stride}, NoBase{});
 }
 
 }  // namespace rambac

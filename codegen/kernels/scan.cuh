@@ -26,7 +26,7 @@
 // Three passes where (sequence, head) pairs are few: `scan_states` walks each segment from zero, `scan_combine` adds the
 // segments up, `scan_outputs` walks again from the right states.  All orders are fixed by shapes.
 //
-// C: T, heads, groups, head_dim (P), state (R), whole, block (Q), heads_per_cta, stages, shared (bytes, checked).
+// C: T (x, b, c, y), Exact (dt, a, d and states: T or f32), heads, groups, head_dim (P), state (R), whole, block (Q), heads_per_cta, stages, shared (bytes, checked).
 // Q is 16, 32 or 64.  `whole`: P and R are multiples of 16 and rows begin at multiples of 16 bytes; else P and R are filled
 // up with zeros in shared memory and elements are moved one by one.  Grid (segments, heads / heads_per_cta, N).
 #pragma once
@@ -152,7 +152,8 @@ template <class C, class Way> struct ScanWalk {
         T out[WARPS][Way::record ? 16 * R_PITCH : Way::outputs && sizeof(T) == 2 ? 16 * 16 : PAD];
     };
 
-    const T *x, *dt, *a, *b, *c, *d;
+    const T *x, *b, *c;
+    const typename C::Exact *dt, *a, *d;
     i64 x_stride, dt_stride, b_stride, c_stride;
     T* y;
     i64 y_stride;
@@ -451,7 +452,7 @@ extern __shared__ __align__(16) unsigned char scan_memory[];
 
 // Common setup: pointers at the sequence and the CTA's heads.
 template <class Walk, class C>
-__device__ __forceinline__ void scan_place(Walk& w, const typename C::T* x, i64 x_stride, const typename C::T* dt, i64 dt_stride, const typename C::T* a,
+__device__ __forceinline__ void scan_place(Walk& w, const typename C::T* x, i64 x_stride, const typename C::Exact* dt, i64 dt_stride, const typename C::Exact* a,
                                            const typename C::T* b, i64 b_stride, i32 l, i32 segment) {
     static_assert(sizeof(typename Walk::Shared) <= C::shared, "the stub gives the shared memory that the kernel takes");
     const i64 row = (i64)blockIdx.z * l;
@@ -470,9 +471,9 @@ template <class C> __device__ __forceinline__ i64 scan_state_at(i64 outer, int h
 
 // One pass: h0 → y, h.  Grid.x is 1 and `segment` at least l.  h may lie over h0.
 template <class C, class Load = ScanRows, class Finish = ScanAsIs>
-__device__ __forceinline__ void selective_scan(const typename C::T* x, i64 x_stride, const typename C::T* dt, i64 dt_stride, const typename C::T* a,
-                                               const typename C::T* b, i64 b_stride, const typename C::T* c, i64 c_stride, const typename C::T* d,
-                                               const typename C::T* h0, typename C::T* y, i64 y_stride, typename C::T* h, i32 l, Load load = {}, Finish finish = {}) {
+__device__ __forceinline__ void selective_scan(const typename C::T* x, i64 x_stride, const typename C::Exact* dt, i64 dt_stride, const typename C::Exact* a,
+                                               const typename C::T* b, i64 b_stride, const typename C::T* c, i64 c_stride, const typename C::Exact* d,
+                                               const typename C::Exact* h0, typename C::T* y, i64 y_stride, typename C::Exact* h, i32 l, Load load = {}, Finish finish = {}) {
     using Walk = ScanWalk<C, ScanWay<true, false, false>>;
     Walk w;
     scan_place<Walk, C>(w, x, x_stride, dt, dt_stride, a, b, b_stride, l, l);
@@ -489,7 +490,7 @@ __device__ __forceinline__ void selective_scan(const typename C::T* x, i64 x_str
 // First of three passes: each segment from zero, forward or in reverse → its last state and exp of its sum of dt a, in
 // ends [N, segments, heads, P, R] and decays [N, segments, heads].
 template <class C>
-__device__ __forceinline__ void scan_states(const typename C::T* x, i64 x_stride, const typename C::T* dt, i64 dt_stride, const typename C::T* a,
+__device__ __forceinline__ void scan_states(const typename C::T* x, i64 x_stride, const typename C::Exact* dt, i64 dt_stride, const typename C::Exact* a,
                                             const typename C::T* b, i64 b_stride, float* ends, float* decays, i32 l, i32 segment) {
     using Walk = ScanWalk<C, ScanWay<false, C::reverse, false>>;
     Walk w;
@@ -505,7 +506,7 @@ __device__ __forceinline__ void scan_states(const typename C::T* x, i64 x_stride
 // In reverse: from the gradient behind the last segment to those behind every segment; the one before the first goes to h.
 // A thread owns `vec` elements of a state.  Grid (ceil(P·R / (vec·threads)), heads, N).
 template <class C>
-__device__ __forceinline__ void scan_combine(float* ends, const float* decays, const typename C::T* h0, typename C::T* h, i32 segments) {
+__device__ __forceinline__ void scan_combine(float* ends, const float* decays, const typename C::Exact* h0, typename C::Exact* h, i32 segments) {
     const int at = (blockIdx.x * C::threads + threadIdx.x) * C::vec, head = blockIdx.y;
     if (at >= C::head_dim * C::state) return;
     const i64 n = blockIdx.z;
@@ -527,8 +528,8 @@ __device__ __forceinline__ void scan_combine(float* ends, const float* decays, c
 
 // Third pass: y of each segment from its first state.
 template <class C, class Load = ScanRows, class Finish = ScanAsIs>
-__device__ __forceinline__ void scan_outputs(const typename C::T* x, i64 x_stride, const typename C::T* dt, i64 dt_stride, const typename C::T* a,
-                                             const typename C::T* b, i64 b_stride, const typename C::T* c, i64 c_stride, const typename C::T* d,
+__device__ __forceinline__ void scan_outputs(const typename C::T* x, i64 x_stride, const typename C::Exact* dt, i64 dt_stride, const typename C::Exact* a,
+                                             const typename C::T* b, i64 b_stride, const typename C::T* c, i64 c_stride, const typename C::Exact* d,
                                              const float* starts, typename C::T* y, i64 y_stride, i32 l, i32 segment, Load load = {}, Finish finish = {}) {
     using Walk = ScanWalk<C, ScanWay<true, false, false>>;
     Walk w;

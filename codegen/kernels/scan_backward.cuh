@@ -22,7 +22,7 @@
 // Traffic per head and block: x, dy, dx and two states in T (2·P·R); the states are written once before.  Limits: the
 // products' operands from shared memory, about as long as the traffic.
 //
-// C: T, heads, groups, head_dim (P), state (R), whole, block (Q), stages, columns, parts (of a group's heads), shared (bytes, checked).
+// C: T, Exact (as in scan.cuh; gradients have the types of what they are of), heads, groups, head_dim (P), state (R), whole, block (Q), stages, columns, parts (of a group's heads), shared (bytes, checked).
 // 2·Q·columns threads.  Grid (max(blocks, 1), groups · parts, N).
 #pragma once
 #include "scan.cuh"
@@ -30,10 +30,10 @@
 namespace rambac {
 
 // Walks and writes the states before every block to record [N, blocks, heads, P, R] (P, R filled up to multiples of 16); with C::reverse on x = dy, b = c, the
-// gradients behind every block.  `Start` is the type of the states that segments begin with: T [N, heads, P, R] where there is
+// gradients behind every block.  `Start` is the type of the states that segments begin with: Exact [N, heads, P, R] where there is
 // one segment, f32 [N, segments, heads, P, R] from scan_combine otherwise.
 template <class C, class Start>
-__device__ __forceinline__ auto scan_walk_recording(const typename C::T* x, i64 x_stride, const typename C::T* dt, i64 dt_stride, const typename C::T* a,
+__device__ __forceinline__ auto scan_walk_recording(const typename C::T* x, i64 x_stride, const typename C::Exact* dt, i64 dt_stride, const typename C::Exact* a,
                                                     const typename C::T* b, i64 b_stride, const Start* start, typename C::T* record, i32 l, i32 segment) {
     using Walk = ScanWalk<C, ScanWay<false, C::reverse, true>>;
     Walk w;
@@ -44,14 +44,14 @@ __device__ __forceinline__ auto scan_walk_recording(const typename C::T* x, i64 
     return w;
 }
 template <class C>
-__device__ __forceinline__ void scan_record(const typename C::T* x, i64 x_stride, const typename C::T* dt, i64 dt_stride, const typename C::T* a,
+__device__ __forceinline__ void scan_record(const typename C::T* x, i64 x_stride, const typename C::Exact* dt, i64 dt_stride, const typename C::Exact* a,
                                             const typename C::T* b, i64 b_stride, const typename C::Start* start, typename C::T* record, i32 l, i32 segment) {
     scan_walk_recording<C>(x, x_stride, dt, dt_stride, a, b, b_stride, start, record, l, segment);
 }
 // As scan_record over one segment, in reverse; the gradient before it is dh0.
 template <class C>
-__device__ __forceinline__ void scan_record_to_start(const typename C::T* dy, i64 dy_stride, const typename C::T* dt, i64 dt_stride, const typename C::T* a,
-                                                     const typename C::T* c, i64 c_stride, const typename C::T* dh, typename C::T* record, typename C::T* dh0, i32 l) {
+__device__ __forceinline__ void scan_record_to_start(const typename C::T* dy, i64 dy_stride, const typename C::Exact* dt, i64 dt_stride, const typename C::Exact* a,
+                                                     const typename C::T* c, i64 c_stride, const typename C::Exact* dh, typename C::T* record, typename C::Exact* dh0, i32 l) {
     auto w = scan_walk_recording<C>(dy, dy_stride, dt, dt_stride, a, c, c_stride, dh, record, l, l);
     w.store_state(dh0 + scan_state_at<C>(blockIdx.z, w.head()));
 }
@@ -87,7 +87,7 @@ template <class C> struct ScanGrad {
         ScanDecay<Q> decay[2];
         Partial partial[2];
         // dt of all heads; ddt takes its place head by head.
-        T dt[Q * DT_PITCH];
+        typename C::Exact dt[Q * DT_PITCH];
     };
 
     Shared& sh;
@@ -307,7 +307,7 @@ template <class C> struct ScanGrad {
             const int t = lane_id() * EACH + i;
             sum += dcs[i];
             own = fmaf(dt[i], sum, own);
-            if (t < Q) sh.dt[t * DT_PITCH + m] = from_f32<T>(fmaf(a, sum, direct[i]));
+            if (t < Q) sh.dt[t * DT_PITCH + m] = from_f32<typename C::Exact>(fmaf(a, sum, direct[i]));
         }
         own = warp_sum(own);
         if (lane_id() == 0) *da = own, *dd = diagonal;
@@ -325,10 +325,10 @@ template <class C> struct ScanGrad {
 
 // Gradients of a block.  db and dc are T where C::parts is 1, else f32 slots [parts, N · L, groups · R].  da, dd: slots [N · blocks, heads].
 template <class C>
-__device__ __forceinline__ void scan_grad(const typename C::T* x, i64 x_stride, const typename C::T* dt, i64 dt_stride, const typename C::T* a,
-                                          const typename C::T* b, i64 b_stride, const typename C::T* c, i64 c_stride, const typename C::T* d,
+__device__ __forceinline__ void scan_grad(const typename C::T* x, i64 x_stride, const typename C::Exact* dt, i64 dt_stride, const typename C::Exact* a,
+                                          const typename C::T* b, i64 b_stride, const typename C::T* c, i64 c_stride, const typename C::Exact* d,
                                           const typename C::T* dy, i64 dy_stride, const typename C::T* states, const typename C::T* gradients,
-                                          typename C::T* dx, i64 dx_stride, typename C::T* ddt, i64 ddt_stride, typename C::Sum* db, i64 db_stride,
+                                          typename C::T* dx, i64 dx_stride, typename C::Exact* ddt, i64 ddt_stride, typename C::Sum* db, i64 db_stride,
                                           typename C::Sum* dc, i64 dc_stride, float* da, float* dd, i32 l) {
     using G = ScanGrad<C>;
     using T = typename C::T;
@@ -362,7 +362,7 @@ __device__ __forceinline__ void scan_grad(const typename C::T* x, i64 x_stride, 
     copies_commit();
     for (int i = threadIdx.x; i < Q * HEADS; i += THREADS) {
         const int t = i / HEADS, m = i % HEADS;
-        sh.dt[t * G::DT_PITCH + m] = t < rows ? dt[t * dt_stride + m] : from_f32<T>(0.f);
+        sh.dt[t * G::DT_PITCH + m] = t < rows ? dt[t * dt_stride + m] : from_f32<typename C::Exact>(0.f);
     }
     copies_wait<1>();
     __syncthreads();

@@ -3,16 +3,16 @@
 // `lanes` threads own a row of a head's state [P, R], vectors of it side by side.  The state is read and written once;
 // that traffic limits it.  h may lie over h0.
 //
-// C: T, heads, groups, head_dim (P), state (R), vec, lanes, threads.  Grid (ceil(heads · P / (threads / lanes)), N).
+// C: T (x, b, c, y), Exact (dt, a, d and states), heads, groups, head_dim (P), state (R), vec, lanes, threads.  Grid (ceil(heads · P / (threads / lanes)), N).
 #pragma once
 #include "warp.cuh"
 
 namespace rambac {
 
 template <class C>
-__device__ __forceinline__ void scan_step(const typename C::T* x, i64 x_stride, const typename C::T* dt, i64 dt_stride, const typename C::T* a,
-                                          const typename C::T* b, i64 b_stride, const typename C::T* c, i64 c_stride, const typename C::T* d,
-                                          const typename C::T* h0, typename C::T* y, i64 y_stride, typename C::T* h) {
+__device__ __forceinline__ void scan_step(const typename C::T* x, i64 x_stride, const typename C::Exact* dt, i64 dt_stride, const typename C::Exact* a,
+                                          const typename C::T* b, i64 b_stride, const typename C::T* c, i64 c_stride, const typename C::Exact* d,
+                                          const typename C::Exact* h0, typename C::T* y, i64 y_stride, typename C::Exact* h) {
     constexpr int P = C::head_dim, R = C::state, V = C::vec, LANES = C::lanes, PIECES = (R + V * LANES - 1) / (V * LANES), ROWS = C::heads * P;
     static_assert(R % V == 0, "rows are whole vectors");
     const i64 n = blockIdx.y;

@@ -311,12 +311,11 @@ __device__ __forceinline__ void find_best(Selecting<C>& s, const SelectRows<C>& 
 
 // q: rows of h·r at its stride; landmarks [N, C, h, r] at its stride; start [N].  Results [N, L, h, K] and count [N, L, h].
 // One block per (sequence, head, ROWS tokens), in this order.
-template <class C>
-__device__ __forceinline__ void select(i32* indices, i32* count, typename C::T* weights, typename C::T* scores,
+template <class C, class W>
+__device__ __forceinline__ void select(i32* indices, i32* count, W* weights, W* scores,
                                        const typename C::T* q, i64 q_stride, const typename C::T* landmarks,
                                        i64 landmark_stride, const i32* start, i32 l, i32 h, i32 chunks) {
     using S = Selecting<C>;
-    using T = typename C::T;
     constexpr int K = C::slots, ROWS = S::ROWS;
     static_assert(sizeof(S) == C::shared, "the launch gives what the layout takes");
     extern __shared__ __align__(1024) u8 panels[];
@@ -355,8 +354,8 @@ __device__ __forceinline__ void select(i32* indices, i32* count, typename C::T* 
         bool filled = slot < s.count[row];
         i64 to = at.place(row, l, h) * K + slot;
         indices[to] = filled ? s.found.index[slot][row] : 0;
-        weights[to] = from_f32<T>(filled ? s.found.weight[slot][row] : 0.f);
-        scores[to] = from_f32<T>(filled ? s.found.score[slot][row] : 0.f);
+        weights[to] = from_f32<W>(filled ? s.found.weight[slot][row] : 0.f);
+        scores[to] = from_f32<W>(filled ? s.found.score[slot][row] : 0.f);
     }
     if (own < at.tokens) count[at.place(own, l, h)] = s.count[own];
 }
@@ -382,10 +381,9 @@ __device__ __forceinline__ void select_part(i32* keys, const typename C::T* q, i
 }
 
 // The best of all segments, their order and weights.  A block of C::threads threads per row.
-template <class C>
-__device__ __forceinline__ void select_merge(i32* indices, i32* count, typename C::T* weights, typename C::T* scores,
+template <class C, class W>
+__device__ __forceinline__ void select_merge(i32* indices, i32* count, W* weights, W* scores,
                                              const i32* keys, i32 segments, i64 rows) {
-    using T = typename C::T;
     constexpr int K = C::slots, WARPS = C::threads / 32;
     __shared__ u64 most[2][WARPS], best[K];
     __shared__ float score[K], weight[K];
@@ -429,8 +427,8 @@ __device__ __forceinline__ void select_merge(i32* indices, i32* count, typename 
     __syncthreads();
     for (int i = own; i < K; i += C::threads) {
         indices[row * K + i] = index[i];
-        weights[row * K + i] = from_f32<T>(weight[i]);
-        scores[row * K + i] = from_f32<T>(score[i]);
+        weights[row * K + i] = from_f32<W>(weight[i]);
+        scores[row * K + i] = from_f32<W>(score[i]);
     }
 }
 

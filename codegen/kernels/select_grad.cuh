@@ -35,9 +35,9 @@ template <Weigh RULE> __device__ __forceinline__ void weigh_grad(float* g, float
 }
 
 // scores, dweights, ds [rows, K], count [rows].  THREADS rows per block; nobody reads ds of unfilled slots.
-// C says: T, slots (K), rule, threads.
-template <class C>
-__device__ __forceinline__ void select_grad_scores(float* ds, const typename C::T* scores, const typename C::T* dweights,
+// C says: slots (K), rule, threads.
+template <class C, class W>
+__device__ __forceinline__ void select_grad_scores(float* ds, const W* scores, const W* dweights,
                                                    const i32* count, i64 rows) {
     constexpr int K = C::slots, THREADS = C::threads;
     // Rows of the pitch hold a slot of all threads' rows.

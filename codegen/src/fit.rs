@@ -13,9 +13,11 @@
 //! if that does not lead below the limit, every value has one.  About 30 plans are made, and nothing is measured, so
 //! the same limit gives the same program on every machine.
 
-use crate::lower::lower;
+use crate::cuda::{self, EmitError, emit};
+use crate::lower::lower_for;
 use crate::plan::{MemoryPlan, Scratch, plan};
 use crate::program::Program;
+use crate::traits::Kernels;
 use rambac_ir::{Bindings, Cost, DimError, Graph, NodeId};
 use rambac_passes::autodiff::GRAD;
 use rambac_passes::recompute::{candidates, choose, free_between, layer};
@@ -34,11 +36,50 @@ pub enum Memory {
     Within { limit: usize, dims: Vec<Bindings> },
 }
 
+/// Whose program and memory it is about.
+#[derive(Clone, Debug)]
+pub enum Machine {
+    /// A CPU, whose kernels take such scratch.
+    Cpu(Scratch),
+    /// A GPU, whose forms say what workspace they take.
+    Gpu(cuda::Target),
+}
+
+impl Machine {
+    /// Lowers an optimised graph and plans it at each of `dims`.
+    ///
+    /// # Errors
+    /// A dim without a value; a step that can't run there.
+    pub fn plans(&self, g: &Graph, dims: &[Bindings]) -> Result<(Program, Vec<MemoryPlan>), FitError> {
+        match self {
+            Machine::Cpu(scratch) => {
+                let program = lower_for(g, Kernels::Cpu);
+                let plans = dims.iter().map(|d| plan(&program, d, *scratch)).collect::<Result<_, _>>()?;
+                Ok((program, plans))
+            }
+            Machine::Gpu(target) => {
+                let gpu = emit(lower_for(g, Kernels::Gpu), target.clone())?;
+                let plans = dims.iter().map(|d| gpu.plan(d)).collect::<Result<_, _>>()?;
+                Ok((std::sync::Arc::unwrap_or_clone(gpu.program), plans))
+            }
+        }
+    }
+    /// Its rates, for prices of memory.
+    pub fn rates(&self) -> Target {
+        match self {
+            Machine::Cpu(_) => Target::default(),
+            Machine::Gpu(_) => Target::GPU,
+        }
+    }
+}
+
 /// Why no program fits.
-#[derive(Clone, Debug, thiserror::Error)]
+#[derive(Debug, thiserror::Error)]
 pub enum FitError {
     #[error(transparent)]
     Dim(#[from] DimError),
+    #[error(transparent)]
+    Emit(#[from] EmitError),
     #[error(
         "{program} at {dims} does not fit into {}: recomputing all that can be recomputed it still needs {}: {} of \
          activations and scratch, fullest at {fullest}, and {} of weights, optimiser and inputs",
@@ -75,7 +116,7 @@ struct Tried {
 }
 
 impl Tried {
-    fn cost(&self) -> Result<Cost, DimError> {
+    fn cost(&self) -> Result<Cost, FitError> {
         Ok(self.program.costs(&self.dims)?.into_iter().sum())
     }
 }
@@ -83,17 +124,18 @@ impl Tried {
 struct Search<'a> {
     prepared: Graph,
     dims: &'a [Bindings],
-    scratch: Scratch,
+    machine: &'a Machine,
+    options: &'a Options,
     /// Bytes that the program's own plan may take.
     limit: usize,
 }
 
 impl Search<'_> {
-    fn attempt(&self, what: Recompute, again: BTreeSet<NodeId>) -> Result<Tried, DimError> {
-        let program = lower(&pipeline::complete(&self.prepared, &Options { recompute: what, ..Options::default() }));
+    fn attempt(&self, what: Recompute, again: BTreeSet<NodeId>) -> Result<Tried, FitError> {
+        let options = Options { recompute: what, ..self.options.clone() };
+        let (program, plans) = self.machine.plans(&pipeline::complete(&self.prepared, &options), self.dims)?;
         let mut worst: Option<(MemoryPlan, &Bindings)> = None;
-        for d in self.dims {
-            let p = plan(&program, d, self.scratch)?;
+        for (p, d) in plans.into_iter().zip(self.dims) {
             if worst.as_ref().is_none_or(|(w, _)| p.peak() > w.peak()) {
                 worst = Some((p, d));
             }
@@ -101,7 +143,7 @@ impl Search<'_> {
         let (plan, dims) = worst.expect("BUG: a limit holds at some dims");
         Ok(Tried { again, program, plan, dims: dims.clone() })
     }
-    fn nodes(&self, again: BTreeSet<NodeId>) -> Result<Tried, DimError> {
+    fn nodes(&self, again: BTreeSet<NodeId>) -> Result<Tried, FitError> {
         self.attempt(Recompute::Nodes(again.clone()), again)
     }
     fn fits(&self, t: &Tried) -> bool {
@@ -133,7 +175,8 @@ impl Search<'_> {
     }
 
     /// The cheapest that fits if `priced` values have a price; `None` if none does.
-    fn cheapest(&self, kept: &Tried, priced: &[bool], target: &Target) -> Result<Option<Tried>, DimError> {
+    fn cheapest(&self, kept: &Tried, priced: &[bool]) -> Result<Option<Tried>, FitError> {
+        let target = &self.machine.rates();
         let at =
             |price: f64| choose(&self.prepared, &kept.dims, target, |n| if priced[n.index()] { price } else { 0.0 });
         let mut upper = self.nodes(at(f64::INFINITY)?)?;
@@ -177,7 +220,7 @@ impl Search<'_> {
         Ok(Some(upper))
     }
 
-    fn decided(self, kept: Tried, best: Tried) -> Result<Fit, DimError> {
+    fn decided(self, kept: Tried, best: Tried) -> Result<Fit, FitError> {
         let costs = (kept.cost()?, best.cost()?);
         Ok(Fit {
             prepared: self.prepared,
@@ -209,55 +252,59 @@ impl Search<'_> {
 /// by others.
 ///
 /// # Errors
-/// A dim without a value; a limit below what recomputing everything needs.
+/// A dim without a value; a limit below what recomputing everything needs; a step that can't run on the machine.
 pub fn fit(
     g: &Graph,
     limit: usize,
     dims: &[Bindings],
-    scratch: Scratch,
+    machine: &Machine,
     reserved: usize,
-    target: &Target,
+    options: &Options,
 ) -> Result<Fit, FitError> {
-    let prepared = pipeline::prepare(g);
-    let s = Search { prepared, dims, scratch, limit: limit.saturating_sub(reserved) };
+    let prepared = pipeline::prepare(g, options);
+    let s = Search { prepared, dims, machine, options, limit: limit.saturating_sub(reserved) };
     let kept = s.attempt(Recompute::Nothing, BTreeSet::new())?;
     let mut best = if s.fits(&kept) { Some(s.nodes(BTreeSet::new())?) } else { None };
     if best.is_none() {
-        best = s.cheapest(&kept, &s.in_the_way(&kept), target)?;
+        best = s.cheapest(&kept, &s.in_the_way(&kept))?;
     }
     if best.is_none() {
-        best = s.cheapest(&kept, &vec![true; s.prepared.nodes.len()], target)?;
+        best = s.cheapest(&kept, &vec![true; s.prepared.nodes.len()])?;
     }
     let Some(best) = best else {
         let least = s.attempt(Recompute::All, BTreeSet::new())?;
         return Err(s.too_small(&g.name, &least, limit, reserved));
     };
-    Ok(s.decided(kept, best)?)
+    s.decided(kept, best)
 }
 
 /// The other extreme: everything that can be computed again, at `dims`.
 ///
 /// # Errors
-/// A dim without a value.
-pub fn everything(g: &Graph, dims: &Bindings, scratch: Scratch) -> Result<Fit, FitError> {
-    let prepared = pipeline::prepare(g);
-    let s = Search { prepared, dims: std::slice::from_ref(dims), scratch, limit: 0 };
+/// A dim without a value; a step that can't run on the machine.
+pub fn everything(g: &Graph, dims: &Bindings, machine: &Machine, options: &Options) -> Result<Fit, FitError> {
+    let prepared = pipeline::prepare(g, options);
+    let s = Search { prepared, dims: std::slice::from_ref(dims), machine, options, limit: 0 };
     let kept = s.attempt(Recompute::Nothing, BTreeSet::new())?;
     let all = s.nodes(candidates(&s.prepared))?;
-    Ok(s.decided(kept, all)?)
+    s.decided(kept, all)
 }
 
-/// Options under which `g` takes no more than `memory`.
+/// `others`, and such recomputation that `g` takes no more than `memory`.
 ///
 /// # Errors
 /// As [`fit`].
-pub fn options(g: &Graph, memory: &Memory, scratch: Scratch, reserved: usize) -> Result<Options, FitError> {
+pub fn options(
+    g: &Graph,
+    memory: &Memory,
+    machine: &Machine,
+    reserved: usize,
+    others: &Options,
+) -> Result<Options, FitError> {
     let recompute = match memory {
         Memory::Keep => Recompute::Nothing,
         Memory::Recompute => Recompute::All,
-        Memory::Within { limit, dims } => {
-            Recompute::Nodes(fit(g, *limit, dims, scratch, reserved, &Target::default())?.again)
-        }
+        Memory::Within { limit, dims } => Recompute::Nodes(fit(g, *limit, dims, machine, reserved, others)?.again),
     };
-    Ok(Options { recompute, ..Options::default() })
+    Ok(Options { recompute, ..others.clone() })
 }

@@ -16,12 +16,14 @@ pub mod fit;
 pub mod hash;
 pub mod libraries;
 pub mod lower;
+mod narrow;
 pub mod nvrtc;
 pub mod plan;
 pub mod program;
 pub mod traits;
 
-pub use fit::{Fit, FitError, Memory, fit};
-pub use lower::lower;
+pub use fit::{Fit, FitError, Machine, Memory, fit};
+pub use lower::{lower, lower_for};
 pub use plan::{MemoryPlan, Scratch, no_scratch, plan, plan_with};
 pub use program::{Buffer, BufferId, BufferKind, Program, Step, View};
+pub use traits::Kernels;

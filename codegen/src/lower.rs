@@ -2,13 +2,15 @@
 //!
 //! Reshapes and slices become views where strides allow; operands of a concat are written in place by the kernels
 //! that make them; elementwise results overwrite operands that die; updates are written into their source's buffer.
-//! Where a kernel can't take a strided view, a copy step stands before it.  A cast from bf16 to f32 is a step only where
-//! some reader of it has no kernel for bf16.
+//! Where a kernel can't take a strided view, a copy step stands before it.  Casts from bf16 and to it are steps only where
+//! a kernel can't read or write bf16 itself, which `narrow.rs` says.
 
+use crate::narrow::Narrow;
 use crate::program::*;
-use crate::traits::{kernel_traits, reads_bf16};
+use crate::traits::{Kernels, kernel_traits};
 use rambac_ir::ops::*;
 use rambac_ir::{DType, Dim, Graph, NodeId, Ty, Value};
+use rambac_passes::mixed::widens;
 use std::collections::HashMap;
 
 struct Lowering<'g> {
@@ -21,12 +23,19 @@ struct Lowering<'g> {
     /// Values that are written straight into a concat's result: `(concat, element offset, row length)`.
     placed: HashMap<Value, (NodeId, Dim)>,
     concats: HashMap<NodeId, BufferId>,
+    narrow: Narrow,
 }
 
-/// Lowers `g`, which should have been through the pipeline.
+/// Lowers `g`, which should have been through the pipeline, for CPUs.
 pub fn lower(g: &Graph) -> Program {
+    lower_for(g, Kernels::Cpu)
+}
+
+/// Lowers `g` for a device with such kernels.
+pub fn lower_for(g: &Graph, kernels: Kernels) -> Program {
     let mut l = Lowering {
         g,
+        narrow: Narrow::new(g, kernels),
         users: g.users(),
         buffers: vec![],
         steps: vec![],
@@ -93,6 +102,11 @@ impl Lowering<'_> {
                 while self.used_once(made) && matches!(self.g.node(made.node).op, Op::Reshape(_)) {
                     made = self.g.node(made.node).inputs[0];
                 }
+                if self.used_once(made)
+                    && let Some(wide) = self.narrow.written(self.g, made.node)
+                {
+                    made = wide;
+                }
                 let maker = &self.g.node(made.node).op;
                 let able = takes_strides(self.g, made.node)
                     && kernel_traits(maker).strided_outputs.contains(&(made.result as usize))
@@ -111,7 +125,7 @@ impl Lowering<'_> {
     }
 
     fn result(&mut self, v: Value) -> View {
-        let ty = self.g.ty(v).clone();
+        let ty = self.narrow.result(self.g, v);
         let Some((concat, offset)) = self.placed.get(&v).cloned() else { return self.fresh(&ty) };
         let Op::Concat(c) = &self.g.node(concat).op else { unreachable!("BUG: placed in a concat") };
         let whole = self.g.node(concat).tys[0].clone();
@@ -139,8 +153,11 @@ impl Lowering<'_> {
 
     fn node(&mut self, id: NodeId) {
         let n = self.g.node(id);
+        if self.narrow.written(self.g, id).is_some() {
+            return; // By what makes its operand.
+        }
         for (i, &v) in n.inputs.iter().enumerate() {
-            if !reads_bf16(&n.op, i, self.g.ty(v)) {
+            if !self.narrow.reads(id, i) {
                 self.widen(v);
             }
         }
@@ -185,7 +202,8 @@ impl Lowering<'_> {
         let mut inputs = vec![];
         for (i, &v) in n.inputs.iter().enumerate() {
             // A cast that was put off is read through.
-            let view = self.views.get(&v).unwrap_or_else(|| &self.views[&self.g.node(v.node).inputs[0]]).clone();
+            let through = self.narrow.reads(id, i) && widens(self.g, self.g.node(v.node));
+            let view = self.views[&if through { self.g.node(v.node).inputs[0] } else { v }].clone();
             let fits = || takes_strides(self.g, id) && t.strided_inputs.contains(&i) && strided_fits(&op, &view);
             let ok = view.strided.is_none() || fits();
             inputs.push(if ok { view } else { self.copied(id, &view) });
@@ -208,12 +226,13 @@ impl Lowering<'_> {
             for (r, y) in outputs.iter_mut().enumerate() {
                 if y.strided.as_ref().is_some_and(|s| Some(&s.cols) != cols.as_ref()) {
                     self.placed.remove(&id.result(r));
-                    *y = self.fresh(&n.tys[r]);
+                    *y = self.fresh(&self.narrow.result(self.g, id.result(r)));
                 }
             }
         }
         for (r, v) in outputs.iter().enumerate() {
-            self.views.insert(id.result(r), v.clone());
+            let y = id.result(r);
+            self.views.insert(self.narrow.cast_of(y).unwrap_or(y), v.clone());
         }
         self.steps.push(Step { op, node: id, inputs, outputs });
     }
@@ -301,6 +320,11 @@ impl Lowering<'_> {
     /// it, else by a copy at the end.
     fn updates(&mut self, outputs: &mut [OutputSlot]) {
         self.save_overwritten(outputs);
+        // The steps that use a buffer, in order.
+        let mut users: Vec<Vec<usize>> = vec![vec![]; self.buffers.len()];
+        for (i, s) in self.steps.iter().enumerate() {
+            s.inputs.iter().chain(&s.outputs).for_each(|v| users[v.buffer.index()].push(i));
+        }
         for i in 0..outputs.len() {
             let o = &outputs[i];
             let Some(slot) = self.sources.iter().find(|s| s.name == o.name && s.kind != SourceKind::Input) else {
@@ -312,22 +336,32 @@ impl Lowering<'_> {
             if made == target {
                 continue;
             }
-            let maker = self.steps.iter().position(|s| s.outputs.iter().any(|v| v.buffer == made));
-            let last_read = self.steps.iter().rposition(|s| s.inputs.iter().any(|v| v.buffer == target));
+            let makes = |s: &&usize| self.steps[**s].outputs.iter().any(|v| v.buffer == made);
+            let reads = |s: &&usize| self.steps[**s].inputs.iter().any(|v| v.buffer == target);
+            let maker = users[made.index()].iter().find(makes).copied();
+            let last_read = users[target.index()].iter().rev().find(reads).copied();
             let whole = self.buffers[made.index()].kind == BufferKind::Arena
                 && self.buffers[made.index()].ty.elements() == self.buffers[target.index()].ty.elements();
             let direct = maker.is_some_and(|m| {
                 whole && last_read.is_none_or(|r| r < m || (r == m && overwrites(&self.steps[m], made, target)))
             });
             if direct {
-                let views = self.steps.iter_mut().flat_map(|s| s.inputs.iter_mut().chain(&mut s.outputs));
+                let moved = std::mem::take(&mut users[made.index()]);
+                for &s in &moved {
+                    let s = &mut self.steps[s];
+                    let views = s.inputs.iter_mut().chain(&mut s.outputs);
+                    views.filter(|v| v.buffer == made).for_each(|v| v.buffer = target);
+                }
+                users[target.index()].extend(moved);
+                users[target.index()].sort_unstable();
                 // Other outputs may be the same value.
-                let views = views.chain(outputs.iter_mut().map(|o| &mut o.view));
+                let views = outputs.iter_mut().map(|o| &mut o.view);
                 views.filter(|v| v.buffer == made).for_each(|v| v.buffer = target);
             } else {
                 let x = outputs[i].view.clone();
                 let y = View { buffer: target, offset: Dim::int(0), ty: x.ty.clone(), strided: None };
                 let op = Reshape { shape: x.ty.shape.clone() }.into();
+                [made, target].iter().for_each(|b| users[b.index()].push(self.steps.len()));
                 self.steps.push(Step { op, node: NodeId(0), inputs: vec![x], outputs: vec![y.clone()] });
                 outputs[i].view = y;
             }
@@ -342,7 +376,11 @@ impl Lowering<'_> {
         }
         outputs.iter().for_each(|o| last[o.view.buffer.index()] = usize::MAX);
         let mut become_: Vec<BufferId> = (0..self.buffers.len() as u32).map(BufferId).collect();
+        let mut seen = vec![false; self.buffers.len()];
         for i in 0..self.steps.len() {
+            if let Some(p) = i.checked_sub(1).map(|p| &self.steps[p]) {
+                p.inputs.iter().chain(&p.outputs).for_each(|v| seen[v.buffer.index()] = true);
+            }
             for v in self.steps[i].inputs.iter_mut() {
                 v.buffer = become_[v.buffer.index()];
             }
@@ -362,11 +400,7 @@ impl Lowering<'_> {
                         && self.buffers[v.buffer.index()].ty.elements() == v.ty.elements()
                 };
                 // The result must be this buffer's first appearance.
-                let first = self.steps[..i]
-                    .iter()
-                    .rev()
-                    .all(|p| p.outputs.iter().chain(&p.inputs).all(|v| v.buffer != y.buffer));
-                if !own(y) || !first {
+                if !own(y) || seen[y.buffer.index()] {
                     continue;
                 }
                 let may = |k: usize| t.in_place || t.overwrites.contains(&(o, k));
@@ -402,10 +436,18 @@ fn by_rows(op: &Op) -> bool {
 /// Whether the step may write its result `made` over `target` while reading it, whole: an elementwise op, or one that
 /// says so.
 fn overwrites(s: &Step, made: BufferId, target: BufferId) -> bool {
+    if let Op::MapEach(m) = &s.op {
+        let made = |o: &(usize, &View)| o.1.buffer == made;
+        return s.inputs.iter().enumerate().filter(|(_, v)| v.buffer == target).all(|(i, v)| {
+            let mut results = s.outputs.iter().enumerate().filter(made);
+            v.strided.is_none() && results.all(|(r, o)| o.ty == v.ty && m.may_overwrite(r, i))
+        });
+    }
     let t = kernel_traits(&s.op);
     let mut reads = s.inputs.iter().enumerate().filter(|(_, v)| v.buffer == target);
     if t.in_place {
-        return reads.all(|(_, v)| v.strided.is_none() && s.outputs.iter().all(|o| o.ty == v.ty));
+        let same = |v: &View| s.outputs.iter().filter(|o| o.buffer == made).all(|o| o.ty == v.ty);
+        return reads.all(|(_, v)| v.strided.is_none() && same(v));
     }
     let over = |i: usize, v: &View| {
         let same = |o: &View| o.buffer == made && o.strided.is_none() && o.ty == v.ty;

@@ -110,6 +110,22 @@ impl Nvrtc {
         Err(NvrtcError::Missing)
     }
 
+    /// Every version that there is, once, in the order of [`installed`]; what can't be loaded is left out.
+    pub fn open_all() -> Vec<Nvrtc> {
+        let mut all: Vec<Nvrtc> = vec![];
+        for n in installed().iter().filter_map(|p| Nvrtc::open(p).ok()) {
+            if all.iter().all(|o| o.version != n.version) {
+                all.push(n);
+            }
+        }
+        if all.is_empty() { Nvrtc::open_any().into_iter().collect() } else { all }
+    }
+
+    /// `NVRTC 12.9`.
+    pub fn name(&self) -> String {
+        format!("NVRTC {}.{}", self.version.0, self.version.1)
+    }
+
     /// Loads a library.
     ///
     /// # Errors
@@ -174,7 +190,11 @@ impl Nvrtc {
         let list = |all: &[&str], what| all.iter().map(|s| c(s, what)).collect::<Result<Vec<_>>>();
         let names = list(&headers.iter().map(|h| h.0).collect::<Vec<_>>(), "a header's name")?;
         let texts = list(&headers.iter().map(|h| h.1).collect::<Vec<_>>(), "a header")?;
-        let flags = list(options, "an option")?;
+        let mut flags = list(options, "an option")?;
+        // Where there is a driver, it would take code from a cache of its own, and ptxas would say nothing of registers.
+        if self.version >= (12, 9) {
+            flags.push(c("--no-cache", "an option")?);
+        }
         let pointers = |all: &[CString]| all.iter().map(|s| s.as_ptr()).collect::<Vec<_>>();
         let (names, texts, flags) = (pointers(&names), pointers(&texts), pointers(&flags));
         let mut program: Program = std::ptr::null_mut();

@@ -37,6 +37,16 @@ pub fn reads_bf16(op: &Op, i: usize, ty: &Ty) -> bool {
     form && kernel_traits(op).bf16_inputs.contains(&i)
 }
 
+/// Whose kernels a program is for: what they read and write as bf16 where the graph casts differs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Kernels {
+    /// [`reads_bf16`] alone.
+    #[default]
+    Cpu,
+    /// What `rambac_passes::mixed::halves` says, in both directions.
+    Gpu,
+}
+
 /// Implemented for every op.
 pub trait Lower {
     fn kernel_traits(&self) -> KernelTraits;
@@ -68,6 +78,8 @@ traits! {
     Pad: in [], out [], moves true;
     Concat: in [], out [], moves true;
     Reduce: in [], out [];
+    SumSquares: in [], out [];
+    MapEach: in [], out [];
     Cast: in [], out [], moves true;
     MatMul: in [0, 1], out [0], bf16_inputs &[1];
     MatMulMap: in [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15], out [0, 1, 2, 3, 4, 5, 6, 7], bf16_inputs &[1];

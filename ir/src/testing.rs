@@ -56,7 +56,8 @@ pub fn grow(seed: u64, steps: &[(u16, u64)], differentiable: bool) -> Grown {
 
 /// Whether ops of this mnemonic have a gradient rule.
 pub fn has_gradient(mnemonic: &str) -> bool {
-    !(mnemonic.ends_with("_grad") || ["map", "matmul_map", "selection", "chunk_attention"].contains(&mnemonic))
+    !(mnemonic.ends_with("_grad")
+        || ["map", "map_each", "matmul_map", "selection", "chunk_attention"].contains(&mnemonic))
 }
 
 /// SplitMix64.
@@ -305,6 +306,18 @@ impl Grower {
                 self.push(Cast { to }, &[x], bound);
             }
             "map" => self.map(),
+            "map_each" => self.map_each(),
+            "sum_squares" => {
+                let first = self.any(0, 8.0);
+                let dtype = self.b.ty(first).dtype;
+                let mut x = vec![first];
+                for _ in 0..self.rng.below(3) {
+                    let rank = self.rng.below(3);
+                    let shape = self.shape(rank, 400);
+                    x.push(self.of(dtype, &shape.iter().collect::<Vec<_>>(), 8.0));
+                }
+                self.push(SumSquares {}, &x, 64.0 * 1600.0);
+            }
             "matmul_map" => self.matmul_map(),
             "broadcast" => self.broadcast(),
             "reshape" => {
@@ -605,6 +618,24 @@ impl Grower {
         let outs: Vec<usize> = (0..1 + self.rng.below(3)).map(|_| self.rng.below(bounds.len())).collect();
         let dtypes = outs.iter().map(|_| self.rng.pick(&[DType::F32, DType::BF16, DType::F16, DType::Bool])).collect();
         (body, outs, dtypes)
+    }
+
+    fn map_each(&mut self) {
+        let dtypes: Vec<DType> = (0..1 + self.rng.below(3)).map(|_| self.float_type()).collect();
+        let mut x = vec![];
+        for _ in 0..1 + self.rng.below(3) {
+            let rank = self.rng.below(3);
+            let shape = self.shape(rank, 400);
+            let shape: Vec<&Dim> = shape.iter().collect();
+            dtypes.iter().for_each(|d| x.push(self.of(*d, &shape, 4.0)));
+        }
+        let shared = self.rng.below(3);
+        for _ in 0..shared {
+            let dtype = self.float_type();
+            x.push(self.of(dtype, &[], 4.0));
+        }
+        let (body, outs, out_types) = self.region(vec![4.0; dtypes.len() + shared]);
+        self.push(MapEach { own: dtypes.len(), shared, body, outs, dtypes: out_types }, &x, 100.0);
     }
 
     fn broadcast(&mut self) {

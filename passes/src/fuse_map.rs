@@ -7,10 +7,11 @@
 //! %r = add %g, %c
 //! ```
 //! A region is a convex set of elementwise nodes of one shape and one phase (forward or backward); broadcasts and
-//! splats are absorbed as operands and constants.  Regions that read the same operands are one, too.  Requires: constants are folded.  Ensures: no float elementwise op
+//! splats are absorbed as operands and constants, casts from bf16 as operands, casts to bf16 as results.  Regions that read the same operands are one, too.  Requires: constants are folded.  Ensures: no float elementwise op
 //! is left, only maps.
 
 use crate::cse::is_backward;
+use crate::mixed::widens;
 use crate::rewrite::Rewrite;
 use rambac_ir::ops::*;
 use rambac_ir::{DType, Graph, Node, NodeId, Value};
@@ -23,9 +24,14 @@ const MAX_INSTS: usize = 48;
 
 /// The instruction a node becomes, if it computes elementwise in floating point.
 fn inst(g: &Graph, n: &Node) -> Option<MapFn> {
-    // Halves round at every op; a map keeps registers in f32.
+    // Halves round at every op; a map keeps registers in f32, and rounds what it writes.
     let fits = |d: DType| matches!(d, DType::F32 | DType::Bool);
-    if !n.inputs.iter().all(|v| fits(g.ty(*v).dtype)) || !fits(n.tys[0].dtype) {
+    let rounds = matches!(&n.op, Op::Cast(c) if c.to == DType::BF16);
+    if !n.inputs.iter().all(|v| fits(g.ty(*v).dtype)) || !(fits(n.tys[0].dtype) || rounds) {
+        return None;
+    }
+    // What another op makes it may round itself.
+    if rounds && inst(g, g.node(n.inputs[0].node)).is_none() {
         return None;
     }
     match &n.op {
@@ -46,7 +52,7 @@ struct Regions<'g> {
 }
 
 impl Regions<'_> {
-    /// Values a region reads from outside, in order; broadcasts are looked through.
+    /// Values a region reads from outside, in order; broadcasts and casts from bf16 are looked through.
     fn operands(&self, set: &BTreeSet<NodeId>) -> Vec<Value> {
         let mut out = vec![];
         for &id in set {
@@ -167,17 +173,20 @@ fn arg(g: &Graph, v: Value, set: &BTreeSet<NodeId>) -> Arg {
     if set.contains(&v.node) {
         return Arg::Inside(v.node);
     }
-    match &g.node(v.node).op {
+    let from = behind(g, v).last().unwrap_or(v);
+    match &g.node(from.node).op {
         Op::Constant(c) => Arg::Splat(c.value),
-        Op::Broadcast(_) => {
-            let from = g.node(v.node).inputs[0];
-            match &g.node(from.node).op {
-                Op::Constant(c) => Arg::Splat(c.value),
-                _ => Arg::Outside(from),
-            }
-        }
-        _ => Arg::Outside(v),
+        _ => Arg::Outside(from),
     }
+}
+
+/// What a map reads in place of an operand: from behind a broadcast, and bf16 from behind its cast to f32.
+fn behind(g: &Graph, v: Value) -> impl Iterator<Item = Value> {
+    let n = g.node(v.node);
+    let broadcast = matches!(n.op, Op::Broadcast(_)).then(|| n.inputs[0]);
+    let m = g.node(broadcast.unwrap_or(v).node);
+    let half = widens(g, m).then(|| m.inputs[0]);
+    broadcast.into_iter().chain(half)
 }
 
 fn build(r: &mut Rewrite, regions: &Regions, set: &BTreeSet<NodeId>) {
@@ -291,9 +300,7 @@ fn order(regions: &Regions) -> Result<Vec<NodeId>, usize> {
     regions.members.iter().position(waiting).map_or(Ok(order), Err)
 }
 
-/// The node an operand comes from, and, through a broadcast, the one behind it: both must be there first.
+/// The node an operand comes from, and those [`behind`] it: all must be there first.
 fn looked_through(g: &Graph, v: Value) -> Vec<NodeId> {
-    let n = g.node(v.node);
-    let behind = matches!(n.op, Op::Broadcast(_)).then(|| n.inputs[0].node);
-    std::iter::once(v.node).chain(behind).collect()
+    std::iter::once(v).chain(behind(g, v)).map(|v| v.node).collect()
 }

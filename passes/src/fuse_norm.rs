@@ -10,8 +10,8 @@
 
 use crate::fuse_selection::push_in_scope;
 use crate::rewrite::Rewrite;
-use rambac_ir::ops::{BinaryFn, GatedRmsNorm, MapFn, Op, UnaryFn};
-use rambac_ir::{Graph, NodeId, Value};
+use rambac_ir::ops::{BinaryFn, Cast, GatedRmsNorm, MapFn, MapInst, Op, UnaryFn};
+use rambac_ir::{DType, Graph, NodeId, Value};
 use std::collections::HashMap;
 
 /// What a norm's operand is made of: `(value, gate's argument)`.
@@ -49,13 +49,15 @@ pub fn fuse_norm(g: &Graph) -> Graph {
     crate::dce::dce(&r.finish())
 }
 
-/// The norm's gradient that a map adds to something else, and that.
+/// The norm's gradient that a map adds to something else, and that.  The map may round the sum, too.
 fn residual(g: &Graph, users: &[Vec<NodeId>], map: NodeId) -> Option<(NodeId, Value)> {
     let n = g.node(map);
     let Op::FusedMap(m) = &n.op else { return None };
-    let [add] = &m.body[..] else { return None };
     let [a, c] = n.inputs[..] else { return None };
-    if !matches!(add.f, MapFn::Binary(BinaryFn::Add)) || add.args[0] == add.args[1] || m.outs[..] != [2] {
+    let (add, rounded) = m.body.split_first()?;
+    let rounds = |i: &MapInst| i.f == MapFn::Cast(DType::BF16) && i.args[..] == [2];
+    let results = m.outs[0] == 2 && m.dtypes[0] == DType::F32 && rounded.iter().all(rounds) && m.outs.len() <= 2;
+    if !matches!(add.f, MapFn::Binary(BinaryFn::Add)) || add.args[0] == add.args[1] || !results {
         return None;
     }
     [(a, c), (c, a)].into_iter().find_map(|(d, base)| {
@@ -82,8 +84,11 @@ pub fn fuse_residual(g: &Graph) -> Graph {
             let out = push_in_scope(&mut r, id, n.names.clone(), n.op.clone(), &x);
             r.set(id, out);
         } else if let Some(norm) = sums.get(&id) {
-            let sum = r.get(norm.result(0));
-            r.set(id, vec![sum]);
+            let mut all = vec![r.get(norm.result(0))];
+            if n.tys.len() > 1 {
+                all.extend(push_in_scope(&mut r, id, vec![n.names[1].clone()], Cast { to: DType::BF16 }.into(), &all));
+            }
+            r.set(id, all);
         } else {
             r.copy(id);
         }

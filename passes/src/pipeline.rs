@@ -2,10 +2,20 @@
 
 use crate::recompute::Recompute;
 use crate::{
-    cse, dce, fold, fuse_attention, fuse_epilogue, fuse_loss, fuse_map, fuse_norm, fuse_selection, narrow, recompute,
-    simplify,
+    cse, dce, fold, fuse_attention, fuse_each, fuse_epilogue, fuse_loss, fuse_map, fuse_norm, fuse_selection, mixed,
+    narrow, recompute, simplify,
 };
 use rambac_ir::Graph;
+
+/// How floats are kept between ops.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Precision {
+    /// Everything in f32.
+    #[default]
+    F32,
+    /// Activations and operands of products in bf16, see `mixed`.
+    Bf16,
+}
 
 /// What can be chosen about compiling.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -14,6 +24,8 @@ pub struct Options {
     pub recompute: Recompute,
     /// Keep the weights of products and the embedding table in bf16, see `narrow`.
     pub bf16_weights: bool,
+    /// What activations are kept in.
+    pub precision: Precision,
 }
 
 /// A pass and its name.
@@ -30,9 +42,11 @@ pub const PASSES: &[Pass] = &[
     ("fuse_selection", |g, _| fuse_selection::fuse_selection(g)),
     ("fuse_attention", |g, _| fuse_attention::fuse_attention(g)),
     ("fuse_loss", |g, _| fuse_loss::fuse_loss(g)),
+    ("mixed", |g, o| if o.precision == Precision::Bf16 { mixed::mixed(g) } else { g.clone() }),
     (RECOMPUTE, |g, o| recompute::recompute(g, &o.recompute)),
     ("fuse_map", |g, _| fuse_map::fuse_map(g)),
     ("dce", |g, _| dce::dce(g)),
+    ("fuse_each", |g, _| fuse_each::fuse_each(g)),
     ("fuse_residual", |g, _| fuse_norm::fuse_residual(g)),
     ("fuse_epilogue", |g, _| fuse_epilogue::fuse_epilogue(g)),
 ];
@@ -70,8 +84,8 @@ pub fn optimise(g: &Graph, options: &Options) -> Graph {
 }
 
 /// The graph as the pass [`RECOMPUTE`] meets it, whose nodes [`Recompute::Nodes`] names.
-pub fn prepare(g: &Graph) -> Graph {
-    run(&PASSES[..cut()], g, &Options::default(), |_, _| {})
+pub fn prepare(g: &Graph, options: &Options) -> Graph {
+    run(&PASSES[..cut()], g, options, |_, _| {})
 }
 
 /// The rest of [`optimise`] on what [`prepare`] gave.

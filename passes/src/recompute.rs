@@ -27,6 +27,7 @@
 
 use crate::cse::is_backward;
 use crate::min_cut::{INFINITE, Network};
+use crate::mixed::widens;
 use rambac_ir::ops::{Op, traffic};
 use rambac_ir::ty::ConcreteTy;
 use rambac_ir::{Bindings, Builder, DimError, Graph, Node, NodeId, Output, Value};
@@ -51,6 +52,11 @@ pub struct Target {
     pub flops_per_second: f64,
     /// Read and written, of large copies.
     pub bytes_per_second: f64,
+}
+
+impl Target {
+    /// An H200 in bf16: about half of what one card was seen to reach, in both.
+    pub const GPU: Target = Target { flops_per_second: 4e14, bytes_per_second: 2.2e12 };
 }
 
 impl Default for Target {
@@ -97,8 +103,8 @@ fn needed(g: &Graph, among: &BTreeSet<NodeId>, again: &BTreeSet<NodeId>) -> BTre
 }
 
 /// Results that lie in the memory of an operand, or that maps read from behind: to keep them means nothing.
-fn is_view(op: &Op) -> bool {
-    matches!(op, Op::Reshape(_) | Op::Slice(_) | Op::Broadcast(_))
+fn is_view(g: &Graph, n: &Node) -> bool {
+    matches!(n.op, Op::Reshape(_) | Op::Slice(_) | Op::Broadcast(_)) || widens(g, n)
 }
 
 /// Nodes with their concrete types.
@@ -114,7 +120,7 @@ impl Sized<'_> {
     /// Seconds to compute a node again.
     fn seconds(&self, id: NodeId, target: &Target) -> Result<f64, DimError> {
         let n = self.g.node(id);
-        if is_view(&n.op) {
+        if is_view(self.g, n) {
             return Ok(0.0);
         }
         let x = n.inputs.iter().map(|v| self.ty(*v)).collect::<Result<Vec<_>, _>>()?;
@@ -155,7 +161,7 @@ pub fn choose(
     }
     for (v, at) in &value_at {
         let p = price(v.node);
-        let kept = if is_view(&g.node(v.node).op) || p.is_infinite() {
+        let kept = if is_view(g, g.node(v.node)) || p.is_infinite() {
             INFINITE
         } else {
             capacity(p * sized.ty(*v)?.bytes() as f64)
@@ -213,7 +219,7 @@ pub fn by_layer(g: &Graph, dims: &Bindings, again: &BTreeSet<NodeId>) -> Result<
     let mut counted = BTreeSet::new();
     for v in needed(g, &among, again) {
         let n = g.node(v.node);
-        if is_view(&n.op) {
+        if is_view(g, n) {
             continue;
         }
         let name = layer(n).unwrap_or_default();

@@ -7,7 +7,8 @@
 
 use crate::autodiff::{AutodiffError, GRAD, gradients};
 use crate::fuse_norm::fuse_norm;
-use rambac_ir::ops::{SourceKind, UnaryFn};
+use crate::mixed::shadow_name;
+use rambac_ir::ops::{SourceKind, SumSquares, UnaryFn};
 use rambac_ir::{Builder, DType, Graph, Ty, Value};
 use std::f64::consts::PI;
 
@@ -70,7 +71,7 @@ fn params(g: &Graph) -> Vec<(String, Value)> {
     g.sources().filter(|(_, s)| s.kind == SourceKind::Param).map(|(id, s)| (s.name.clone(), id.result(0))).collect()
 }
 
-/// Name, value and gradient of a parameter.
+/// Name, value and gradient of a parameter; of an accumulated gradient, the sum.
 type Grad = (String, Value, Value);
 
 fn with_gradients(loss: &Graph, of: &str) -> Result<(Graph, Vec<Grad>), AutodiffError> {
@@ -101,7 +102,7 @@ pub fn gradient_graph(loss: &Graph) -> Result<Graph, AutodiffError> {
 pub fn train_step(loss: &Graph, opt: &AdamW, decays: impl Fn(&str) -> bool) -> Result<Graph, AutodiffError> {
     let (g, grads) = with_gradients(loss, "loss")?;
     let mut b = Builder::extend(g);
-    update(&mut b, opt, &grads, decays);
+    update(&mut b, opt, &grads, None, decays);
     built(b)
 }
 
@@ -128,11 +129,17 @@ pub fn accumulate(loss: &Graph) -> Result<Graph, AutodiffError> {
     built(b)
 }
 
-/// The update from the accumulators; empties them.
+/// The update from the accumulators; empties them.  Of `shadowed` parameters it also writes the bf16 copies that the graph
+/// of a micro-batch reads in mixed precision.
 ///
 /// # Errors
 /// As [`gradients`].
-pub fn apply(loss: &Graph, opt: &AdamW, decays: impl Fn(&str) -> bool) -> Result<Graph, AutodiffError> {
+pub fn apply(
+    loss: &Graph,
+    opt: &AdamW,
+    decays: impl Fn(&str) -> bool,
+    shadowed: &[&str],
+) -> Result<Graph, AutodiffError> {
     let mut b = Builder::new("apply", &[]);
     let mut grads = vec![];
     let scalar = Ty::scalar(DType::F32);
@@ -145,12 +152,20 @@ pub fn apply(loss: &Graph, opt: &AdamW, decays: impl Fn(&str) -> bool) -> Result
         let ty = loss.ty(v).clone();
         let p = b.param(&name, ty.clone());
         let sum = b.state(&accumulator_name(&name), ty.clone());
-        let d = b.div(sum, tokens);
         let zero = b.constant(0.0, ty);
         b.output(&accumulator_name(&name), zero);
-        grads.push((name, p, d));
+        grads.push((name, p, sum));
     }
-    update(&mut b, opt, &grads, decays);
+    update(&mut b, opt, &grads, Some(tokens), decays);
+    b.enter("optim");
+    for name in shadowed {
+        let new = b.graph().output(name).expect("BUG: shadows are of parameters");
+        let ty = b.ty(new).with_dtype(DType::BF16);
+        b.state(&shadow_name(name), ty);
+        let half = b.cast(new, DType::BF16);
+        b.output(&shadow_name(name), half);
+    }
+    b.leave();
     built(b)
 }
 
@@ -158,7 +173,8 @@ fn built(b: Builder) -> Result<Graph, AutodiffError> {
     b.finish().map_err(|e| AutodiffError::IllTyped { op: "the training step", error: e.to_string() })
 }
 
-fn update(b: &mut Builder, opt: &AdamW, grads: &[Grad], decays: impl Fn(&str) -> bool) {
+/// The update from gradients, or from their sums over so many tokens.
+fn update(b: &mut Builder, opt: &AdamW, grads: &[Grad], tokens: Option<Value>, decays: impl Fn(&str) -> bool) {
     b.enter("optim");
     let scalar = Ty::scalar(DType::F32);
     let c = |b: &mut Builder, v: f64| b.constant(v, Ty::scalar(DType::F32));
@@ -168,15 +184,13 @@ fn update(b: &mut Builder, opt: &AdamW, grads: &[Grad], decays: impl Fn(&str) ->
     b.output(STEP, t);
 
     let norm = {
-        let parts: Vec<Value> = grads
-            .iter()
-            .map(|(_, _, d)| {
-                let s = b.square(*d);
-                b.sum_all(s)
-            })
-            .collect();
-        let sum = parts.into_iter().reduce(|a, x| b.add(a, x)).unwrap_or(one);
-        b.sqrt(sum)
+        let all: Vec<Value> = grads.iter().map(|g| g.2).collect();
+        let sum = if all.is_empty() { one } else { b.push(SumSquares {}, &all) };
+        let norm = b.sqrt(sum);
+        match tokens {
+            Some(t) => b.div(norm, t),
+            None => norm,
+        }
     };
     b.output("grad_norm", norm);
     let shrink = (opt.clip > 0.0).then(|| {
@@ -224,9 +238,13 @@ fn update(b: &mut Builder, opt: &AdamW, grads: &[Grad], decays: impl Fn(&str) ->
     for (name, p, d) in grads {
         let ty = b.ty(*p).clone();
         let [mn, vn] = moment_names(name);
-        let g = match shrink {
-            Some(s) => b.mul(*d, s),
+        let d = match tokens {
+            Some(t) => b.div(*d, t),
             None => *d,
+        };
+        let g = match shrink {
+            Some(s) => b.mul(d, s),
+            None => d,
         };
         let ema = |b: &mut Builder, state: Value, x: Value, beta: f64| {
             let old = b.scale(state, beta);

@@ -12,6 +12,7 @@ pub mod session;
 pub mod store;
 pub mod tensor;
 pub mod trainer;
+pub mod trainer_gpu;
 
 pub use bf16_data::Bf16Data;
 pub use executable::Executable;

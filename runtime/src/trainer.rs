@@ -5,14 +5,17 @@
 
 use crate::cpu::scratch;
 use crate::executor::{ExecError, Executor, Outputs, StepTimes, emptied};
+use crate::gpu::GpuError;
 use crate::store::Store;
 use crate::tensor::{Tensor, TensorRef};
+use crate::trainer_gpu::{Gpu, OnGpu};
 use rambac_codegen::program::SourceSlot;
-use rambac_codegen::{FitError, Memory, MemoryPlan, Program, lower, plan};
+use rambac_codegen::{FitError, Kernels, Machine, Memory, MemoryPlan, Program, lower, lower_for, plan};
 use rambac_ir::ops::SourceKind;
 use rambac_ir::{Bindings, Graph};
+use rambac_passes::mixed::shadowed;
 use rambac_passes::train_step::{AdamW, accumulate, apply, train_step};
-use rambac_passes::{AutodiffError, Options, optimise};
+use rambac_passes::{AutodiffError, Options, Precision, optimise};
 use std::sync::Arc;
 
 /// Why training can't go on.
@@ -24,6 +27,11 @@ pub enum TrainError {
     Exec(#[from] ExecError),
     #[error(transparent)]
     Fit(#[from] FitError),
+    #[error(transparent)]
+    Gpu(#[from] GpuError),
+    /// A program could not be made ready for its device.
+    #[error("{0}")]
+    Load(String),
     #[error(
         "step {step}: the loss is {loss} and the gradient's norm {grad_norm}; lower the learning rate (or check the \
          data), the last checkpoint is whole"
@@ -67,6 +75,7 @@ impl Views {
 enum Programs {
     Whole(Executor),
     Parts { accumulate: Executor, apply: Box<Executor>, parts: usize },
+    Gpu { on: Box<OnGpu>, parts: usize },
 }
 
 /// Bytes of the update that the accumulation of gradients does not hold anyway: its arena and the optimiser's states.
@@ -99,14 +108,15 @@ impl Trainer {
         pool: Arc<rayon::ThreadPool>,
     ) -> Result<Self, TrainError> {
         let compile = |g: Graph, reserved: usize| -> Result<Executor, TrainError> {
-            let options = rambac_codegen::fit::options(&g, memory, scratch, reserved)?;
+            let options =
+                rambac_codegen::fit::options(&g, memory, &Machine::Cpu(scratch), reserved, &Options::default())?;
             Ok(Executor::new(lower(&optimise(&g, &options)), pool.clone()))
         };
         let programs = if parts <= 1 {
             Programs::Whole(compile(train_step(loss, opt, decays)?, 0)?)
         } else {
             // The update has no sizes of its own and nothing to compute again.
-            let apply = lower(&optimise(&apply(loss, opt, decays)?, &Options::default()));
+            let apply = lower(&optimise(&apply(loss, opt, decays, &[])?, &Options::default()));
             let reserved = beside(&apply, &plan(&apply, &Bindings::default(), scratch).map_err(FitError::from)?);
             let accumulate = compile(accumulate(loss)?, reserved)?;
             Programs::Parts { accumulate, apply: Box::new(Executor::new(apply, pool.clone())), parts }
@@ -114,27 +124,91 @@ impl Trainer {
         Ok(Self { programs, store: params, views: Views::default(), outputs: Default::default() })
     }
 
+    /// As [`new`](Self::new), on a GPU; activations are kept in `precision`.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new); a step that the device has no kernel for.
+    #[allow(clippy::too_many_arguments)]
+    pub fn on_gpu(
+        loss: &Graph,
+        opt: &AdamW,
+        decays: impl Fn(&str) -> bool,
+        parts: usize,
+        memory: &Memory,
+        precision: Precision,
+        params: Store,
+        gpu: Box<dyn Gpu>,
+    ) -> Result<Self, TrainError> {
+        let machine = Machine::Gpu(gpu.target());
+        let others = Options { precision, ..Options::default() };
+        let compile = |g: &Graph, reserved: usize| -> Result<Graph, TrainError> {
+            Ok(optimise(g, &rambac_codegen::fit::options(g, memory, &machine, reserved, &others)?))
+        };
+        let (step, update) = if parts <= 1 {
+            (compile(&train_step(loss, opt, decays)?, 0)?, None)
+        } else {
+            let micro = accumulate(loss)?;
+            // What is computed again changes no source.
+            let read = optimise(&micro, &others);
+            let shadows: Vec<&str> = shadowed(&read).collect();
+            let apply = optimise(&apply(loss, opt, decays, &shadows)?, &Options::default());
+            let (program, plans) = machine.plans(&apply, &[Bindings::default()])?;
+            let reserved = beside(&program, &plans[0]) - plans[0].arena;
+            (compile(&micro, reserved)?, Some(apply))
+        };
+        let program = |g: &Graph| lower_for(g, Kernels::Gpu);
+        let on = Box::new(OnGpu::new(gpu, program(&step), update.as_ref().map(program))?);
+        let programs = Programs::Gpu { on, parts };
+        Ok(Self { programs, store: params, views: Views::default(), outputs: Default::default() })
+    }
+
+    /// Brings what the device holds to [`store`](Self::store): parameters, optimiser, carried states.
+    ///
+    /// # Errors
+    /// The device fails.
+    pub fn sync(&mut self) -> Result<(), TrainError> {
+        if let Programs::Gpu { on, .. } = &mut self.programs {
+            on.download(&mut self.store)?;
+        }
+        Ok(())
+    }
+
+    /// Gives a state a value.
+    ///
+    /// # Errors
+    /// The device fails.
+    pub fn set(&mut self, name: &str, t: Tensor) -> Result<(), TrainError> {
+        if let Programs::Gpu { on, .. } = &mut self.programs {
+            on.set(name, &t)?;
+        }
+        self.store.insert(name, t);
+        Ok(())
+    }
+
+    /// The program that reads a batch.
+    pub fn program(&mut self) -> &Program {
+        match &mut self.programs {
+            Programs::Whole(e) | Programs::Parts { accumulate: e, .. } => e.program(),
+            Programs::Gpu { on, .. } => on.program(),
+        }
+    }
+
     /// The memory plan of the whole step at `dims`: with accumulation both programs', whose arenas exist at once.
     ///
     /// # Errors
     /// A dim without a value.
-    pub fn plan(&mut self, dims: &Bindings) -> Result<MemoryPlan, ExecError> {
+    pub fn plan(&mut self, dims: &Bindings) -> Result<MemoryPlan, TrainError> {
         Ok(match &mut self.programs {
-            Programs::Whole(e) => e.plan(dims)?,
+            Programs::Whole(e) => e.plan(dims).map_err(FitError::from)?,
             Programs::Parts { accumulate, apply, .. } => {
-                let (mut all, update) = (accumulate.plan(dims)?, apply.plan(&Bindings::default())?);
+                let mut all = accumulate.plan(dims).map_err(FitError::from)?;
+                let update = apply.plan(&Bindings::default()).map_err(FitError::from)?;
                 all.arena += update.arena;
                 all.persistent += beside(apply.program(), &update) - update.arena;
                 all
             }
+            Programs::Gpu { on, .. } => on.plan(dims)?,
         })
-    }
-
-    /// The executor whose memory and cost stand for the step.
-    pub fn main_executor(&mut self) -> &mut Executor {
-        match &mut self.programs {
-            Programs::Whole(e) | Programs::Parts { accumulate: e, .. } => e,
-        }
     }
 
     /// States that the store lacks, or that have another shape (carried states of another batch size), become zero.
@@ -142,6 +216,7 @@ impl Trainer {
         let (first, second) = match &mut self.programs {
             Programs::Whole(e) => (e, None),
             Programs::Parts { accumulate, apply, .. } => (accumulate, Some(&mut **apply)),
+            Programs::Gpu { .. } => return Ok(()),
         };
         for e in std::iter::once(first).chain(second) {
             e.sources(dims, |slot, ty| {
@@ -162,8 +237,8 @@ impl Trainer {
         self.step_timed(step, batch, None)
     }
 
-    /// As [`step`](Self::step); adds the time of every step of [`main_executor`](Self::main_executor)'s program to
-    /// `times`.
+    /// As [`step`](Self::step); adds the time of every step of [`program`](Self::program) to `times`, which a GPU does
+    /// not measure.
     ///
     /// # Errors
     /// As [`step`](Self::step).
@@ -175,7 +250,7 @@ impl Trainer {
     ) -> Result<StepReport, TrainError> {
         let expected = match &self.programs {
             Programs::Whole(_) => 1,
-            Programs::Parts { parts, .. } => *parts,
+            Programs::Parts { parts, .. } | Programs::Gpu { parts, .. } => *parts,
         };
         if batch.len() != expected {
             return Err(TrainError::Parts { expected, given: batch.len() });
@@ -186,6 +261,10 @@ impl Trainer {
         let scalar = |out: &Outputs, name: &str| {
             out.iter().find(|(n, _)| n == name).and_then(|(_, t)| t.as_f32()?.first().copied()).unwrap_or(f32::NAN)
         };
+        if let Programs::Gpu { on, .. } = &mut self.programs {
+            let (each, last) = on.step(batch, &self.store)?;
+            return gpu_report(step, &each, last.as_ref());
+        }
         let Self { programs, store, views, outputs: [out, last] } = self;
         let (loss, last) = match programs {
             Programs::Whole(e) => {
@@ -203,12 +282,34 @@ impl Trainer {
                 apply.run_into(&Bindings::default(), &[], store, last, None)?;
                 (sum / tokens.max(1e-6), last)
             }
+            Programs::Gpu { .. } => unreachable!("BUG: returned above"),
         };
         let scalar = |name: &str| scalar(last, name);
-        let grad_norm = scalar("grad_norm");
-        if !loss.is_finite() || !grad_norm.is_finite() {
-            return Err(TrainError::NotFinite { step, loss, grad_norm });
-        }
-        Ok(StepReport { loss, grad_norm, lr: scalar("lr") })
+        finite(step, StepReport { loss, grad_norm: scalar("grad_norm"), lr: scalar("lr") })
     }
+}
+
+/// The report, if its numbers are.
+fn finite(step: u64, r: StepReport) -> Result<StepReport, TrainError> {
+    if !r.loss.is_finite() || !r.grad_norm.is_finite() {
+        return Err(TrainError::NotFinite { step, loss: r.loss, grad_norm: r.grad_norm });
+    }
+    Ok(r)
+}
+
+/// The report of a step from the outputs of its micro-batches, and of its update where that is a program of its own.
+fn gpu_report(
+    step: u64,
+    each: &[Vec<(String, f32)>],
+    last: Option<&Vec<(String, f32)>>,
+) -> Result<StepReport, TrainError> {
+    let of = |out: &[(String, f32)], name: &str| out.iter().find(|(n, _)| n == name).map_or(f32::NAN, |(_, v)| *v);
+    let (loss, update) = match last {
+        None => (of(&each[0], "loss"), &each[0]),
+        Some(update) => {
+            let sum = |name: &str| each.iter().map(|out| of(out, name)).sum::<f32>();
+            (sum("loss_sum") / sum("tokens").max(1e-6), update)
+        }
+    };
+    finite(step, StepReport { loss, grad_norm: of(update, "grad_norm"), lr: of(update, "lr") })
 }

@@ -39,7 +39,7 @@ fn weights() -> Store {
 /// Code that no device would run, but of the right form.
 fn code(part: &Part, target: usize) -> Code {
     let mut code = Code::default();
-    let steps = part.gpu[target].steps.iter().flat_map(|s| &s.forms);
+    let steps = part.gpu[target].steps.iter().flat_map(|s| s.forms.iter());
     for l in steps.flat_map(|f| f.launches()) {
         let params: Vec<&str> = l
             .params

@@ -1,6 +1,6 @@
 //! Arguments about executables: making, running, what is kept of them.
 
-use super::{Data, MemoryArgs, Weights, binding, positive, size};
+use super::{Data, MemoryArgs, PrecisionArg, Weights, binding, positive, size};
 use crate::device::On;
 use clap::{Args, ValueEnum};
 use rambac_codegen::cuda::Arch;
@@ -75,6 +75,9 @@ pub struct Compile {
     /// Rows per step at which --memory-limit must hold; any number runs
     #[arg(long, default_value_t = 1, value_parser = positive(), requires = "memory_limit")]
     pub batch: usize,
+    /// What activations are kept in; bf16 needs a GPU target
+    #[arg(long, value_enum, default_value_t = PrecisionArg::F32, requires = "train")]
+    pub precision: PrecisionArg,
     /// Peak learning rate
     #[arg(long, requires = "train", default_value_t = 1e-3)]
     pub lr: f64,
@@ -155,6 +158,9 @@ pub struct Report {
     /// File to write [default: standard output]
     #[arg(long, value_name = "FILE")]
     pub out: Option<PathBuf>,
+    /// Compiles nothing: status 1 if this file is not what would be written now
+    #[arg(long, value_name = "FILE", conflicts_with = "out")]
+    pub check: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, ValueEnum, PartialEq, Eq, Debug)]

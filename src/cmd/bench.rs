@@ -6,6 +6,8 @@
 mod infer;
 
 use crate::cli::{Bench, MemoryArgs, Weights, Work};
+use crate::cmd::train::trainer;
+use crate::device::On;
 use crate::error::{self, Result, warn, wrap};
 use crate::machine::{self, Rates};
 use crate::model;
@@ -21,7 +23,7 @@ use rambac_models::{Config, InitRule};
 use rambac_passes::train_step::AdamW;
 use rambac_passes::{Options, gradients, optimise};
 use rambac_runtime::executor::StepTimes;
-use rambac_runtime::{Executor, MicroBatch, Store, Tensor, Trainer};
+use rambac_runtime::{Executor, MicroBatch, Store, Tensor};
 use rand::Rng;
 use rand::seq::index::sample;
 use serde_json::{Value as Json, json};
@@ -46,6 +48,10 @@ pub fn run(a: &Bench, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
             a.len,
             a.preset
         ));
+    }
+    let elsewhere = a.place.device != On::Cpu || a.place.precision.is_some();
+    if elsewhere && (a.what != Work::Train || a.profile) {
+        return Err(miette!("--device and --precision are for bench train, without --profile"));
     }
     if a.weights == Weights::Bf16 && a.what != Work::Forward {
         let why = if a.what == Work::Train { "training updates f32 weights" } else { "one op reads no weights" };
@@ -169,26 +175,23 @@ impl Bencher<'_> {
             self.config.parameters().into_iter().filter(|p| p.decay).map(|p| p.name).collect();
         let opt = AdamW { steps: 1_000_000, ..AdamW::default() };
         // Without parameters at first: whether they fit is known only from the plan.
-        let mut t = Trainer::new(
-            &self.loss()?,
-            &opt,
-            |name| decays.contains(name),
-            1,
-            &self.memory(),
-            Store::default(),
-            self.pool.clone(),
-        )
-        .map_err(error::train)?;
-        let plan = t.main_executor().plan(&self.dims).map_err(wrap)?;
-        self.fits(&plan)?;
+        let place = self.a.place;
+        let at = (place.device, place.precision.unwrap_or_default());
+        let (loss, memory) = (self.loss()?, self.memory());
+        let decays = |name: &str| decays.contains(name);
+        let mut t = trainer(&loss, &opt, decays, 1, &memory, Store::default(), at, &self.pool)?;
+        let plan = t.plan(&self.dims).map_err(error::train)?;
+        if place.device == On::Cpu {
+            self.fits(&plan)?;
+        }
         t.store = model::parameters(&self.config, None, InitRule::default(), 0)?;
         let batch = [self.batch()];
         let mut step = 0;
         let (seconds, steps) = self.time(|times| {
             step += 1;
-            t.step_timed(step, &batch, times).map(drop).map_err(wrap)
+            t.step_timed(step, &batch, times).map(drop).map_err(error::train)
         })?;
-        self.timed("train", t.main_executor().program().clone(), plan, seconds, steps)
+        self.timed("train", t.program().clone(), plan, seconds, steps)
     }
 
     fn forward(&self) -> Result<Timed> {

@@ -1,12 +1,13 @@
 //! `rambac compile`: a model or a graph as one file that runs: programs, GPU kernels, weights.
 
-use crate::cli::{Compile, Weights};
+use crate::cli::{Compile, PrecisionArg, Weights};
 use crate::cmd::explain::{ir_step, model_step};
 use crate::error::{self, Result, warn, wrap};
 use crate::model::{self, Named};
 use crate::show::{self, Table};
 use miette::miette;
-use rambac_codegen::cuda::{Arch, Cache};
+use rambac_codegen::Machine;
+use rambac_codegen::cuda::{Arch, Cache, Target};
 use rambac_codegen::nvrtc::Nvrtc;
 use rambac_ir::ops::SourceKind;
 use rambac_ir::{Bindings, Graph};
@@ -181,7 +182,19 @@ fn options(a: &Compile, graphs: &[(&str, Graph)]) -> Result<Options> {
     }
     let dims = Bindings::new([("N", a.batch), ("L", a.len)]);
     let memory = a.memory.choice(vec![dims]);
-    rambac_codegen::fit::options(&graphs[0].1, &memory, scratch, 0).map_err(error::unfit)
+    let options = Options { precision: a.precision.into(), ..Options::default() };
+    let gpu = a.target.iter().filter_map(|t| t.arch()).max();
+    let machine = match (a.precision, gpu) {
+        (PrecisionArg::F32, _) => Machine::Cpu(scratch),
+        (PrecisionArg::Bf16, Some(arch)) => Machine::Gpu(Target::of(arch)),
+        (PrecisionArg::Bf16, None) => {
+            return Err(miette!(
+                help = "add --target sm_90a (or sm_80), or leave --precision out",
+                "--precision bf16: the CPU trains in f32 alone"
+            ));
+        }
+    };
+    rambac_codegen::fit::options(&graphs[0].1, &memory, &machine, 0, &options).map_err(error::unfit)
 }
 
 /// What to do about a step without a kernel.
@@ -207,7 +220,7 @@ fn kernels(a: &Compile, parts: &[Part], targets: &[Arch], cache: &Cache) -> Resu
         return Ok(vec![]);
     }
     let nvrtc = Nvrtc::open_any().map_err(wrap)?;
-    let compiler = format!("NVRTC {}.{}", nvrtc.version.0, nvrtc.version.1);
+    let compiler = nvrtc.name();
     let one = |(i, arch): (usize, &Arch)| {
         let programs: Vec<_> = parts.iter().map(|p| &*p.gpu[i]).collect();
         if !a.json {

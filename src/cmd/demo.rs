@@ -38,11 +38,12 @@ pub fn run(a: &Demo, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
         recipe,
         position: train::Position { step: 0, planned: 0, tokens: 0, smooth: None, seconds: 0.0 },
         recompute: false,
+        precision: a.place.precision.unwrap_or_default(),
         memory_limit: None,
         data: None,
     };
     let out = a.out.clone().unwrap_or_else(|| fresh("runs/demo"));
-    let mut run = train::Run::start(config(), None, state, None, &out, pool.clone())?;
+    let mut run = train::Run::start(config(), None, state, None, &out, a.place.device, pool.clone())?;
     run.time_limit = Some(Duration::from_secs(a.minutes * 60));
     train::catch_interrupt();
     let t = Instant::now();

@@ -11,7 +11,9 @@ use crate::show::{self, Table};
 use crate::work::{self, Sums};
 use miette::miette;
 use rambac_codegen::program::Strided;
-use rambac_codegen::{BufferKind, Fit, MemoryPlan, Program, View, fit, lower, plan};
+use rambac_codegen::{
+    BufferKind, Fit, FitError, Kernels, Machine, MemoryPlan, Program, View, fit, lower_for, no_scratch, plan,
+};
 use rambac_ir::ops::{Op, SourceKind};
 use rambac_ir::{Bindings, Cost, Diagnostic, Graph, NodeId, Sym};
 use rambac_models::stack::{self, Carry};
@@ -41,16 +43,21 @@ pub fn run(a: &Explain, pool: &rayon::ThreadPool) -> Result<ExitCode> {
         Named::Ir { graph, .. } => (graph.clone(), None),
     };
     let dims = dims(a, &graph)?;
+    let options = Options { precision: a.precision(), ..Options::default() };
+    let machine = match a.gpu() {
+        Some(arch) => Machine::Gpu(rambac_codegen::cuda::Target::of(arch)),
+        None => Machine::Cpu(scratch),
+    };
     let fit = match a.memory {
         MemoryArgs { memory_limit: Some(limit), .. } => {
-            Some(fit::fit(&graph, limit, std::slice::from_ref(&dims), scratch, 0, &Target::default()))
+            Some(fit::fit(&graph, limit, std::slice::from_ref(&dims), &machine, 0, &options))
         }
-        MemoryArgs { recompute: true, .. } => Some(fit::everything(&graph, &dims, scratch)),
+        MemoryArgs { recompute: true, .. } => Some(fit::everything(&graph, &dims, &machine, &options)),
         _ => None,
     };
-    let r = Report::new(&graph, &dims, fit.transpose().map_err(error::unfit)?)?;
-    let gpu = match a.target {
-        Some(t) => Some(pool.install(|| gpu::Forms::new(&r.program, &r.costs, &dims, t.arch(), a.compile))?),
+    let r = Report::new(&graph, &dims, &options, &machine, fit.transpose().map_err(error::unfit)?)?;
+    let gpu = match a.gpu() {
+        Some(arch) => Some(pool.install(|| gpu::Forms::new(&r.program, &r.costs, &dims, arch, a.compile))?),
         None => None,
     };
     if a.ir {
@@ -158,6 +165,8 @@ struct Report {
     program: Program,
     costs: Vec<Cost>,
     plan: MemoryPlan,
+    /// Why the plan has no workspace in it.
+    uncounted: Option<String>,
     lints: Vec<Diagnostic>,
     fit: Option<Fit>,
 }
@@ -177,10 +186,23 @@ fn place(g: &Graph, id: NodeId, result: usize) -> String {
     format!("{} = {}{scope}", g.label(id.result(result)), n.op.mnemonic())
 }
 
+/// A lowered graph and its plan; if a step can't run on the machine, without workspace, and the reason.
+fn planned(machine: &Machine, g: &Graph, dims: &Bindings) -> Result<(Program, MemoryPlan, Option<String>)> {
+    match machine.plans(g, std::slice::from_ref(dims)) {
+        Ok((program, mut plans)) => Ok((program, plans.remove(0), None)),
+        Err(FitError::Emit(e)) => {
+            let program = lower_for(g, Kernels::Gpu);
+            let plan = plan(&program, dims, no_scratch).map_err(wrap)?;
+            Ok((program, plan, Some(e.to_string())))
+        }
+        Err(e) => Err(error::unfit(e)),
+    }
+}
+
 impl Report {
-    fn new(graph: &Graph, dims: &Bindings, fit: Option<Fit>) -> Result<Self> {
+    fn new(graph: &Graph, dims: &Bindings, options: &Options, machine: &Machine, fit: Option<Fit>) -> Result<Self> {
         let recompute = fit.as_ref().map_or(Recompute::Nothing, |f| Recompute::Nodes(f.again.clone()));
-        let options = &Options { recompute, ..Options::default() };
+        let options = &Options { recompute, ..options.clone() };
         let mut passes: Vec<PassReport> = vec![];
         let mut unfused = vec![];
         let mut counts = op_counts(graph);
@@ -215,11 +237,10 @@ impl Report {
             }
         });
         problem.map_err(wrap)?;
-        let program = lower(&optimised);
-        let plan = plan(&program, dims, scratch).map_err(wrap)?;
+        let (program, plan, uncounted) = planned(machine, &optimised, dims)?;
         let costs = program.costs(dims).map_err(wrap)?;
         let lints = rambac_ir::verify::lint(graph);
-        Ok(Self { dims: dims.clone(), passes, unfused, elementwise, program, costs, plan, lints, fit })
+        Ok(Self { dims: dims.clone(), passes, unfused, elementwise, program, costs, plan, uncounted, lints, fit })
     }
 
     fn graph(&self) -> &Graph {
@@ -441,6 +462,9 @@ impl Report {
         let p = &self.plan;
         let (params, states) = self.persistent();
         println!("\nMemory: {} at its peak", show::bytes(p.peak()));
+        if let Some(why) = &self.uncounted {
+            println!("  {}", show::wrapped(&format!("without the workspace of kernels: {why}"), WIDTH - 2, "  "));
+        }
         let mut t = Table::new(1, &["", "bytes"]);
         t.row(["activations (the arena)".into(), show::bytes(p.arena)]);
         t.row(["  least possible in this order of steps".into(), show::bytes(p.floor)]);

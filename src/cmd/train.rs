@@ -2,12 +2,14 @@
 //!
 //! A step depends on the store, the recipe and its planned number alone, so a run that was stopped goes on bit for bit.
 
-use crate::cli::{Data, MemoryArgs, Train};
+use crate::cli::{Data, MemoryArgs, PrecisionArg, Train, TrainPlace};
+use crate::device::{Gpu, On};
 use crate::error::{self, Result, warn, wrap};
 use crate::{machine, model, show};
 use indicatif::{ProgressBar, ProgressStyle};
 use miette::{IntoDiagnostic, Report, miette};
-use rambac_ir::Bindings;
+use rambac_codegen::Memory;
+use rambac_ir::{Bindings, Graph};
 use rambac_models::data::rng::stream;
 use rambac_models::data::{MixTask, Split, Task, Text, TextTask};
 use rambac_models::recipe::{Recipe, Rows};
@@ -46,11 +48,18 @@ pub struct RunState {
     pub recipe: Recipe,
     pub position: Position,
     pub recompute: bool,
+    /// What activations are kept in.
+    #[serde(default, skip_serializing_if = "is_f32")]
+    pub precision: PrecisionArg,
     /// Bytes that a step may take.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory_limit: Option<usize>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub data: Option<DataFile>,
+}
+
+fn is_f32(p: &PrecisionArg) -> bool {
+    *p == PrecisionArg::F32
 }
 
 /// A text to train on, with what tells that it has changed.
@@ -119,7 +128,7 @@ pub fn interrupted() -> bool {
 /// Runs the verb.
 pub fn run(a: &Train, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
     let mut run = match &a.resume {
-        Some(dir) => Run::resume(dir, a.out.as_deref(), pool)?,
+        Some(dir) => Run::resume(dir, a.out.as_deref(), a.place, pool)?,
         None => {
             let name = a.model.as_deref().ok_or_else(|| miette!("give a MODEL to train, or --resume DIR"))?;
             let out = a.out.clone().ok_or_else(|| miette!(help = "add --out DIR", "where should checkpoints go?"))?;
@@ -128,6 +137,7 @@ pub fn run(a: &Train, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
                 recipe: recipe(a)?,
                 position: Position { step: 0, planned: 0, tokens: 0, smooth: None, seconds: 0.0 },
                 recompute: a.memory.recompute,
+                precision: a.place.precision.unwrap_or_default(),
                 memory_limit: a.memory.memory_limit,
                 data: a.data.as_deref().map(DataFile::open).transpose()?,
             };
@@ -138,7 +148,7 @@ pub fn run(a: &Train, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
                 }
                 None => None,
             };
-            Run::start(config, weights.as_deref(), state, tokenizer, &out, pool)?
+            Run::start(config, weights.as_deref(), state, tokenizer, &out, a.place.device, pool)?
         }
     };
     run.save_every = a.save_every;
@@ -247,6 +257,7 @@ impl Run {
         state: RunState,
         tokenizer: Option<TokenizerFile>,
         out: &Path,
+        on: On,
         pool: Arc<rayon::ThreadPool>,
     ) -> Result<Self> {
         // Weights, two moments and gradients: before anything is drawn or written.
@@ -266,17 +277,18 @@ impl Run {
         }
         let rule = if state.recipe.fan_in { InitRule::FanIn } else { InitRule::Normal };
         let store = model::parameters(&config, weights, rule, state.recipe.seed)?;
-        Self::build(config, state, tokenizer, store, folder, pool)
+        Self::build(config, state, tokenizer, store, folder, on, pool)
     }
 
     /// Goes on with the newest checkpoint of `dir`, writing to `out` or to `dir` itself.
-    pub fn resume(dir: &Path, out: Option<&Path>, pool: Arc<rayon::ThreadPool>) -> Result<Self> {
+    pub fn resume(dir: &Path, out: Option<&Path>, place: TrainPlace, pool: Arc<rayon::ThreadPool>) -> Result<Self> {
         // Through `latest`: a checkpoint's own folder stands for the run that it lies in.
         let dir = &dir.canonicalize().unwrap_or_else(|_| dir.into());
         let c = Checkpoint::open(dir).map_err(wrap)?;
         let home = if c.path == *dir && c.step.is_some() { dir.parent().unwrap_or(dir) } else { dir };
-        let state: RunState = serde_json::from_str(&c.trainer)
+        let mut state: RunState = serde_json::from_str(&c.trainer)
             .map_err(|e| miette!("{}: trainer.json is not a training state: {e}", c.path.display()))?;
+        state.precision = place.precision.unwrap_or(state.precision);
         let config = Config::from_json(&c.config, &c.path.join("config.json").to_string_lossy()).map_err(wrap)?.config;
         let mut store = model::parameters(&config, Some(&c.path), InitRule::Normal, 0)?;
         for name in c.state.names() {
@@ -302,7 +314,7 @@ impl Run {
         if other && !folder.steps().map_err(wrap)?.is_empty() {
             return Err(already(folder.path()));
         }
-        Self::build(config, state, tokenizer, store, folder, pool)
+        Self::build(config, state, tokenizer, store, folder, place.device, pool)
     }
 
     fn build(
@@ -311,6 +323,7 @@ impl Run {
         tokenizer_file: Option<TokenizerFile>,
         store: Store,
         folder: CheckpointDir,
+        on: On,
         pool: Arc<rayon::ThreadPool>,
     ) -> Result<Self> {
         let r = &state.recipe;
@@ -365,8 +378,7 @@ impl Run {
         let decays = |name: &str| specs.iter().any(|s| s.name == name && s.decay);
         let dims = r.stages.iter().map(|s| Bindings::new([("N", s.rows), ("L", s.len)])).collect();
         let memory = MemoryArgs { recompute: state.recompute, memory_limit: state.memory_limit }.choice(dims);
-        let trainer =
-            Trainer::new(&loss, &adamw, decays, r.accumulate, &memory, store, pool.clone()).map_err(error::train)?;
+        let trainer = trainer(&loss, &adamw, decays, r.accumulate, &memory, store, (on, state.precision), &pool)?;
         let metrics = metrics_file(folder.path(), state.position.step)?;
         Ok(Self {
             config,
@@ -387,7 +399,7 @@ impl Run {
     pub fn folder(&self) -> &Path {
         self.folder.path()
     }
-    /// The weights as they are now.
+    /// The weights as they were at the last checkpoint, or at the end.
     pub fn store(&self) -> &Store {
         &self.trainer.store
     }
@@ -397,7 +409,7 @@ impl Run {
         let largest = self.state.recipe.stages.iter().max_by_key(|s| s.len * s.rows);
         let Some(s) = largest else { return Ok(()) };
         let dims = Bindings::new([("N", s.rows), ("L", s.len)]);
-        let plan = self.trainer.plan(&dims).map_err(wrap)?;
+        let plan = self.trainer.plan(&dims).map_err(error::train)?;
         eprintln!(
             "{} parameters, {} tokens in {} stage(s)\npeak memory {} MiB: {} activations at {} x {}, {} weights and optimiser",
             grouped(self.config.n_parameters()),
@@ -464,7 +476,7 @@ impl Run {
             }
             let t = Instant::now();
             let batch = self.batch(stage, self.state.position.planned)?;
-            let report = self.trainer.step(self.state.position.step, &batch).map_err(wrap)?;
+            let report = self.trainer.step(self.state.position.step, &batch).map_err(error::train)?;
             let seconds = t.elapsed().as_secs_f64();
             let s = &self.state.recipe.stages[stage];
             let tokens = (s.len * s.rows * self.state.recipe.accumulate) as u64;
@@ -489,7 +501,7 @@ impl Run {
                 p.planned = next;
                 p.smooth = None;
                 // The schedule follows the plan, not the count of steps.
-                self.trainer.store.insert(STEP, Tensor::f32(&[], vec![next as f32]));
+                self.trainer.set(STEP, Tensor::f32(&[], vec![next as f32])).map_err(error::train)?;
                 let how = if early { "done early" } else { "done" };
                 bar.println(format!(
                     "stage {} {how}: {rows} x {len}, {} tokens so far, loss {smooth:.3}",
@@ -510,6 +522,7 @@ impl Run {
             }
         }
         bar.finish();
+        self.trainer.sync().map_err(error::train)?;
         if saved != self.state.position.step || self.state.position.step == 0 {
             self.save()?;
         }
@@ -547,6 +560,7 @@ impl Run {
 
     /// Writes a checkpoint.
     pub fn save(&mut self) -> Result<PathBuf> {
+        self.trainer.sync().map_err(error::train)?;
         let is_weight = |n: &str| !n.starts_with("optim.") && !n.starts_with("carry.") && !n.starts_with("accum.");
         let tensors = |weights: bool| -> Vec<TensorRef<'_>> {
             let of = self.trainer.store.0.iter().filter(|(n, _)| is_weight(n) == weights);
@@ -565,6 +579,39 @@ impl Run {
         self.metrics.flush().into_diagnostic()?;
         self.folder.save(self.state.position.step, &snapshot).map_err(wrap)
     }
+}
+
+/// The trainer of a loss on a device.
+#[allow(clippy::too_many_arguments)]
+pub fn trainer(
+    loss: &Graph,
+    adamw: &AdamW,
+    decays: impl Fn(&str) -> bool,
+    parts: usize,
+    memory: &Memory,
+    store: Store,
+    (on, precision): (On, PrecisionArg),
+    pool: &Arc<rayon::ThreadPool>,
+) -> Result<Trainer> {
+    if !on.gpu() {
+        if on == On::Reference || precision == PrecisionArg::Bf16 {
+            let what = if on == On::Reference { "--device reference" } else { "--precision bf16 on the CPU" };
+            return Err(miette!(
+                help = "use --device cuda:0, or --device cpu --precision f32",
+                "{what}: training runs on the CPU in f32, and on GPUs in f32 or bf16"
+            ));
+        }
+        return Trainer::new(loss, adamw, decays, parts, memory, store, pool.clone()).map_err(error::train);
+    }
+    let gpu = Box::new(Gpu::open(on)?);
+    // Kernels are compiled several at a time.
+    let decaying: std::collections::HashSet<String> =
+        loss.sources().filter(|(_, s)| decays(&s.name)).map(|(_, s)| s.name.clone()).collect();
+    let make = || {
+        let decays = |n: &str| decaying.contains(n);
+        Trainer::on_gpu(loss, adamw, decays, parts, memory, precision.into(), store, gpu)
+    };
+    pool.install(make).map_err(error::train)
 }
 
 /// DIR/metrics.jsonl with the lines up to `step`: what came after the checkpoint will be done again.

@@ -7,7 +7,7 @@ use crate::support::{as_f32, config, with_gradients};
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 use rambac_codegen::cuda::{Arch, Target, emit};
-use rambac_codegen::lower;
+use rambac_codegen::{Kernels, lower_for};
 use rambac_ir::Graph;
 use rambac_ir::ops::{Op, SourceKind};
 use rambac_ir::testing::{Grown, grow, has_gradient};
@@ -23,7 +23,7 @@ pub const SLACK: f64 = 4.0;
 
 /// Runs a graph once, in an arena or with every buffer apart; findings are errors.
 pub fn run(rig: &Rig, g: &Graph, like: &Grown) -> Result<Ran, String> {
-    let program = emit(lower(g), Target::of(Arch::Sm80)).map_err(|e| e.to_string())?;
+    let program = emit(lower_for(g, Kernels::Gpu), Target::of(rig.arch())).map_err(|e| e.to_string())?;
     let code = rig.compile(&program.kernels, &program.target)?;
     // The schedule follows from the graph, so that a failure comes again.
     let o = schedules()[g.nodes.len() % 3];
@@ -78,7 +78,7 @@ fn grown(max_steps: usize, differentiable: bool) -> impl Strategy<Value = Grown>
 /// Kernels need sizes of heads and channels when they are compiled: graphs where symbols decide these are not for GPUs,
 /// nor those that ops without a kernel came into as operands of others.
 fn fits(g: &Graph) -> bool {
-    let e = emit(lower(g), Target::of(Arch::Sm80));
+    let e = emit(lower_for(g, Kernels::Gpu), Target::of(Arch::Sm80));
     !e.is_err_and(|e| NONE.contains(&e.op) || e.to_string().contains("must have an integer size"))
 }
 

@@ -7,6 +7,8 @@ mod each_op;
 mod graphs;
 #[path = "../../runtime/tests/gpu/harness.rs"]
 mod harness;
+mod kernels;
+mod mixed;
 mod models;
 #[path = "../../runtime/tests/gpu/rig.rs"]
 #[allow(dead_code)] // what checks of single ops need
@@ -14,9 +16,10 @@ mod rig;
 #[path = "../properties/support.rs"]
 #[allow(dead_code)] // what other properties need
 mod support;
+mod train;
 
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    harness::run(&[graphs::ALL, models::ALL])
+    harness::run(&[graphs::ALL, models::ALL, mixed::ALL, train::ALL, kernels::ALL])
 }

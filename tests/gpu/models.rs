@@ -17,7 +17,7 @@ pub const ALL: &[Case] =
     &[("tiny_training_step", ramba), ("mamba2_training_step", mamba2), ("tiny_session_parts", parts)];
 
 /// Weights as they begin, inputs at random, all else zero.
-fn with_values(graph: &Graph, c: &Config, dims: Bindings) -> Grown {
+pub fn with_values(graph: &Graph, c: &Config, dims: Bindings) -> Grown {
     let mut rng = Rng(3);
     let specs = c.parameters_with(InitRule::FanIn);
     let mut sources = HashMap::new();

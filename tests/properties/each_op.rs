@@ -115,7 +115,7 @@ fn magnitude(op: &Op, x: &[&HostArray]) -> f64 {
     let largest =
         |a: &HostArray| a.to_f64().into_iter().filter(|v| v.is_finite()).fold(0.0, |m: f64, v| m.max(v.abs()));
     match op {
-        Op::FusedMap(_) | Op::MatMulMap(_) => 1.0,
+        Op::FusedMap(_) | Op::MapEach(_) | Op::MatMulMap(_) => 1.0,
         // Two terms of size |w·dy| / rms(x).
         Op::RmsNormGrad(g) => {
             let width = x[1].len();
@@ -141,6 +141,13 @@ fn check_op(run: &Run, op: &Op, x: &[&HostArray], got: &[HostArray]) -> Result<(
     let limits = tolerances(op, x, &tys, &want);
     let skip = match op {
         Op::FusedMap(m) => undecided(m, x, &tys),
+        Op::MapEach(m) => {
+            let (tensors, shared) = m.split(x);
+            let each = |(own, y): (&[&HostArray], &[ConcreteTy])| {
+                undecided(&m.map(vec![]), &own.iter().chain(shared).copied().collect::<Vec<_>>(), y)
+            };
+            tensors.zip(tys.chunks(m.outs.len())).flat_map(each).collect()
+        }
         Op::MatMulMap(m) => {
             let ty = ConcreteTy { dtype: DType::F32, shape: tys[0].shape.clone() };
             let product = m.product().eval(&x[..2], &[ty]);

@@ -107,7 +107,7 @@ fn other_steps() {
         let all = [
             training(&c, Carry::States),
             accumulate(&loss).unwrap(),
-            apply(&loss, &AdamW::default(), |_| true).unwrap(),
+            apply(&loss, &AdamW::default(), |_| true, &[]).unwrap(),
         ];
         for g in all {
             for recompute in [Recompute::Nothing, Recompute::All] {

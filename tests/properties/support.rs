@@ -86,6 +86,10 @@ pub fn as_f32(g: &Grown) -> Grown {
                 single_body(&mut m.body, &mut m.dtypes);
                 Op::FusedMap(m)
             }
+            Op::MapEach(mut m) => {
+                single_body(&mut m.body, &mut m.dtypes);
+                Op::MapEach(m)
+            }
             Op::MatMulMap(mut m) => {
                 single_body(&mut m.body, &mut m.dtypes);
                 Op::MatMulMap(m)

@@ -56,6 +56,13 @@ const STAGES: &[Stage] = &[
         env: &[("RUSTDOCFLAGS", "-D warnings")],
     },
     Stage {
+        name: "report",
+        about: "docs/kernels.md is of these kernels",
+        program: Program::Rambac,
+        args: &["report", "--check", "docs/kernels.md"],
+        env: &[],
+    },
+    Stage {
         name: "check-reference",
         about: "fixtures by the ops' definitions",
         program: Program::Rambac,

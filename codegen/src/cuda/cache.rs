@@ -13,6 +13,8 @@
 //! - What is read is compared with its hashes; a damaged entry is compiled again.
 //! - A folder that can't be written costs time, nothing else: [`Cache::trouble`] says so.
 //!
+//! Beside them lie choices that were measured, see [`choices`](super::choices).
+//!
 //! Deliberately absent: limits of size and age (`clear` costs time, nothing else), locks.
 
 use super::compile::{OPTIONS, compile};
@@ -151,6 +153,8 @@ pub struct Entry {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Cleared {
     pub entries: usize,
+    /// Measured choices.
+    pub choices: usize,
     pub files: usize,
     pub bytes: u64,
 }
@@ -200,7 +204,7 @@ impl Cache {
     pub fn compile(&self, nvrtc: &Nvrtc, kernel: &Kernel, arch: Arch) -> Result<Compiled, CompileError> {
         // Two builds of one version are told apart by size: hashing a hundred megabytes would cost more than it gives.
         let size = std::fs::metadata(&nvrtc.path).map_or(0, |m| m.len());
-        let compiler = format!("NVRTC {}.{} ({size} bytes)", nvrtc.version.0, nvrtc.version.1);
+        let compiler = format!("{} ({size} bytes)", nvrtc.name());
         self.through(&compiler, kernel, arch, || compile(nvrtc, kernel, arch))
     }
 
@@ -232,15 +236,20 @@ impl Cache {
         if let Some(base) = &base
             && let Err(e) = write(base, &key, compiler, kernel, arch, &made)
         {
-            self.trouble.get_or_init(|| {
-                let folder = self.folder.as_deref().unwrap_or(base).display();
-                format!(
-                    "compiled kernels can't be kept in {folder} ({e}), so the next run compiles them again; set \
-                     {VARIABLE} to a folder that can be written"
-                )
-            });
+            self.troubled("compiled kernels", base, &e);
         }
         Ok(made)
+    }
+
+    /// Says, once, that something can't be kept.
+    pub(super) fn troubled(&self, what: &str, path: &Path, e: &io::Error) {
+        self.trouble.get_or_init(|| {
+            let folder = self.folder.as_deref().unwrap_or(path).display();
+            format!(
+                "{what} can't be kept in {folder} ({e}), so the next run makes them again; set {VARIABLE} to a folder \
+                 that can be written"
+            )
+        });
     }
 
     fn failed(&self, base: &Option<PathBuf>, kernel: &Kernel, arch: Arch, error: NvrtcError) -> CompileError {
@@ -291,9 +300,11 @@ impl Cache {
     /// A file that can't be removed.
     pub fn clear(&self) -> io::Result<Cleared> {
         let mut c = Cleared::default();
-        for (_, path) in self.files()? {
-            let bytes = std::fs::metadata(&path).map_or(0, |m| m.len());
-            match std::fs::remove_file(&path) {
+        let kernels: Vec<PathBuf> = self.files()?.into_iter().map(|f| f.1).collect();
+        let choices = self.choice_files()?;
+        for (path, choice) in kernels.iter().map(|p| (p, false)).chain(choices.iter().map(|p| (p, true))) {
+            let bytes = std::fs::metadata(path).map_or(0, |m| m.len());
+            match std::fs::remove_file(path) {
                 Ok(()) => {}
                 // Another process was faster.
                 Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
@@ -301,7 +312,11 @@ impl Cache {
             }
             c.files += 1;
             c.bytes += bytes;
-            c.entries += path.extension().is_some_and(|e| e == "json") as usize;
+            match path.extension().is_some_and(|e| e == "json") {
+                true if choice => c.choices += 1,
+                true => c.entries += 1,
+                false => {}
+            }
         }
         Ok(c)
     }
@@ -325,8 +340,13 @@ impl Cache {
 
 const EXTENSIONS: [&str; 4] = ["json", "cu", "ptx", "cubin"];
 
+/// Whether a file is one that a broken-off run left.
+pub(super) fn is_unfinished(p: &Path) -> bool {
+    p.file_name().is_some_and(|n| n.to_string_lossy().starts_with('.'))
+}
+
 /// Whether a file's name is one that this module gives: `NAME-KEY.EXTENSION`, perhaps with what marks it unfinished.
-fn is_ours(p: &Path) -> bool {
+pub(super) fn is_ours(p: &Path) -> bool {
     let Some(name) = p.file_name().and_then(|n| n.to_str()) else { return false };
     let name = match name.strip_prefix('.').and_then(|n| n.split_once(".new-")) {
         Some((whole, _)) => whole,
@@ -345,9 +365,7 @@ fn key(compiler: &str, kernel: &Kernel, arch: Arch) -> String {
         p.add(o.as_bytes());
     });
     p.add(kernel.name.as_bytes()).add(kernel.source.as_bytes());
-    for (name, text) in included(&kernel.source) {
-        p.add(name.as_bytes()).add(text.as_bytes());
-    }
+    p.add(super::headers::hash(&kernel.source).as_bytes());
     let mut key = p.finish();
     key.truncate(32);
     key
@@ -438,7 +456,7 @@ fn write(base: &Path, key: &str, compiler: &str, kernel: &Kernel, arch: Arch, c:
 }
 
 /// Writes a file that is whole or absent.
-fn put(path: &Path, data: &[u8]) -> io::Result<()> {
+pub(super) fn put(path: &Path, data: &[u8]) -> io::Result<()> {
     static COUNT: AtomicUsize = AtomicUsize::new(0);
     let (Some(folder), Some(name)) = (path.parent(), path.file_name()) else {
         return Err(io::Error::other(format!("{} is no file's path", path.display())));
@@ -579,7 +597,7 @@ mod tests {
         });
         let c = Cache::at(dir.path());
         assert!(c.entries(true).unwrap().iter().all(|e| e.damage.is_none()));
-        assert_eq!(c.clear().unwrap(), Cleared { entries: 6, files: 24, bytes: c_bytes(&kernels) });
+        assert_eq!(c.clear().unwrap(), Cleared { entries: 6, choices: 0, files: 24, bytes: c_bytes(&kernels) });
     }
 
     fn c_bytes(kernels: &[Kernel]) -> u64 {

@@ -5,7 +5,7 @@
 //! see [`describe`](crate::describe).
 //!
 //! ```json
-//! [{"forms": [{"name": "rows", "why": "…", "when": ["N*L >= 64"],
+//! [{"forms": [{"name": "rows", "why": "…", "chosen": "predicted", "needs": [], "when": ["N*L >= 64"],
 //!              "workspace": [{"name": "partial", "type": "f32", "elements": "64*N"}],
 //!              "calls": [{"kernel": "rms_norm_bf16_1024", "grid": ["L*N", "1", "1"],
 //!                         "arguments": [{"address": "input 0"}, {"i64": "1024"}, {"address": "output 0"}]}]}]}]
@@ -14,26 +14,35 @@
 use super::emit::{GpuProgram, GpuStep};
 use super::form::{Call, Form, Gemm, GemmOperand, Kernel, Launch, Operand, Param, Workspace};
 use serde_json::{Value, json};
+use std::collections::HashMap;
+use std::sync::Arc;
 
 // Structs are taken apart field by field: one that is added must be described too, or an executable could differ in it
 // unseen.
 
-/// The steps of a GPU program.
-pub fn describe(p: &GpuProgram) -> Value {
-    let step = |s: &GpuStep| json!({ "forms": s.forms.iter().map(form).collect::<Vec<_>>() });
-    p.steps.iter().map(step).collect()
+/// The steps of a GPU program, as text.
+pub fn describe(p: &GpuProgram) -> String {
+    // Steps that are alike are written once and copied.
+    let mut known: HashMap<*const Vec<Form>, String> = HashMap::new();
+    let mut out = String::from("[");
+    for (i, s) in p.steps.iter().enumerate() {
+        let text = known.entry(Arc::as_ptr(&s.forms)).or_insert_with(|| step(s).to_string());
+        out += if i > 0 { "," } else { "" };
+        out += text;
+    }
+    out + "]"
+}
+
+fn step(s: &GpuStep) -> Value {
+    json!({ "forms": s.forms.iter().map(form).collect::<Vec<_>>() })
 }
 
 /// A kernel, without what it was compiled to; the hash of its headers tells code of another version.
 pub fn kernel(k: &Kernel) -> Value {
-    let mut headers = crate::hash::Parts::default();
-    for (name, text) in super::headers::included(&k.source) {
-        headers.add(name.as_bytes()).add(text.as_bytes());
-    }
     let Kernel { name, source, threads, shared, blocks_per_sm } = k;
     json!({
         "name": name, "threads": threads, "dynamic_shared": shared, "blocks_per_sm": blocks_per_sm, "source": source,
-        "headers": headers.finish(),
+        "headers": super::headers::hash(&k.source),
     })
 }
 
@@ -41,14 +50,15 @@ fn texts<T: ToString>(all: &[T]) -> Vec<String> {
     all.iter().map(T::to_string).collect()
 }
 
-fn form(f: &Form) -> Value {
-    let Form { name, why, when, workspace, calls } = f;
+pub(super) fn form(f: &Form) -> Value {
+    let Form { name, why, measured, needs, when, workspace, calls } = f;
     let workspace = workspace.iter().map(|w| {
         let Workspace { name, dtype, elements } = w;
         json!({ "name": name, "type": dtype.name(), "elements": elements.to_string() })
     });
+    let chosen = if *measured { "measured" } else { "predicted" };
     json!({
-        "name": name, "why": why, "when": texts(when), "workspace": workspace.collect::<Vec<_>>(),
+        "name": name, "why": why, "chosen": chosen, "needs": texts(needs), "when": texts(when), "workspace": workspace.collect::<Vec<_>>(),
         "calls": calls.iter().map(call).collect::<Vec<_>>(),
     })
 }
@@ -93,5 +103,6 @@ fn param(p: &Param) -> Value {
         Param::Long(e) => json!({ "i64": e.to_string() }),
         // JSON has no infinities.
         Param::Float(v) => json!({ "f32": format!("{v:?}") }),
+        Param::Table(words) => json!({ "table": words.iter().map(param).collect::<Vec<_>>() }),
     }
 }

@@ -3,9 +3,12 @@
 use super::form::{Form, Kernel};
 use super::ops::{Site, Unsupported, forms};
 use super::target::Target;
-use crate::{MemoryPlan, Program, plan_with};
+use crate::program::{Program, Step, View};
+use crate::{MemoryPlan, plan_with};
 use rambac_ir::{Bindings, DimError};
 use std::collections::HashMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::Arc;
 
 /// A step that can't run on a GPU.
 #[derive(Debug, thiserror::Error)]
@@ -22,7 +25,8 @@ pub struct EmitError {
 /// The ways a step can run, best first; the last has no conditions.
 #[derive(Clone, Debug)]
 pub struct GpuStep {
-    pub forms: Vec<Form>,
+    /// Shared by all steps that are alike, as those of a model's layers are.
+    pub forms: Arc<Vec<Form>>,
 }
 
 impl GpuStep {
@@ -31,8 +35,8 @@ impl GpuStep {
     /// # Errors
     /// A dim without a value.
     pub fn form(&self, b: &Bindings) -> Result<&Form, DimError> {
-        for f in &self.forms {
-            let holds = f.when.iter().map(|c| c.holds(b)).collect::<Result<Vec<_>, _>>()?;
+        for f in self.forms.iter() {
+            let holds = f.needs.iter().chain(&f.when).map(|c| c.holds(b)).collect::<Result<Vec<_>, _>>()?;
             if holds.iter().all(|&h| h) {
                 return Ok(f);
             }
@@ -44,7 +48,7 @@ impl GpuStep {
 /// A Program for GPUs.
 #[derive(Clone, Debug)]
 pub struct GpuProgram {
-    pub program: Program,
+    pub program: Arc<Program>,
     pub target: Target,
     /// As many as the program has.
     pub steps: Vec<GpuStep>,
@@ -75,10 +79,18 @@ impl GpuProgram {
 ///
 /// # Errors
 /// A step whose op, types or layout no kernel takes, with the reason.
-pub fn emit(program: Program, target: Target) -> Result<GpuProgram, EmitError> {
-    let (mut steps, mut kernels) = (vec![], Vec::<Kernel>::new());
+pub fn emit(program: impl Into<Arc<Program>>, target: Target) -> Result<GpuProgram, EmitError> {
+    let program = program.into();
+    let (mut steps, mut kernels) = (Vec::<GpuStep>::new(), Vec::<Kernel>::new());
+    let mut sites: HashMap<u64, Vec<usize>> = HashMap::new();
     let mut known: HashMap<String, usize> = HashMap::new();
     for (i, s) in program.steps.iter().enumerate() {
+        let like = sites.entry(site_hash(s)).or_default();
+        if let Some(&at) = like.iter().find(|&&at| alike(&program.steps[at], s)) {
+            steps.push(steps[at].clone());
+            continue;
+        }
+        like.push(i);
         let site = Site { inputs: &s.inputs, outputs: &s.outputs, target: &target };
         let forms = forms(&s.op, &site).map_err(|why| EmitError {
             program: program.name.clone(),
@@ -88,7 +100,8 @@ pub fn emit(program: Program, target: Target) -> Result<GpuProgram, EmitError> {
             arch: target.arch.name(),
             why,
         })?;
-        assert!(forms.last().is_some_and(|f| f.when.is_empty()), "BUG: {} has no form for all sizes", s.op.mnemonic());
+        let always = |f: &Form| f.needs.is_empty() && f.when.is_empty();
+        assert!(forms.last().is_some_and(always), "BUG: {} has no form for all sizes", s.op.mnemonic());
         for k in forms.iter().flat_map(Form::launches).map(|l| &l.kernel) {
             match known.get(&k.name) {
                 Some(&at) => assert_eq!(kernels[at], *k, "BUG: two kernels have the name {}", k.name),
@@ -98,7 +111,24 @@ pub fn emit(program: Program, target: Target) -> Result<GpuProgram, EmitError> {
                 }
             }
         }
-        steps.push(GpuStep { forms });
+        steps.push(GpuStep { forms: Arc::new(forms) });
     }
     Ok(GpuProgram { program, target, steps, kernels })
+}
+
+/// Of what decides a step's forms, or a part of that.
+fn site_hash(s: &Step) -> u64 {
+    let mut h = DefaultHasher::new();
+    s.op.mnemonic().hash(&mut h);
+    s.inputs.iter().chain(&s.outputs).for_each(|v| v.ty.hash(&mut h));
+    h.finish()
+}
+
+/// Whether two steps have the same forms: all but where their buffers are.
+fn alike(a: &Step, b: &Step) -> bool {
+    let same = |x: &[View], y: &[View]| {
+        let one = |(x, y): (&View, &View)| (&x.ty, &x.offset, &x.strided) == (&y.ty, &y.offset, &y.strided);
+        x.len() == y.len() && x.iter().zip(y).all(one)
+    };
+    a.op == b.op && same(&a.inputs, &b.inputs) && same(&a.outputs, &b.outputs)
 }

@@ -1,6 +1,8 @@
 //! How a step runs on a GPU: kernels to compile, launches with sizes and arguments, workspace, library calls.
 
 use super::expr::Expr;
+use super::target::Target;
+use crate::nvrtc::Usage;
 use crate::plan::ALIGN;
 use rambac_ir::{Bindings, DType, DimError};
 
@@ -17,6 +19,33 @@ pub struct Kernel {
     pub shared: u32,
     /// Blocks per multiprocessor that the choice of its tile counted on.
     pub blocks_per_sm: u32,
+}
+
+impl Kernel {
+    /// Blocks that fit on a multiprocessor, by what ptxas says that the kernel takes.
+    pub fn fit(&self, u: &Usage, target: &Target) -> usize {
+        target.occupancy(self.threads as usize, u.registers as usize, (u.shared + self.shared) as usize)
+    }
+    /// Holds the compiler to what the choice of the tile counted on: no spills, and as many blocks on a multiprocessor.
+    ///
+    /// # Errors
+    /// What does not hold, with the kernel's name.
+    pub fn hold_to(&self, u: &Usage, target: &Target) -> Result<(), String> {
+        let (name, arch) = (&self.name, target.arch);
+        if u.spill_stores + u.spill_loads > 0 {
+            return Err(format!("{name} for {arch} spills {} bytes", u.spill_stores + u.spill_loads));
+        }
+        let fit = self.fit(u, target);
+        if fit < self.blocks_per_sm as usize {
+            return Err(format!(
+                "{name} for {arch}: {fit} blocks fit ({} registers, {} B shared), {} were counted on",
+                u.registers,
+                u.shared + self.shared,
+                self.blocks_per_sm
+            ));
+        }
+        Ok(())
+    }
 }
 
 /// What a call reads or writes.
@@ -41,6 +70,8 @@ pub enum Param {
     Long(Expr),
     /// An `f32`.
     Float(f32),
+    /// Words of 64 bits by value: addresses and `i64`s.
+    Table(Vec<Param>),
 }
 
 /// One launch.
@@ -124,12 +155,17 @@ impl std::fmt::Display for Condition {
     }
 }
 
-/// A way to run a step.  The first of a step's forms whose conditions all hold is taken.
+/// A way to run a step.  The first of a step's forms whose conditions, `needs` and `when`, all hold is taken.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Form {
     pub name: &'static str,
     /// Why this form and this tile, in a line that `explain` prints.
     pub why: String,
+    /// That it was measured to be the fastest, at the sizes of `when`.
+    pub measured: bool,
+    /// Sizes that it can run at.
+    pub needs: Vec<Condition>,
+    /// Sizes that it is thought to be the best at, if no form before it is.
     pub when: Vec<Condition>,
     pub workspace: Vec<Workspace>,
     pub calls: Vec<Call>,
@@ -138,7 +174,11 @@ pub struct Form {
 impl Form {
     /// A form that always can run and needs nothing beside its operands.
     pub fn new(name: &'static str, why: impl Into<String>, calls: Vec<Call>) -> Form {
-        Form { name, why: why.into(), when: vec![], workspace: vec![], calls }
+        Form { name, why: why.into(), measured: false, needs: vec![], when: vec![], workspace: vec![], calls }
+    }
+    pub fn needs(mut self, c: Condition) -> Form {
+        self.needs.push(c);
+        self
     }
     pub fn when(mut self, c: Condition) -> Form {
         self.when.push(c);

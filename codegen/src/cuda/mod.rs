@@ -4,12 +4,14 @@
 //!   forms.  - [`stub`]: writes the short texts that instantiate the templates of `codegen/kernels`.
 //! - [`ops`]: one file per family; **from the one list of ops**, so an op without an answer does not compile.
 //! - [`headers`]: the templates, compiled in.  - [`emit()`]: all steps of a Program.
+//! - [`tune`]: measures forms and tiles where there is a device; [`choices`]: what came of it.
 //! - [`cache`]: what was compiled once.  - [`describe()`]: a GPU program as JSON.
 //!
 //! A kernel's text is a pure function of op, types and target.  Sizes that symbols decide are arguments, so nothing is
 //! compiled again for another batch or length.
 
 pub mod cache;
+pub mod choices;
 pub mod compile;
 mod describe;
 mod emit;
@@ -19,6 +21,7 @@ pub mod headers;
 pub mod ops;
 pub mod stub;
 pub mod target;
+pub mod tune;
 
 pub use cache::{Cache, CompileError};
 pub use describe::{describe, kernel};

@@ -149,6 +149,11 @@ impl Stub {
         self.hashed = true;
         self
     }
+    /// A struct `Table` of addresses and `i64`s, by value.
+    pub fn table(self, name: &str, words: Vec<Param>) -> Stub {
+        let ty = format!("const __grid_constant__ Table<{}>", words.len());
+        self.param(ty, name, Param::Table(words))
+    }
     pub fn f32(self, name: &str, v: f32) -> Stub {
         self.param("float".into(), name, Param::Float(v))
     }

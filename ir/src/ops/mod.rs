@@ -17,9 +17,9 @@ macro_rules! for_each_op {
     ($m:path) => {
         $m! {
             Source, Constant, Iota,
-            Unary, Binary, Where, Cast, FusedMap,
+            Unary, Binary, Where, Cast, FusedMap, MapEach,
             Broadcast, Reshape, Transpose, Slice, Pad, Concat,
-            Reduce, MatMul, MatMulMap,
+            Reduce, SumSquares, MatMul, MatMulMap,
             RmsNorm, RmsNormGrad, GatedRmsNorm, GatedRmsNormGrad, Rotary, Embedding, EmbeddingGrad,
             CrossEntropy, CrossEntropyGrad, LinearCrossEntropy, LinearCrossEntropyGrad,
             CausalConv1d, CausalConv1dGrad, SelectiveScan, SelectiveScanGrad, Attention, AttentionGrad,
@@ -40,6 +40,7 @@ mod fused_map;
 mod gated_rms_norm;
 mod linear_cross_entropy;
 mod map;
+mod map_each;
 mod matmul;
 mod matmul_map;
 mod reduce;
@@ -51,6 +52,7 @@ mod selection;
 mod selective_scan;
 mod shape;
 mod source;
+mod sum_squares;
 mod summarise;
 mod weigh;
 
@@ -65,6 +67,7 @@ pub use fused_map::{FusedMap, MapBody, MapFn, MapInst};
 pub use gated_rms_norm::{GatedRmsNorm, GatedRmsNormGrad};
 pub use linear_cross_entropy::{LinearCrossEntropy, LinearCrossEntropyGrad};
 pub use map::{Binary, BinaryFn, Cast, Unary, UnaryFn, Where};
+pub use map_each::MapEach;
 pub use matmul::MatMul;
 pub use matmul_map::MatMulMap;
 pub use reduce::{Reduce, ReduceFn};
@@ -76,6 +79,7 @@ pub use selection::{Selection, SelectionGrad};
 pub use selective_scan::{SelectiveScan, SelectiveScanGrad};
 pub use shape::{Broadcast, Concat, Pad, Reshape, Slice, Transpose};
 pub use source::{Constant, Iota, Source, SourceKind};
+pub use sum_squares::SumSquares;
 pub use summarise::{Summarise, Summary};
 pub use weigh::{Weigh, WeighGrad, Weighting};
 

@@ -126,10 +126,7 @@ impl Simulator {
         }
         let mut out = vec![0u8; p.param_bytes];
         for (index, (param, arg)) in p.params.iter().zip(args).enumerate() {
-            let bytes = match arg {
-                Arg::Bytes(b) => b.clone(),
-                Arg::Buffer(b, more) => (address_of(b.0) + more).to_le_bytes().to_vec(),
-            };
+            let bytes = bytes_of(arg);
             if bytes.len() != param.bytes {
                 let kernel = p.name.clone();
                 return Err(Error::ParamSize { kernel, index, want: param.bytes, got: bytes.len() });
@@ -137,6 +134,15 @@ impl Simulator {
             out[param.offset..param.offset + bytes.len()].copy_from_slice(&bytes);
         }
         Ok(out)
+    }
+}
+
+/// An argument as a kernel sees it.
+fn bytes_of(arg: &Arg) -> Vec<u8> {
+    match arg {
+        Arg::Bytes(b) => b.clone(),
+        Arg::Buffer(b, more) => (address_of(b.0) + more).to_le_bytes().to_vec(),
+        Arg::Table(all) => all.iter().flat_map(bytes_of).collect(),
     }
 }
 

@@ -191,6 +191,8 @@ pub(super) struct Region<'a> {
     /// The first operand of an epilogue: the product.
     product: Option<&'a Arg<'a>>,
     rest: &'a [Arg<'a>],
+    /// Behind them: what serves many regions.
+    shared: &'a [Arg<'a>],
     ix: Few<Index, OPERANDS>,
     y: &'a [Arg<'a>],
 }
@@ -224,15 +226,37 @@ impl<'a> Region<'a> {
         rest: &'a [Arg<'a>],
         y: &'a [Arg<'a>],
     ) -> Self {
-        let mut ix = Few::new(rest.len() + product.is_some() as usize, Index::Scalar);
-        for (ix, x) in ix.all().iter_mut().zip(product.into_iter().chain(rest)) {
+        Self::with(body, outs, product, rest, &[], y)
+    }
+
+    /// As [`new`](Self::new), with operands behind the rest.
+    fn with(
+        body: &'a [MapInst],
+        outs: &'a [usize],
+        product: Option<&'a Arg<'a>>,
+        rest: &'a [Arg<'a>],
+        shared: &'a [Arg<'a>],
+        y: &'a [Arg<'a>],
+    ) -> Self {
+        let mut ix = Few::new(product.is_some() as usize + rest.len() + shared.len(), Index::Scalar);
+        for (ix, x) in ix.all().iter_mut().zip(product.into_iter().chain(rest).chain(shared)) {
             *ix = index(x.shape(), y[0].shape());
         }
-        Self { body, outs, product, rest, ix, y }
+        Self { body, outs, product, rest, shared, ix, y }
     }
 
     fn operands(&self) -> impl Iterator<Item = &'a Arg<'a>> {
-        self.product.into_iter().chain(self.rest)
+        self.product.into_iter().chain(self.rest).chain(self.shared)
+    }
+
+    /// The whole region.
+    fn run(&self) {
+        // Blocks are cut by the size alone, so any number of threads gives the same bits.
+        let n = self.y[0].len();
+        par::for_blocks(n.div_ceil(BLOCK), TASK, n * self.registers(), |_, start, end| {
+            // SAFETY: the operands broadcast to the shape, blocks are disjoint.
+            unsafe { self.blocks(start..end) };
+        });
     }
 
     fn registers(&self) -> usize {
@@ -345,13 +369,17 @@ fn run(x: &Arg, ix: Index, start: usize, len: usize) -> Option<*mut f32> {
 
 impl CpuKernel for FusedMap {
     fn run(&self, x: &[Arg], y: &[Arg]) -> Result<(), KernelError> {
-        let n = y[0].len();
-        let region = Region::new(&self.body, &self.outs, None, x, y);
-        // Blocks are cut by the size alone, so any number of threads gives the same bits.
-        par::for_blocks(n.div_ceil(BLOCK), TASK, n * region.registers(), |_, start, end| {
-            // SAFETY: the operands broadcast to the shape, blocks are disjoint.
-            unsafe { region.blocks(start..end) };
-        });
+        Region::new(&self.body, &self.outs, None, x, y).run();
+        Ok(())
+    }
+}
+
+impl CpuKernel for MapEach {
+    fn run(&self, x: &[Arg], y: &[Arg]) -> Result<(), KernelError> {
+        let (tensors, shared) = self.split(x);
+        for (own, y) in tensors.zip(y.chunks(self.outs.len())) {
+            Region::with(&self.body, &self.outs, None, own, shared, y).run();
+        }
         Ok(())
     }
 }

@@ -364,6 +364,16 @@ impl CpuKernel for Reduce {
     }
 }
 
+impl CpuKernel for SumSquares {
+    fn run(&self, x: &[Arg], y: &[Arg]) -> Result<(), KernelError> {
+        y[0].f32_mut()[0] = x.iter().map(|x| reduce::sum_squares(x.f32())).sum::<f64>() as f32;
+        Ok(())
+    }
+    fn scratch(&self, x: &[ConcreteTy], _: &[ConcreteTy]) -> usize {
+        x.iter().map(|t| reduce::scratch(1, t.elements(), 1)).max().unwrap_or(0)
+    }
+}
+
 impl CpuKernel for Summarise {
     fn run(&self, x: &[Arg], y: &[Arg]) -> Result<(), KernelError> {
         let s = y[0].shape();

@@ -33,9 +33,10 @@ pub use read::{Executable, KernelInfo};
 pub use write::{Contents, Written, write};
 
 use rambac_codegen::cuda::{Arch, GpuProgram, Target, emit};
-use rambac_codegen::{Program, lower};
+use rambac_codegen::{Kernels, Program, lower, lower_for};
 use rambac_ir::{Graph, text};
 use rambac_passes::{Options, optimise};
+use rayon::prelude::*;
 use std::sync::Arc;
 
 /// Of the file's form.
@@ -94,8 +95,7 @@ impl Part {
     /// # Errors
     /// A step that can't run on one of the targets.
     pub fn compile(name: &str, graph: &Graph, options: &Options, targets: &[Arch]) -> Result<Part, ExecutableError> {
-        let before = text::print(graph);
-        let after = text::print(&optimise(graph, options));
+        let (before, after) = rayon::join(|| text::print(graph), || text::print(&optimise(graph, options)));
         // From the text, as the reader will.
         let graph = text::parse(&after).map_err(|e| ExecutableError::unprintable(name, &e))?;
         Part::lowered(name, before, after, &graph, targets)
@@ -108,10 +108,14 @@ impl Part {
         graph: &Graph,
         targets: &[Arch],
     ) -> Result<Part, ExecutableError> {
-        let program = lower(graph);
-        let gpu = targets.iter().map(|a| Ok(Arc::new(emit(program.clone(), Target::of(*a))?)));
-        let gpu = gpu.collect::<Result<Vec<_>, ExecutableError>>()?;
-        Ok(Part { name: name.into(), before, after, program: Arc::new(program), gpu })
+        // The GPUs' program has other copies, and is lowered once for all of them.
+        let gpus = || {
+            let program = (!targets.is_empty()).then(|| Arc::new(lower_for(graph, Kernels::Gpu)));
+            let one = |a: &Arch| Ok(Arc::new(emit(program.clone().expect("BUG: there is a target"), Target::of(*a))?));
+            targets.par_iter().map(one).collect::<Result<Vec<_>, ExecutableError>>()
+        };
+        let (program, gpu) = rayon::join(|| Arc::new(lower(graph)), gpus);
+        Ok(Part { name: name.into(), before, after, program, gpu: gpu? })
     }
 }
 

@@ -136,8 +136,12 @@ pub fn write(path: &Path, c: &Contents) -> Result<Written, ExecutableError> {
     }
     // Wide elements first: then every tensor is aligned to its own.
     entries.sort_by(|a, b| (b.elements.dtype().1, &a.name).cmp(&(a.elements.dtype().1, &b.name)));
-    let hashes: Vec<String> = entries.par_iter().map(|e| e.elements.hash()).collect();
-    let header = header(c, &entries, &hashes);
+    let texts = metadata(c);
+    // Quoted, since that takes as long as making them.
+    let made = || texts.par_iter().map(|(key, text)| (key.clone(), quoted(&text()))).collect::<Vec<_>>();
+    let (metadata, hashes) =
+        rayon::join(made, || entries.par_iter().map(|e| e.elements.hash()).collect::<Vec<String>>());
+    let header = header(&metadata, &entries, &hashes);
 
     let write = |f: std::fs::File| -> io::Result<()> {
         let mut f = BufWriter::with_capacity(1 << 20, f);
@@ -199,26 +203,29 @@ pub(super) fn kernels<'a>(programs: impl Iterator<Item = &'a GpuProgram>) -> Vec
     all.into_values().collect()
 }
 
+/// A string of `__metadata__`, made when it is asked for.
+type Text<'a> = (String, Box<dyn Fn() -> String + Sync + 'a>);
+
 /// The strings of `__metadata__` but for its hash and the tensors' hashes.
-fn metadata(c: &Contents) -> Map<String, Value> {
-    let mut m = Map::new();
-    let mut put = |key: String, value: String| m.insert(key, value.into());
-    put("rambac_executable".into(), VERSION.to_string());
-    put("compiler".into(), concat!("rambac ", env!("CARGO_PKG_VERSION")).into());
-    put("model".into(), c.model.into());
-    put("mode".into(), c.mode.name().into());
-    put("settings".into(), c.settings.to_string());
+fn metadata<'a>(c: &'a Contents) -> Vec<Text<'a>> {
+    let mut m: Vec<Text> = vec![];
+    let mut put = |key: String, text: Box<dyn Fn() -> String + Sync + 'a>| m.push((key, text));
+    put("rambac_executable".into(), Box::new(|| VERSION.to_string()));
+    put("compiler".into(), Box::new(|| concat!("rambac ", env!("CARGO_PKG_VERSION")).into()));
+    put("model".into(), Box::new(|| c.model.into()));
+    put("mode".into(), Box::new(|| c.mode.name().into()));
+    put("settings".into(), Box::new(|| c.settings.to_string()));
     if let Some(config) = c.config {
-        put("config".into(), config.into());
+        put("config".into(), Box::new(|| config.into()));
     }
-    put("parts".into(), json!(c.parts.iter().map(|p| &p.name).collect::<Vec<_>>()).to_string());
-    put("targets".into(), json!(c.targets.iter().map(|t| t.0.name()).collect::<Vec<_>>()).to_string());
+    put("parts".into(), Box::new(|| json!(c.parts.iter().map(|p| &p.name).collect::<Vec<_>>()).to_string()));
+    put("targets".into(), Box::new(|| json!(c.targets.iter().map(|t| t.0.name()).collect::<Vec<_>>()).to_string()));
     for p in c.parts {
-        put(format!("ir.{}.before", p.name), p.before.clone());
-        put(format!("ir.{}.after", p.name), p.after.clone());
-        put(format!("program.{}", p.name), program(&p.program).to_string());
+        put(format!("ir.{}.before", p.name), Box::new(|| p.before.clone()));
+        put(format!("ir.{}.after", p.name), Box::new(|| p.after.clone()));
+        put(format!("program.{}", p.name), Box::new(|| program(&p.program).to_string()));
         for (gpu, (arch, ..)) in p.gpu.iter().zip(c.targets) {
-            put(format!("gpu.{}.{arch}", p.name), describe(gpu).to_string());
+            put(format!("gpu.{}.{arch}", p.name), Box::new(|| describe(gpu)));
         }
     }
     for (i, (arch, code, compiler)) in c.targets.iter().enumerate() {
@@ -228,35 +235,44 @@ fn metadata(c: &Contents) -> Map<String, Value> {
             d["usage"] = json!(usage);
             d
         };
-        let all: Vec<Value> = kernels(c.parts.iter().map(|p| &*p.gpu[i])).into_iter().map(one).collect();
-        put(format!("kernels.{arch}"), json!({ "compiler": compiler, "kernels": all }).to_string());
+        let all = move || -> Vec<Value> { kernels(c.parts.iter().map(|p| &*p.gpu[i])).into_iter().map(one).collect() };
+        put(format!("kernels.{arch}"), Box::new(move || json!({ "compiler": compiler, "kernels": all() }).to_string()));
     }
     m
 }
 
+fn quoted(s: &str) -> String {
+    serde_json::to_string(s).expect("BUG: any text can be quoted")
+}
+
 /// Length and header, padded so that the data is aligned.
-fn header(c: &Contents, entries: &[Entry], hashes: &[String]) -> Vec<u8> {
-    let mut meta = Map::new();
-    meta.insert("hash".into(), "0".repeat(DIGITS).into());
-    meta.extend(metadata(c));
+fn header(metadata: &[(String, String)], entries: &[Entry], hashes: &[String]) -> Vec<u8> {
+    let mut text = vec![0; 8];
+    text.extend(HASH_AT);
+    text.extend([b'0'; DIGITS]);
+    text.push(b'"');
+    let mut put = |parts: &[&str]| parts.iter().for_each(|p| text.extend(p.as_bytes()));
     let named: Map<String, Value> =
         entries.iter().zip(hashes).map(|(e, h)| (e.name.clone(), h.as_str().into())).collect();
-    meta.insert("hashes".into(), Value::Object(named).to_string().into());
-    let mut all = Map::new();
-    all.insert("__metadata__".into(), meta.into());
+    let named = quoted(&Value::Object(named).to_string());
+    for (key, value) in metadata.iter().map(|(k, v)| (k.as_str(), v)).chain([("hashes", &named)]) {
+        put(&[",", &quoted(key), ":", value]);
+    }
+    put(&["}"]);
     let mut at = 0;
     for e in entries {
         let end = at + e.elements.bytes();
         let (dtype, _) = e.elements.dtype();
-        all.insert(e.name.clone(), json!({ "dtype": dtype, "shape": e.shape, "data_offsets": [at, end] }));
+        let tensor = json!({ "dtype": dtype, "shape": e.shape, "data_offsets": [at, end] });
+        put(&[",", &quoted(&e.name), ":", &tensor.to_string()]);
         at = end;
     }
-    let mut text = Value::Object(all).to_string().into_bytes();
+    put(&["}"]);
     text.resize(text.len().next_multiple_of(8), b' ');
-    let mut out = (text.len() as u64).to_le_bytes().to_vec();
-    out.extend(text);
-    let hash = header_hash(&out).expect("BUG: the hash is the first key");
+    let length = text.len() as u64 - 8;
+    text[..8].copy_from_slice(&length.to_le_bytes());
+    let hash = header_hash(&text).expect("BUG: the hash is the first key");
     let digits = 8 + HASH_AT.len();
-    out[digits..digits + DIGITS].copy_from_slice(hash.as_bytes());
-    out
+    text[digits..digits + DIGITS].copy_from_slice(hash.as_bytes());
+    text
 }

@@ -108,25 +108,25 @@ fn arguments(
     dims: &Bindings,
     place: &impl Fn(Operand) -> Result<Place, DimError>,
 ) -> Result<Vec<Arg>, DimError> {
+    l.params.iter().map(|p| argument(p, dims, place)).collect()
+}
+
+fn argument(p: &Param, dims: &Bindings, place: &impl Fn(Operand) -> Result<Place, DimError>) -> Result<Arg, DimError> {
     let overflow = |e: &Expr| DimError::Overflow { dim: e.to_string(), bindings: dims.to_string() };
-    l.params
-        .iter()
-        .map(|p| {
-            Ok(match p {
-                Param::Address(o) => {
-                    let (b, at) = place(*o)?;
-                    Arg::Buffer(b, at as u64)
-                }
-                Param::Element { at, dtype, first } => {
-                    let (b, from) = place(*at)?;
-                    Arg::Buffer(b, (from + first.eval(dims)? * dtype.size()) as u64)
-                }
-                Param::Int(e) => i32::try_from(e.eval(dims)?).map_err(|_| overflow(e))?.into(),
-                Param::Long(e) => i64::try_from(e.eval(dims)?).map_err(|_| overflow(e))?.into(),
-                Param::Float(v) => (*v).into(),
-            })
-        })
-        .collect()
+    Ok(match p {
+        Param::Address(o) => {
+            let (b, at) = place(*o)?;
+            Arg::Buffer(b, at as u64)
+        }
+        Param::Element { at, dtype, first } => {
+            let (b, from) = place(*at)?;
+            Arg::Buffer(b, (from + first.eval(dims)? * dtype.size()) as u64)
+        }
+        Param::Int(e) => i32::try_from(e.eval(dims)?).map_err(|_| overflow(e))?.into(),
+        Param::Long(e) => i64::try_from(e.eval(dims)?).map_err(|_| overflow(e))?.into(),
+        Param::Float(v) => (*v).into(),
+        Param::Table(words) => Arg::Table(words.iter().map(|w| argument(w, dims, place)).collect::<Result<_, _>>()?),
+    })
 }
 
 fn product(

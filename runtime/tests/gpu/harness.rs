@@ -1,10 +1,14 @@
 //! Runs tests that need NVRTC, in parallel, and reports as libtest does.  What a device can't run is counted as ignored.
+//!
+//! Where several versions of NVRTC are installed, tests take turns; `PROPTEST_RNG_SEED` says who begins.
 
 use crate::rig::{DEVICE, NOT_HERE, Rig};
-use rambac_codegen::nvrtc::{HELP, Nvrtc};
+use rambac_codegen::nvrtc::{HELP, Nvrtc, NvrtcError};
 use rayon::prelude::*;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
+use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
 
 /// A test's name and what it does; the text is printed beside its name.
 pub type Case = (&'static str, fn(&Rig) -> Result<String, String>);
@@ -30,45 +34,46 @@ pub fn run(families: &[&[Case]]) -> ExitCode {
     }
     println!("\nrunning {} tests", cases.len());
     let (mut passed, mut failed, mut skipped) = (0, 0, 0);
-    match Nvrtc::open_any() {
+    let rigs = match Nvrtc::open_all().into_iter().map(Rig::new).collect::<Result<Vec<Rig>, _>>() {
+        Ok(rigs) => rigs,
+        // It was asked for by name.
         Err(e) => {
-            for (name, _) in &cases {
-                println!("test {name} ... ignored, skipped: {e}: cargo xtask cuda, or {HELP}");
-                skipped += 1;
-            }
+            println!("{DEVICE}: {e}");
+            return ExitCode::FAILURE;
         }
-        Ok(nvrtc) => {
-            println!("NVRTC {}.{}: {}", nvrtc.version.0, nvrtc.version.1, nvrtc.path.display());
-            let rig = match Rig::new(nvrtc) {
-                Ok(rig) => rig,
-                // It was asked for by name.
+    };
+    if rigs.is_empty() {
+        for (name, _) in &cases {
+            println!("test {name} ... ignored, skipped: {}: cargo xtask cuda, or {HELP}", NvrtcError::Missing);
+            skipped += 1;
+        }
+    } else {
+        rigs.iter().for_each(|r| println!("{}: {}", r.nvrtc.name(), r.nvrtc.path.display()));
+        let first = std::env::var("PROPTEST_RNG_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(0usize);
+        let counts = Mutex::new([0; 3]);
+        cases.par_iter().enumerate().for_each(|(i, (name, f))| {
+            let rig = &rigs[first.wrapping_add(i) % rigs.len()];
+            let began = Instant::now();
+            let result = catch_unwind(AssertUnwindSafe(|| f(rig))).unwrap_or_else(|_| Err("it panicked".into()));
+            let about = format!("{}, {:.1} s", rig.nvrtc.name(), began.elapsed().as_secs_f64());
+            // Told at once: the next test may hang.
+            let mut counts = counts.lock().unwrap_or_else(PoisonError::into_inner);
+            match result {
+                Ok(text) => {
+                    println!("test {name} ... ok ({about}){text}");
+                    counts[0] += 1;
+                }
+                Err(e) if e.starts_with(NOT_HERE) => {
+                    println!("test {name} ... ignored, skipped: {e}");
+                    counts[2] += 1;
+                }
                 Err(e) => {
-                    println!("{DEVICE}: {e}");
-                    return ExitCode::FAILURE;
-                }
-            };
-            let one = |(name, f): &Case| {
-                let result = catch_unwind(AssertUnwindSafe(|| f(&rig)));
-                (*name, result.unwrap_or_else(|_| Err("it panicked".into())))
-            };
-            let results: Vec<_> = cases.par_iter().map(one).collect();
-            for (name, r) in results {
-                match r {
-                    Ok(text) => {
-                        println!("test {name} ... ok{text}");
-                        passed += 1;
-                    }
-                    Err(e) if e.starts_with(NOT_HERE) => {
-                        println!("test {name} ... ignored, skipped: {e}");
-                        skipped += 1;
-                    }
-                    Err(e) => {
-                        println!("test {name} ... FAILED\n{e}\n");
-                        failed += 1;
-                    }
+                    println!("test {name} ... FAILED ({about})\n{e}\n");
+                    counts[1] += 1;
                 }
             }
-        }
+        });
+        [passed, failed, skipped] = counts.into_inner().unwrap_or_else(PoisonError::into_inner);
     }
     let word = if failed == 0 { "ok" } else { "FAILED" };
     println!("\ntest result: {word}. {passed} passed; {failed} failed; {skipped} ignored; 0 measured; 0 filtered out");

@@ -14,6 +14,7 @@ mod norm;
 mod rig;
 mod rows;
 mod scan;
+mod tune;
 
 use std::process::ExitCode;
 
@@ -27,6 +28,7 @@ fn main() -> ExitCode {
         attend::ALL,
         executables::ALL,
         faults::ALL,
+        tune::ALL,
         mutants::ALL,
     ])
 }

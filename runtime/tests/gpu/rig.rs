@@ -3,12 +3,12 @@
 //! The simulator runs it under several schedules and must have no finding; a device runs it several times and must give the
 //! same bits.
 
-use rambac_codegen::cuda::compile::{OPTIONS, compile};
+use rambac_codegen::cuda::compile::OPTIONS;
 use rambac_codegen::cuda::headers::included;
-use rambac_codegen::cuda::{Arch, Form, GpuProgram, Kernel, Target, emit};
+use rambac_codegen::cuda::{Arch, Cache, Form, GpuProgram, Kernel, Target, emit};
 use rambac_codegen::libraries::installed;
-use rambac_codegen::lower;
 use rambac_codegen::nvrtc::{Compiled, Nvrtc, NvrtcError};
+use rambac_codegen::{Kernels, lower_for};
 use rambac_cuda::{CUBLASLT, CudaDevice};
 use rambac_ir::ops::Op;
 use rambac_ir::testing::Rng;
@@ -46,9 +46,13 @@ pub struct Rig {
     pub cuda: Option<usize>,
     /// Its compute capability.
     capability: Option<(u32, u32)>,
+    /// Open all the time: the driver would make and end the device's context for each check.
+    _open: Option<Mutex<Box<dyn Tested>>>,
     /// A template with a defect: its name and text.
     defect: Option<(&'static str, String)>,
     compiled: Mutex<HashMap<(String, Arch), Compiled>>,
+    /// What earlier runs compiled of the same texts.
+    cache: Cache,
 }
 
 /// An operand: its type with symbols, and its value.
@@ -122,6 +126,11 @@ impl Input {
     }
 }
 
+/// Beside what else these tests build: a key says everything that decides what comes out.
+pub fn cache() -> Cache {
+    Cache::at(concat!(env!("CARGO_TARGET_TMPDIR"), "/kernels"))
+}
+
 /// Elements before and after a row that is a part of a wider one; multiples of 8 keep vectors whole.
 const MARGIN: [usize; 2] = [8, 16];
 
@@ -135,12 +144,19 @@ impl Rig {
             Some(v) => Some(number(&v).ok_or_else(|| format!("{DEVICE}={v}: it is simulator, cuda:0, cuda:1, …"))?),
             None => None,
         };
-        let mut rig = Rig { nvrtc, cuda, capability: None, defect: None, compiled: Mutex::new(HashMap::new()) };
-        rig.capability = rig.device(Schedule::default())?.capability();
+        let compiled = Mutex::new(HashMap::new());
+        let mut rig = Rig { nvrtc, cuda, capability: None, _open: None, defect: None, compiled, cache: cache() };
+        let open = rig.device(Schedule::default())?;
+        rig.capability = open.capability();
+        rig._open = Some(Mutex::new(open));
         Ok(rig)
     }
 
-    fn device(&self, o: Schedule) -> Result<Box<dyn Tested>, String> {
+    /// A device under a schedule, as far as it knows schedules.
+    ///
+    /// # Errors
+    /// It can't be opened.
+    pub fn device(&self, o: Schedule) -> Result<Box<dyn Tested>, String> {
         Ok(match self.cuda {
             None => Box::new(Simulator::strict(o)),
             Some(i) => {
@@ -155,6 +171,11 @@ impl Rig {
         Ok(Machine::new(self.device(o)?, placement))
     }
 
+    /// What code is made for where a test does not say: of a device the best that it runs.
+    pub fn arch(&self) -> Arch {
+        archs(self.capability).first().copied().unwrap_or(Arch::Sm80)
+    }
+
     /// Whether the device runs code of an architecture.
     pub fn runs(&self, arch: Arch) -> bool {
         archs(self.capability).contains(&arch)
@@ -165,13 +186,18 @@ impl Rig {
         let nvrtc = Nvrtc::open(&self.nvrtc.path).map_err(|e| e.to_string())?;
         let mut compiled = self.compiled.lock().unwrap().clone();
         compiled.retain(|(source, _), _| included(source).iter().all(|h| h.0 != header));
-        let (cuda, capability) = (self.cuda, self.capability);
-        Ok(Rig { nvrtc, cuda, capability, defect: Some((header, text)), compiled: Mutex::new(compiled) })
+        let (cuda, capability, compiled) = (self.cuda, self.capability, Mutex::new(compiled));
+        Ok(Rig { nvrtc, cuda, capability, _open: None, defect: Some((header, text)), compiled, cache: cache() })
     }
 
     fn compile_one(&self, k: &Kernel, target: &Target) -> Result<Compiled, String> {
         let failed = |e: NvrtcError| format!("{e}\n{}", k.source);
-        let Some((name, text)) = &self.defect else { return compile(&self.nvrtc, k, target.arch).map_err(failed) };
+        let kept = || self.cache.compile(&self.nvrtc, k, target.arch).map_err(|e| e.to_string());
+        let Some((name, text)) = &self.defect else { return kept() };
+        // What has no defect in it is known from before.
+        if included(&k.source).iter().all(|h| h.0 != *name) {
+            return kept();
+        }
         let headers: Vec<(&str, &str)> =
             included(&k.source).into_iter().map(|h| if h.0 == *name { (h.0, text.as_str()) } else { h }).collect();
         let arch = format!("--gpu-architecture={}", target.arch);
@@ -191,17 +217,7 @@ impl Rig {
             };
             // What a defect makes of registers is not what it is there for.
             for u in c.usage.iter().filter(|_| self.defect.is_none()) {
-                if u.spill_stores + u.spill_loads > 0 {
-                    return Err(format!("{} spills {} bytes\n{}", k.name, u.spill_stores, k.source));
-                }
-                let fit = target.occupancy(k.threads as usize, u.registers as usize, (u.shared + k.shared) as usize);
-                if (fit as u32) < k.blocks_per_sm {
-                    let (r, s) = (u.registers, u.shared + k.shared);
-                    return Err(format!(
-                        "{}: {fit} blocks fit ({r} registers, {s} B shared), {} assumed",
-                        k.name, k.blocks_per_sm
-                    ));
-                }
+                k.hold_to(u, target).map_err(|e| format!("{e}\n{}", k.source))?;
             }
             self.compiled.lock().unwrap().insert(key, c.clone());
             all.insert(k.name.clone(), c);
@@ -218,20 +234,25 @@ impl Rig {
         let want = c.want();
         let mut target = Target::of(c.arch);
         target.sms = c.sms.unwrap_or(target.sms);
-        let mut program = emit(lower(&graph), target).map_err(|e| e.to_string())?;
+        let mut program = emit(lower_for(&graph, Kernels::Gpu), target).map_err(|e| e.to_string())?;
         if let Some(name) = c.form {
             let op = program.program.steps.iter().position(|s| s.op.mnemonic() == c.op.mnemonic());
-            let forms = &mut program.steps[op.ok_or("the op is no step")?].forms;
+            let forms = Arc::make_mut(&mut program.steps[op.ok_or("the op is no step")?].forms);
             forms.retain(|f| f.name == name);
             forms.first_mut().ok_or_else(|| format!("there is no form {name}\n{}", c.describe()))?.when.clear();
         }
         // Forms that these sizes don't take need not be compiled.
         for s in &mut program.steps {
             let taken = s.form(&c.dims).map_err(|e| e.to_string())?.clone();
-            s.forms = vec![Form { when: vec![], ..taken }];
+            s.forms = Arc::new(vec![Form { when: vec![], ..taken }]);
         }
-        program.kernels =
-            program.steps.iter().flat_map(|s| &s.forms).flat_map(Form::launches).map(|l| l.kernel.clone()).collect();
+        program.kernels = program
+            .steps
+            .iter()
+            .flat_map(|s| s.forms.iter())
+            .flat_map(Form::launches)
+            .map(|l| l.kernel.clone())
+            .collect();
         let code = self.compile(&program.kernels, &program.target)?;
         let program = Arc::new(program);
         let mut first: Option<Vec<Bytes>> = None;

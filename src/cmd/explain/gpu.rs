@@ -5,12 +5,14 @@ use crate::show::{self, Table};
 use crate::work;
 use rambac_codegen::Program;
 use rambac_codegen::cuda::ops::{Site, forms};
+use rambac_codegen::cuda::tune;
 use rambac_codegen::cuda::{Arch, Cache, Call, Form, GpuProgram, GpuStep, Kernel, Target};
 use rambac_codegen::nvrtc::{Nvrtc, Usage};
 use rambac_ir::{Bindings, Cost};
 use rambac_runtime::gpu::Code;
 use serde_json::{Value as Json, json};
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 /// Lines are this wide at most.
 const WIDTH: usize = 98;
@@ -21,11 +23,18 @@ pub struct Chosen {
     pub op: &'static str,
     pub form: &'static str,
     why: String,
+    measured: bool,
     others: usize,
     pub kernels: Vec<String>,
     pub products: usize,
     workspace: usize,
     pub cost: Cost,
+}
+
+impl Chosen {
+    fn chosen(&self) -> &'static str {
+        if self.measured { "measured" } else { "predicted" }
+    }
 }
 
 /// A kernel and the steps that launch it.
@@ -51,10 +60,12 @@ impl Forms {
         let target = Target::of(arch);
         let mut f = Forms { target, chosen: vec![], none: vec![], kernels: BTreeMap::new(), compiled: compile };
         let mut steps = vec![];
+        let cache = Cache::standard();
+        let measured = cache.devices();
         for (i, s) in p.steps.iter().enumerate() {
             let site = Site { inputs: &s.inputs, outputs: &s.outputs, target: &f.target };
             let step = match forms(&s.op, &site) {
-                Ok(forms) => GpuStep { forms },
+                Ok(forms) => GpuStep { forms: Arc::new(forms) },
                 Err(why) => {
                     let (op, why) = (work::kind(s), why.to_string());
                     match f.none.iter_mut().find(|n| (n.0, &n.1) == (op, &why)) {
@@ -64,9 +75,14 @@ impl Forms {
                     continue;
                 }
             };
-            let form = step.form(dims).map_err(wrap)?.clone();
+            // What was measured comes before what is predicted.
+            let known = measured.iter().find_map(|d| tune::chosen(s, &f.target, dims, d, &cache).transpose());
+            let form = match known.transpose().map_err(wrap)? {
+                Some((_, form)) => form,
+                None => step.form(dims).map_err(wrap)?.clone(),
+            };
             f.add(i, work::kind(s), &form, step.forms.len() - 1, dims, costs[i])?;
-            steps.push(GpuStep { forms: vec![form] });
+            steps.push(GpuStep { forms: Arc::new(vec![form]) });
         }
         if compile {
             f.compile(p, steps)?;
@@ -93,6 +109,7 @@ impl Forms {
             op,
             form: form.name,
             why: form.why.clone(),
+            measured: form.measured,
             others,
             kernels: form.launches().map(|l| l.kernel.name.clone()).collect(),
             products: form.calls.iter().filter(|c| matches!(c, Call::Gemm(_))).count(),
@@ -105,7 +122,7 @@ impl Forms {
     fn compile(&mut self, p: &Program, steps: Vec<GpuStep>) -> Result<()> {
         let nvrtc = Nvrtc::open_any().map_err(wrap)?;
         let kernels = self.kernels.values().map(|u| u.kernel.clone()).collect();
-        let gpu = GpuProgram { program: p.clone(), target: self.target.clone(), steps, kernels };
+        let gpu = GpuProgram { program: Arc::new(p.clone()), target: self.target.clone(), steps, kernels };
         let cache = Cache::standard();
         let code = Code::compile(&nvrtc, &[&gpu], &cache).map_err(wrap)?;
         if let Some(t) = cache.trouble() {
@@ -119,9 +136,7 @@ impl Forms {
 
     /// Blocks that fit on a multiprocessor.
     pub fn blocks(&self, u: &Used) -> Option<usize> {
-        let usage = u.usage.as_ref()?;
-        let shared = (usage.shared + u.kernel.shared) as usize;
-        Some(self.target.occupancy(u.kernel.threads as usize, usage.registers as usize, shared))
+        Some(u.kernel.fit(u.usage.as_ref()?, &self.target))
     }
 
     pub fn print(&self) {
@@ -139,8 +154,9 @@ impl Forms {
                 None => lines.push((vec![c], c.cost)),
             }
         }
-        let head = ["op", "form", "steps", "other forms", "kernels", "products", "workspace", "FLOPs", "bytes"];
-        let mut table = Table::new(2, &head);
+        let head =
+            ["op", "form", "chosen", "steps", "other forms", "kernels", "products", "workspace", "FLOPs", "bytes"];
+        let mut table = Table::new(3, &head);
         for (all, cost) in &lines {
             let kernels: std::collections::BTreeSet<&String> = all.iter().flat_map(|c| &c.kernels).collect();
             let workspace = all.iter().map(|c| c.workspace).max().unwrap_or(0);
@@ -148,6 +164,7 @@ impl Forms {
             table.row([
                 all[0].op.to_string(),
                 all[0].form.to_string(),
+                all[0].chosen().to_string(),
                 all.len().to_string(),
                 all[0].others.to_string(),
                 kernels.len().to_string(),
@@ -200,7 +217,7 @@ impl Forms {
         let arch = self.target.arch.name();
         let form = |c: &Chosen| {
             json!({
-                "section": "form", "target": arch, "step": c.step, "op": c.op, "form": c.form, "why": c.why,
+                "section": "form", "target": arch, "step": c.step, "op": c.op, "form": c.form, "chosen": c.chosen(), "why": c.why,
                 "other_forms": c.others, "kernels": c.kernels, "products": c.products, "workspace_bytes": c.workspace,
                 "flops": c.cost.flops, "bytes": c.cost.bytes,
             })

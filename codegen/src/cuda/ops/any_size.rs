@@ -76,14 +76,14 @@ impl AnyAttention<'_> {
             .i32("tokens_kv", &self.shape(1)[1])
             .i32("h", &self.shape(1)[2])
             .i32("d", &self.shape(0)[3]);
-        let mut from = "Whole<Config>{l}";
+        let mut from = "Whole<Config>{l}".to_string();
         if self.chunk.is_some() {
             s = s.read("indices", DType::I32, input(3)).read("count", DType::I32, input(4)).read(
                 "weights",
-                t,
+                site.dtype(input(5)),
                 input(5),
             );
-            from = "Chosen<Config>{indices, count, weights}";
+            from = format!("Chosen<Config, {}>{{indices, count, weights}}", site.c_type(input(5)));
         }
         let body = format!(
             "    AnyOperands<Config> x{{q, k, v, {}, q_stride, k_stride, v_stride, {}, l, tokens_kv, h, d}};\n    \
@@ -151,7 +151,7 @@ impl AnyAttention<'_> {
             let choosers = Expr::product(&self.shape(4)[..3]);
             let s = self
                 .stub("any_heads")?
-                .write("dw", self.dtype(), dw)
+                .write("dw", site.dtype(dw), dw)
                 .read("stats", DType::F32, stats)
                 .read("count", DType::I32, input(4))
                 .i64("choosers", choosers.clone());
@@ -187,8 +187,8 @@ pub(super) fn selection(op: &Selection, site: &Site, why: String) -> Result<Vec<
         .hashed()
         .write("indices", DType::I32, indices)
         .write("count", DType::I32, count)
-        .write("weights", t, weights)
-        .write("scores", t, scores)
+        .write("weights", site.dtype(weights), weights)
+        .write("scores", site.dtype(scores), scores)
         .read("q", t, q)
         .i64("q_stride", site.row_stride(q, 2)?)
         .read("landmarks", t, landmarks)
@@ -219,7 +219,13 @@ pub(super) fn selection_grad(op: &SelectionGrad, site: &Site, why: String) -> Re
     };
     let sized = |s: Stub| s.i32("l", &shape[1]).i32("h", h).i32("chunks", chunks).i32("r", &shape[3]);
     let mut calls = index.calls(indices, count);
-    calls.push(super::selection::slot_gradients(op.rule, t, k, [ds, scores, dweights, count], rows.clone()));
+    calls.push(super::selection::slot_gradients(
+        op.rule,
+        site.dtype(dweights),
+        k,
+        [ds, scores, dweights, count],
+        rows.clone(),
+    ));
     let queries = stub("any_select_queries")
         .write("dq", t, dq)
         .i64("dq_stride", site.row_stride(dq, 2)?)

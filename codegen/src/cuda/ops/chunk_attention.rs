@@ -128,10 +128,20 @@ impl Sizes {
         best.map(|(_, t)| t)
     }
 
+    /// Warps of a query tile.
+    fn query_tile_warps(&self) -> Vec<usize> {
+        // A lane of a warp holds the choices of a token.
+        [8, 4, 2, 1].into_iter().filter(|w| self.tokens(16 * w) <= 32).collect()
+    }
+    /// All tiles of the forward by query tiles, one for each number of warps.
+    pub fn query_tiles(&self, target: &Target) -> impl Iterator<Item = Tile> {
+        let resident = |keys| self.warps_by_registers(keys, keys == self.chunk);
+        let one = move |w| self.best(target, &[w], 64, |w, k| self.query_tile_bytes(w, k), resident);
+        self.query_tile_warps().into_iter().filter_map(one)
+    }
     /// The tile of the forward by query tiles.
     pub fn query_tile(&self, target: &Target) -> Option<Tile> {
-        // A lane of a warp holds the choices of a token.
-        let warps: Vec<usize> = [8, 4, 2, 1].into_iter().filter(|w| self.tokens(16 * w) <= 32).collect();
+        let warps = self.query_tile_warps();
         let resident = |keys| self.warps_by_registers(keys, keys == self.chunk);
         self.best(target, &warps, 64, |w, k| self.query_tile_bytes(w, k), resident)
     }
@@ -190,6 +200,8 @@ impl Sizes {
 struct Attending {
     sizes: Sizes,
     dtype: DType,
+    /// Of the chunks' weights.
+    exact: DType,
     n: Dim,
     l: Dim,
     h: usize,
@@ -237,6 +249,7 @@ impl Attending {
         Ok(Attending {
             sizes: Sizes { element: dtype.size(), head_dim, chunk, group: heads / h, slots },
             dtype,
+            exact: site.dtype(WEIGHTS),
             n: shape(Q)[0].clone(),
             l: shape(Q)[1].clone(),
             h,
@@ -329,7 +342,7 @@ impl Attending {
             .read_qkv(stub)
             .read("indices", DType::I32, INDICES)
             .read("count", DType::I32, COUNT)
-            .read("weights", self.dtype, WEIGHTS)
+            .read("weights", self.exact, WEIGHTS)
             .i32("all_rows", rows.clone())
             .i32("l", &self.l)
             .i32("tokens_kv", &self.tokens_kv)
@@ -359,7 +372,7 @@ impl Attending {
             .read_qkv(stub)
             .read("indices", DType::I32, INDICES)
             .read("count", DType::I32, COUNT)
-            .read("weights", self.dtype, WEIGHTS)
+            .read("weights", self.exact, WEIGHTS)
             .i32("l", &self.l)
             .i32("h", self.h)
             .i32("chunks", &self.chunks)
@@ -382,7 +395,7 @@ impl Attending {
         let mut calls = index.calls(INDICES, COUNT);
         let stub =
             self.tiled(template.0, template.1, &t, t.shared, self.sizes.slab()).write("slots", self.dtype, slots);
-        let stub = self.read_qkv(stub).read("weights", self.dtype, WEIGHTS);
+        let stub = self.read_qkv(stub).read("weights", self.exact, WEIGHTS);
         calls.push(index.read(stub).launch((index.lists() * index.max_slabs(), 1, 1)).into());
         calls.push(self.reduce_slots(Operand::Output(0), o_stride, slots, 1));
         let why = format!(
@@ -396,7 +409,7 @@ impl Attending {
             .with("slots", self.dtype, self.slots_elements(1))
             .when(Condition::AtLeast(pairs, Expr::from(&self.chunks) * from))
             // Where there are no chunks, nobody would fill the index.
-            .when(Condition::AtLeast(Expr::from(&self.chunks), Expr::int(1)));
+            .needs(Condition::AtLeast(Expr::from(&self.chunks), Expr::int(1)));
         Some(form)
     }
 }
@@ -416,6 +429,21 @@ fn or_any_size(
 impl Cuda for ChunkAttention {
     fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
         or_any_size(forward(self, site), site, (self.chunk, self.scale, self.off_by_one), None)
+    }
+    fn candidates(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
+        let mut all = self.forms(site)?;
+        let o = Operand::Output(0);
+        let Ok(a) = Attending::new(site, self.chunk, self.scale, self.off_by_one, &[Q, K, V, o]) else {
+            return Ok(all);
+        };
+        for t in a.sizes.query_tiles(site.target) {
+            all.push(a.query_tile(&t, site.row_stride(o, 2)?));
+        }
+        // Chunk by chunk wherever there are chunks.
+        if a.sizes.chunk_major_from().is_none() {
+            all.extend(a.chunk_major(site.target, 0, site.row_stride(o, 2)?));
+        }
+        Ok(all)
     }
 }
 
@@ -453,7 +481,7 @@ fn gradient(op: &ChunkAttentionGrad, site: &Site) -> Result<Vec<Form>, Unsupport
     let index = a.index(0);
     let [slots, partial, delta, log2_sum] = [0, 1, 2, 3].map(|i| Operand::Workspace(InvertedIndex::WORKSPACES + i));
     let rows = |stub: Stub| -> Result<Stub, Unsupported> {
-        let stub = a.read_qkv(stub).read("weights", a.dtype, WEIGHTS).read("dy", a.dtype, DY);
+        let stub = a.read_qkv(stub).read("weights", a.exact, WEIGHTS).read("dy", a.dtype, DY);
         Ok(index.read(stub.i64("dy_stride", site.row_stride(DY, 2)?)))
     };
     let mut calls = index.calls(INDICES, COUNT);
@@ -475,7 +503,7 @@ fn gradient(op: &ChunkAttentionGrad, site: &Site) -> Result<Vec<Form>, Unsupport
     let weights = a.lists() * &a.l * s.slots;
     calls.push(
         a.stub("attend_grad", "attend_grad_heads", ADD_THREADS)
-            .write("dw", a.dtype, dw)
+            .write("dw", site.dtype(dw), dw)
             .read("delta", DType::F32, delta)
             .read("count", DType::I32, COUNT)
             .i64("lists_tokens", a.lists() * &a.l)

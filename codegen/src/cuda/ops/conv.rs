@@ -46,7 +46,10 @@ struct Conv {
     l: Dim,
     channels: usize,
     k: usize,
+    /// Of x and y.
     dtype: DType,
+    /// Of weights and states.
+    exact: DType,
     /// Channels that every operand allows to move at once.
     most: usize,
     /// The weights begin at a multiple of 16 bytes.
@@ -71,12 +74,13 @@ impl Conv {
         let piece = 16 / dtype.size();
         let most = site.vector(&[rows, contiguous].concat(), even.min(piece));
         let aligned = site.vector(&[W], piece) == piece;
-        Ok(Conv { n: shape[0].clone(), l: shape[1].clone(), channels, k, dtype, most, aligned, silu })
+        let exact = site.dtype(W);
+        Ok(Conv { n: shape[0].clone(), l: shape[1].clone(), channels, k, dtype, exact, most, aligned, silu })
     }
     fn stub(&self, template: &'static str, t: Tile, threads: usize) -> Stub {
-        Stub::new("conv", template, threads)
-            .element("T", self.dtype)
-            .int("channels", self.channels)
+        let stub = Stub::new("conv", template, threads).tag(self.dtype);
+        let stub = if self.exact == self.dtype { stub } else { stub.tag(self.exact) };
+        stub.int("channels", self.channels)
             .tag(format!("c{}", self.channels))
             .int("k", self.k)
             .tag(format!("k{}", self.k))
@@ -114,12 +118,12 @@ impl Cuda for CausalConv1d {
         let operands = |stub: Stub| {
             stub.read("x", c.dtype, X)
                 .i64("x_stride", x_stride.clone())
-                .read("w", c.dtype, W)
-                .read("bias", c.dtype, BIAS)
-                .read("s0", c.dtype, S0)
+                .read("w", c.exact, W)
+                .read("bias", c.exact, BIAS)
+                .read("s0", c.exact, S0)
                 .write("y", c.dtype, y)
                 .i64("y_stride", y_stride.clone())
-                .write("s", c.dtype, s)
+                .write("s", c.exact, s)
         };
         let tile = |steps| Tile::choose(c.channels, c.k, c.most, 32, steps);
         let mut forms = vec![];
@@ -131,7 +135,7 @@ impl Cuda for CausalConv1d {
             let form = Form::new("causal_conv_step", why, vec![l.into()]);
             let l = Expr::from(&c.l);
             let one = Condition::AtLeast(l.clone(), Expr::int(1));
-            forms.push(form.when(one).when(Condition::Below(l, Expr::int(2))));
+            forms.push(form.needs(one).needs(Condition::Below(l, Expr::int(2))));
         }
         for steps in STEPS {
             let t = tile(steps);
@@ -160,15 +164,15 @@ impl Cuda for CausalConv1dGrad {
                 .blocks_per_sm(3)
                 .read("x", c.dtype, X)
                 .i64("x_stride", site.row_stride(X, 2)?)
-                .read("w", c.dtype, W)
-                .read("bias", c.dtype, BIAS)
-                .read("s0", c.dtype, S0)
+                .read("w", c.exact, W)
+                .read("bias", c.exact, BIAS)
+                .read("s0", c.exact, S0)
                 .read("dy", c.dtype, DY)
                 .i64("dy_stride", site.row_stride(DY, 2)?)
-                .read("ds", c.dtype, DS)
+                .read("ds", c.exact, DS)
                 .write("dx", c.dtype, dx)
                 .i64("dx_stride", site.row_stride(dx, 2)?)
-                .write("ds0", c.dtype, ds0)
+                .write("ds0", c.exact, ds0)
                 .write("slots", DType::F32, slots)
                 .i32("l", &c.l)
                 .launch((c.tiles(t), c.blocks_of(t), &c.n));

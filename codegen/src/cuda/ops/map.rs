@@ -61,13 +61,13 @@ fn row_length(stub: &mut Stub, d: &Dim, name: &str) -> (usize, String) {
 }
 
 /// A region: registers `v0..` are the operands, then one per instruction.
-struct Region<'a> {
-    operands: Vec<(Operand, &'a View)>,
-    shape: &'a [Dim],
-    body: &'a [MapInst],
-    outs: &'a [usize],
+pub(super) struct Region<'a> {
+    pub operands: Vec<(Operand, &'a View)>,
+    pub shape: &'a [Dim],
+    pub body: &'a [MapInst],
+    pub outs: &'a [usize],
     /// Registers of i32 operands stay integers.
-    ints: bool,
+    pub ints: bool,
 }
 
 impl Region<'_> {
@@ -123,19 +123,7 @@ impl Region<'_> {
         for o in 0..self.outs.len() {
             body.push(format!("Values<{}, {w}> r{o};", kind(o)));
         }
-        let mut inner = vec![];
-        for i in 0..self.operands.len() {
-            let ty = if self.integer(i) { "i32" } else { "float" };
-            inner.push(format!("{ty} v{i} = a{i}[e];"));
-        }
-        for (k, inst) in self.body.iter().enumerate() {
-            let r = self.operands.len() + k;
-            let ty = if self.integer(r) { "i32" } else { "float" };
-            inner.push(format!("{ty} v{r} = {};", self.expression(inst)));
-        }
-        for (o, r) in self.outs.iter().enumerate() {
-            inner.push(format!("r{o}[e] = v{r};"));
-        }
+        let inner = self.arithmetic();
         let mut stores = vec![];
         for (o, ix) in results.iter().enumerate() {
             let name = format!("y{o}");
@@ -160,6 +148,24 @@ impl Region<'_> {
         let why = format!("{} instructions in one pass, {w} elements a thread", self.body.len());
         let grid = (n.ceil_div(THREADS * w), 1, 1);
         Ok(vec![Form::new("map", why, vec![stub.hashed().launch_body(grid, text).into()])])
+    }
+
+    /// Statements that make element `e` of the results `r0..` from that of the operands `a0..`.
+    pub fn arithmetic(&self) -> Vec<String> {
+        let mut inner = vec![];
+        for i in 0..self.operands.len() {
+            let ty = if self.integer(i) { "i32" } else { "float" };
+            inner.push(format!("{ty} v{i} = a{i}[e];"));
+        }
+        for (k, inst) in self.body.iter().enumerate() {
+            let r = self.operands.len() + k;
+            let ty = if self.integer(r) { "i32" } else { "float" };
+            inner.push(format!("{ty} v{r} = {};", self.expression(inst)));
+        }
+        for (o, r) in self.outs.iter().enumerate() {
+            inner.push(format!("r{o}[e] = v{r};"));
+        }
+        inner
     }
 
     fn integer(&self, r: usize) -> bool {

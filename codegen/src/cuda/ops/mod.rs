@@ -7,6 +7,7 @@ mod conv;
 mod inverted_index;
 mod loss;
 mod map;
+mod map_each;
 mod matmul;
 mod move_;
 mod norm;
@@ -116,6 +117,14 @@ pub trait Cuda {
     /// # Errors
     /// No kernel takes these types or this layout.
     fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported>;
+
+    /// What can be measured against each other: the forms, and after them the same with other tiles.
+    ///
+    /// # Errors
+    /// As [`forms`](Self::forms).
+    fn candidates(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
+        self.forms(site)
+    }
 }
 
 macro_rules! dispatch {
@@ -126,6 +135,14 @@ macro_rules! dispatch {
         /// As [`Cuda::forms`].
         pub fn forms(op: &Op, site: &Site) -> Result<Vec<Form>, Unsupported> {
             match op { $(Op::$op(o) => o.forms(site)),* }
+        }
+
+        /// The ways to run any op that can be measured against each other.
+        ///
+        /// # Errors
+        /// As [`Cuda::forms`].
+        pub fn candidates(op: &Op, site: &Site) -> Result<Vec<Form>, Unsupported> {
+            match op { $(Op::$op(o) => o.candidates(site)),* }
         }
     };
 }

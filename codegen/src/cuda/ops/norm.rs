@@ -47,7 +47,9 @@ impl Norm {
         let axis = shape.len() - 1;
         let (width, dtype) = (site.int(x, axis)?, site.dtype(x));
         let even = 1 << width.max(1).trailing_zeros().min(4);
-        let vec = site.vector(vectors, even.min(16 / dtype.size()));
+        // Rows in f32 are read in two pieces beside rows of 16 bits.
+        let least = vectors.iter().map(|&at| site.dtype(at).size()).min().unwrap_or(dtype.size());
+        let vec = site.vector(vectors, even.min(16 / least));
         let Some(lanes) = Lanes::choose(width.max(1), vec, most) else {
             return because(format!("rows of {width} are wider than the {} that a block holds", 1024 * most));
         };
@@ -56,7 +58,7 @@ impl Norm {
     fn stub(&self, template: &'static str) -> Stub {
         let l = self.lanes;
         Stub::new("rms_norm", template, l.threads)
-            .element("T", self.dtype)
+            .tag(self.dtype)
             .int("width", self.width)
             .tag(self.width)
             .float("eps", self.eps)
@@ -77,10 +79,10 @@ impl Norm {
 /// Rows of operands: addresses and distances.
 impl Norm {
     fn read(&self, site: &Site, stub: Stub, name: &str, at: Operand) -> Result<Stub, Unsupported> {
-        Ok(stub.read(name, self.dtype, at).i64(&format!("{name}_stride"), site.row_stride(at, self.axis)?))
+        Ok(stub.read(name, site.dtype(at), at).i64(&format!("{name}_stride"), site.row_stride(at, self.axis)?))
     }
     fn write(&self, site: &Site, stub: Stub, name: &str, at: Operand) -> Result<Stub, Unsupported> {
-        Ok(stub.write(name, self.dtype, at).i64(&format!("{name}_stride"), site.row_stride(at, self.axis)?))
+        Ok(stub.write(name, site.dtype(at), at).i64(&format!("{name}_stride"), site.row_stride(at, self.axis)?))
     }
 }
 
@@ -97,7 +99,7 @@ fn forward(site: &Site, eps: f64, z: Option<Operand>, w: Operand) -> Result<Vec<
     if let Some(z) = z {
         stub = n.read(site, stub, "z", z)?;
     }
-    let l = n.write(site, stub.read("w", n.dtype, w), "y", y)?.i64("rows", n.rows.clone()).launch((
+    let l = n.write(site, stub.read("w", site.dtype(w), w), "y", y)?.i64("rows", n.rows.clone()).launch((
         n.rows.clone().ceil_div(n.lanes.rows()),
         1,
         1,
@@ -134,7 +136,7 @@ fn backward(site: &Site, eps: f64, b: &Backward) -> Result<Vec<Form>, Unsupporte
     if let Some((z, _)) = b.gate {
         stub = n.read(site, stub, "z", z)?;
     }
-    stub = n.read(site, stub.read("w", n.dtype, b.w), "dy", b.dy)?;
+    stub = n.read(site, stub.read("w", site.dtype(b.w), b.w), "dy", b.dy)?;
     if let Some(base) = b.base {
         stub = n.read(site, stub, "base", base)?;
     }

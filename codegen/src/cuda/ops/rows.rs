@@ -28,7 +28,7 @@ pub(super) fn cross_entropy(s: &CrossEntropyStub) -> Result<Stub, Unsupported> {
         return because(format!("the ignored label {} is no i32", s.ignore));
     };
     Ok(Stub::new("cross_entropy", s.template, threads)
-        .element("T", s.dtype)
+        .tag(s.dtype)
         .int("threads", threads)
         .line(format!("static constexpr i32 ignore = {ignore};"))
         .tag(threads)

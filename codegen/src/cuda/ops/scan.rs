@@ -4,7 +4,7 @@
 use super::{Cuda, Site, Unsupported, because};
 use crate::cuda::expr::Expr;
 use crate::cuda::form::{Call, Condition, Form, Launch, Operand};
-use crate::cuda::stub::Stub;
+use crate::cuda::stub::{Stub, c_type};
 use crate::cuda::target::Target;
 use rambac_ir::ops::*;
 use rambac_ir::{DType, Dim};
@@ -18,6 +18,8 @@ pub(super) struct Scan {
     pub groups: usize,
     pub state: usize,
     pub dtype: DType,
+    /// Of steps, decays and states.
+    pub exact: DType,
     /// head_dim and state are multiples of 16 and rows are whole pieces of 16 bytes; else elements are moved one by one.
     pub whole: bool,
 }
@@ -109,7 +111,8 @@ impl Scan {
         }
         let piece = 16 / dtype.size();
         let whole = head_dim.is_multiple_of(16) && state.is_multiple_of(16) && site.vector(rows, piece) == piece;
-        Ok(Scan { n: shape[0].clone(), l: shape[1].clone(), heads, head_dim, groups, state, dtype, whole })
+        let exact = site.dtype(DT);
+        Ok(Scan { n: shape[0].clone(), l: shape[1].clone(), heads, head_dim, groups, state, dtype, exact, whole })
     }
     /// head_dim and state filled up to multiples of 16.
     pub fn full(&self) -> (usize, usize) {
@@ -122,8 +125,9 @@ impl Scan {
 
     /// Types and sizes that every kernel of the scan has.
     pub fn sized(&self, stub: Stub) -> Stub {
-        stub.element("T", self.dtype)
-            .int("heads", self.heads)
+        let stub = stub.element("T", self.dtype).line(format!("using Exact = {};", c_type(self.exact)));
+        let stub = if self.exact == self.dtype { stub } else { stub.tag(self.exact) };
+        stub.int("heads", self.heads)
             .tag(format!("m{}", self.heads))
             .int("groups", self.groups)
             .tag(format!("g{}", self.groups))
@@ -152,9 +156,9 @@ impl Scan {
         Ok(stub
             .read("x", self.dtype, x)
             .i64("x_stride", site.row_stride(x, 2)?)
-            .read("dt", self.dtype, DT)
+            .read("dt", self.exact, DT)
             .i64("dt_stride", site.row_stride(DT, 2)?)
-            .read("a", self.dtype, A)
+            .read("a", self.exact, A)
             .read("b", self.dtype, b)
             .i64("b_stride", site.row_stride(b, 2)?))
     }
@@ -204,8 +208,8 @@ impl Scan {
             .tag(if reverse { "back" } else { "forth" })
             .write("ends", DType::F32, ends)
             .read("decays", DType::F32, decays)
-            .read("h0", self.dtype, first)
-            .write("h", self.dtype, last)
+            .read("h0", self.exact, first)
+            .write("h", self.exact, last)
             .i32("segments", segments)
             .launch(((self.head_dim * self.state).div_ceil(vec * THREADS), self.heads, &self.n));
         Ok([states, combine])
@@ -250,16 +254,16 @@ impl Scan {
             .int("threads", THREADS)
             .read("c", self.dtype, C)
             .i64("c_stride", site.row_stride(C, 2)?)
-            .read("d", self.dtype, D)
-            .read("h0", self.dtype, H0)
+            .read("d", self.exact, D)
+            .read("h0", self.exact, H0)
             .write("y", self.dtype, y)
             .i64("y_stride", site.row_stride(y, 2)?)
-            .write("h", self.dtype, h)
+            .write("h", self.exact, h)
             .launch(((self.heads * self.head_dim).div_ceil(THREADS / lanes), &self.n, 1));
         let why = format!("one token: {lanes} lanes a row of the state{}", self.manner());
         let (l1, one) = (Expr::from(&self.l), Expr::int(1));
         let form = Form::new("scan_step", why, vec![l.into()]);
-        Ok(form.when(Condition::AtLeast(l1.clone(), one)).when(Condition::Below(l1, Expr::int(2))))
+        Ok(form.needs(Condition::AtLeast(l1.clone(), one)).needs(Condition::Below(l1, Expr::int(2))))
     }
 
     /// `l` is given where a kernel needs no segment.
@@ -270,13 +274,13 @@ impl Scan {
             .operands(site, self.walk("scan", template, t, false), X, B)?
             .read("c", self.dtype, C)
             .i64("c_stride", site.row_stride(C, 2)?)
-            .read("d", self.dtype, D);
+            .read("d", self.exact, D);
         let stub = match from {
             Some(at) => stub.read("starts", DType::F32, at),
-            None => stub.read("h0", self.dtype, H0),
+            None => stub.read("h0", self.exact, H0),
         };
         let stub = stub.write("y", self.dtype, y).i64("y_stride", site.row_stride(y, 2)?);
-        let stub = if from.is_some() { stub } else { stub.write("h", self.dtype, h) };
+        let stub = if from.is_some() { stub } else { stub.write("h", self.exact, h) };
         Ok(stub.i32("l", &self.l))
     }
 
@@ -336,7 +340,8 @@ mod tests {
     use crate::cuda::target::Arch;
 
     fn scan(heads: usize, head_dim: usize, state: usize, dtype: DType) -> Scan {
-        Scan { n: Dim::sym("N"), l: Dim::sym("L"), heads, head_dim, groups: 1, state, dtype, whole: true }
+        let (n, l) = (Dim::sym("N"), Dim::sym("L"));
+        Scan { n, l, heads, head_dim, groups: 1, state, dtype, exact: dtype, whole: true }
     }
 
     #[test]

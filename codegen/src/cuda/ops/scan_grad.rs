@@ -36,9 +36,9 @@ impl Tile {
         let (p, r) = s.full();
         let stage = 2 * block * (p + pad) + p * (r + 8) + p * (r + pad);
         let tiles = warps * if size == 2 { 256 } else { pad };
-        let elements = stages * stage + 2 * block * (r + pad) + block * (block + pad) + tiles + block * heads;
+        let elements = stages * stage + 2 * block * (r + pad) + block * (block + pad) + tiles;
         let partial = (3 * columns + rows) * block + 2 * warps;
-        (size * elements + 2 * 4 * (5 * block + partial)).next_multiple_of(16)
+        (size * elements + 2 * 4 * (5 * block + partial) + s.exact.size() * block * heads).next_multiple_of(16)
     }
 
     /// As many tokens as registers and shared memory allow: what gathers over the heads, [block, R] of db and dc, lies in
@@ -114,17 +114,17 @@ impl Plan<'_> {
         };
         match walks {
             Walks::Whole if reverse => Ok(vec![
-                stub("scan_record_to_start", s.dtype)?
-                    .read("dh", s.dtype, first)
+                stub("scan_record_to_start", s.exact)?
+                    .read("dh", s.exact, first)
                     .write("record", s.dtype, to)
-                    .write("dh0", s.dtype, last)
+                    .write("dh0", s.exact, last)
                     .i32("l", &s.l)
                     .launch(s.grid(1, t.heads)),
             ]),
             Walks::Whole => Ok(vec![
-                stub("scan_record", s.dtype)?
+                stub("scan_record", s.exact)?
                     .tag("whole")
-                    .read("start", s.dtype, first)
+                    .read("start", s.exact, first)
                     .write("record", s.dtype, to)
                     .i32("l", &s.l)
                     .i32("segment", &s.l)
@@ -170,14 +170,14 @@ impl Plan<'_> {
         Ok(s.operands(site, stub, X, B)?
             .read("c", s.dtype, C)
             .i64("c_stride", site.row_stride(C, 2)?)
-            .read("d", s.dtype, D)
+            .read("d", s.exact, D)
             .read("dy", s.dtype, DY)
             .i64("dy_stride", site.row_stride(DY, 2)?)
             .read("states", s.dtype, STATES)
             .read("gradients", s.dtype, GRADIENTS)
             .write("dx", s.dtype, DX)
             .i64("dx_stride", site.row_stride(DX, 2)?)
-            .write("ddt", s.dtype, DDT)
+            .write("ddt", s.exact, DDT)
             .i64("ddt_stride", site.row_stride(DDT, 2)?)
             .write("db", sum, db)
             .i64("db_stride", stride(DB)?)
@@ -292,6 +292,7 @@ mod tests {
             groups: 1,
             state,
             dtype,
+            exact: dtype,
             whole: true,
         };
         let tile = |s: &Scan, parts, arch| {

@@ -87,7 +87,7 @@ fn width(site: &Site, slots: usize, rows: &[Operand]) -> Result<usize, Unsupport
 pub(super) fn slot_gradients(r: Weighting, t: DType, slots: usize, at: [Operand; 4], rows: Expr) -> Call {
     let [ds, scores, dweights, count] = at;
     Stub::new("select_grad", "select_grad_scores", ADD_THREADS)
-        .element("T", t)
+        .tag(t)
         .int("slots", slots)
         .int("threads", ADD_THREADS)
         .line(rule(r))
@@ -160,8 +160,8 @@ fn tiled(op: &Selection, site: &Site) -> Result<Vec<Form>, Unsupported> {
     let write = |s: Stub| {
         s.write("indices", DType::I32, indices)
             .write("count", DType::I32, count)
-            .write("weights", t, weights)
-            .write("scores", t, scores)
+            .write("weights", site.dtype(weights), weights)
+            .write("scores", site.dtype(scores), scores)
     };
     let why = |tile: &SelectTile| {
         format!(
@@ -227,7 +227,7 @@ fn sparse(op: &SelectionGrad, site: &Site) -> Result<Vec<Form>, Unsupported> {
         stub(template, threads).int("width", r).int("warps", GRAD_WARPS).int("slab", SLAB).float("scale", op.scale)
     };
     let mut calls = index.calls(indices, count);
-    calls.push(slot_gradients(op.rule, t, k, [ds, scores, dweights, count], rows.clone()));
+    calls.push(slot_gradients(op.rule, site.dtype(dweights), k, [ds, scores, dweights, count], rows.clone()));
     calls.push(
         wide("select_grad_queries", 32 * GRAD_WARPS)
             .write("dq", t, dq)

@@ -17,6 +17,22 @@ pub fn sum(x: &[f32], outer: usize, axis: usize, inner: usize, y: &mut [f32]) {
     reduce(Kind::Sum, x, outer, axis, inner, 1.0, y);
 }
 
+/// The sum of squares of x.
+pub fn sum_squares(x: &[f32]) -> f64 {
+    let block = block(1);
+    par::with_scratch(x.len().div_ceil(block), |partials| {
+        let shared = SharedMut::new(partials);
+        par::for_blocks(x.len().div_ceil(block), par::rows_per_task(block), x.len(), |_, start, end| {
+            for b in start..end {
+                // SAFETY: one place per block.
+                let out = unsafe { shared.slice(b, 1) };
+                out[0] = squares(&x[b * block..x.len().min((b + 1) * block)]);
+            }
+        });
+        partials.iter().map(|&v| v as f64).sum()
+    })
+}
+
 /// y[o, i] = scale * sum over a of x[o, a, i]; scale = 1 / axis gives the mean.
 pub fn sum_scaled(x: &[f32], outer: usize, axis: usize, inner: usize, scale: f32, y: &mut [f32]) {
     reduce(Kind::Sum, x, outer, axis, inner, scale, y);
@@ -37,6 +53,25 @@ simd_fn! {
             Kind::Sum => fold::sum(x),
             Kind::Max => fold::max(x),
         }
+    }
+}
+
+simd_fn! {
+    fn squares<'a, S>(x: &'a [f32]) -> f32 {
+        let mut lanes = [0.0f32; 64];
+        for part in x.chunks(64) {
+            for (l, v) in lanes.iter_mut().zip(part) {
+                *l += v * v;
+            }
+        }
+        let mut n = lanes.len();
+        while n > 1 {
+            n /= 2;
+            for i in 0..n {
+                lanes[i] += lanes[i + n];
+            }
+        }
+        lanes[0]
     }
 }
 

@@ -1,0 +1,92 @@
+//! Measured choices with the simulator as the device: its counts are the clock.
+
+use crate::harness::Case;
+use crate::rig::{Rig, cache};
+use rambac_codegen::cuda::choices::Verdict;
+use rambac_codegen::cuda::tune::{measured, tune};
+use rambac_codegen::cuda::{Arch, Cache, Target, emit};
+use rambac_codegen::{Kernels, lower_for};
+use rambac_ir::{Bindings, text};
+use rambac_runtime::gpu::{Bytes, Machine, Measurer, ProgramId};
+use rambac_simulator::Options;
+use rambac_simulator::device::Simulator;
+use tempfile::TempDir;
+
+pub const ALL: &[Case] = &[("measured_choices", measured_choices)];
+
+/// An attention and the scan of a strided operand.
+const GRAPHS: [(&str, &[(&str, usize)]); 2] = [
+    (
+        "graph attend(N, L, C) {
+  %q = input \"q\" : bf16[N, L, 4, 32]
+  %k = input \"k\" : bf16[N, 32*C, 1, 32]
+  %v = input \"v\" : bf16[N, 32*C, 1, 32]
+  %i = input \"i\" : i32[N, L, 1, 2]
+  %n = input \"n\" : i32[N, L, 1]
+  %w = input \"w\" : bf16[N, L, 1, 2]
+  %y = chunk_attention %q, %k, %v, %i, %n, %w {chunk = 32, scale = 0.25}
+  return \"y\" = %y
+}
+",
+        &[("N", 1), ("L", 40), ("C", 4)],
+    ),
+    (
+        "graph conv(N, L) {
+  %x = input \"x\" : f32[N, L, 48]
+  %s = slice %x {axis = 2, start = 16, end = 48}
+  %w = input \"w\" : f32[32, 1, 4]
+  %bias = input \"bias\" : f32[32]
+  %s0 = input \"s0\" : f32[N, 3, 32]
+  %y, %t = causal_conv1d %s, %w, %bias, %s0
+  return \"y\" = %y, \"t\" = %t
+}
+",
+        &[("N", 1), ("L", 70)],
+    ),
+];
+
+type Clocked = Result<(Vec<(String, Bytes)>, f64), String>;
+
+/// As many seconds as there were instructions of warps.
+fn clock(m: &mut Machine<Simulator>, id: ProgramId, b: &Bindings, inputs: &[(&str, &Bytes)]) -> Clocked {
+    let out = m.run(id, b, inputs).map_err(|e| e.to_string())?;
+    Ok((out, m.device().take_counts().iter().map(|c| c.warp_instructions as f64).sum()))
+}
+
+fn measured_choices(rig: &Rig) -> Result<String, String> {
+    let dir = TempDir::new().map_err(|e| e.to_string())?;
+    let (kept, compiled) = (Cache::at(dir.path()), cache());
+    let mut said = String::new();
+    for (graph, sizes) in GRAPHS {
+        let graph = text::parse(graph).map_err(|e| format!("{e:?}"))?;
+        let (p, b) =
+            (emit(lower_for(&graph, Kernels::Gpu), Target::of(Arch::Sm80)), Bindings::new(sizes.iter().copied()));
+        let p = p.map_err(|e| e.to_string())?;
+        let mut device = Measurer {
+            name: "the simulator".into(),
+            target: p.target.clone(),
+            nvrtc: &rig.nvrtc,
+            cache: &compiled,
+            open: || Ok(Simulator::strict(Options::default())),
+            clock,
+        };
+        let step = p.program.steps.last().ok_or("no step")?;
+        let c = tune(step, &p.target, &b, &mut device, &kept).map_err(|e| e.to_string())?;
+        for x in &c.candidates {
+            match &x.verdict {
+                Verdict::Refused(why) => return Err(format!("{} is refused: {why}", x.form)),
+                Verdict::Seconds(s) if *s < c.best().1 => {
+                    return Err(format!("{} takes less than what was chosen", x.form));
+                }
+                Verdict::Seconds(_) => {}
+            }
+        }
+        let m = measured(&p, &b, "the simulator", &kept).map_err(|e| e.to_string())?.ok_or("it was not kept")?;
+        let form = m.steps.last().ok_or("no step")?.form(&b).map_err(|e| e.to_string())?;
+        if !form.measured || form.name != c.best().0.form {
+            return Err(format!("{} runs, {} was measured", form.name, c.best().0.form));
+        }
+        said += &format!(", {}: {} of {}", p.program.name, form.name, c.candidates.len());
+    }
+    Ok(said)
+}

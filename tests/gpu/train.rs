@@ -1,0 +1,189 @@
+//! Training on a GPU: losses like the CPU's, and runs that go on on the other device.
+
+use crate::harness::Case;
+use crate::rig::{Rig, schedules};
+use rambac_codegen::Memory;
+use rambac_codegen::Program;
+use rambac_codegen::cuda::{Arch, Cache, Target, emit};
+use rambac_codegen::nvrtc::Nvrtc;
+use rambac_ir::Bindings;
+use rambac_ir::testing::Rng;
+use rambac_models::stack::{self, Carry};
+use rambac_models::{Config, InitRule, ModelType, init_tensor, preset};
+use rambac_passes::Precision;
+use rambac_passes::train_step::AdamW;
+use rambac_runtime::gpu::{Code, Device, Machine, Placement, ProgramId};
+use rambac_runtime::trainer_gpu::Gpu;
+use rambac_runtime::{MicroBatch, Store, Tensor, Trainer};
+use std::sync::Arc;
+
+pub const ALL: &[Case] = &[
+    ("training_ramba", ramba),
+    ("training_mamba2", mamba2),
+    ("training_accumulated", accumulated),
+    ("training_moves", moves),
+];
+
+/// Largest relative distance of a step's loss from the CPU's, over all steps.
+const F32: f32 = 2e-4;
+const BF16: f32 = 0.03;
+
+/// A device that loads programs; what it compiles is kept for the next one.
+struct Tested {
+    arch: Arch,
+    machine: Machine,
+    nvrtc: Nvrtc,
+    cache: Cache,
+}
+
+impl Gpu for Tested {
+    fn machine(&mut self) -> &mut Machine {
+        &mut self.machine
+    }
+    fn target(&self) -> Target {
+        Target::of(self.arch)
+    }
+    fn load(&mut self, program: Program) -> Result<ProgramId, String> {
+        let gpu = Arc::new(emit(program, self.target()).map_err(|e| e.to_string())?);
+        let code = Code::compile(&self.nvrtc, &[&gpu], &self.cache).map_err(|e| e.to_string())?;
+        self.machine.load(gpu, &code).map_err(|e| e.to_string())
+    }
+}
+
+struct Bench<'a> {
+    rig: &'a Rig,
+    config: Config,
+    cache: tempfile::TempDir,
+    parts: usize,
+    memory: Memory,
+}
+
+const STEPS: u64 = 20;
+
+impl<'a> Bench<'a> {
+    fn new(rig: &'a Rig, config: Config) -> Bench<'a> {
+        let cache = tempfile::tempdir().expect("a folder for compiled kernels");
+        Bench { rig, config, cache, parts: 1, memory: Memory::Keep }
+    }
+
+    fn weights(&self) -> Store {
+        let mut s = Store::default();
+        for p in self.config.parameters_with(InitRule::FanIn) {
+            s.insert(p.name.clone(), Tensor::f32(&p.shape, init_tensor(&p, 5)));
+        }
+        s
+    }
+
+    /// On the GPU in a precision, or on the CPU.
+    fn trainer(&self, on: Option<Precision>, store: Store) -> Result<Trainer, String> {
+        let loss = stack::loss(&self.config, Carry::States, false).map_err(|e| format!("{e:?}"))?;
+        let opt = AdamW { lr: 4e-3, warmup: 4, steps: 100, ..AdamW::default() };
+        let decays = |n: &str| n.ends_with("proj.weight");
+        let Some(precision) = on else {
+            let pool = Arc::new(rayon::ThreadPoolBuilder::new().num_threads(2).build().expect("two threads"));
+            return Trainer::new(&loss, &opt, decays, self.parts, &self.memory, store, pool).map_err(|e| e.to_string());
+        };
+        let device: Box<dyn Device> = self.rig.device(schedules()[1])?;
+        let placement = if self.rig.cuda.is_some() { Placement::Arena } else { Placement::Apart };
+        let gpu = Tested {
+            arch: self.rig.arch(),
+            machine: Machine::new(device, placement),
+            nvrtc: Nvrtc::open(&self.rig.nvrtc.path).map_err(|e| e.to_string())?,
+            cache: Cache::at(self.cache.path()),
+        };
+        Trainer::on_gpu(&loss, &opt, decays, self.parts, &self.memory, precision, store, Box::new(gpu))
+            .map_err(|e| e.to_string())
+    }
+
+    /// The batch of a step: a pattern that repeats, so that there is something to learn, with other letters each time.
+    fn batch(&self, step: u64) -> Vec<MicroBatch> {
+        let len = self.config.chunk_size * 3;
+        let part = |k: usize| {
+            let mut rng = Rng(1000 * step + k as u64);
+            let word: Vec<i32> = (0..8).map(|_| rng.below(32) as i32).collect();
+            let ids: Vec<i32> = (0..len).map(|t| word[t % word.len()]).collect();
+            let labels = (0..len).map(|t| word[(t + 1) % word.len()]).collect();
+            let inputs = vec![
+                ("input_ids", Tensor::i32(&[1, len], ids)),
+                ("labels", Tensor::i32(&[1, len], labels)),
+                ("loss_weights", Tensor::f32(&[1, len], vec![1.0; len])),
+                ("carry", Tensor::f32(&[1], vec![(step % 2) as f32])),
+            ];
+            MicroBatch { dims: Bindings::new([("N", 1), ("L", len)]), inputs }
+        };
+        (0..self.parts).map(part).collect()
+    }
+
+    fn run(&self, t: &mut Trainer, steps: std::ops::Range<u64>) -> Result<Vec<f32>, String> {
+        steps.map(|s| t.step(s, &self.batch(s)).map(|r| r.loss).map_err(|e| e.to_string())).collect()
+    }
+
+    /// Losses of both devices beside each other.
+    fn compare(&self, precision: Precision, steps: u64, most: f32) -> Result<String, String> {
+        let cpu = self.run(&mut self.trainer(None, self.weights())?, 0..steps)?;
+        let gpu = self.run(&mut self.trainer(Some(precision), self.weights())?, 0..steps)?;
+        let worst = cpu.iter().zip(&gpu).map(|(a, b)| (a - b).abs() / a).fold(0.0, f32::max);
+        if worst.is_nan() || worst > most {
+            return Err(format!("losses {worst:.1e} apart, {most:.1e} allowed:\n{cpu:?}\n{gpu:?}"));
+        }
+        let (first, last) = (cpu[0], cpu[cpu.len() - 1]);
+        if last > 0.9 * first {
+            return Err(format!("nothing was learnt: {first} → {last}"));
+        }
+        Ok(format!(", {precision:?}: {first:.3} → {last:.3}, {worst:.1e} apart"))
+    }
+}
+
+/// Every kind of layer, as small as kernels with tiles allow.
+fn small() -> Result<Config, String> {
+    let tiny = preset("tiny").map_err(|e| e.to_string())?;
+    Ok(Config { num_lower_layers: 1, num_upper_layers: 1, num_upper_groups: 1, num_mamba_per_gca: 1, ..tiny })
+}
+
+fn plain() -> Result<Config, String> {
+    Ok(Config { model_type: ModelType::Mamba2, num_upper_groups: 0, ..small()? })
+}
+
+fn ramba(rig: &Rig) -> Result<String, String> {
+    let b = Bench::new(rig, small()?);
+    Ok(b.compare(Precision::F32, STEPS, F32)? + &b.compare(Precision::Bf16, STEPS, BF16)?)
+}
+
+fn mamba2(rig: &Rig) -> Result<String, String> {
+    let b = Bench::new(rig, plain()?);
+    Ok(b.compare(Precision::F32, STEPS, F32)? + &b.compare(Precision::Bf16, STEPS, BF16)?)
+}
+
+/// Two micro-batches a step, with everything computed again.
+fn accumulated(rig: &Rig) -> Result<String, String> {
+    let mut b = Bench::new(rig, plain()?);
+    (b.parts, b.memory) = (2, Memory::Recompute);
+    Ok(b.compare(Precision::F32, 10, F32)? + &b.compare(Precision::Bf16, 10, BF16)?)
+}
+
+/// A run that changes its device goes on: what moves is f32 and the same bits on both sides.
+fn moves(rig: &Rig) -> Result<String, String> {
+    let b = Bench::new(rig, plain()?);
+    let stay = b.run(&mut b.trainer(None, b.weights())?, 0..9)?;
+    let mut losses = vec![];
+    let mut store = b.weights();
+    for (at, on) in [None, Some(Precision::F32), None].into_iter().enumerate() {
+        let mut t = b.trainer(on, store)?;
+        losses.extend(b.run(&mut t, 3 * at as u64..3 * (at as u64 + 1))?);
+        t.sync().map_err(|e| e.to_string())?;
+        store = t.store.clone();
+    }
+    let worst = stay.iter().zip(&losses).map(|(a, b)| (a - b).abs() / a).fold(0.0, f32::max);
+    if worst.is_nan() || worst > F32 {
+        return Err(format!("losses {worst:.1e} apart:\n{stay:?}\n{losses:?}"));
+    }
+    // There and back without a step: nothing changes.
+    let before = store.clone();
+    let mut t = b.trainer(Some(Precision::Bf16), store)?;
+    b.run(&mut t, 9..10)?;
+    t.sync().map_err(|e| e.to_string())?;
+    if let Some(n) = t.store.names().find(|n| before.get(n).is_none() && !n.starts_with("carry.")) {
+        return Err(format!("{n} is new in the store: a checkpoint would differ from the CPU's"));
+    }
+    Ok(format!(", {worst:.1e} apart"))
+}
