@@ -190,7 +190,11 @@ impl Nvrtc {
         let list = |all: &[&str], what| all.iter().map(|s| c(s, what)).collect::<Result<Vec<_>>>();
         let names = list(&headers.iter().map(|h| h.0).collect::<Vec<_>>(), "a header's name")?;
         let texts = list(&headers.iter().map(|h| h.1).collect::<Vec<_>>(), "a header")?;
-        let flags = list(options, "an option")?;
+        let mut flags = list(options, "an option")?;
+        // Where there is a driver, it would take code from a cache of its own, and ptxas would say nothing of registers.
+        if self.version >= (12, 9) {
+            flags.push(c("--no-cache", "an option")?);
+        }
         let pointers = |all: &[CString]| all.iter().map(|s| s.as_ptr()).collect::<Vec<_>>();
         let (names, texts, flags) = (pointers(&names), pointers(&texts), pointers(&flags));
         let mut program: Program = std::ptr::null_mut();

@@ -5,7 +5,7 @@
 
 use crate::cli::Check;
 use crate::device::{Gpu, On};
-use crate::error::{Result, wrap};
+use crate::error::{Result, report, wrap};
 use crate::model;
 use miette::{IntoDiagnostic, miette};
 use rambac_codegen::{Program, lower};
@@ -40,11 +40,19 @@ pub fn run(a: &Check, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
             a.dir.display()
         ));
     }
-    let (mut tensors, mut failed, mut worst) = (0, 0, 0.0f64);
+    let (mut tensors, mut failed, mut unable, mut worst) = (0, 0, 0, 0.0f64);
     for p in &paths {
         let case = if p.is_dir() { model_case(p)? } else { op_case(p)? };
-        let got = case.run(a.device, &pool)?;
         let name = p.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+        let got = match case.run(a.device, &pool) {
+            Ok(got) => got,
+            // The others may still run.
+            Err(e) => {
+                report(e.wrap_err(format!("{name} can't be run on {}", a.device)));
+                unable += 1;
+                continue;
+            }
+        };
         let mut shown = false;
         let mut rows: Vec<(String, f64, f64)> = vec![];
         for (tensor, want) in &case.expected {
@@ -74,12 +82,15 @@ pub fn run(a: &Check, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
     if !a.json {
         println!(
             "{tensors} tensors of {} fixtures on {}: {failed} over tolerance, worst at {:.0} % of its limit",
-            paths.len(),
+            paths.len() - unable,
             a.device,
             worst * 100.0
         );
     }
-    Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    if unable == paths.len() {
+        return Err(miette!("no fixture can be run on {}", a.device));
+    }
+    Ok(if failed + unable == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// `‖a-b‖/‖b‖`; where fewer slots are expected than computed, the rest must be zero.

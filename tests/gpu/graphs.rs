@@ -23,7 +23,7 @@ pub const SLACK: f64 = 4.0;
 
 /// Runs a graph once, in an arena or with every buffer apart; findings are errors.
 pub fn run(rig: &Rig, g: &Graph, like: &Grown) -> Result<Ran, String> {
-    let program = emit(lower_for(g, Kernels::Gpu), Target::of(Arch::Sm80)).map_err(|e| e.to_string())?;
+    let program = emit(lower_for(g, Kernels::Gpu), Target::of(rig.arch())).map_err(|e| e.to_string())?;
     let code = rig.compile(&program.kernels, &program.target)?;
     // The schedule follows from the graph, so that a failure comes again.
     let o = schedules()[g.nodes.len() % 3];

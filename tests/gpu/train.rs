@@ -15,7 +15,6 @@ use rambac_passes::train_step::AdamW;
 use rambac_runtime::gpu::{Code, Device, Machine, Placement, ProgramId};
 use rambac_runtime::trainer_gpu::Gpu;
 use rambac_runtime::{MicroBatch, Store, Tensor, Trainer};
-use rambac_simulator::device::Simulator;
 use std::sync::Arc;
 
 pub const ALL: &[Case] = &[
@@ -29,19 +28,20 @@ pub const ALL: &[Case] = &[
 const F32: f32 = 1e-5;
 const BF16: f32 = 0.01;
 
-/// A simulator that loads programs; what it compiles is kept for the next one.
-struct Simulated {
+/// A device that loads programs; what it compiles is kept for the next one.
+struct Tested {
+    arch: Arch,
     machine: Machine,
     nvrtc: Nvrtc,
     cache: Cache,
 }
 
-impl Gpu for Simulated {
+impl Gpu for Tested {
     fn machine(&mut self) -> &mut Machine {
         &mut self.machine
     }
     fn target(&self) -> Target {
-        Target::of(Arch::Sm80)
+        Target::of(self.arch)
     }
     fn load(&mut self, program: Program) -> Result<ProgramId, String> {
         let gpu = Arc::new(emit(program, self.target()).map_err(|e| e.to_string())?);
@@ -84,9 +84,11 @@ impl<'a> Bench<'a> {
             let pool = Arc::new(rayon::ThreadPoolBuilder::new().num_threads(2).build().expect("two threads"));
             return Trainer::new(&loss, &opt, decays, self.parts, &self.memory, store, pool).map_err(|e| e.to_string());
         };
-        let device: Box<dyn Device> = Box::new(Simulator::strict(schedules()[1]));
-        let gpu = Simulated {
-            machine: Machine::new(device, Placement::Apart),
+        let device: Box<dyn Device> = self.rig.device(schedules()[1])?;
+        let placement = if self.rig.cuda.is_some() { Placement::Arena } else { Placement::Apart };
+        let gpu = Tested {
+            arch: self.rig.arch(),
+            machine: Machine::new(device, placement),
             nvrtc: Nvrtc::open(&self.rig.nvrtc.path).map_err(|e| e.to_string())?,
             cache: Cache::at(self.cache.path()),
         };

@@ -5,7 +5,7 @@ use crate::gemm::Gemm;
 use crate::library::driver;
 use crate::survey::{Gpu, gpu, handle};
 use cudarc::driver::sys::{self, CUresult};
-use rambac_driver::{Arg, BufferId, Code, Device, Error, Extent, ModuleId, Product, Result, Space};
+use rambac_driver::{Arg, BufferId, Code, Device, Error, Extent, ModuleId, Product, RecordId, Result, Space};
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
 use std::path::PathBuf;
@@ -49,6 +49,11 @@ pub struct CudaDevice {
     gemm: Option<Gemm>,
     progress: Option<Progress>,
     blocking: bool,
+    /// Launches are kept in place of being started.
+    recording: bool,
+    /// Something was replayed since the last synchronise: launches are not counted one by one.
+    replayed: bool,
+    records: Vec<Option<sys::CUgraphExec>>,
     /// The fault that ended it.
     lost: Option<(String, Option<usize>)>,
 }
@@ -119,6 +124,9 @@ impl CudaDevice {
             gemm: None,
             progress,
             blocking,
+            recording: false,
+            replayed: false,
+            records: vec![],
             lost: None,
         })
     }
@@ -141,7 +149,12 @@ impl CudaDevice {
     fn keep<T>(&mut self, result: Result<T>) -> Result<T> {
         result.map_err(|e| match e {
             Error::Lost { what, .. } => {
-                let finished = self.progress.as_ref().map(Progress::finished);
+                let counted = self.progress.as_ref().filter(|_| !self.replayed);
+                let finished = counted.map(Progress::finished);
+                let what = match finished {
+                    None => format!("{what} (with {BLOCKING}=1 the step would be known)"),
+                    Some(_) => what,
+                };
                 self.lost = Some((what.clone(), finished));
                 Error::Lost { what, finished }
             }
@@ -183,6 +196,10 @@ impl CudaDevice {
                 Function { handle, shared: FREE }
             }
         };
+        let known = m.functions.contains_key(kernel);
+        if known && shared <= f.shared {
+            return Ok(f.handle);
+        }
         if shared > f.shared {
             let which = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             // SAFETY: a function of a live module.
@@ -196,6 +213,9 @@ impl CudaDevice {
 
     /// After a launch or product that was started.
     fn started(&mut self) -> Result<()> {
+        if self.recording {
+            return Ok(());
+        }
         if let Some(p) = &mut self.progress {
             p.started += 1;
             // SAFETY: the word is mapped for the device and lives as long as `self`.
@@ -374,7 +394,8 @@ impl Device for CudaDevice {
             let words = if let Arg::Table(words) = a { &words[..] } else { std::slice::from_ref(a) };
             for word in words {
                 match word {
-                    Arg::Buffer(b, more) => bytes.extend((self.place(*b, *more as usize, 0)?).to_ne_bytes()),
+                    // Of nothing at all, such as rows of an empty array, it may lie outside: no kernel looks there.
+                    Arg::Buffer(b, more) => bytes.extend((self.place(*b, 0, 0)? + more).to_ne_bytes()),
                     Arg::Bytes(b) => bytes.extend(b),
                     Arg::Table(_) => return Err(Error::refused("a table in a table")),
                 }
@@ -409,17 +430,20 @@ impl Device for CudaDevice {
 
     fn product(&mut self, p: &Product) -> Result<()> {
         self.enter()?;
+        if p.batch * p.m * p.n == 0 {
+            return Ok(());
+        }
         let rows = |x: &rambac_driver::Matrix, m: usize, n: usize| if x.trans { (n, m) } else { (m, n) };
         let mut addresses = [0; 3];
         for (to, (x, m, n)) in addresses.iter_mut().zip([(&p.a, p.m, p.k), (&p.b, p.k, p.n), (&p.c, p.m, p.n)]) {
             let (rows, cols) = rows(x, m, n);
-            // The last element, whatever order the strides have.
-            let last = (p.batch.max(1) - 1) * x.step + rows.saturating_sub(1) * x.ld + cols;
-            let bytes = if rows * cols * p.batch == 0 { 0 } else { last * x.float.bytes() };
-            *to = self.place(x.buffer, x.at, bytes)?;
-        }
-        if p.batch * p.m * p.n == 0 {
-            return Ok(());
+            *to = match rows * cols {
+                0 => self.place(x.buffer, 0, 0)?,
+                _ => {
+                    let elements = (p.batch - 1) * x.step + (rows - 1) * x.ld + cols;
+                    self.place(x.buffer, x.at, elements * x.float.bytes())?
+                }
+            };
         }
         if self.gemm.is_none() {
             let made = Gemm::new(&self.libraries);
@@ -438,7 +462,63 @@ impl Device for CudaDevice {
         if let Some(p) = &mut self.progress {
             p.reset();
         }
+        self.replayed = false;
         Ok(())
+    }
+
+    fn begin_record(&mut self) -> Result<bool> {
+        self.enter()?;
+        if self.blocking {
+            return Ok(false);
+        }
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: the stream lives as long as `self`.
+        let code = unsafe { sys::cuStreamBeginCapture_v2(self.stream, mode) };
+        self.call("cuStreamBeginCapture", code)?;
+        self.recording = true;
+        Ok(true)
+    }
+
+    fn end_record(&mut self) -> Result<RecordId> {
+        self.recording = false;
+        self.enter()?;
+        let (mut graph, mut exec) = (std::ptr::null_mut(), std::ptr::null_mut());
+        // SAFETY: the stream records since `begin_record`; the pointers are valid.
+        let code = unsafe { sys::cuStreamEndCapture(self.stream, &raw mut graph) };
+        self.call("cuStreamEndCapture", code)?;
+        // SAFETY: a graph that the driver gave, given back once.
+        let code = unsafe {
+            let code = sys::cuGraphInstantiateWithFlags(&raw mut exec, graph, 0);
+            sys::cuGraphDestroy(graph);
+            code
+        };
+        self.call("cuGraphInstantiate", code)?;
+        let free = self.records.iter().position(Option::is_none);
+        match free {
+            Some(i) => self.records[i] = Some(exec),
+            None => self.records.push(Some(exec)),
+        }
+        Ok(RecordId(free.unwrap_or(self.records.len() - 1)))
+    }
+
+    fn replay(&mut self, record: RecordId) -> Result<()> {
+        self.enter()?;
+        let exec = self.records.get(record.0).copied().flatten();
+        let exec = exec.ok_or_else(|| Error::refused(format!("there is no record {}", record.0)))?;
+        self.replayed = true;
+        // SAFETY: the record lives; its arguments are addresses that its owner keeps.
+        let code = unsafe { sys::cuGraphLaunch(exec, self.stream) };
+        self.call("cuGraphLaunch", code)
+    }
+
+    fn forget(&mut self, record: RecordId) -> Result<()> {
+        let Some(exec) = self.records.get_mut(record.0).and_then(Option::take) else {
+            return Err(Error::refused(format!("there is no record {}", record.0)));
+        };
+        self.enter()?;
+        // SAFETY: given back once; the driver waits for launches of it.
+        let code = unsafe { sys::cuGraphExecDestroy(exec) };
+        self.call("cuGraphExecDestroy", code)
     }
 }
 
@@ -452,6 +532,9 @@ impl Drop for CudaDevice {
             }
             sys::cuStreamSynchronize(self.stream);
             self.gemm = None;
+            for r in self.records.iter().flatten() {
+                sys::cuGraphExecDestroy(*r);
+            }
             for b in self.buffers.iter().flatten() {
                 sys::cuMemFree_v2(b.address);
             }

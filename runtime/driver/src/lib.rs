@@ -17,6 +17,10 @@ pub use product::{Float, Matrix, Product};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ModuleId(pub usize);
 
+/// Launches and products that were recorded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct RecordId(pub usize);
+
 /// A buffer in a device's memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct BufferId(pub usize);
@@ -115,6 +119,23 @@ pub trait Device: Send {
     fn product(&mut self, p: &Product) -> Result<()>;
     /// Waits for all that was started.
     fn synchronise(&mut self) -> Result<()>;
+    /// From now on launches and products are kept, not started, until [`end_record`](Self::end_record); nothing else may be
+    /// asked for in between.  `false`: the device does not record, or not now; they are to be started each time.
+    fn begin_record(&mut self) -> Result<bool> {
+        Ok(false)
+    }
+    /// What was kept, ready to be started at once.
+    fn end_record(&mut self) -> Result<RecordId> {
+        Err(Error::refused("this device does not record"))
+    }
+    /// Starts all of a record, in its order and with its arguments.
+    fn replay(&mut self, _: RecordId) -> Result<()> {
+        Err(Error::refused("this device does not record"))
+    }
+    /// Gives a record back.
+    fn forget(&mut self, _: RecordId) -> Result<()> {
+        Ok(())
+    }
 }
 
 impl<D: Device + ?Sized> Device for Box<D> {
@@ -153,5 +174,17 @@ impl<D: Device + ?Sized> Device for Box<D> {
     }
     fn synchronise(&mut self) -> Result<()> {
         (**self).synchronise()
+    }
+    fn begin_record(&mut self) -> Result<bool> {
+        (**self).begin_record()
+    }
+    fn end_record(&mut self) -> Result<RecordId> {
+        (**self).end_record()
+    }
+    fn replay(&mut self, record: RecordId) -> Result<()> {
+        (**self).replay(record)
+    }
+    fn forget(&mut self, record: RecordId) -> Result<()> {
+        (**self).forget(record)
     }
 }

@@ -1,6 +1,6 @@
 //! A device that fails when it is told to, for tests of everything above it.
 
-use crate::{Arg, BufferId, Code, Device, Error, Extent, ModuleId, Product, Result, Space};
+use crate::{Arg, BufferId, Code, Device, Error, Extent, ModuleId, Product, RecordId, Result, Space};
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -21,6 +21,7 @@ pub struct Seen(Arc<Mutex<State>>);
 struct State {
     calls: Vec<&'static str>,
     live: HashSet<BufferId>,
+    records: usize,
     lost: bool,
 }
 
@@ -36,6 +37,10 @@ impl Seen {
     pub fn live(&self) -> usize {
         self.state().live.len()
     }
+    /// Records that were made and not given back.
+    pub fn records(&self) -> usize {
+        self.state().records
+    }
 }
 
 /// See the module's comment.
@@ -44,6 +49,15 @@ pub struct Faulty<D> {
     /// The number of the call that fails, from 0 on.
     fails: Option<(usize, Fault)>,
     seen: Seen,
+    recording: Option<Vec<Recorded>>,
+    records: Vec<Option<Vec<Recorded>>>,
+}
+
+/// It records as a GPU does, and what it replays is launched again.
+#[derive(Clone)]
+enum Recorded {
+    Launch(ModuleId, String, Extent, Vec<Arg>),
+    Product(Product),
 }
 
 /// What an injected error says.
@@ -51,7 +65,7 @@ pub const INJECTED: &str = "injected for a test";
 
 impl<D: Device> Faulty<D> {
     pub fn new(inner: D, fails: Option<(usize, Fault)>) -> Faulty<D> {
-        Faulty { inner, fails, seen: Seen::default() }
+        Faulty { inner, fails, seen: Seen::default(), recording: None, records: vec![] }
     }
 
     pub fn seen(&self) -> Seen {
@@ -122,14 +136,50 @@ impl<D: Device> Device for Faulty<D> {
     }
     fn launch(&mut self, module: ModuleId, kernel: &str, extent: Extent, args: &[Arg]) -> Result<()> {
         self.call("launch")?;
-        self.inner.launch(module, kernel, extent, args)
+        match &mut self.recording {
+            Some(all) => all.push(Recorded::Launch(module, kernel.into(), extent, args.to_vec())),
+            None => self.inner.launch(module, kernel, extent, args)?,
+        }
+        Ok(())
     }
     fn product(&mut self, p: &Product) -> Result<()> {
         self.call("product")?;
-        self.inner.product(p)
+        match &mut self.recording {
+            Some(all) => all.push(Recorded::Product(*p)),
+            None => self.inner.product(p)?,
+        }
+        Ok(())
     }
     fn synchronise(&mut self) -> Result<()> {
         self.call("synchronise")?;
         self.inner.synchronise()
+    }
+    fn begin_record(&mut self) -> Result<bool> {
+        self.call("begin_record")?;
+        self.recording = Some(vec![]);
+        Ok(true)
+    }
+    fn end_record(&mut self) -> Result<RecordId> {
+        // Whatever comes of it, it no longer records.
+        let all = self.recording.take();
+        self.call("end_record")?;
+        self.records.push(all);
+        self.seen.state().records += 1;
+        Ok(RecordId(self.records.len() - 1))
+    }
+    fn replay(&mut self, record: RecordId) -> Result<()> {
+        self.call("replay")?;
+        for r in self.records[record.0].clone().expect("BUG: a record is replayed that was given back") {
+            match r {
+                Recorded::Launch(module, kernel, extent, args) => self.inner.launch(module, &kernel, extent, &args)?,
+                Recorded::Product(p) => self.inner.product(&p)?,
+            }
+        }
+        Ok(())
+    }
+    fn forget(&mut self, record: RecordId) -> Result<()> {
+        assert!(self.records[record.0].take().is_some(), "BUG: a record is given back twice");
+        self.seen.state().records -= 1;
+        Ok(())
     }
 }

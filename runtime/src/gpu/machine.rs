@@ -8,13 +8,13 @@
 //!
 //! What a run starts (kernels with their arguments) is worked out once per sizes and kept until a value moves.
 
-use super::bound::{Bound, Place, Places, What, bind, label};
+use super::bound::{Bound, Place, Places, What, Work, bind, label};
 use super::bytes::Bytes;
 use super::code::Code;
 use super::error::GpuError;
 use rambac_codegen::cuda::GpuProgram;
 use rambac_codegen::{BufferKind, MemoryPlan};
-use rambac_driver::{BufferId, Device, Error as DriverError, ModuleId};
+use rambac_driver::{BufferId, Device, Error as DriverError, ModuleId, RecordId};
 use rambac_ir::Bindings;
 use rambac_ir::ops::SourceKind;
 use rambac_ir::ty::ConcreteTy;
@@ -57,6 +57,18 @@ struct Kept {
     /// Of the program's sources, in order.
     sources: Arc<Vec<BufferId>>,
     bound: Arc<Bound>,
+    record: Record,
+}
+
+/// Work that comes again is recorded, where the device can: then a run starts it at once.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Record {
+    /// What a device does once for a product or kernel, such as choosing an algorithm, is not to be recorded.
+    First,
+    Second,
+    Made(RecordId),
+    /// The device does not record.
+    Never,
 }
 
 /// See the module's comment.
@@ -330,19 +342,18 @@ impl<D: Device> Machine<D> {
             let (gpu, bound) = (&gpu, &bound);
             move |e| blame(gpu, bound, what, e)
         };
-        for (i, w) in bound.work.iter().enumerate() {
-            if let (Some(f), Some(c)) = (&mut chosen, bound.choices.iter().find(|c| c.work == i)) {
-                let (indices, count) = (self.integers(name, &c.indices)?, self.integers(name, &c.count)?);
-                f(self, &indices, &count)?;
-            }
-            let started = match &w.what {
-                What::Launch(k, extent, args) => {
-                    let module = self.programs[id.0].modules[*k];
-                    self.device.launch(module, &gpu.kernels[*k].name, *extent, args)
+        match &mut chosen {
+            // The host looks in between, so this is never recorded.
+            Some(f) if !bound.choices.is_empty() => {
+                for (i, w) in bound.work.iter().enumerate() {
+                    if let Some(c) = bound.choices.iter().find(|c| c.work == i) {
+                        let (indices, count) = (self.integers(name, &c.indices)?, self.integers(name, &c.count)?);
+                        f(self, &indices, &count)?;
+                    }
+                    self.one(id, &gpu, &bound, w)?;
                 }
-                What::Product(x) => self.device.product(x),
-            };
-            started.map_err(|e| late(w.describe(&gpu))(e))?;
+            }
+            _ => self.start(id, dims, &gpu, &bound)?,
         }
         let mut out = vec![];
         for (o, (ty, place)) in p.outputs.iter().filter(|o| !o.update).zip(&bound.outputs) {
@@ -393,6 +404,55 @@ impl<D: Device> Machine<D> {
             self.values.insert(to.into(), v);
         }
         Ok(())
+    }
+
+    /// Starts all work of a run.
+    fn start(&mut self, id: ProgramId, dims: &Bindings, gpu: &GpuProgram, bound: &Bound) -> Outcome<()> {
+        let record = self.programs[id.0].bound.get(dims).map_or(Record::Never, |k| k.record);
+        let whole = |e| blame(gpu, bound, "its steps".into(), e);
+        let next = match record {
+            Record::Made(r) => return self.device.replay(r).map_err(whole),
+            Record::First => Record::Second,
+            Record::Second if self.device.begin_record().map_err(whole)? => {
+                let kept = self.each(id, gpu, bound);
+                // A record that was begun is ended, whatever it holds.
+                let record = self.device.end_record().map_err(whole);
+                if kept.is_err() {
+                    if let Ok(r) = record {
+                        self.device.forget(r).map_err(whole)?;
+                    }
+                    return kept;
+                }
+                let record = record?;
+                self.keep_record(id, dims, Record::Made(record));
+                return self.device.replay(record).map_err(whole);
+            }
+            Record::Second | Record::Never => Record::Never,
+        };
+        self.each(id, gpu, bound)?;
+        self.keep_record(id, dims, next);
+        Ok(())
+    }
+
+    fn keep_record(&mut self, id: ProgramId, dims: &Bindings, record: Record) {
+        if let Some(k) = self.programs[id.0].bound.get_mut(dims) {
+            k.record = record;
+        }
+    }
+
+    fn each(&mut self, id: ProgramId, gpu: &GpuProgram, bound: &Bound) -> Outcome<()> {
+        bound.work.iter().try_for_each(|w| self.one(id, gpu, bound, w))
+    }
+
+    fn one(&mut self, id: ProgramId, gpu: &GpuProgram, bound: &Bound, w: &Work) -> Outcome<()> {
+        let started = match &w.what {
+            What::Launch(k, extent, args) => {
+                let module = self.programs[id.0].modules[*k];
+                self.device.launch(module, &gpu.kernels[*k].name, *extent, args)
+            }
+            What::Product(x) => self.device.product(x),
+        };
+        started.map_err(|e| blame(gpu, bound, w.describe(gpu), e))
     }
 
     /// Every source is there and of the right type.
@@ -488,8 +548,12 @@ impl<D: Device> Machine<D> {
         }
         let bound = Arc::new(bind(&gpu, &forms, dims, &Places { buffers: &buffers, workspace: &workspace })?);
         if self.placement == Placement::Arena {
-            let kept = Kept { layout: self.layout, sources: Arc::new(sources.to_vec()), bound: bound.clone() };
-            self.programs[id.0].bound.insert(dims.clone(), kept);
+            let sources = Arc::new(sources.to_vec());
+            let kept = Kept { layout: self.layout, sources, bound: bound.clone(), record: Record::First };
+            let old = self.programs[id.0].bound.insert(dims.clone(), kept);
+            if let Some(Kept { record: Record::Made(r), .. }) = old {
+                self.device.forget(r).map_err(device(&gpu.program.name, "a record of its steps"))?;
+            }
         }
         Ok(bound)
     }
@@ -498,6 +562,11 @@ impl<D: Device> Machine<D> {
 impl<D: Device> Drop for Machine<D> {
     /// What fails now has no one to hear it.
     fn drop(&mut self) {
+        for k in self.programs.iter_mut().flat_map(|p| p.bound.drain().map(|(_, k)| k)) {
+            if let Record::Made(r) = k.record {
+                let _ = self.device.forget(r);
+            }
+        }
         let values = self.values.drain().map(|(_, (_, b))| b);
         let inputs = self.programs.iter_mut().flat_map(|p| p.inputs.drain().map(|(_, (b, _))| b));
         for b in values.chain(inputs).chain(self.arena.take().map(|a| a.0)) {

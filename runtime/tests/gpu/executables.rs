@@ -32,10 +32,11 @@ pub fn layer() -> Graph {
 }
 
 fn trains(rig: &Rig) -> Result<String, String> {
+    let arch = rig.arch();
     let text = |e: &dyn std::fmt::Display| e.to_string();
     let dir = TempDir::new().map_err(|e| text(&e))?;
     let step = train_step(&layer(), &AdamW::default(), |_| true).map_err(|e| text(&e))?;
-    let part = Part::compile("step", &step, &Options::default(), &[Arch::Sm80]).map_err(|e| text(&e))?;
+    let part = Part::compile("step", &step, &Options::default(), &[arch]).map_err(|e| text(&e))?;
     let cache = Cache::at(dir.path().join("cache"));
     let gpu = part.gpu[0].clone();
     let code = Code::compile(&rig.nvrtc, &[&gpu, &gpu], &cache).map_err(|e| text(&e))?;
@@ -65,19 +66,19 @@ fn trains(rig: &Rig) -> Result<String, String> {
         tokenizer: None,
         settings: serde_json::json!({}),
         parts: &parts,
-        targets: &[(Arch::Sm80, code, "NVRTC".into())],
+        targets: &[(arch, code, "NVRTC".into())],
         weights: Some(&weights),
     };
     write(&path, &contents).map_err(|e| text(&e))?;
 
     let e = Executable::open(&path).map_err(|e| text(&e))?;
-    let registers = e.kernels(Arch::Sm80).map_err(|e| text(&e))?.iter().filter_map(|k| k.usage.as_ref());
+    let registers = e.kernels(arch).map_err(|e| text(&e))?.iter().filter_map(|k| k.usage.as_ref());
     let most = registers.map(|u| u.registers).max().unwrap_or(0);
     if most == 0 {
         return Err("no kernel says how many registers it takes".into());
     }
     let part = &e.parts[0];
-    let (program, code) = e.code(part, Arch::Sm80).map_err(|e| text(&e))?;
+    let (program, code) = e.code(part, arch).map_err(|e| text(&e))?;
     let mut store = e.weights().map_err(|e| text(&e))?.ok_or("no weights")?;
     for s in part.program.sources.iter().filter(|s| s.kind == SourceKind::State) {
         let ty = s.ty.bind(&Bindings::default()).map_err(|e| text(&e))?;

@@ -5,11 +5,11 @@ use crate::executables::layer;
 use crate::harness::Case;
 use crate::rig::{NOT_HERE, Rig};
 use rambac_codegen::cuda::{Arch, GpuProgram, Target, emit};
-use rambac_codegen::lower;
+use rambac_codegen::{Kernels, lower_for};
 use rambac_driver::testing::{Fault, Faulty, INJECTED};
 use rambac_ir::ops::SourceKind;
 use rambac_ir::testing::Rng;
-use rambac_ir::{Bindings, HostArray};
+use rambac_ir::{Bindings, Builder, Dim, Graph, HostArray, Ty};
 use rambac_passes::train_step::{AdamW, accumulate, apply, train_step};
 use rambac_passes::{Options, optimise};
 use rambac_runtime::gpu::{Bytes, Code, GpuError, Machine, Placement, ProgramId};
@@ -89,6 +89,9 @@ impl Work {
                 return Err(format!("{} buffers live on without a fault", seen.live()));
             }
             let calls = seen.calls();
+            if placement == Placement::Arena && !calls.contains(&"replay") {
+                return Err("nothing was replayed".into());
+            }
             total += calls.len();
             for (n, call) in calls.iter().enumerate() {
                 for fault in [Fault::Once, Fault::Lost] {
@@ -106,8 +109,9 @@ impl Work {
                         }
                     }
                     drop(m);
-                    if seen.live() > 0 {
-                        return Err(format!("{at}: {} buffers live on", seen.live()));
+                    if seen.live() + seen.records() > 0 {
+                        let (live, records) = (seen.live(), seen.records());
+                        return Err(format!("{at}: {live} buffers and {records} records live on"));
                     }
                 }
             }
@@ -132,22 +136,24 @@ impl Work {
     }
 }
 
-fn work(rig: &Rig, graphs: &[rambac_ir::Graph], dims: &[Bindings]) -> Result<Work, String> {
+fn work(rig: &Rig, graphs: &[Graph], dims: &[Bindings]) -> Result<Work, String> {
     if rig.cuda.is_some() {
         return Err(format!("{NOT_HERE} injected faults: they are for the simulator"));
     }
     let mut programs = vec![];
     for g in graphs {
-        let p = emit(lower(&optimise(g, &Options::default())), Target::of(Arch::Sm80)).map_err(|e| e.to_string())?;
+        let p = emit(lower_for(&optimise(g, &Options::default()), Kernels::Gpu), Target::of(Arch::Sm80))
+            .map_err(|e| e.to_string())?;
         let code = rig.compile(&p.kernels, &p.target)?;
         programs.push((Arc::new(p), code));
     }
     Ok(Work { programs, dims: dims.to_vec() })
 }
 
-fn sizes() -> [Bindings; 2] {
-    // The second needs a larger arena.
-    [Bindings::new([("N", 3)]), Bindings::new([("N", 40)])]
+fn sizes() -> [Bindings; 4] {
+    // The second needs a larger arena; its third run replays what the second recorded.
+    let [small, large] = [Bindings::new([("N", 3)]), Bindings::new([("N", 40)])];
+    [small, large.clone(), large.clone(), large]
 }
 
 fn step(rig: &Rig) -> Result<String, String> {
@@ -155,10 +161,25 @@ fn step(rig: &Rig) -> Result<String, String> {
     work(rig, &[g], &sizes())?.check()
 }
 
+/// As [`layer`], with the outputs of a part of a batch.
+fn micro_batch() -> Graph {
+    let mut b = Builder::new("micro_batch", &["N"]);
+    let x = b.input("x", Ty::f32([Dim::sym("N"), Dim::int(24)]));
+    let w = b.param("w", Ty::f32([8, 24]));
+    let y = b.linear(x, w);
+    let y = b.square(y);
+    let y = b.sum_all(y);
+    b.output("loss_sum", y);
+    let tokens = b.sum_all(x);
+    b.output("tokens", tokens);
+    b.finish().expect("the test's graph is well-formed")
+}
+
 /// Gradients are added up by one program and applied by another.
 fn two_programs(rig: &Rig) -> Result<String, String> {
     let opt = AdamW::default();
-    let all = [accumulate(&layer()), apply(&layer(), &opt, |_| true, &[])];
+    let loss = micro_batch();
+    let all = [accumulate(&loss), apply(&loss, &opt, |_| true, &[])];
     let all = all.into_iter().collect::<Result<Vec<_>, _>>().map_err(|e| e.to_string())?;
     work(rig, &all, &sizes())?.check()
 }

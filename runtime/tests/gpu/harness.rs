@@ -7,6 +7,8 @@ use rambac_codegen::nvrtc::{HELP, Nvrtc, NvrtcError};
 use rayon::prelude::*;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
+use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
 
 /// A test's name and what it does; the text is printed beside its name.
 pub type Case = (&'static str, fn(&Rig) -> Result<String, String>);
@@ -48,28 +50,30 @@ pub fn run(families: &[&[Case]]) -> ExitCode {
     } else {
         rigs.iter().for_each(|r| println!("{}: {}", r.nvrtc.name(), r.nvrtc.path.display()));
         let first = std::env::var("PROPTEST_RNG_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(0usize);
-        let one = |(i, (name, f)): (usize, &Case)| {
+        let counts = Mutex::new([0; 3]);
+        cases.par_iter().enumerate().for_each(|(i, (name, f))| {
             let rig = &rigs[first.wrapping_add(i) % rigs.len()];
-            let result = catch_unwind(AssertUnwindSafe(|| f(rig)));
-            (*name, rig.nvrtc.name(), result.unwrap_or_else(|_| Err("it panicked".into())))
-        };
-        let results: Vec<_> = cases.par_iter().enumerate().map(one).collect();
-        for (name, compiler, r) in results {
-            match r {
+            let began = Instant::now();
+            let result = catch_unwind(AssertUnwindSafe(|| f(rig))).unwrap_or_else(|_| Err("it panicked".into()));
+            let about = format!("{}, {:.1} s", rig.nvrtc.name(), began.elapsed().as_secs_f64());
+            // Told at once: the next test may hang.
+            let mut counts = counts.lock().unwrap_or_else(PoisonError::into_inner);
+            match result {
                 Ok(text) => {
-                    println!("test {name} ... ok ({compiler}){text}");
-                    passed += 1;
+                    println!("test {name} ... ok ({about}){text}");
+                    counts[0] += 1;
                 }
                 Err(e) if e.starts_with(NOT_HERE) => {
                     println!("test {name} ... ignored, skipped: {e}");
-                    skipped += 1;
+                    counts[2] += 1;
                 }
                 Err(e) => {
-                    println!("test {name} ... FAILED ({compiler})\n{e}\n");
-                    failed += 1;
+                    println!("test {name} ... FAILED ({about})\n{e}\n");
+                    counts[1] += 1;
                 }
             }
-        }
+        });
+        [passed, failed, skipped] = counts.into_inner().unwrap_or_else(PoisonError::into_inner);
     }
     let word = if failed == 0 { "ok" } else { "FAILED" };
     println!("\ntest result: {word}. {passed} passed; {failed} failed; {skipped} ignored; 0 measured; 0 filtered out");

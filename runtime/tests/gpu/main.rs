@@ -31,8 +31,8 @@ fn main() -> ExitCode {
         pages::ALL,
         products::ALL,
         executables::ALL,
-        tune::ALL,
         faults::ALL,
+        tune::ALL,
         mutants::ALL,
     ])
 }

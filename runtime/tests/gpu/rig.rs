@@ -47,6 +47,8 @@ pub struct Rig {
     pub cuda: Option<usize>,
     /// Its compute capability.
     capability: Option<(u32, u32)>,
+    /// Open all the time: the driver would make and end the device's context for each check.
+    _open: Option<Mutex<Box<dyn Tested>>>,
     /// A template with a defect: its name and text.
     defect: Option<(&'static str, String)>,
     compiled: Mutex<HashMap<(String, Arch), Compiled>>,
@@ -146,13 +148,17 @@ impl Rig {
             None => None,
         };
         let compiled = Mutex::new(HashMap::new());
-        let mut rig = Rig { nvrtc, cuda, capability: None, defect: None, compiled, cache: cache() };
-        rig.capability = rig.device(Schedule::default())?.capability();
+        let mut rig = Rig { nvrtc, cuda, capability: None, _open: None, defect: None, compiled, cache: cache() };
+        let open = rig.device(Schedule::default())?;
+        rig.capability = open.capability();
+        rig._open = Some(Mutex::new(open));
         Ok(rig)
     }
 
+    /// A device under a schedule, as far as it knows schedules.
+    ///
     /// # Errors
-    /// The device went away.
+    /// It can't be opened.
     pub fn device(&self, o: Schedule) -> Result<Box<dyn Tested>, String> {
         Ok(match self.cuda {
             None => Box::new(Simulator::strict(o)),
@@ -168,6 +174,11 @@ impl Rig {
         Ok(Machine::new(self.device(o)?, placement))
     }
 
+    /// What code is made for where a test does not say: of a device the best that it runs.
+    pub fn arch(&self) -> Arch {
+        archs(self.capability).first().copied().unwrap_or(Arch::Sm80)
+    }
+
     /// Whether the device runs code of an architecture.
     pub fn runs(&self, arch: Arch) -> bool {
         archs(self.capability).contains(&arch)
@@ -179,7 +190,7 @@ impl Rig {
         let mut compiled = self.compiled.lock().unwrap().clone();
         compiled.retain(|(source, _), _| included(source).iter().all(|h| h.0 != header));
         let (cuda, capability, compiled) = (self.cuda, self.capability, Mutex::new(compiled));
-        Ok(Rig { nvrtc, cuda, capability, defect: Some((header, text)), compiled, cache: cache() })
+        Ok(Rig { nvrtc, cuda, capability, _open: None, defect: Some((header, text)), compiled, cache: cache() })
     }
 
     fn compile_one(&self, k: &Kernel, target: &Target) -> Result<Compiled, String> {
