@@ -92,6 +92,7 @@ fn passes(t: &FileTest, names: &[&str]) -> Result<String, String> {
                 g
             }
             "recompute" => recompute::recompute(&g, &Recompute::All),
+            "recompute_layers" => recompute::recompute_layers(&g, 2),
             "narrow" => narrow::narrow(&g),
             "mixed" => mixed::mixed(&g),
             "optimise" => optimise(&g, &Options::default()),

@@ -52,9 +52,25 @@ pub fn run(rig: &Rig, g: &Graph, like: &Grown) -> Result<Ran, String> {
     Ok((out.into_iter().map(|(n, b)| (n, b.to_tensor())).collect(), store))
 }
 
-/// Ops without a kernel: what fusion removes.
-const NONE: &[&str] =
-    &["score", "score_grad", "select", "weigh", "weigh_grad", "attend", "attend_grad", "aggregate", "aggregate_grad"];
+/// Ops without a kernel: what fusion removes, and what only variants of attention use.
+const NONE: &[&str] = &[
+    "score",
+    "score_grad",
+    "select",
+    "weigh",
+    "weigh_grad",
+    "attend",
+    "attend_grad",
+    "aggregate",
+    "aggregate_grad",
+    "softmax",
+    "mask",
+    "merge",
+    "merge_grad",
+];
+
+/// Reasons that are true of any GPU: a symbol where kernels need a number, and what only variants of attention use.
+const NOT_FOR_GPUS: &[&str] = &["must have an integer size", "give no log-sum-exp", "are for CPUs"];
 
 /// Grown graphs of ops that have kernels.
 fn grown(max_steps: usize, differentiable: bool) -> impl Strategy<Value = Grown> {
@@ -66,10 +82,10 @@ fn grown(max_steps: usize, differentiable: bool) -> impl Strategy<Value = Grown>
 }
 
 /// Kernels need sizes of heads and channels when they are compiled: graphs where symbols decide these are not for GPUs,
-/// nor those that ops without a kernel came into as operands of others.
+/// nor those that ops without a kernel came into as operands of others, or what only variants of attention use.
 fn fits(g: &Graph) -> bool {
     let e = emit(lower_for(g, Kernels::Gpu), Target::of(Arch::Sm80));
-    !e.is_err_and(|e| NONE.contains(&e.op) || e.to_string().contains("must have an integer size"))
+    !e.is_err_and(|e| NONE.contains(&e.op) || NOT_FOR_GPUS.iter().any(|r| e.to_string().contains(r)))
 }
 
 /// `false`: a symbol decides what a kernel must know.
