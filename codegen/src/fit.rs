@@ -180,14 +180,14 @@ impl Search<'_> {
         free_between(&self.prepared).into_iter().map(|f| f.is_some_and(frees)).collect()
     }
 
-    /// The cheapest that fits if `priced` values have a price; `None` if none does.
-    fn cheapest(&self, kept: &Tried, priced: &[bool]) -> Result<Option<Tried>, FitError> {
+    /// The cheapest that fits if `priced` values have a price; if none does, what needs least of all.
+    fn cheapest(&self, kept: &Tried, priced: &[bool]) -> Result<Result<Tried, Tried>, FitError> {
         let target = &self.machine.rates();
         let at =
             |price: f64| choose(&self.prepared, &kept.dims, target, |n| if priced[n.index()] { price } else { 0.0 });
         let mut upper = self.nodes(at(f64::INFINITY)?)?;
         if !self.fits(&upper) {
-            return Ok(None);
+            return Ok(Err(upper));
         }
         let mut lower = BTreeSet::new();
         // Seconds per byte: a copy takes 4e-11 of them, a matrix product of a wide model some 1e-8.
@@ -223,7 +223,7 @@ impl Search<'_> {
                 few = middle;
             }
         }
-        Ok(Some(upper))
+        Ok(Ok(upper))
     }
 
     fn decided(self, kept: Tried, best: Tried) -> Result<Fit, FitError> {
@@ -271,25 +271,24 @@ pub fn fit(
     let prepared = pipeline::prepare(g, options);
     let mut s = Search { prepared, dims, machine, options, span: 0, limit: limit.saturating_sub(reserved) };
     let kept = s.attempt(Recompute::Nothing, BTreeSet::new())?;
-    let mut best = if s.fits(&kept) { Some(s.nodes(BTreeSet::new())?) } else { None };
-    if best.is_none() {
-        best = s.cheapest(&kept, &s.in_the_way(&kept))?;
+    if s.fits(&kept) {
+        let best = s.nodes(BTreeSet::new())?;
+        return s.decided(kept, best);
     }
-    if best.is_none() {
-        best = s.cheapest(&kept, &vec![true; s.prepared.nodes.len()])?;
-    }
-    // The inputs of layers alone are too much.
-    for span in SPANS {
-        if best.is_none() {
-            s.span = span;
-            best = s.cheapest(&kept, &vec![true; s.prepared.nodes.len()])?;
+    let all = vec![true; s.prepared.nodes.len()];
+    // What is in the way alone, all values, and where the inputs of layers are too much, those of groups of layers.
+    let tries = [(s.in_the_way(&kept), 0), (all.clone(), 0)].into_iter().chain(SPANS.map(|span| (all.clone(), span)));
+    let mut least: Option<Tried> = None;
+    for (priced, span) in tries {
+        s.span = span;
+        match s.cheapest(&kept, &priced)? {
+            Ok(best) => return s.decided(kept, best),
+            Err(t) if least.as_ref().is_none_or(|l| t.plan.peak() < l.plan.peak()) => least = Some(t),
+            Err(_) => {}
         }
     }
-    let Some(best) = best else {
-        let least = s.attempt(Recompute::All, BTreeSet::new())?;
-        return Err(s.too_small(&g.name, &least, limit, reserved));
-    };
-    s.decided(kept, best)
+    let least = least.expect("BUG: something was tried");
+    Err(s.too_small(&g.name, &least, limit, reserved))
 }
 
 /// The other extreme: everything that can be computed again, at `dims`.

@@ -236,6 +236,8 @@ fn reductions(c: &mut Cases) {
             c.check(Reduce { f, axes, keep }, vec![x]);
         }
     }
+    let many = vec![c.random(&[2, 3]), c.random(&[5]), c.random(&[1, 2, 2])];
+    c.check(SumSquares {}, many);
     for (trans_a, trans_b) in [(false, false), (false, true), (true, false), (true, true)] {
         for (batch, m, k, n) in [(vec![], 3, 7, 2), (vec![2], 1, 3, 7), (vec![2, 3], 2, 1, 1)] {
             let pair = |a, b, t: bool| if t { [b, a] } else { [a, b] };
