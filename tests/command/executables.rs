@@ -177,5 +177,5 @@ fn the_cache_says_where_it_is() {
     let (code, text) = run("verify", &folder);
     assert!(code == Some(1) && text.contains("damaged") && text.contains("k-0000"), "{text}");
     let (code, text) = run("clear", &folder);
-    assert!(code == Some(0) && text.contains("1 kernel removed"), "{text}");
+    assert!(code == Some(0) && text.contains("1 kernel and 0 measured choices removed"), "{text}");
 }
