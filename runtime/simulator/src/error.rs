@@ -1,5 +1,5 @@
 //! What can be wrong with a PTX file or a launch before anything runs.  What a kernel does wrong while it runs is a
-//! [`Finding`](crate::check::Finding), not an error.
+//! [`Finding`], not an error.
 
 use crate::check::Finding;
 
