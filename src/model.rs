@@ -4,7 +4,9 @@ use crate::cli::{Chunks, StorePrecision, Weights};
 use crate::error::{Result, findings, warn, wrap};
 use miette::miette;
 use rambac_ir::Graph;
+use rambac_models::recipe::Recipe;
 use rambac_models::{Config, InitRule, canonical_name, init_tensor, preset};
+use rambac_passes::train_step::AdamW;
 use rambac_passes::{Options, narrow};
 use rambac_runtime::checkpoint::{self, WeightsFolder};
 use rambac_runtime::chunk_store::Precision;
@@ -63,6 +65,38 @@ fn model_folder(dir: &Path) -> Result<PathBuf> {
     checkpoint::latest(dir).map_err(|e| {
         miette!("{}: there is neither a config.json nor a whole checkpoint in this folder ({e})", dir.display())
     })
+}
+
+/// The optimiser of a recipe.
+pub fn adamw(r: &Recipe) -> AdamW {
+    let o = &r.optim;
+    AdamW {
+        lr: o.lr,
+        beta1: o.beta1,
+        beta2: o.beta2,
+        weight_decay: o.weight_decay,
+        clip: o.clip,
+        warmup: o.warmup,
+        hold: o.hold,
+        steps: r.steps(),
+        floor: o.floor,
+        ..AdamW::default()
+    }
+}
+
+/// Resolves MODEL to a configuration and weights.
+///
+/// # Errors
+/// As [`config`]; a model that has none.
+pub fn trained(name: &str) -> Result<(Config, PathBuf)> {
+    let (config, weights) = config(name)?;
+    let weights = weights.ok_or_else(|| {
+        miette!(
+            help = "train a model first (rambac demo, rambac train), or give a folder with model.safetensors",
+            "{name}: there are no weights here"
+        )
+    })?;
+    Ok((config, weights))
 }
 
 /// Resolves MODEL to a configuration.

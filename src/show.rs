@@ -1,5 +1,7 @@
 //! Numbers and tables for people.
 
+pub use rambac_picture::number::{bytes, digits};
+
 /// `1,234,567`
 pub fn count(n: u64) -> String {
     let digits = n.to_string();
@@ -13,16 +15,6 @@ pub fn count(n: u64) -> String {
     out
 }
 
-/// Three significant digits: `1.23`, `12.3`, `123`, `1234`.
-pub fn digits(x: f64) -> String {
-    let d = match x.abs() {
-        a if a < 10.0 => 2,
-        a if a < 100.0 => 1,
-        _ => 0,
-    };
-    format!("{x:.d$}")
-}
-
 /// `12.3 G` + unit.
 pub fn si(x: f64, unit: &str) -> String {
     let (scale, prefix) = match x.abs() {
@@ -34,17 +26,6 @@ pub fn si(x: f64, unit: &str) -> String {
     };
     let number = if prefix.is_empty() && x.fract() == 0.0 { format!("{x}") } else { digits(x / scale) };
     format!("{number} {prefix}{unit}").trim_end().to_string()
-}
-
-/// `12.3 MiB`
-pub fn bytes(x: usize) -> String {
-    let (scale, unit) = match x {
-        _ if x >= 1 << 30 => (1u64 << 30, "GiB"),
-        _ if x >= 1 << 20 => (1 << 20, "MiB"),
-        _ if x >= 1 << 10 => (1 << 10, "KiB"),
-        _ => return format!("{x} B"),
-    };
-    format!("{} {unit}", digits(x as f64 / scale as f64))
 }
 
 /// `1.23 s`, `12.3 ms`, `123 µs`

@@ -13,17 +13,7 @@
 //! ```
 
 use crate::program::{Buffer, BufferKind, OutputSlot, Program, SourceSlot, Step, Strided, View};
-use rambac_ir::ops::SourceKind;
 use serde_json::{Map, Value, json};
-
-/// `input`, `param` or `state`.
-pub fn source_kind(k: SourceKind) -> &'static str {
-    match k {
-        SourceKind::Input => "input",
-        SourceKind::Param => "param",
-        SourceKind::State => "state",
-    }
-}
 
 // Structs are taken apart field by field: one that is added must be described too, or an executable could differ in it
 // unseen.
@@ -42,7 +32,7 @@ pub fn program(p: &Program) -> Value {
     };
     let source = |s: &SourceSlot| {
         let SourceSlot { kind, name, ty, buffer } = s;
-        json!({ "kind": source_kind(*kind), "name": name, "type": ty.to_string(), "buffer": buffer.index() })
+        json!({ "kind": kind.name(), "name": name, "type": ty.to_string(), "buffer": buffer.index() })
     };
     let output = |o: &OutputSlot| {
         let OutputSlot { name, view: v, update } = o;

@@ -342,7 +342,7 @@ impl Executor {
                     t.as_ptr().cast_mut()
                 }
                 SourceKind::Param | SourceKind::State => {
-                    let kind = if slot.kind == SourceKind::Param { "param" } else { "state" };
+                    let kind = slot.kind.name();
                     let t = store.0.get_mut(&slot.name).ok_or_else(|| missing(kind))?;
                     if !t.is(expected) {
                         return Err(wrong(kind, t.ty().to_string()));

@@ -50,14 +50,7 @@ struct Read {
 
 /// Runs the verb.
 pub fn run(a: &Attend, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
-    let (config, weights) = model::config(&a.checkpoint)?;
-    let weights = weights.ok_or_else(|| {
-        miette!(
-            help = "train a model first (rambac demo, rambac train), or give a folder with model.safetensors",
-            "{}: there are no weights here",
-            a.checkpoint
-        )
-    })?;
+    let (config, weights) = model::trained(&a.checkpoint)?;
     if config.is_plain() {
         return Err(miette!("{}: a plain Mamba-2 selects no chunks", a.checkpoint));
     }

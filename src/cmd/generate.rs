@@ -27,14 +27,7 @@ pub fn run(a: &Generate, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
     if a.temperature == 0.0 && (a.top_k.is_some() || a.top_p.is_some()) {
         warn("without --temperature the likeliest token is always taken: --top-k and --top-p change nothing");
     }
-    let (config, weights) = model::config(&a.checkpoint)?;
-    let weights = weights.ok_or_else(|| {
-        miette!(
-            help = "train a model first (rambac demo, rambac train), or give a folder with model.safetensors",
-            "{}: there are no weights here",
-            a.checkpoint
-        )
-    })?;
+    let (config, weights) = model::trained(&a.checkpoint)?;
     let tokenizer = tokenizer(a, &weights)?;
     tokenizer.check_vocab(config.vocab_size).map_err(wrap)?;
     if tokenizer.is_bytes() && config.vocab_size > 512 {

@@ -375,19 +375,7 @@ impl Run {
         }
         let carry = if r.carry_share > 0.0 { Carry::States } else { Carry::Zero };
         let loss = stack::loss(&config, carry, false).map_err(wrap)?;
-        let o = &r.optim;
-        let adamw = AdamW {
-            lr: o.lr,
-            beta1: o.beta1,
-            beta2: o.beta2,
-            eps: 1e-8,
-            weight_decay: o.weight_decay,
-            clip: o.clip,
-            warmup: o.warmup,
-            hold: o.hold,
-            steps: r.steps(),
-            floor: o.floor,
-        };
+        let adamw = model::adamw(r);
         let specs = config.parameters();
         let decays = |name: &str| specs.iter().any(|s| s.name == name && s.decay);
         let dims = r.stages.iter().map(|s| Bindings::new([("N", s.rows), ("L", s.len)])).collect();

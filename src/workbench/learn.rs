@@ -15,7 +15,6 @@ use rambac_models::data::{IGNORED, MixTask, PasskeyCase, RecallMix, RecallTask, 
 use rambac_models::recipe::{Recipe, Rows, Stage};
 use rambac_models::stack::{self, Carry};
 use rambac_models::{Config, InitRule};
-use rambac_passes::train_step::AdamW;
 use rambac_passes::{Options, optimise};
 use rambac_runtime::{Executor, MicroBatch, Store, Tensor, Trainer};
 use std::sync::Arc;
@@ -130,19 +129,7 @@ pub fn run(
     let r = recipe(config, s.unit, budget);
     let loss = stack::loss(config, Carry::Zero, false).map_err(wrap)?;
     let store = crate::model::parameters(config, None, InitRule::FanIn, budget.seed)?;
-    let o = &r.optim;
-    let adamw = AdamW {
-        lr: o.lr,
-        beta1: o.beta1,
-        beta2: o.beta2,
-        eps: 1e-8,
-        weight_decay: o.weight_decay,
-        clip: o.clip,
-        warmup: o.warmup,
-        hold: o.hold,
-        steps: r.steps(),
-        floor: o.floor,
-    };
+    let adamw = crate::model::adamw(&r);
     let specs = config.parameters();
     let decays = |name: &str| specs.iter().any(|p| p.name == name && p.decay);
     let mut trainer =

@@ -25,14 +25,21 @@ pub struct Source {
     pub ty: Ty,
 }
 
-impl OpText for Source {
-    const MNEMONICS: &'static [&'static str] = &["input", "param", "state"];
-    fn mnemonic(&self) -> &'static str {
-        match self.kind {
+impl SourceKind {
+    /// `input`, `param` or `state`.
+    pub fn name(self) -> &'static str {
+        match self {
             SourceKind::Input => "input",
             SourceKind::Param => "param",
             SourceKind::State => "state",
         }
+    }
+}
+
+impl OpText for Source {
+    const MNEMONICS: &'static [&'static str] = &["input", "param", "state"];
+    fn mnemonic(&self) -> &'static str {
+        self.kind.name()
     }
     fn attrs(&self) -> Vec<(&'static str, Attr)> {
         vec![("name", self.name.to_attr()), ("ty", self.ty.to_attr())]

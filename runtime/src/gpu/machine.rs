@@ -459,11 +459,7 @@ impl<D: Device> Machine<D> {
     fn check(&self, gpu: &GpuProgram, dims: &Bindings, inputs: &[(&str, &Bytes)]) -> Outcome<()> {
         for slot in &gpu.program.sources {
             let expected = slot.ty.bind(dims)?;
-            let kind = match slot.kind {
-                SourceKind::Input => "input",
-                SourceKind::Param => "param",
-                SourceKind::State => "state",
-            };
+            let kind = slot.kind.name();
             let given = inputs.iter().find(|(n, _)| slot.kind == SourceKind::Input && *n == slot.name);
             let found = given.map(|(_, b)| &b.ty).or_else(|| self.ty(&slot.name));
             let (program, name) = (gpu.program.name.clone(), slot.name.clone());

@@ -1,7 +1,7 @@
 //! Numbers for people.
 
-/// Three significant digits.
-fn digits(x: f64) -> String {
+/// Three significant digits: `1.23`, `12.3`, `123`, `1234`.
+pub fn digits(x: f64) -> String {
     let d = match x.abs() {
         a if a < 10.0 => 2,
         a if a < 100.0 => 1,

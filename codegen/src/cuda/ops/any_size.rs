@@ -239,16 +239,7 @@ pub(super) fn selection_grad(op: &SelectionGrad, site: &Site, why: String) -> Re
     [indices, count, scores, weights, dweights].into_iter().try_for_each(|at| site.contiguous(at))?;
     let (t, shape, k) = (site.dtype(q), &site.inputs[0].ty.shape, site.int(indices, 3)?);
     let (chunks, h) = (&site.inputs[1].ty.shape[1], site.int(q, 2)?);
-    let index = InvertedIndex {
-        n: shape[0].clone().into(),
-        l: shape[1].clone().into(),
-        h,
-        k,
-        chunks: chunks.clone(),
-        slab: SLAB,
-        first: 0,
-        token: Expr::int(0),
-    };
+    let index = InvertedIndex::whole(shape, (h, k), chunks, SLAB);
     let ds = Operand::Workspace(InvertedIndex::WORKSPACES);
     let rows = Expr::product(&shape[..3]);
     let stub = |template| {

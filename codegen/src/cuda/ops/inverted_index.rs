@@ -29,6 +29,12 @@ impl InvertedIndex {
     /// Workspaces that it takes.
     pub const WORKSPACES: usize = 5;
 
+    /// Of all tokens of `shape: [N, L, ..]` and the `(h, k)` slots that each has, in a form with no other workspace so far.
+    pub fn whole(shape: &[Dim], (h, k): (usize, usize), chunks: &Dim, slab: usize) -> InvertedIndex {
+        let (n, l) = (shape[0].clone().into(), shape[1].clone().into());
+        InvertedIndex { n, l, h, k, chunks: chunks.clone(), slab, first: 0, token: Expr::int(0) }
+    }
+
     pub fn lists(&self) -> Expr {
         self.n.clone() * self.h
     }

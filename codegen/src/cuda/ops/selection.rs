@@ -339,16 +339,7 @@ fn sparse(op: &SelectionGrad, site: &Site) -> Result<Vec<Form>, Unsupported> {
     [indices, count, scores, weights, dweights].into_iter().try_for_each(|at| site.contiguous(at))?;
     let (t, shape) = (site.dtype(q), &site.inputs[0].ty.shape);
     let (h, chunks) = (site.int(q, 2)?, site.inputs[1].ty.shape[1].clone());
-    let index = InvertedIndex {
-        n: shape[0].clone().into(),
-        l: shape[1].clone().into(),
-        h,
-        k,
-        chunks: chunks.clone(),
-        slab: SLAB,
-        first: 0,
-        token: Expr::int(0),
-    };
+    let index = InvertedIndex::whole(shape, (h, k), &chunks, SLAB);
     let [ds, partial] = [0, 1].map(|i| Operand::Workspace(InvertedIndex::WORKSPACES + i));
     let rows = index.lists() * &shape[1];
     let stub = |template, threads: usize| {
