@@ -16,6 +16,9 @@ pub const BLOCKING: &str = "RAMBAC_CUDA_BLOCKING";
 /// Oldest compute capability that kernels are made for.
 const OLDEST: (u32, u32) = (8, 0);
 
+/// The first driver that tells the time between events in the way that is called here.
+const CLOCK: (i32, i32) = (12, 8);
+
 struct Buffer {
     name: String,
     address: sys::CUdeviceptr,
@@ -54,6 +57,7 @@ pub struct CudaDevice {
     /// Something was replayed since the last synchronise: launches are not counted one by one.
     replayed: bool,
     records: Vec<Option<sys::CUgraphExec>>,
+    marks: Marks,
     /// The fault that ended it.
     lost: Option<(String, Option<usize>)>,
 }
@@ -61,6 +65,15 @@ pub struct CudaDevice {
 // SAFETY: the handles are the driver's, which may be used from any thread; every call makes the context current first, and
 // `&mut self` keeps calls apart.
 unsafe impl Send for CudaDevice {}
+
+/// Events of the stream, made when they are first needed.
+#[derive(Default)]
+struct Marks {
+    clock: bool,
+    events: Vec<sys::CUevent>,
+    /// How many were recorded since the last reading.
+    used: usize,
+}
 
 /// A word of pinned memory where the stream writes how many launches came to their end: it can be read after a fault.
 struct Progress {
@@ -75,7 +88,7 @@ impl CudaDevice {
     /// # Errors
     /// No driver, or too old a one; no such device, or one that is too old; no memory for a context.
     pub fn open(index: usize, libraries: &[PathBuf]) -> Result<CudaDevice> {
-        driver()?;
+        let version = driver()?;
         let mut n = 0;
         // SAFETY: a valid pointer; the driver is initialised.
         check("cuDeviceGetCount", unsafe { sys::cuDeviceGetCount(&raw mut n) })?;
@@ -127,6 +140,7 @@ impl CudaDevice {
             recording: false,
             replayed: false,
             records: vec![],
+            marks: Marks { clock: version >= CLOCK, ..Marks::default() },
             lost: None,
         })
     }
@@ -520,6 +534,42 @@ impl Device for CudaDevice {
         let code = unsafe { sys::cuGraphExecDestroy(exec) };
         self.call("cuGraphExecDestroy", code)
     }
+
+    fn mark(&mut self) -> Result<()> {
+        if !self.marks.clock {
+            return Ok(());
+        }
+        self.enter()?;
+        if self.marks.used == self.marks.events.len() {
+            let mut event = std::ptr::null_mut();
+            // SAFETY: a valid pointer; the event is given back in `drop`.
+            let code = unsafe { sys::cuEventCreate(&raw mut event, sys::CUevent_flags::CU_EVENT_DEFAULT as u32) };
+            self.call("cuEventCreate", code)?;
+            self.marks.events.push(event);
+        }
+        // SAFETY: the event and the stream live as long as `self`.
+        let code = unsafe { sys::cuEventRecord(self.marks.events[self.marks.used], self.stream) };
+        self.call("cuEventRecord", code)?;
+        self.marks.used += 1;
+        Ok(())
+    }
+
+    fn laps(&mut self) -> Result<Option<Vec<f64>>> {
+        self.synchronise()?;
+        if !self.marks.clock {
+            return Ok(None);
+        }
+        let mut laps = vec![];
+        for k in 1..std::mem::take(&mut self.marks.used) {
+            let mut ms = 0.0;
+            let [from, to] = [k - 1, k].map(|i| self.marks.events[i]);
+            // SAFETY: both were recorded and waited for.
+            let code = unsafe { sys::cuEventElapsedTime_v2(&raw mut ms, from, to) };
+            self.call("cuEventElapsedTime", code)?;
+            laps.push(f64::from(ms) / 1e3);
+        }
+        Ok(Some(laps))
+    }
 }
 
 impl Drop for CudaDevice {
@@ -534,6 +584,9 @@ impl Drop for CudaDevice {
             self.gemm = None;
             for r in self.records.iter().flatten() {
                 sys::cuGraphExecDestroy(*r);
+            }
+            for e in &self.marks.events {
+                sys::cuEventDestroy_v2(*e);
             }
             for b in self.buffers.iter().flatten() {
                 sys::cuMemFree_v2(b.address);
