@@ -17,6 +17,7 @@ mod rig;
 mod rows;
 mod scan;
 mod tune;
+mod vocabulary;
 
 use std::process::ExitCode;
 
@@ -29,6 +30,7 @@ fn main() -> ExitCode {
         scan::ALL,
         attend::ALL,
         pages::ALL,
+        vocabulary::ALL,
         products::ALL,
         executables::ALL,
         faults::ALL,
