@@ -1,13 +1,14 @@
 // Attention and selection of sizes that tiles do not take (any head_dim, chunk, width): a warp per row, no shared tiles.
 //
 //   any_stats   per row (token, query head) and slot: the largest logit, 1 / sum, and for gradients δ = Σ p·dp
-//   any_mix     o = Σ w·p·v, or dq = Σ ds·k                      a warp per row and 32 columns
+//   any_mix     o = Σ w·p·v, or dq = Σ ds·k                      a warp per row and 32 columns; or a slot's part of o alone
 //   any_keys    dk = Σ ds·q, dv = Σ w·p·dy                       a warp per key and 32 columns
 //   any_heads   dw = Σ over heads of δ                           a thread per slot
 //
 // The same formulas and fixed orders as attend.cuh, attend_grad.cuh and attention.cuh; slow: every product is a warp's sum, read
-// again for every 32 columns.  A hook says what a row attends to: `Chosen` chunks, the `Whole` sequence or a part that is
-// `Ranged`.
+// again for every 32 columns.  A hook says what a row attends to: `Chosen` chunks, the `Whole` sequence, a part that is `Ranged`,
+// or keys that stand for `Units` of tokens.  Two flags say of slots: `joint`, one softmax over all of a row's, whose log-sum-exp is
+// a result too (δ then less its gradient); `apart`, outputs and their gradients of every slot, unweighed.
 #pragma once
 #include "select_grad.cuh"
 
@@ -20,7 +21,11 @@ template <class C, class W> struct Chosen {
     __device__ __forceinline__ int slots(i64 row) const { return count[row]; }
     __device__ __forceinline__ i64 first(i64 row, int slot) const { return (i64)indices[row * C::slots + slot] * C::chunk; }
     __device__ __forceinline__ int keys(int) const { return C::chunk; }
-    __device__ __forceinline__ float weight(i64 row, int slot) const { return to_f32(weights[row * C::slots + slot]); }
+    __device__ __forceinline__ float weight(i64 row, int slot) const {
+        if constexpr (C::weighed) return to_f32(weights[row * C::slots + slot]);
+        else return 1.f;
+    }
+    __device__ __forceinline__ i64 since(int) const { return 0; }
     __device__ __forceinline__ i64 until(int, i64 l) const { return l; }
 };
 // The same of chunks in pages: places are those of the pool, which is one sequence to the operands.
@@ -39,6 +44,19 @@ template <class C> struct Whole {
     __device__ __forceinline__ i64 first(i64, int) const { return 0; }
     __device__ __forceinline__ int keys(int token) const { return C::causal ? token + 1 : t; }
     __device__ __forceinline__ float weight(i64, int) const { return 1.f; }
+    // Tokens that see a key: from .. until.
+    __device__ __forceinline__ i64 since(int key) const { return C::causal ? key : 0; }
+    __device__ __forceinline__ i64 until(int, i64 l) const { return l; }
+};
+// Keys that stand for units of tokens, each seen once its unit is complete.
+template <class C> struct Units {
+    i32 units;
+    __device__ __forceinline__ int slots(i64) const { return 1; }
+    __device__ __forceinline__ i64 first(i64, int) const { return 0; }
+    __device__ __forceinline__ int keys(int token) const { return min_of(token / C::unit, units); }
+    __device__ __forceinline__ float weight(i64, int) const { return 1.f; }
+    __device__ __forceinline__ i64 since(int key) const { return ((i64)key + 1) * C::unit; }
+    // MUT units_since: __device__ __forceinline__ i64 since(int key) const { return (i64)key * C::unit; }
     __device__ __forceinline__ i64 until(int, i64 l) const { return l; }
 };
 // Keys up to a token: the last `window` of them, and those of its own chunk of `local`; 0 is no bound.
@@ -52,6 +70,7 @@ template <class C> struct Ranged {
     __device__ __forceinline__ i64 first(i64 row, int) const { return begin((int)(row / h % t)); }
     __device__ __forceinline__ int keys(int token) const { return token + 1 - begin(token); }
     __device__ __forceinline__ float weight(i64, int) const { return 1.f; }
+    __device__ __forceinline__ i64 since(int key) const { return key; }
     // The first token after a key that does not see it.
     __device__ __forceinline__ i64 until(int key, i64 l) const {
         i64 end = C::window > 0 ? (i64)key + C::window : l, own = C::local > 0 ? ((i64)key / max_of(C::local, 1) + 1) * C::local : l;
@@ -65,11 +84,16 @@ template <class C, class E = typename C::T> struct AnyOperands {
     const T* q;
     const E *k, *v;
     const T* dy;
+    // Of joint softmaxes, [N, L, H]: the log-sum-exp to write and its gradient, null where there is none.
+    T* lse;
+    const T* dlse;
     i64 q_stride, k_stride, v_stride, dy_stride;
     i32 l, tokens_kv, h, d;
 
     __device__ __forceinline__ const T* query(i64 row) const { return q + row / heads() * q_stride + row % heads() * d; }
-    __device__ __forceinline__ const T* gradient(i64 row) const { return dy + row / heads() * dy_stride + row % heads() * d; }
+    __device__ __forceinline__ const T* gradient(i64 row, int slot) const {
+        return C::apart ? dy + (row * C::slots + slot) * d : dy + row / heads() * dy_stride + row % heads() * d;
+    }
     __device__ __forceinline__ const E* key(i64 at, int kv_head) const { return k + at * k_stride + (i64)kv_head * d; }
     __device__ __forceinline__ const E* value(i64 at, int kv_head) const { return v + at * v_stride + (i64)kv_head * d; }
     __device__ __forceinline__ i64 heads() const { return (i64)h * C::heads_per_kv; }
@@ -95,22 +119,42 @@ template <class C> struct AnyRow {
 
 __device__ __forceinline__ i64 any_warp() { return ((i64)blockIdx.x * blockDim.x + threadIdx.x) / 32; }
 
+// Where the three numbers of a row's slot are.
+template <class C> __device__ __forceinline__ i64 any_stat(i64 row, int slot) { return (C::joint ? row : row * C::slots + slot) * 3; }
+
 template <class C, class X, class From>
 __device__ __forceinline__ void any_stats(float* stats, const X& x, const From& from, i64 rows) {
     if (any_warp() >= rows) return;
     AnyRow<C> r(any_warp(), x);
+    float top, sum, delta;
+    auto start = [&] { top = -3e38f, sum = delta = 0.f; };
+    auto store = [&](int slot, float less) {
+        float* to = stats + any_stat<C>(r.row, slot);
+        if (lane_id() == 0) to[0] = top, to[1] = 1.f / sum, to[2] = delta / sum - less;
+    };
+    start();
+    // Zero logits are keys that every row has.
+    if (C::joint && C::off_by_one != 0.f) top = 0.f, sum = C::off_by_one;
     for (int slot = 0; slot < from.slots(r.chooser); slot++) {
+        if constexpr (!C::joint) start();
+        // MUT any_joint: start();
         i64 first = r.keys + from.first(r.chooser, slot);
-        float top = -3e38f, sum = 0.f, delta = 0.f;
         for (int j = 0; j < from.keys(r.token); j++) {
             float z = x.logit(x.query(r.row), x.key(first + j, r.kv_head));
             float more = fmaxf(top, z), shrink = exp2_fast(top - more), e = exp2_fast(z - more);
-            if constexpr (C::gradient) delta = fmaf(delta, shrink, e * x.dot(x.gradient(r.row), x.value(first + j, r.kv_head)));
+            if constexpr (C::gradient) delta = fmaf(delta, shrink, e * x.dot(x.gradient(r.row, slot), x.value(first + j, r.kv_head)));
             sum = fmaf(sum, shrink, e), top = more;
         }
-        if (C::off_by_one != 0.f) sum = fmaf(C::off_by_one, exp2_fast(-top), sum);
-        float* to = stats + (r.row * C::slots + slot) * 3;
-        if (lane_id() == 0) to[0] = top, to[1] = 1.f / sum, to[2] = delta / sum;
+        if constexpr (!C::joint) {
+            if (C::off_by_one != 0.f) sum = fmaf(C::off_by_one, exp2_fast(-top), sum);
+            store(slot, 0.f);
+        }
+    }
+    if constexpr (C::joint) {
+        store(0, x.dlse ? to_f32(x.dlse[r.row]) : 0.f);
+        // MUT any_dlse: store(0, 0.f);
+        if (x.lse && lane_id() == 0)
+            x.lse[r.row] = from_f32<typename C::T>(sum > 0.f ? LN2 * (top + __log2f(sum)) : -infinity());
     }
 }
 
@@ -118,29 +162,36 @@ __device__ __forceinline__ void any_stats(float* stats, const X& x, const From& 
 template <class C> struct AnyPair {
     float p, ds;
     template <class X>
-    __device__ __forceinline__ AnyPair(const X& x, const float* stats, i64 row, i64 key, int kv_head, float w) {
+    __device__ __forceinline__ AnyPair(const X& x, const float* stats, i64 row, int slot, i64 key, int kv_head, float w) {
+        stats += any_stat<C>(row, slot);
         p = exp2_fast(x.logit(x.query(row), x.key(key, kv_head)) - stats[0]) * stats[1];
-        if constexpr (C::gradient) ds = C::scale * w * p * (x.dot(x.gradient(row), x.value(key, kv_head)) - stats[2]);
+        if constexpr (C::gradient) ds = C::scale * w * p * (x.dot(x.gradient(row, slot), x.value(key, kv_head)) - stats[2]);
     }
 };
 
 template <class C, class X, class From>
 __device__ __forceinline__ void any_mix(typename C::T* out, i64 stride, const float* stats, const X& x, const From& from, i64 rows) {
+    // Outputs of slots are rows of their own.
+    constexpr bool APART = C::apart && !C::gradient;
+    constexpr int EACH = APART ? C::slots : 1;
     int blocks = (int)ceil_div(x.d, 32), col = (int)(any_warp() % blocks) * 32 + lane_id();
-    if (any_warp() / blocks >= rows) return;
-    AnyRow<C> r(any_warp() / blocks, x);
+    i64 at = any_warp() / blocks;
+    if (at >= rows * EACH) return;
+    AnyRow<C> r(at / EACH, x);
     float sum = 0.f;
-    for (int slot = 0; slot < from.slots(r.chooser); slot++) {
+    int filled = from.slots(r.chooser), begin = APART ? (int)(at % EACH) : 0, end = APART ? min_of(begin + 1, filled) : filled;
+    for (int slot = begin; slot < end; slot++) {
         i64 first = r.keys + from.first(r.chooser, slot);
         float w = from.weight(r.chooser, slot);
         for (int j = 0; j < from.keys(r.token); j++) {
-            AnyPair<C> pair(x, stats + (r.row * C::slots + slot) * 3, r.row, first + j, r.kv_head, w);
+            AnyPair<C> pair(x, stats, r.row, slot, first + j, r.kv_head, w);
             if (col >= x.d) continue;
             if constexpr (C::gradient) sum = fmaf(pair.ds, to_f32(x.key(first + j, r.kv_head)[col]), sum);
             else sum = fmaf(w * pair.p, to_f32(x.value(first + j, r.kv_head)[col]), sum);
         }
     }
-    if (col < x.d) out[r.row / x.heads() * stride + r.row % x.heads() * x.d + col] = from_f32<typename C::T>(sum);
+    i64 to = APART ? at * x.d : r.row / x.heads() * stride + r.row % x.heads() * x.d;
+    if (col < x.d) out[to + col] = from_f32<typename C::T>(sum);
 }
 
 // entries and offsets: the inverted index of `Chosen`; a sequence of `Whole` needs none.
@@ -153,7 +204,7 @@ __device__ __forceinline__ void any_keys(typename C::T* dk, i64 dk_stride, typen
     i64 at = any_warp() / blocks, key = at / x.h, sequence = key / max_of(x.tokens_kv, 1);
     if (at >= keys) return;
     int kv_head = (int)(at % x.h), place = (int)(key % x.tokens_kv);
-    i64 list = sequence * x.h + kv_head, begin = C::causal ? place : 0, end = from.until(place, x.l);
+    i64 list = sequence * x.h + kv_head, begin = from.since(place), end = from.until(place, x.l);
     if constexpr (C::chunk > 0) {
         const i32* of = offsets + list * (x.tokens_kv / C::chunk + 1) + place / C::chunk;
         begin = of[0], end = of[1];
@@ -170,10 +221,10 @@ __device__ __forceinline__ void any_keys(typename C::T* dk, i64 dk_stride, typen
         float w = from.weight(chooser, slot);
         for (int g = 0; g < G; g++) {
             i64 row = chooser * G + g;
-            AnyPair<C> pair(x, stats + (row * K + slot) * 3, row, key, kv_head, w);
+            AnyPair<C> pair(x, stats, row, slot, key, kv_head, w);
             if (col >= x.d) continue;
             sum_k = fmaf(pair.ds, to_f32(x.query(row)[col]), sum_k);
-            sum_v = fmaf(w * pair.p, to_f32(x.gradient(row)[col]), sum_v);
+            sum_v = fmaf(w * pair.p, to_f32(x.gradient(row, slot)[col]), sum_v);
         }
     }
     if (col >= x.d) return;
@@ -234,7 +285,7 @@ __device__ __forceinline__ void any_select_of(i32* indices, i32* count, W* weigh
     }
     weigh<C::rule>(weight, score, 1, n);
     count[row] = n;
-    for (int i = n; i < K; i++) index[i] = 0, weight[i] = score[i] = 0.f;
+    for (int i = n; i < K; i++) index[i] = 0, weight[i] = unfilled<C::rule>(), score[i] = 0.f;
     for (int i = 0; i < K; i++) {
         indices[row * K + i] = index[i];
         weights[row * K + i] = from_f32<W>(weight[i]);

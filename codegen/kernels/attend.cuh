@@ -11,13 +11,15 @@
 //       K, V of the chunk by KEYS keys: the block's stage in shared memory, copied while the one before is worked on
 //       warps with a token that chose it: S = Q·Kᵀ, P = w·softmax(S) in registers, O += P·V; rows that did not have w = 0
 //
+// With `joint` (op `attend`) one softmax goes over all chunks of a row, and its log-sum-exp is a result: the weights are 1.
+//
 // Deterministic, no workspace.  Traffic: q, o once; K and V once per block and chunk of its union, from L2.
 #pragma once
 #include "chunk_softmax.cuh"
 
 namespace rambac {
 
-// What C says: T, head_dim, chunk, heads_per_kv (G), slots (K), scale, off_by_one, and of the choice: warps, keys (divides
+// What C says: T, head_dim, chunk, heads_per_kv (G), slots (K), scale, off_by_one, joint, and of the choice: warps, keys (divides
 // chunk).
 template <class C> struct QueryTile {
     using T = typename C::T;
@@ -58,9 +60,10 @@ template <class C> struct Merge {
 };
 
 // q, o: rows of H·head_dim at their strides; keys: an array or pages of rows of h·head_dim; indices, weights [N, L, h, K];
-// count [N, L, h]; all_rows is L·G.  One block per (sequence, key head, ROWS rows), in this order.
-template <class C, class Keys, class W>
-__device__ __forceinline__ void attend_tile_of(typename C::T* o, i64 o_stride, const typename C::T* q, i64 q_stride,
+// count [N, L, h]; all_rows is L·G; lse [N, L, H] of joint softmaxes, which read no weights.  One block per (sequence, key head,
+// ROWS rows), in this order.
+template <class C, class Keys, class W, class E>
+__device__ __forceinline__ void attend_tile_of(E* lse, typename C::T* o, i64 o_stride, const typename C::T* q, i64 q_stride,
                                                const Keys& keys, const i32* indices, const i32* count,
                                                const W* weights, i32 all_rows, i32 l, i32 h) {
     using S = QueryTile<C>;
@@ -101,7 +104,8 @@ __device__ __forceinline__ void attend_tile_of(typename C::T* o, i64 o_stride, c
             // MUT query_ties: rank += other > mine;
         }
         s.chunk[rank][token] = mine;
-        s.weight[rank][token] = to_f32(weights[at * K + slot]);
+        if constexpr (C::joint) s.weight[rank][token] = 1.f;
+        else s.weight[rank][token] = to_f32(weights[at * K + slot]);
     }
     __syncthreads();
 
@@ -129,12 +133,13 @@ __device__ __forceinline__ void attend_tile_of(typename C::T* o, i64 o_stride, c
     int chunk = merge.pop(weight, chosen_by), stage = 0;
     if (chunk >= 0) fetch(0, chunk, 0);
     copies_commit();
+    ChunkSoftmax<C> softmax;
+    softmax.start();
     while (chunk >= 0) {
         float w[2] = {__shfl_sync(ALL_LANES, weight, low), __shfl_sync(ALL_LANES, weight, high)};
         bool active = chosen_by & watch;
         int following = -1;
-        ChunkSoftmax<C> softmax;
-        softmax.start();
+        if constexpr (!C::joint) softmax.start();
 #pragma unroll 1
         for (int part = 0; part < S::PARTS; part++, stage ^= 1) {
             copies_wait<0>();
@@ -152,8 +157,18 @@ __device__ __forceinline__ void attend_tile_of(typename C::T* o, i64 o_stride, c
             if (active)
                 softmax.add(out, w, RowsA<T>{s.q + warp * 16 * S::P, S::P}, s.kv[stage][0], s.kv[stage][1]);
         }
-        if (active) softmax.finish(out, w);
+        if (active && !C::joint) softmax.finish(out, w);
         chunk = following;
+    }
+    if constexpr (C::joint) {
+        float all[2];
+        softmax.finish_joint(out, all);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            int row = warp * 16 + lane / 4 + 8 * i, r = row0 + row;
+            if (lane % 4 == 0 && row < rows) lse[((sequence * l + r / G) * h + kv_head) * G + r % G] = from_f32<E>(all[i]);
+            // MUT query_lse: if (lane % 4 == 0 && row < rows) lse[((sequence * l + r / G) * h + kv_head) * G] = from_f32<E>(all[i]);
+        }
     }
 
     T* o0 = o + sequence * l * o_stride + (i64)kv_head * G * D;
@@ -173,7 +188,15 @@ __device__ __forceinline__ void attend_query_tile(typename C::T* o, i64 o_stride
                                                   i64 v_stride, const i32* indices, const i32* count,
                                                   const W* weights, i32 all_rows, i32 l, i32 tokens_kv, i32 h) {
     ArrayChunks<C> keys{k, v, k_stride, v_stride, tokens_kv};
-    attend_tile_of<C>(o, o_stride, q, q_stride, keys, indices, count, weights, all_rows, l, h);
+    attend_tile_of<C>((float*)nullptr, o, o_stride, q, q_stride, keys, indices, count, weights, all_rows, l, h);
+}
+template <class C, class E>
+__device__ __forceinline__ void attend_query_tile_joint(E* lse, typename C::T* o, i64 o_stride, const typename C::T* q, i64 q_stride,
+                                                        const typename C::T* k, i64 k_stride, const typename C::T* v,
+                                                        i64 v_stride, const i32* indices, const i32* count, i32 all_rows, i32 l,
+                                                        i32 tokens_kv, i32 h) {
+    ArrayChunks<C> keys{k, v, k_stride, v_stride, tokens_kv};
+    attend_tile_of<C>(lse, o, o_stride, q, q_stride, keys, indices, count, (const float*)nullptr, all_rows, l, h);
 }
 // table: [N, chunks].
 template <class C, class W>
@@ -182,7 +205,7 @@ __device__ __forceinline__ void attend_query_tile_paged(typename C::T* o, i64 o_
                                                         i64 v_stride, const i32* table, const i32* indices, const i32* count,
                                                         const W* weights, i32 all_rows, i32 l, i32 chunks, i32 h) {
     PagedChunks<C> keys{k, v, k_stride, v_stride, table, chunks};
-    attend_tile_of<C>(o, o_stride, q, q_stride, keys, indices, count, weights, all_rows, l, h);
+    attend_tile_of<C>((float*)nullptr, o, o_stride, q, q_stride, keys, indices, count, weights, all_rows, l, h);
 }
 
 }  // namespace rambac

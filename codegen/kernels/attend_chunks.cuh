@@ -14,7 +14,7 @@
 
 namespace rambac {
 
-// C says besides what ChunkSoftmax wants: heads_per_kv (G), slots (K), warps, slab (pairs of one).  What a block works on:
+// C says besides what ChunkSoftmax wants: heads_per_kv (G), slots (K), warps, slab (pairs of one).  Pairs of joint softmaxes weigh 1.  What a block works on:
 template <class C> struct SlabWork {
     using T = typename C::T;
     static constexpr int D = C::head_dim, G = C::heads_per_kv, K = C::slots, THREADS = 32 * C::warps;
@@ -45,7 +45,8 @@ template <class C> struct SlabWork {
         for (int i = threadIdx.x; i < pairs; i += THREADS) {
             u32 e = entries[list * l * K + first + i];
             to.entry[i] = e;
-            to.weight[i] = to_f32(weights[((sequence * l + e / K) * h + kv_head) * K + e % K]);
+            if constexpr (C::joint) to.weight[i] = 1.f;
+            else to.weight[i] = to_f32(weights[((sequence * l + e / K) * h + kv_head) * K + e % K]);
         }
     }
     // The one pair of row (sequence, token, key head) `row` and a slot.
@@ -87,6 +88,11 @@ template <class C> struct SlabWork {
         if (row >= pairs * G) return -1;
         u32 e = p.entry[(u32)row / G];
         return ((sequence * l * h + kv_head) * K + (i64)(e / K) * (h * K) + e % K) * G + (u32)row % G;
+    }
+    // Where a row's numbers are that all of its slots share, in [N, L, h, G]; -1 beyond the slab.
+    __device__ __forceinline__ i64 shared_at(const Pairs& p, int row, i32 l, i32 h) const {
+        if (row >= pairs * G) return -1;
+        return ((sequence * l + p.entry[(u32)row / G] / K) * h + kv_head) * G + (u32)row % G;
     }
 
 private:

@@ -12,6 +12,9 @@
 // No atomics: `attend_reduce_slots` adds dq of a token's slots in order, `attend_grad_heads` δ over heads to dw,
 // `attend_grad_chunks` a chunk's partial dk and dv in order of its slabs.
 //
+// Of a joint softmax over all of a row's chunks (op `attend_grad`) the log-sum-exp is known, and δ = dy·o - dlse is a row's, which
+// `attend_joint_stats` finds first; nothing is weighed.
+//
 // A chunk of more keys than a block takes comes in parts: `attend_grad_stats` first finds each row's log2-sum and δ over the
 // whole chunk, a block then takes a slab and a part (two products more).
 #pragma once
@@ -40,7 +43,8 @@ template <class C> struct ChunkGrad {
     typename SlabWork<C>::Pairs pairs;
 };
 
-// partial: [lists, max_slabs, PARTS, 2 (dk, dv), keys, D]; delta, and log2_sum of several parts: [N·L·h·K, G].
+// partial: [lists, max_slabs, PARTS, 2 (dk, dv), keys, D]; delta, and log2_sum of several parts: [N·L·h·K, G], if joint both
+// [N·L·h, G].
 // One block per (list, slab, part).
 template <class C, class W>
 __device__ __forceinline__ void attend_grad(typename C::T* slots, float* partial, float* delta, const float* log2_sum,
@@ -96,9 +100,9 @@ __device__ __forceinline__ void attend_grad(typename C::T* slots, float* partial
         for (int i = 0; i < 2; i++) {
             int r = row0 + own + lane_id() / 4 + 8 * i;
             w[i] = r < rows ? s.pairs.weight[(u32)r / G] : 0.f;
-            at[i] = work.number_at(s.pairs, r, l, h);
+            at[i] = C::joint ? work.shared_at(s.pairs, r, l, h) : work.number_at(s.pairs, r, l, h);
         }
-        if constexpr (PARTS == 1) {
+        if constexpr (PARTS == 1 && !C::joint) {
             float top[2] = {-3e38f, -3e38f}, sum[2];
             row_max(top, p);
             row_exp2(sum, p, top, FACTOR);
@@ -165,6 +169,31 @@ __device__ __forceinline__ void attend_grad(typename C::T* slots, float* partial
         at += C::keys * D;
         store_d_global(at, at + 8 * D, dv[i]);
     }
+}
+
+// log2_sum, delta: [rows] of joint softmaxes with o, dy [tokens, heads, D] at their strides and lse, dlse [rows].  A warp per row.
+template <class C, class E>
+__device__ __forceinline__ void attend_joint_stats(float* log2_sum, float* delta, const typename C::T* o, i64 o_stride,
+                                                   const E* lse, const typename C::T* dy, i64 dy_stride,
+                                                   const typename C::T* dlse, i64 rows, i32 heads) {
+    i64 row = ((i64)blockIdx.x * blockDim.x + threadIdx.x) / 32;
+    if (row >= rows) return;
+    const typename C::T *a = o + row / heads * o_stride + row % heads * C::head_dim, *b = dy + row / heads * dy_stride + row % heads * C::head_dim;
+    float sum = 0.f;
+    for (int i = lane_id(); i < C::head_dim; i += 32) sum = fmaf(to_f32(a[i]), to_f32(b[i]), sum);
+    sum = warp_sum(sum);
+    if (lane_id() == 0) log2_sum[row] = to_f32(lse[row]) * LOG2E, delta[row] = sum - to_f32(dlse[row]);
+    // MUT grad_joint: if (lane_id() == 0) log2_sum[row] = to_f32(lse[row]) * LOG2E, delta[row] = sum;
+}
+
+template <class C>
+__device__ __forceinline__ void attend_grad_joint(typename C::T* slots, float* partial, float* delta, const float* log2_sum,
+                                                  const typename C::T* q, i64 q_stride, const typename C::T* k, i64 k_stride,
+                                                  const typename C::T* v, i64 v_stride, const typename C::T* dy, i64 dy_stride,
+                                                  const i32* entries, const i32* offsets, const i32* slab_first,
+                                                  const i32* slabs, i32 l, i32 h, i32 chunks, i32 max_slabs) {
+    attend_grad<C>(slots, partial, delta, log2_sum, q, q_stride, k, k_stride, v, v_stride, (const float*)nullptr, dy, dy_stride,
+                   entries, offsets, slab_first, slabs, l, h, chunks, max_slabs);
 }
 
 // Each row's log2 of its denominator (top included) and δ, over all parts of a chunk.  One block per (list, slab).

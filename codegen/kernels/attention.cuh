@@ -1,7 +1,11 @@
-// Softmax attention within short sequences (ops `attention`, `attention_grad`): the chunk encoder's, or causal as a baseline.
+// Softmax attention within a sequence (ops `attention`, `attention_grad`): to all keys, to those up to a token, to a window or the
+// own chunk of them, or to keys that stand for units of tokens.
 //
 //   o = softmax_j(scale · q·k_j)·v      δ = Σ_j p_j·(dy·v_j)      ds_j = scale·p_j·(dy·v_j - δ)
 //   dq = Σ_j ds_j·k_j                   dk_j = Σ ds_j·q           dv_j = Σ p_j·dy
+//
+// Which keys a token sees is a range whose ends only grow from token to token (`Sight`): a block walks from the first key that its
+// first token sees to the last that its last one does.  The log-sum-exp can be a result; its gradient is taken from δ.
 //
 // A row is a (token, query head of one key head), token-major.  Forward and dq: a block owns 16 rows per warp and walks the
 // keys, KEYS at a time, with the output in registers:
@@ -9,18 +13,43 @@
 //      Q rows, once    K, V parts → two stages of cp.async    S = Q·Kᵀ, masked → P    O = O·shrink + P·V
 //
 // dk and dv: a block owns KEYS keys and walks the rows; p and ds pass through shared memory and warps then split the keys.
-// Deterministic, no workspace but two numbers per row.  Traffic: q, o, dy once; k, v once per block of rows.
+// Deterministic, no workspace but two numbers per row.  Traffic: q, o, dy once; of k, v what a block of rows sees, once per block.
 #pragma once
 #include "tile.cuh"
 
 namespace rambac {
 
-// C says: T, head_dim, heads_per_kv (G), scale, causal, whole (all keys are one part), warps, keys.
+// Below any logit, and no infinity when it is scaled: the largest of none.
+constexpr float LOWEST = -1e30f;
+
+// The keys [begin, end) that a token sees, and the tokens [since, until) that see a key.  C says: causal; window, local, unit, each 0
+// where there is none (meaning: ir/src/ops/attention.rs).
+template <class C> struct Sight {
+    static constexpr bool ALL = !C::causal && C::unit == 0, RANGED = C::window > 0 || C::local > 0;
+    static constexpr int NEVER = 0x7fffffff;
+    static __device__ __forceinline__ int begin(int token) {
+        int window = C::window > 0 ? token + 1 - C::window : 0, own = C::local > 0 ? token / max_of(C::local, 1) * C::local : 0;
+        return max_of(max_of(window, own), 0);
+    }
+    static __device__ __forceinline__ int end(int token, int keys) {
+        return min_of(keys, C::unit > 0 ? token / max_of(C::unit, 1) : C::causal ? token + 1 : keys);
+        // MUT attention_unit: return min_of(keys, C::unit > 0 ? token / max_of(C::unit, 1) + 1 : C::causal ? token + 1 : keys);
+    }
+    static __device__ __forceinline__ int since(int key) { return C::unit > 0 ? (key + 1) * C::unit : C::causal ? key : 0; }
+    static __device__ __forceinline__ int until(int key, int t) {
+        int window = C::window > 0 ? key + C::window : NEVER, own = C::local > 0 ? (key / max_of(C::local, 1) + 1) * C::local : NEVER;
+        return min_of(t, min_of(window, own));
+        // MUT attention_until: return min_of(t, min_of(window, own) - 1);
+    }
+};
+
+// C says: T, head_dim, heads_per_kv (G), scale, what Sight wants, whole (all keys are one part), warps, keys.
 template <class C> struct Attention {
     using T = typename C::T;
     static constexpr int D = C::head_dim, G = C::heads_per_kv, ROWS = 16 * C::warps, THREADS = 32 * C::warps;
     static constexpr int P = PITCH<T, D>, STAGES = C::whole ? 1 : 2, PIECE = 16 / sizeof(T);
     static constexpr float FACTOR = C::scale * LOG2E;
+    using See = Sight<C>;
 
     struct Forward {
         T q[ROWS * P];
@@ -46,20 +75,27 @@ template <class C> struct Attention {
             copy16_async(to + row * P + col, from + (valid ? r / G * stride + r % G * D + col : 0), valid);
         }
     }
-    // Logits of keys that do not exist or come later become -inf.  `row` is the lane's first, `key` the part's first.
-    static __device__ __forceinline__ void mask(float (&logits)[C::keys / 8][4], int row, int key, int t) {
-        if (key + C::keys <= t && !C::causal) return;
+    // Logits of keys that a row does not see become -inf.  `row` is the lane's first, `key` the part's first.
+    static __device__ __forceinline__ void mask(float (&logits)[C::keys / 8][4], int row, int key, int all_keys) {
+        if (key + C::keys <= all_keys && See::ALL) return;
+        int begin[2] = {See::begin(row / G), See::begin((row + 8) / G)}, end[2] = {See::end(row / G, all_keys), See::end((row + 8) / G, all_keys)};
 #pragma unroll
         for (int i = 0; i < C::keys / 8; i++)
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                int at = key + 8 * i + lane_id() % 4 * 2 + j % 2, token = (row + j / 2 * 8) / G;
-                if (at >= t || (C::causal && at > token)) logits[i][j] = __uint_as_float(0xff800000u);
-                // MUT attention_mask: if (at > t || (C::causal && at > token)) logits[i][j] = __uint_as_float(0xff800000u);
+                int at = key + 8 * i + lane_id() % 4 * 2 + j % 2;
+                if (at >= end[j / 2] || (See::RANGED && at < begin[j / 2])) logits[i][j] = __uint_as_float(0xff800000u);
+                // MUT attention_mask: if (at > end[j / 2] || (See::RANGED && at < begin[j / 2])) logits[i][j] = __uint_as_float(0xff800000u);
+                // MUT attention_begin: if (at >= end[j / 2] || (See::RANGED && at + 1 < begin[j / 2])) logits[i][j] = __uint_as_float(0xff800000u);
             }
     }
-    // How many keys some row up to `last` sees.
-    static __device__ __forceinline__ int seen(int last, int t) { return C::causal ? min_of(t, last / G + 1) : t; }
+    // The first part of keys that some row from `first` on sees, and how many keys rows up to `last` see.
+    static __device__ __forceinline__ int from(int first) { return C::whole ? 0 : See::begin(first / G) / C::keys * C::keys; }
+    static __device__ __forceinline__ int seen(int last, int all_keys) { return See::end(last / G, all_keys); }
+    // Whether the rows first .. last see anything of the part at `key`.
+    static __device__ __forceinline__ bool meets(int first, int last, int key, int all_keys) {
+        return key < seen(last, all_keys) && key + C::keys > See::begin(first / G);
+    }
     // Where the lane's two rows are in [B, T, H·D], null beyond the last.
     static __device__ __forceinline__ void places(T* (&at)[2], T* base, i64 stride, int row, int all_rows) {
 #pragma unroll
@@ -78,10 +114,11 @@ struct Part {
         : sequence(blockIdx.x / tiles / h), kv_head(blockIdx.x / tiles % h), tile(blockIdx.x % tiles) {}
 };
 
+// lse: [B, T, H], or null.
 template <class C>
-__device__ __forceinline__ void attention(typename C::T* o, i64 o_stride, const typename C::T* q, i64 q_stride,
-                                          const typename C::T* k, i64 k_stride, const typename C::T* v, i64 v_stride,
-                                          i32 all_rows, i32 t, i32 h) {
+__device__ __forceinline__ void attention_of(typename C::T* lse, typename C::T* o, i64 o_stride, const typename C::T* q,
+                                             i64 q_stride, const typename C::T* k, i64 k_stride, const typename C::T* v,
+                                             i64 v_stride, i32 all_rows, i32 t, i32 all_keys, i32 h) {
     using A = Attention<C>;
     using T = typename C::T;
     using S = typename A::Forward;
@@ -91,31 +128,31 @@ __device__ __forceinline__ void attention(typename C::T* o, i64 o_stride, const 
     S& s = *reinterpret_cast<S*>(shared);
     Part at((int)ceil_div(all_rows, A::ROWS), h);
     int row0 = at.tile * A::ROWS, own = row0 + 16 * warp_id(), row = own + lane_id() / 4;
-    int keys = A::seen(min_of(row0 + A::ROWS, all_rows) - 1, t), mine = A::seen(own + 15, t);
-    i64 heads = (i64)at.kv_head * A::G * D, token = at.sequence * t;
+    int from = A::from(row0), keys = A::seen(min_of(row0 + A::ROWS, all_rows) - 1, all_keys);
+    i64 heads = (i64)at.kv_head * A::G * D, token = at.sequence * t, key_row = at.sequence * all_keys;
     A::gather(s.q, q + token * q_stride + heads, q_stride, row0, all_rows);
     auto fetch = [&](int stage, int key) {
-        const T* k0 = k + (token + key) * k_stride + at.kv_head * D;
-        const T* v0 = v + (token + key) * v_stride + at.kv_head * D;
-        copy_rows_async<A::THREADS, KEYS, D, P>(s.kv[stage][0], k0, k_stride, t - key);
-        copy_rows_async<A::THREADS, KEYS, D, P>(s.kv[stage][1], v0, v_stride, t - key);
+        const T* k0 = k + (key_row + key) * k_stride + at.kv_head * D;
+        const T* v0 = v + (key_row + key) * v_stride + at.kv_head * D;
+        copy_rows_async<A::THREADS, KEYS, D, P>(s.kv[stage][0], k0, k_stride, all_keys - key);
+        copy_rows_async<A::THREADS, KEYS, D, P>(s.kv[stage][1], v0, v_stride, all_keys - key);
     };
-    fetch(0, 0);
+    if (from < keys) fetch(0, from);
     copies_commit();
-    float out[D / 8][4], top[2] = {-3e38f, -3e38f}, sum[2] = {0.f, 0.f};
+    float out[D / 8][4], top[2] = {LOWEST, LOWEST}, sum[2] = {0.f, 0.f};
     clear(out);
 #pragma unroll 1
-    for (int key = 0, stage = 0; key < keys; key += KEYS, stage ^= A::STAGES - 1) {
+    for (int key = from, stage = 0; key < keys; key += KEYS, stage ^= A::STAGES - 1) {
         copies_wait<0>();
         // MUT attention_wait: ;
         __syncthreads();
         if (!C::whole && key + KEYS < keys) fetch(stage ^ 1, key + KEYS);
         copies_commit();
-        if (key >= mine) continue;
+        if (!A::meets(own, own + 15, key, all_keys)) continue;
         float logits[KEYS / 8][4], before[2] = {top[0], top[1]}, more[2], shrink[2];
         clear(logits);
         add_product_nt<T, D, KEYS>(logits, RowsA<T>{s.q + 16 * warp_id() * P, P}, s.kv[stage][0], P);
-        A::mask(logits, row, key, t);
+        A::mask(logits, row, key, all_keys);
         row_max(top, logits);
         row_exp2(more, logits, top, A::FACTOR);
 #pragma unroll
@@ -127,19 +164,41 @@ __device__ __forceinline__ void attention(typename C::T* o, i64 o_stride, const 
         // MUT attention_shrink: ;
         add_product_nn<T, KEYS, D>(out, ProductA<T>{logits}, s.kv[stage][1], P);
     }
-    float by[2] = {1.f / sum[0], 1.f / sum[1]};
+    copies_wait<0>();
+    // Who sees nothing gets 0.
+    float by[2] = {sum[0] > 0.f ? 1.f / sum[0] : 0.f, sum[1] > 0.f ? 1.f / sum[1] : 0.f};
     row_scale(out, by);
     T* to[2];
     A::places(to, o + token * o_stride + heads, o_stride, row, all_rows);
     store_d_global(to[0], to[1], out);
+    if (lse == nullptr || lane_id() % 4 != 0) return;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        int r = row + 8 * i;
+        float x = sum[i] > 0.f ? LN2 * fmaf(top[i], A::FACTOR, __log2f(sum[i])) : -infinity();
+        if (r < all_rows) lse[((token + r / A::G) * h + at.kv_head) * A::G + r % A::G] = from_f32<T>(x);
+    }
+}
+template <class C>
+__device__ __forceinline__ void attention(typename C::T* o, i64 o_stride, const typename C::T* q, i64 q_stride,
+                                          const typename C::T* k, i64 k_stride, const typename C::T* v, i64 v_stride,
+                                          i32 all_rows, i32 t, i32 all_keys, i32 h) {
+    attention_of<C>(nullptr, o, o_stride, q, q_stride, k, k_stride, v, v_stride, all_rows, t, all_keys, h);
+}
+template <class C>
+__device__ __forceinline__ void attention_lse(typename C::T* lse, typename C::T* o, i64 o_stride, const typename C::T* q,
+                                              i64 q_stride, const typename C::T* k, i64 k_stride, const typename C::T* v,
+                                              i64 v_stride, i32 all_rows, i32 t, i32 all_keys, i32 h) {
+    attention_of<C>(lse, o, o_stride, q, q_stride, k, k_stride, v, v_stride, all_rows, t, all_keys, h);
 }
 
-// dq, and for the other kernel log2 of each row's denominator and its δ: [B, h, T·G].
+// dq, and for the other kernel log2 of each row's denominator and its δ, less dlse if there is one: [B, h, T·G].
 template <class C>
-__device__ __forceinline__ void attention_grad_rows(typename C::T* dq, i64 dq_stride, float* log2_sum, float* delta,
-                                                    const typename C::T* q, i64 q_stride, const typename C::T* k,
-                                                    i64 k_stride, const typename C::T* v, i64 v_stride,
-                                                    const typename C::T* dy, i64 dy_stride, i32 all_rows, i32 t, i32 h) {
+__device__ __forceinline__ void attention_grad_rows_of(const typename C::T* dlse, typename C::T* dq, i64 dq_stride, float* log2_sum,
+                                                       float* delta, const typename C::T* q, i64 q_stride,
+                                                       const typename C::T* k, i64 k_stride, const typename C::T* v,
+                                                       i64 v_stride, const typename C::T* dy, i64 dy_stride, i32 all_rows,
+                                                       i32 t, i32 all_keys, i32 h) {
     using A = Attention<C>;
     using T = typename C::T;
     using S = typename A::Rows;
@@ -149,36 +208,47 @@ __device__ __forceinline__ void attention_grad_rows(typename C::T* dq, i64 dq_st
     S& s = *reinterpret_cast<S*>(shared);
     Part at((int)ceil_div(all_rows, A::ROWS), h);
     int row0 = at.tile * A::ROWS, own = row0 + 16 * warp_id(), row = own + lane_id() / 4;
-    int keys = A::seen(min_of(row0 + A::ROWS, all_rows) - 1, t), mine = A::seen(own + 15, t);
-    i64 heads = (i64)at.kv_head * A::G * D, token = at.sequence * t;
+    int from = A::from(row0), keys = A::seen(min_of(row0 + A::ROWS, all_rows) - 1, all_keys);
+    i64 heads = (i64)at.kv_head * A::G * D, token = at.sequence * t, key_row = at.sequence * all_keys;
     A::gather(s.q, q + token * q_stride + heads, q_stride, row0, all_rows);
     A::gather(s.dy, dy + token * dy_stride + heads, dy_stride, row0, all_rows);
     auto fetch = [&](int stage, int key) {
-        const T* k0 = k + (token + key) * k_stride + at.kv_head * D;
-        const T* v0 = v + (token + key) * v_stride + at.kv_head * D;
-        copy_rows_async<A::THREADS, KEYS, D, P>(s.kv[stage][0], k0, k_stride, t - key);
-        copy_rows_async<A::THREADS, KEYS, D, P>(s.kv[stage][1], v0, v_stride, t - key);
+        const T* k0 = k + (key_row + key) * k_stride + at.kv_head * D;
+        const T* v0 = v + (key_row + key) * v_stride + at.kv_head * D;
+        copy_rows_async<A::THREADS, KEYS, D, P>(s.kv[stage][0], k0, k_stride, all_keys - key);
+        copy_rows_async<A::THREADS, KEYS, D, P>(s.kv[stage][1], v0, v_stride, all_keys - key);
     };
-    fetch(0, 0);
+    if (from < keys) fetch(0, from);
     copies_commit();
-    float out[D / 8][4], top[2] = {-3e38f, -3e38f}, sum[2] = {0.f, 0.f}, d[2] = {0.f, 0.f}, log2[2];
+    float out[D / 8][4], top[2] = {LOWEST, LOWEST}, sum[2] = {0.f, 0.f}, d[2] = {0.f, 0.f}, log2[2], less[2] = {0.f, 0.f};
     clear(out);
-    int parts = C::whole ? 1 : (int)ceil_div(keys, KEYS), stage = 0;
+    int parts = from < keys ? (int)ceil_div(keys - from, KEYS) : 0, stage = 0;
+    // Of what is known so far: log2 of the denominators, and δ.
+    auto known = [&](int i) {
+        bool some = sum[i] > 0.f;
+        log2[i] = some ? fmaf(top[i], A::FACTOR, __log2f(sum[i])) : 3e38f;
+        return some ? d[i] / sum[i] - less[i] : 0.f;
+    };
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        int r = row + 8 * i;
+        if (dlse != nullptr && r < all_rows) less[i] = to_f32(dlse[((token + r / A::G) * h + at.kv_head) * A::G + r % A::G]);
+    }
     // Twice through the keys: denominators and δ, then dq.  Where all keys are one part, once.
 #pragma unroll 1
-    for (int i = 0; i < (C::whole ? 1 : 2 * parts); i++, stage ^= A::STAGES - 1) {
-        int key = i % parts * KEYS;
+    for (int i = 0; i < (C::whole ? parts : 2 * parts); i++, stage ^= A::STAGES - 1) {
+        int key = from + i % parts * KEYS;
         bool second = C::whole || i >= parts;
         // MUT attention_second: bool second = C::whole || i > parts;
         copies_wait<0>();
         __syncthreads();
-        if (!C::whole && i + 1 < 2 * parts) fetch(stage ^ 1, (i + 1) % parts * KEYS);
+        if (!C::whole && i + 1 < 2 * parts) fetch(stage ^ 1, from + (i + 1) % parts * KEYS);
         copies_commit();
-        if (key >= mine) continue;
+        if (!A::meets(own, own + 15, key, all_keys)) continue;
         float p[KEYS / 8][4], dp[KEYS / 8][4];
         clear(p);
         add_product_nt<T, D, KEYS>(p, RowsA<T>{s.q + 16 * warp_id() * P, P}, s.kv[stage][0], P);
-        A::mask(p, row, key, t);
+        A::mask(p, row, key, all_keys);
         clear(dp);
         add_product_nt<T, D, KEYS>(dp, RowsA<T>{s.dy + 16 * warp_id() * P, P}, s.kv[stage][1], P);
         if (C::whole || !second) {
@@ -197,36 +267,55 @@ __device__ __forceinline__ void attention_grad_rows(typename C::T* dq, i64 dq_st
                 d[n] = fmaf(d[n], shrink, warp_sum<4>(dot[n]));
             }
         }
+        if (!second) continue;
+        float less_mean[2] = {known(0), known(1)};
         if (C::whole) {
-            float by[2] = {1.f / sum[0], 1.f / sum[1]};
+            float by[2] = {sum[0] > 0.f ? 1.f / sum[0] : 0.f, sum[1] > 0.f ? 1.f / sum[1] : 0.f};
             row_scale(p, by);
-        } else if (second) {
+        } else {
 #pragma unroll
             for (int n = 0; n < KEYS / 8; n++)
 #pragma unroll
-                for (int j = 0; j < 4; j++)
-                    p[n][j] = exp2_fast(fmaf(p[n][j], A::FACTOR, -fmaf(top[j / 2], A::FACTOR, __log2f(sum[j / 2]))));
-        } else {
-            continue;
+                for (int j = 0; j < 4; j++) p[n][j] = exp2_fast(fmaf(p[n][j], A::FACTOR, -log2[j / 2]));
         }
 #pragma unroll
         for (int n = 0; n < KEYS / 8; n++)
 #pragma unroll
-            for (int j = 0; j < 4; j++) dp[n][j] = C::scale * p[n][j] * (dp[n][j] - d[j / 2] / sum[j / 2]);
+            for (int j = 0; j < 4; j++) dp[n][j] = C::scale * p[n][j] * (dp[n][j] - less_mean[j / 2]);
         add_product_nn<T, KEYS, D>(out, ProductA<T>{dp}, s.kv[stage][0], P);
     }
+    copies_wait<0>();
     T* to[2];
     A::places(to, dq + token * dq_stride + heads, dq_stride, row, all_rows);
     store_d_global(to[0], to[1], out);
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         int r = row + 8 * i;
-        log2[i] = fmaf(top[i], A::FACTOR, __log2f(sum[i]));
+        float less_mean = known(i);
+        // MUT attention_dlse: float less_mean = known(i) + less[i];
         if (lane_id() % 4 != 0 || r >= all_rows) continue;
         i64 place = (at.sequence * h + at.kv_head) * all_rows + r;
         log2_sum[place] = log2[i];
-        delta[place] = d[i] / sum[i];
+        delta[place] = less_mean;
     }
+}
+template <class C>
+__device__ __forceinline__ void attention_grad_rows(typename C::T* dq, i64 dq_stride, float* log2_sum, float* delta,
+                                                    const typename C::T* q, i64 q_stride, const typename C::T* k,
+                                                    i64 k_stride, const typename C::T* v, i64 v_stride,
+                                                    const typename C::T* dy, i64 dy_stride, i32 all_rows, i32 t, i32 all_keys,
+                                                    i32 h) {
+    attention_grad_rows_of<C>(nullptr, dq, dq_stride, log2_sum, delta, q, q_stride, k, k_stride, v, v_stride, dy, dy_stride,
+                              all_rows, t, all_keys, h);
+}
+template <class C>
+__device__ __forceinline__ void attention_grad_rows_lse(const typename C::T* dlse, typename C::T* dq, i64 dq_stride, float* log2_sum,
+                                                        float* delta, const typename C::T* q, i64 q_stride,
+                                                        const typename C::T* k, i64 k_stride, const typename C::T* v,
+                                                        i64 v_stride, const typename C::T* dy, i64 dy_stride, i32 all_rows,
+                                                        i32 t, i32 all_keys, i32 h) {
+    attention_grad_rows_of<C>(dlse, dq, dq_stride, log2_sum, delta, q, q_stride, k, k_stride, v, v_stride, dy, dy_stride, all_rows,
+                              t, all_keys, h);
 }
 
 // dk and dv.  A block per KEYS keys.
@@ -235,7 +324,7 @@ __device__ __forceinline__ void attention_grad_keys(typename C::T* dk, i64 dk_st
                                                     const float* log2_sum, const float* delta, const typename C::T* q,
                                                     i64 q_stride, const typename C::T* k, i64 k_stride,
                                                     const typename C::T* v, i64 v_stride, const typename C::T* dy,
-                                                    i64 dy_stride, i32 all_rows, i32 t, i32 h) {
+                                                    i64 dy_stride, i32 all_rows, i32 t, i32 all_keys, i32 h) {
     using A = Attention<C>;
     using T = typename C::T;
     using S = typename A::Keys;
@@ -244,16 +333,18 @@ __device__ __forceinline__ void attention_grad_keys(typename C::T* dk, i64 dk_st
     static_assert(KEYS <= A::ROWS, "a warp has a tile of keys");
     extern __shared__ __align__(16) u8 shared[];
     S& s = *reinterpret_cast<S*>(shared);
-    Part at((int)ceil_div(t, KEYS), h);
+    Part at((int)ceil_div(all_keys, KEYS), h);
     int key = at.tile * KEYS, own = 16 * warp_id(), stage = 0;
-    i64 heads = (i64)at.kv_head * A::G * D, token = at.sequence * t, rows = (at.sequence * h + at.kv_head) * all_rows;
-    // Rows before see none of these keys.
-    int first = C::causal ? key * A::G / A::ROWS * A::ROWS : 0;
-    // MUT attention_first: int first = C::causal ? (key + KEYS) * A::G / A::ROWS * A::ROWS : 0;
-    copy_rows_async<A::THREADS, KEYS, D, P>(s.k, k + (token + key) * k_stride + at.kv_head * D, k_stride, t - key);
-    copy_rows_async<A::THREADS, KEYS, D, P>(s.v, v + (token + key) * v_stride + at.kv_head * D, v_stride, t - key);
+    i64 heads = (i64)at.kv_head * A::G * D, token = at.sequence * t, key_row = at.sequence * all_keys + key;
+    i64 rows = (at.sequence * h + at.kv_head) * all_rows;
+    // Rows before and after see none of these keys.
+    int first = A::See::since(key) * A::G / A::ROWS * A::ROWS;
+    // MUT attention_first: int first = A::See::since(key + KEYS) * A::G / A::ROWS * A::ROWS;
+    int last = A::See::until(min_of(key + KEYS, all_keys) - 1, t) * A::G;
+    copy_rows_async<A::THREADS, KEYS, D, P>(s.k, k + key_row * k_stride + at.kv_head * D, k_stride, all_keys - key);
+    copy_rows_async<A::THREADS, KEYS, D, P>(s.v, v + key_row * v_stride + at.kv_head * D, v_stride, all_keys - key);
     auto fetch = [&](int stage, int row0) {
-        if (row0 < all_rows) {
+        if (row0 < last) {
             A::gather(s.q[stage], q + token * q_stride + heads, q_stride, row0, all_rows);
             A::gather(s.dy[stage], dy + token * dy_stride + heads, dy_stride, row0, all_rows);
         }
@@ -263,7 +354,7 @@ __device__ __forceinline__ void attention_grad_keys(typename C::T* dk, i64 dk_st
     float gk[D / 8][4], gv[D / 8][4];
     clear(gk), clear(gv);
 #pragma unroll 1
-    for (int row0 = first; row0 < all_rows; row0 += A::ROWS, stage ^= 1) {
+    for (int row0 = first; row0 < last; row0 += A::ROWS, stage ^= 1) {
         copies_wait<0>();
         __syncthreads();
         fetch(stage ^ 1, row0 + A::ROWS);
@@ -272,11 +363,11 @@ __device__ __forceinline__ void attention_grad_keys(typename C::T* dk, i64 dk_st
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             bool valid = row + 8 * i < all_rows;
-            log2[i] = valid ? log2_sum[rows + row + 8 * i] : 0.f, d[i] = valid ? delta[rows + row + 8 * i] : 0.f;
+            log2[i] = valid ? log2_sum[rows + row + 8 * i] : 3e38f, d[i] = valid ? delta[rows + row + 8 * i] : 0.f;
         }
         clear(p);
         add_product_nt<T, D, KEYS>(p, RowsA<T>{s.q[stage] + own * P, P}, s.k, P);
-        A::mask(p, row, key, t);
+        A::mask(p, row, key, all_keys);
         clear(ds);
         add_product_nt<T, D, KEYS>(ds, RowsA<T>{s.dy[stage] + own * P, P}, s.v, P);
 #pragma unroll
@@ -295,13 +386,14 @@ __device__ __forceinline__ void attention_grad_keys(typename C::T* dk, i64 dk_st
             add_product_nn<T, A::ROWS, D>(gk, ColumnsA<T>{s.ds + own, PP}, s.q[stage], P);
         }
     }
+    copies_wait<0>();
     if (own >= KEYS) return;
     T *to_k[2], *to_v[2];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         int r = key + own + lane_id() / 4 + 8 * i;
-        to_k[i] = r < t ? dk + (token + r) * dk_stride + at.kv_head * D : nullptr;
-        to_v[i] = r < t ? dv + (token + r) * dv_stride + at.kv_head * D : nullptr;
+        to_k[i] = r < all_keys ? dk + (key_row - key + r) * dk_stride + at.kv_head * D : nullptr;
+        to_v[i] = r < all_keys ? dv + (key_row - key + r) * dv_stride + at.kv_head * D : nullptr;
     }
     store_d_global(to_k[0], to_k[1], gk);
     store_d_global(to_v[0], to_v[1], gv);

@@ -18,7 +18,7 @@
 
 namespace rambac {
 
-enum class Weigh { STICK_BREAKING, SOFTMAX, SIGMOID, ONE };
+enum class Weigh { STICK_BREAKING, SOFTMAX, SIGMOID, ONE, LOGIT };
 enum class Order { RECENT, SCORE };
 
 // Keeps order: greater floats are greater integers.  (-0 would be below +0: a candidate's score has none.)
@@ -48,9 +48,12 @@ template <Weigh RULE> __device__ __forceinline__ void weigh(float* w, const floa
         for (int i = 0; i < n; i++) sum += exp_fast(s[i * pitch] - top);
         for (int i = 0; i < n; i++) w[i * pitch] = exp_fast(s[i * pitch] - top) / sum;
     } else {
-        for (int i = 0; i < n; i++) w[i * pitch] = RULE == Weigh::SIGMOID ? sigmoid(s[i * pitch]) : 1.f;
+        for (int i = 0; i < n; i++)
+            w[i * pitch] = RULE == Weigh::SIGMOID ? sigmoid(s[i * pitch]) : RULE == Weigh::LOGIT ? s[i * pitch] : 1.f;
     }
 }
+// What an unfilled slot weighs.
+template <Weigh RULE> __device__ __forceinline__ float unfilled() { return RULE == Weigh::LOGIT ? -infinity() : 0.f; }
 
 // C says: T, width (r), chunk, slots (K), scale, order, rule; of the choice: tile (64 or 128 landmarks), stages, warpgroups
 // (whether these make the products: 16 bits, Hopper).
@@ -353,7 +356,7 @@ __device__ __forceinline__ void select_of(i32* indices, i32* count, W* weights, 
         bool filled = slot < s.count[row];
         i64 to = at.place(row, l, h) * K + slot;
         indices[to] = filled ? s.found.index[slot][row] : 0;
-        weights[to] = from_f32<W>(filled ? s.found.weight[slot][row] : 0.f);
+        weights[to] = from_f32<W>(filled ? s.found.weight[slot][row] : unfilled<C::rule>());
         scores[to] = from_f32<W>(filled ? s.found.score[slot][row] : 0.f);
     }
     if (own < at.tokens) count[at.place(own, l, h)] = s.count[own];
@@ -444,7 +447,7 @@ __device__ __forceinline__ void select_merge(i32* indices, i32* count, W* weight
         index[to] = (i32) ~(u32)best[i];
         score[to] = of_ordered((u32)(best[i] >> 32));
     }
-    for (int i = n + own; i < K; i += C::threads) index[i] = 0, weight[i] = score[i] = 0.f;
+    for (int i = n + own; i < K; i += C::threads) index[i] = 0, weight[i] = unfilled<C::rule>(), score[i] = 0.f;
     __syncthreads();
     if (own == 0) weigh<C::rule>(weight, score, 1, n), count[row] = n;
     __syncthreads();

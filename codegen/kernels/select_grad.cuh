@@ -30,7 +30,7 @@ template <Weigh RULE> __device__ __forceinline__ void weigh_grad(float* g, float
         for (int i = 0; i < n; i++) g[i * pitch] = w[i * pitch] * (g[i * pitch] - dot);
     } else {
         for (int i = 0; i < n; i++)
-            g[i * pitch] = RULE == Weigh::SIGMOID ? g[i * pitch] * w[i * pitch] * (1.f - w[i * pitch]) : 0.f;
+            g[i * pitch] = RULE == Weigh::SIGMOID ? g[i * pitch] * w[i * pitch] * (1.f - w[i * pitch]) : RULE == Weigh::LOGIT ? g[i * pitch] : 0.f;
     }
 }
 

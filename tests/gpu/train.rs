@@ -28,6 +28,7 @@ pub const ALL: &[Case] = &[
     ("training_moves", moves),
     ("training_runs_ahead", ahead),
     ("training_is_traced", traced),
+    ("training_variants", variants),
 ];
 
 /// Largest relative distance of a step's loss from the CPU's, over all steps.
@@ -213,6 +214,18 @@ fn ramba(rig: &Rig) -> Result<String, String> {
 fn mamba2(rig: &Rig) -> Result<String, String> {
     let b = Bench::new(rig, plain()?);
     Ok(b.compare(Precision::F32, FEW, F32)? + &b.compare(Precision::Bf16, STEPS, BF16)?)
+}
+
+/// Variants of attention between Mamba-2 blocks: joint softmaxes and merges, and a loss of its own.
+fn variants(rig: &Rig) -> Result<String, String> {
+    let mut told = String::new();
+    for (name, precision, steps) in [("moba", Precision::Bf16, 2), ("dsa", Precision::F32, 1)] {
+        let attention = Some(rambac_models::Attention::named(name)?);
+        let c = Config { attention, encoder_layers: 0, ..small()? };
+        let most = if precision == Precision::F32 { F32 } else { BF16 };
+        told += &format!("; {name}{}", Bench::new(rig, c).compare(precision, steps, most)?);
+    }
+    Ok(told)
 }
 
 /// Two micro-batches a step, with everything computed again.

@@ -23,16 +23,16 @@ pub const ALL: &[Case] = &[
 /// One case of attention to chunks.
 #[derive(Clone, Copy)]
 pub struct Shape {
-    dtype: DType,
-    n: usize,
-    l: usize,
-    chunks: usize,
-    h: usize,
-    group: usize,
-    d: usize,
-    chunk: usize,
-    k: usize,
-    off: f64,
+    pub dtype: DType,
+    pub n: usize,
+    pub l: usize,
+    pub chunks: usize,
+    pub h: usize,
+    pub group: usize,
+    pub d: usize,
+    pub chunk: usize,
+    pub k: usize,
+    pub off: f64,
 }
 
 pub const fn shape(dtype: DType, sizes: [usize; 4], heads: [usize; 2], d: usize, chunk: usize, k: usize) -> Shape {
@@ -40,7 +40,7 @@ pub const fn shape(dtype: DType, sizes: [usize; 4], heads: [usize; 2], d: usize,
     Shape { dtype, n, l, chunks, h: heads[0], group: heads[1], d, chunk, k, off: sizes[3] as f64 / 2.0 }
 }
 
-fn tolerance(t: DType) -> f64 {
+pub fn tolerance(t: DType) -> f64 {
     match t {
         DType::BF16 => 1.2e-2,
         DType::F16 => 1.5e-3,
@@ -48,12 +48,12 @@ fn tolerance(t: DType) -> f64 {
     }
 }
 
-fn dims(s: &Shape) -> Bindings {
+pub fn dims(s: &Shape) -> Bindings {
     Bindings::new([("N", s.n), ("L", s.l), ("C", s.chunks)])
 }
 
 /// Choices: some rows full, some of fewer, some of none; in no order, and of more slots than chunks some twice.
-fn choices(rng: &mut Rng, s: &Shape) -> (Vec<i32>, Vec<i32>) {
+pub fn choices(rng: &mut Rng, s: &Shape) -> (Vec<i32>, Vec<i32>) {
     let rows = s.n * s.l * s.h;
     let (mut index, mut count) = (vec![], vec![]);
     for _ in 0..rows {
@@ -72,7 +72,7 @@ fn choices(rng: &mut Rng, s: &Shape) -> (Vec<i32>, Vec<i32>) {
     (index, count)
 }
 
-fn operands(rng: &mut Rng, s: &Shape, wide: bool, dy: bool) -> Vec<Input> {
+pub fn operands(rng: &mut Rng, s: &Shape, wide: bool, dy: bool) -> Vec<Input> {
     let (b, heads) = (dims(s), s.h * s.group);
     let [n, l] = [Dim::sym("N"), Dim::sym("L")];
     let tokens = Dim::sym("C").checked_mul(&Dim::int(s.chunk)).unwrap();
@@ -371,8 +371,8 @@ fn check_attention(
     check_attention_op(rig, rng, dtype, sizes, op, fixed)
 }
 
-/// As [`check_attention`], of any range of keys.
-fn check_attention_op(
+/// As [`check_attention`], of any range of keys, with a log-sum-exp if the op gives one.
+pub fn check_attention_op(
     rig: &Rig,
     rng: &mut Rng,
     dtype: DType,
@@ -381,15 +381,21 @@ fn check_attention_op(
     fixed: bool,
 ) -> Result<(), String> {
     let [b, t, h, group, d] = sizes;
-    let bindings = Bindings::new([("B", b), ("T", t)]);
+    let keys = if op.unit > 0 { t / op.unit + 1 } else { t };
+    let bindings = Bindings::new([("B", b), ("T", t), ("K", keys)]);
     let len = if fixed { Dim::int(t) } else { Dim::sym("T") };
-    let ty = |heads: usize| Ty::new(dtype, [Dim::sym("B"), len.clone(), Dim::int(heads), Dim::int(d)]);
-    let mut x: Vec<Input> = [h * group, h, h, h * group]
+    let key_len = if op.unit > 0 { if fixed { Dim::int(keys) } else { Dim::sym("K") } } else { len.clone() };
+    let ty = |len: &Dim, heads: usize| Ty::new(dtype, [Dim::sym("B"), len.clone(), Dim::int(heads), Dim::int(d)]);
+    let mut x: Vec<Input> = [(&len, h * group), (&key_len, h), (&key_len, h), (&len, h * group)]
         .into_iter()
-        .map(|heads| Input::new(rng, ty(heads), &bindings, -1.5, 1.5))
+        .map(|(len, heads)| Input::new(rng, ty(len, heads), &bindings, -1.5, 1.5))
         .collect();
     if !fixed {
         x.iter_mut().for_each(|x| x.wide = Some(2));
+    }
+    if op.lse {
+        let rows = Ty::new(dtype, [Dim::sym("B"), len.clone(), Dim::int(h * group)]);
+        x.push(Input::new(rng, rows, &bindings, -1.0, 1.0));
     }
     let rambac_ir::ops::Attention { scale, causal, window, local, unit, lse } = op;
     rig.check(&Check::new(op, x[..3].to_vec(), &bindings, tolerance(dtype)))?;

@@ -18,6 +18,7 @@ mod rig;
 mod rows;
 mod scan;
 mod tune;
+mod vocabulary;
 
 use std::process::ExitCode;
 
@@ -30,6 +31,7 @@ fn main() -> ExitCode {
         scan::ALL,
         attend::ALL,
         pages::ALL,
+        vocabulary::ALL,
         products::ALL,
         executables::ALL,
         faults::ALL,

@@ -3,7 +3,7 @@
 
 use crate::harness::Case;
 use crate::rig::{NOT_HERE, Rig};
-use crate::{attend, conv, elementwise, norm, pages, products, scan};
+use crate::{attend, conv, elementwise, norm, pages, products, scan, vocabulary};
 use rambac_codegen::cuda::headers::HEADERS;
 use rayon::prelude::*;
 
@@ -11,10 +11,10 @@ pub const ALL: &[Case] = &[("seeded_defects", every_defect)];
 
 /// Templates and the checks that must find what is wrong with them.
 const FAMILIES: &[(&str, Check)] = &[
-    ("attend.cuh", attend::quick_query_tiles),
-    ("chunk_softmax.cuh", attend::quick_query_tiles),
+    ("attend.cuh", quick_attend),
+    ("chunk_softmax.cuh", quick_attend),
     ("attend_chunks.cuh", attend::quick_chunk_major),
-    ("attend_grad.cuh", attend::quick_grad),
+    ("attend_grad.cuh", quick_grad),
     ("attend_chunks_hopper.cuh", attend::quick_hopper),
     ("inverted_index.cuh", attend::quick_selection_grad),
     ("select.cuh", attend::quick_selection),
@@ -22,7 +22,11 @@ const FAMILIES: &[(&str, Check)] = &[
     ("pages.cuh", pages::quick_attention),
     ("few_rows.cuh", products::quick),
     ("select_grad.cuh", attend::quick_selection_grad),
-    ("attention.cuh", attend::quick_attention),
+    ("attention.cuh", vocabulary::quick_ranges),
+    ("score.cuh", vocabulary::quick_scores),
+    ("choose.cuh", vocabulary::quick_choice),
+    ("mix.cuh", vocabulary::quick_mix),
+    ("any_size.cuh", vocabulary::quick_any),
     ("map_each.cuh", elementwise::quick_each),
     ("conv.cuh", conv::quick),
     ("slots.cuh", conv::quick),
@@ -31,8 +35,20 @@ const FAMILIES: &[(&str, Check)] = &[
     ("mma.cuh", scan::quick_forward),
     ("scan.cuh", scan::quick_forward),
     ("scan_backward.cuh", scan::quick_grad),
+    ("scan_hopper.cuh", scan::quick_hopper),
+    ("scan_grad_hopper.cuh", scan::quick_grad_hopper),
     ("scan_step.cuh", scan::quick_step),
 ];
+
+/// A softmax per chunk, and one over all chunks.
+fn quick_attend(rig: &Rig) -> Result<(), String> {
+    attend::quick_query_tiles(rig)?;
+    vocabulary::quick_joint(rig)
+}
+fn quick_grad(rig: &Rig) -> Result<(), String> {
+    attend::quick_grad(rig)?;
+    vocabulary::quick_joint(rig)
+}
 
 type Check = fn(&Rig) -> Result<(), String>;
 

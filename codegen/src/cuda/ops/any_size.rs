@@ -22,16 +22,16 @@ fn input(i: usize) -> Operand {
 /// Attention: to the chunks that operands 3, 4 and 5 choose, or within the sequence.
 pub(super) struct AnyAttention<'a> {
     pub site: &'a Site<'a>,
+    /// Which keys a row sees; of chosen chunks the scale, and whether one softmax goes over all of them (`lse`).
+    pub op: Attention,
     /// Tokens of a chunk, if chunks are chosen.
     pub chunk: Option<usize>,
-    pub scale: f64,
+    /// Operand 5 says what slots weigh.  Without it and without a joint softmax, slots stay apart.
+    pub weighed: bool,
     pub off_by_one: f64,
-    pub causal: bool,
-    /// Tokens that a row sees of the last ones, and chunks that it stays in; 0: no bound.
-    pub window: usize,
-    pub local: usize,
-    /// Where the output's gradient is, if gradients are wanted.
+    /// Where the output's gradient is, if gradients are wanted, and that of the log-sum-exp.
     pub dy: Option<Operand>,
+    pub dlse: Option<Operand>,
     pub why: String,
 }
 
@@ -43,30 +43,37 @@ impl AnyAttention<'_> {
         self.site.dtype(input(0))
     }
     fn pages(&self) -> Result<Option<Pages<'_>>, Unsupported> {
-        if self.chunk.is_some() && self.dy.is_none() { self.site.pages(6, input(1)) } else { Ok(None) }
+        if self.chunk.is_some() && self.dy.is_none() {
+            self.site.pages(5 + usize::from(self.weighed), input(1))
+        } else {
+            Ok(None)
+        }
     }
     fn slots(&self) -> Result<usize, Unsupported> {
         if self.chunk.is_some() { self.site.int(input(3), 3) } else { Ok(1) }
     }
-    fn is_ranged(&self) -> bool {
-        self.window + self.local > 0
+    fn apart(&self) -> bool {
+        self.chunk.is_some() && !self.weighed && !self.op.lse
     }
     fn group(&self) -> Result<usize, Unsupported> {
         Ok(self.site.int(input(0), 2)? / self.site.int(input(1), 2)?)
     }
     fn stub(&self, template: &'static str) -> Result<Stub, Unsupported> {
         let mut stub = Stub::new("any_size", template, THREADS);
-        if self.is_ranged() {
-            stub = stub.int("window", self.window).int("local", self.local);
+        if self.op.is_ranged() {
+            stub = stub.int("window", self.op.window).int("local", self.op.local).int("unit", self.op.unit);
         }
         Ok(stub
             .element("T", self.dtype())
             .int("heads_per_kv", self.group()?)
             .int("slots", self.slots()?)
             .int("chunk", self.chunk.unwrap_or(0))
-            .float("scale", self.scale)
+            .float("scale", self.op.scale)
             .float("off_by_one", self.off_by_one)
-            .flag("causal", self.causal)
+            .flag("causal", self.op.causal)
+            .flag("weighed", self.weighed)
+            .flag("joint", self.op.lse)
+            .flag("apart", self.apart())
             .flag("gradient", self.dy.is_some())
             .hashed())
     }
@@ -81,10 +88,21 @@ impl AnyAttention<'_> {
             .i64("k_stride", site.row_stride(input(1), 2)?)
             .read("v", e, input(2))
             .i64("v_stride", site.row_stride(input(2), 2)?);
-        let mut dy = ("nullptr", "0");
+        let (mut dy, mut lse, mut dlse) = (("nullptr", "0"), "nullptr", "nullptr");
         if let Some(at) = self.dy {
-            s = s.read("dy", t, at).i64("dy_stride", site.row_stride(at, 2)?);
+            let stride = if self.apart() { site.contiguous(at).map(|()| Expr::int(0)) } else { site.row_stride(at, 2) };
+            s = s.read("dy", t, at).i64("dy_stride", stride?);
             dy = ("dy", "dy_stride");
+        }
+        if let Some(at) = self.dlse.filter(|_| template == "any_stats") {
+            site.contiguous(at)?;
+            s = s.read("dlse", t, at);
+            dlse = "dlse";
+        }
+        if self.op.lse && self.dy.is_none() && template == "any_stats" {
+            site.contiguous(Operand::Output(1))?;
+            s = s.write("lse", t, Operand::Output(1));
+            lse = "lse";
         }
         // A pool is one sequence.
         let tokens_kv = if pages.is_some() { Expr::int(0) } else { Expr::from(&self.shape(1)[1]) };
@@ -93,24 +111,29 @@ impl AnyAttention<'_> {
             .i32("tokens_kv", tokens_kv)
             .i32("h", &self.shape(1)[2])
             .i32("d", &self.shape(0)[3]);
-        let mut from = if self.is_ranged() { "Ranged<Config>{l, h}" } else { "Whole<Config>{l}" }.to_string();
+        let mut from = match &self.op {
+            o if o.unit > 0 => "Units<Config>{tokens_kv}",
+            o if o.is_ranged() => "Ranged<Config>{l, h}",
+            _ => "Whole<Config>{l}",
+        }
+        .to_string();
+        let (mut w, mut weights) = ("float", "nullptr");
         if self.chunk.is_some() {
-            s = s.read("indices", DType::I32, input(3)).read("count", DType::I32, input(4)).read(
-                "weights",
-                site.dtype(input(5)),
-                input(5),
-            );
-            from = format!("Chosen<Config, {}>{{indices, count, weights}}", site.c_type(input(5)));
+            s = s.read("indices", DType::I32, input(3)).read("count", DType::I32, input(4));
+            if self.weighed {
+                s = s.read("weights", site.dtype(input(5)), input(5));
+                (w, weights) = (site.c_type(input(5)), "weights");
+            }
+            from = format!("Chosen<Config, {w}>{{indices, count, {weights}}}");
         }
         let mut operands = String::from("AnyOperands<Config>");
         if let Some(p) = pages {
             s = s.read("table", DType::I32, p.table).i32("chunks", p.entries);
-            let w = site.c_type(input(5));
-            from = format!("ChosenPaged<Config, {w}>{{{{indices, count, weights}}, table, chunks, (i64)l * h}}");
+            from = format!("ChosenPaged<Config, {w}>{{{{indices, count, {weights}}}, table, chunks, (i64)l * h}}");
             operands = format!("AnyOperands<Config, {}>", c_type(p.stored));
         }
         let body = format!(
-            "    {operands} x{{q, k, v, {}, q_stride, k_stride, v_stride, {}, l, tokens_kv, h, d}};\n    \
+            "    {operands} x{{q, k, v, {}, {lse}, {dlse}, q_stride, k_stride, v_stride, {}, l, tokens_kv, h, d}};\n    \
              {template}<Config>({own}, x, {from}{rest});\n",
             dy.0, dy.1
         );
@@ -120,13 +143,17 @@ impl AnyAttention<'_> {
     pub fn forms(&self) -> Result<Vec<Form>, Unsupported> {
         let site = self.site;
         if self.chunk.is_some() {
-            (3..6).try_for_each(|i| site.contiguous(input(i)))?;
+            (3..5 + usize::from(self.weighed)).try_for_each(|i| site.contiguous(input(i)))?;
         }
         let (q, k) = (self.shape(0), self.shape(1));
         let columns = Expr::from(&q[3]).ceil_div(32);
         let rows = Expr::product(&q[..3]);
         let out = Operand::Output(0);
         let gradient = self.dy.is_some();
+        let apart = self.apart() && !gradient;
+        if apart {
+            site.contiguous(out)?;
+        }
         // The index comes first where it is needed.
         let index = match self.chunk.filter(|_| gradient) {
             Some(chunk) => Some(InvertedIndex {
@@ -148,10 +175,11 @@ impl AnyAttention<'_> {
         let s = self
             .stub("any_mix")?
             .write("out", self.dtype(), out)
-            .i64("stride", site.row_stride(out, 2)?)
+            .i64("stride", if apart { Expr::int(0) } else { site.row_stride(out, 2)? })
             .read("stats", DType::F32, stats)
             .i64("rows", rows.clone());
-        calls.push(self.launch(s, "any_mix", "out, stride, stats", ", rows", rows.clone() * columns.clone())?);
+        let each = if apart { self.slots()? } else { 1 };
+        calls.push(self.launch(s, "any_mix", "out, stride, stats", ", rows", rows.clone() * columns.clone() * each)?);
         if gradient {
             let [dk, dv] = [1, 2].map(Operand::Output);
             let keys = Expr::product(&k[..3]);
@@ -170,7 +198,7 @@ impl AnyAttention<'_> {
             }
             calls.push(self.launch(s, "any_keys", "dk, dk_stride, dv, dv_stride, stats", rest, keys * columns)?);
         }
-        if gradient && self.chunk.is_some() {
+        if gradient && self.weighed {
             let dw = Operand::Output(3);
             site.contiguous(dw)?;
             let choosers = Expr::product(&self.shape(4)[..3]);
@@ -187,7 +215,7 @@ impl AnyAttention<'_> {
             Some(x) => x.reserve(form),
             None => form,
         };
-        Ok(vec![form.with("stats", DType::F32, rows * (3 * self.slots()?))])
+        Ok(vec![form.with("stats", DType::F32, rows * (3 * if self.op.lse { 1 } else { self.slots()? }))])
     }
 }
 

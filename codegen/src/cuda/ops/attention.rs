@@ -1,4 +1,4 @@
-//! Softmax attention within short sequences, and its gradient in two launches.
+//! Softmax attention within a sequence, and its gradient in two launches.
 
 use super::any_size::AnyAttention;
 use super::{Cuda, Site, Unsupported, because};
@@ -32,13 +32,16 @@ pub struct AttentionTile {
     pub blocks_per_sm: usize,
 }
 
-/// Sizes that choices depend on; `tokens` if they are known.
+/// Sizes that choices depend on; `tokens` and `keys` if they are known.
 #[derive(Clone, Copy, Debug)]
 pub struct AttentionSizes {
     pub element: usize,
     pub head_dim: usize,
     pub group: usize,
     pub tokens: Option<usize>,
+    pub keys: Option<usize>,
+    /// Rows see ranges of keys, whose bounds take registers.
+    pub ranged: bool,
 }
 
 impl AttentionSizes {
@@ -46,6 +49,7 @@ impl AttentionSizes {
     fn registers(&self, pass: Pass, keys: usize) -> usize {
         let wide = self.element == 4;
         let own = if wide && pass != Pass::Keys { 136 } else { 104 };
+        let own = own + if self.ranged && pass != Pass::Keys { 16 } else { 0 };
         own + match pass {
             Pass::Forward => (self.head_dim + keys) / 2 + 16,
             Pass::Rows => self.head_dim / 2 + keys,
@@ -65,7 +69,7 @@ impl AttentionSizes {
     }
     /// As many warps as a sequence fills, and all its keys at once where registers hold them.
     pub fn tile(&self, target: &Target, pass: Pass) -> Option<AttentionTile> {
-        let all = self.tokens.map(|t| t.next_multiple_of(16));
+        let all = self.keys.map(|t| t.max(1).next_multiple_of(16));
         // Of f32, dk and dv of more rows at a time need more registers than there are.
         let most = if pass == Pass::Keys && self.element == 4 { 4 } else { 8 };
         let warps = self.tokens.map_or(4, |t| (t * self.group).div_ceil(16).clamp(1, most));
@@ -96,36 +100,43 @@ struct Attending {
     dtype: DType,
     b: Dim,
     t: Dim,
+    keys: Dim,
     h: usize,
-    scale: f64,
-    causal: bool,
+    op: rambac_ir::ops::Attention,
     strides: [Expr; 3],
 }
 
 impl Attending {
-    fn new(site: &Site, scale: f64, causal: bool, rows: &[Operand]) -> Result<Attending, Unsupported> {
+    fn new(site: &Site, op: &rambac_ir::ops::Attention, rows: &[Operand]) -> Result<Attending, Unsupported> {
         let [q, k, v] = [0, 1, 2].map(Operand::Input);
         let dtype = site.dtype(q);
         let (heads, head_dim, h) = (site.int(q, 2)?, site.int(q, 3)?, site.int(k, 2)?);
         if !head_dim.is_multiple_of(16) || !(16..=128).contains(&head_dim) {
             return because(format!("head_dim is {head_dim}; kernels take multiples of 16 from 16 to 128"));
         }
-        if scale <= 0.0 {
-            return because(format!("the scale is {scale}; kernels take positive ones"));
+        if op.scale <= 0.0 {
+            return because(format!("the scale is {}; kernels take positive ones", op.scale));
         }
         let piece = 16 / dtype.size();
         if site.vector(rows, piece) < piece {
             return because("rows of q, k, v and of what goes with them must begin at multiples of 16 bytes");
         }
-        let shape = &site.view(q).ty.shape;
+        let (shape, keys) = (&site.view(q).ty.shape, &site.view(k).ty.shape[1]);
         Ok(Attending {
-            sizes: AttentionSizes { element: dtype.size(), head_dim, group: heads / h, tokens: shape[1].as_int() },
+            sizes: AttentionSizes {
+                element: dtype.size(),
+                head_dim,
+                group: heads / h,
+                tokens: shape[1].as_int(),
+                keys: keys.as_int(),
+                ranged: op.is_ranged(),
+            },
             dtype,
             b: shape[0].clone(),
             t: shape[1].clone(),
+            keys: keys.clone(),
             h,
-            scale,
-            causal,
+            op: op.clone(),
             strides: [site.row_stride(q, 2)?, site.row_stride(k, 2)?, site.row_stride(v, 2)?],
         })
     }
@@ -149,8 +160,11 @@ impl Attending {
             .int("warps", t.warps)
             .int("keys", t.keys)
             .int("shared", t.shared)
-            .float("scale", self.scale)
-            .flag("causal", self.causal)
+            .float("scale", self.op.scale)
+            .flag("causal", self.op.causal)
+            .int("window", self.op.window)
+            .int("local", self.op.local)
+            .int("unit", self.op.unit)
             .flag("whole", t.whole)
             .tag(format!("d{}_g{}", self.sizes.head_dim, self.sizes.group))
             .hashed()
@@ -167,7 +181,7 @@ impl Attending {
             .i64("v_stride", v)
     }
     fn sized(&self, s: Stub) -> Stub {
-        s.i32("all_rows", self.rows()).i32("t", &self.t).i32("h", self.h)
+        s.i32("all_rows", self.rows()).i32("t", &self.t).i32("all_keys", &self.keys).i32("h", self.h)
     }
     fn by_rows(&self, t: &AttentionTile) -> Expr {
         self.rows().ceil_div(16 * t.warps) * self.lists()
@@ -183,51 +197,51 @@ fn any_size(
     op: &rambac_ir::ops::Attention,
     site: &Site,
     dy: Option<Operand>,
-    tiled: impl FnOnce() -> Result<Vec<Form>, Unsupported>,
+    tiled: Result<Vec<Form>, Unsupported>,
 ) -> Result<Vec<Form>, Unsupported> {
-    if op.unit > 0 || op.lse {
-        return because("kernels have keys of single tokens and give no log-sum-exp");
-    }
-    let rambac_ir::ops::Attention { scale, causal, window, local, .. } = *op;
-    let tiled = match op.is_ranged() {
-        true => because("tiles take all keys, or all up to a token, and no window or own chunk"),
-        false => tiled(),
-    };
     tiled.or_else(|why| {
-        let why = why.to_string();
-        AnyAttention { site, chunk: None, scale, off_by_one: 0.0, causal, window, local, dy, why }.forms()
+        let dlse = dy.filter(|_| op.lse).map(|_| Operand::Input(4));
+        let (op, why) = (op.clone(), why.to_string());
+        AnyAttention { site, op, chunk: None, weighed: false, off_by_one: 0.0, dy, dlse, why }.forms()
     })
 }
 
 impl Cuda for rambac_ir::ops::Attention {
     fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
-        any_size(self, site, None, || forward(site, self.scale, self.causal))
+        any_size(self, site, None, forward(self, site))
     }
 }
 
 impl Cuda for AttentionGrad {
     fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
-        any_size(&self.forward(), site, Some(Operand::Input(3)), || gradient(site, self.scale, self.causal))
+        let op = self.forward();
+        any_size(&op, site, Some(Operand::Input(3)), gradient(&op, site))
     }
 }
 
-fn forward(site: &Site, scale: f64, causal: bool) -> Result<Vec<Form>, Unsupported> {
-    let o = Operand::Output(0);
-    let a = Attending::new(site, scale, causal, &[0, 1, 2].map(Operand::Input))?;
+fn forward(op: &rambac_ir::ops::Attention, site: &Site) -> Result<Vec<Form>, Unsupported> {
+    let [o, lse] = [0, 1].map(Operand::Output);
+    let a = Attending::new(site, op, &[0, 1, 2].map(Operand::Input))?;
     if site.vector(&[o], 16 / a.dtype.size()) < 16 / a.dtype.size() {
         return because("rows of the result must begin at multiples of 16 bytes");
     }
     let t = a.tile(site.target, Pass::Forward)?;
-    let stub = a.stub("attention", &t).write("o", a.dtype, o).i64("o_stride", site.row_stride(o, 2)?);
+    let stub = if op.lse {
+        site.contiguous(lse)?;
+        a.stub("attention_lse", &t).write("lse", a.dtype, lse)
+    } else {
+        a.stub("attention", &t)
+    };
+    let stub = stub.write("o", a.dtype, o).i64("o_stride", site.row_stride(o, 2)?);
     let launch = a.sized(a.read_qkv(stub)).launch((a.by_rows(&t), 1, 1));
     Ok(vec![Form::new("attention", cut(&t), vec![launch.into()])])
 }
 
-fn gradient(site: &Site, scale: f64, causal: bool) -> Result<Vec<Form>, Unsupported> {
-    let dy = Operand::Input(3);
+fn gradient(op: &rambac_ir::ops::Attention, site: &Site) -> Result<Vec<Form>, Unsupported> {
+    let [dy, dlse] = [3, 4].map(Operand::Input);
     let [dq, dk, dv] = [0, 1, 2].map(Operand::Output);
     let inputs = [0, 1, 2, 3].map(Operand::Input);
-    let a = Attending::new(site, scale, causal, &inputs)?;
+    let a = Attending::new(site, op, &inputs)?;
     if site.vector(&[dq, dk, dv], 16 / a.dtype.size()) < 16 / a.dtype.size() {
         return because("rows of the results must begin at multiples of 16 bytes");
     }
@@ -237,8 +251,13 @@ fn gradient(site: &Site, scale: f64, causal: bool) -> Result<Vec<Form>, Unsuppor
         let s = a.read_qkv(s).read("dy", a.dtype, dy).i64("dy_stride", site.row_stride(dy, 2)?);
         Ok(a.sized(s))
     };
-    let by_rows = a
-        .stub("attention_grad_rows", &rows)
+    let by_rows = if op.lse {
+        site.contiguous(dlse)?;
+        a.stub("attention_grad_rows_lse", &rows).read("dlse", a.dtype, dlse)
+    } else {
+        a.stub("attention_grad_rows", &rows)
+    };
+    let by_rows = by_rows
         .write("dq", a.dtype, dq)
         .i64("dq_stride", site.row_stride(dq, 2)?)
         .write("log2_sum", DType::F32, log2_sum)
@@ -253,7 +272,7 @@ fn gradient(site: &Site, scale: f64, causal: bool) -> Result<Vec<Form>, Unsuppor
         .read("delta", DType::F32, delta);
     let calls = vec![
         read(by_rows)?.launch((a.by_rows(&rows), 1, 1)).into(),
-        read(by_keys)?.launch((Expr::from(&a.t).ceil_div(keys.keys) * a.lists(), 1, 1)).into(),
+        read(by_keys)?.launch((Expr::from(&a.keys).ceil_div(keys.keys) * a.lists(), 1, 1)).into(),
     ];
     let why = format!("dq by rows ({}), then dk and dv by keys ({})", cut(&rows), cut(&keys));
     let size = a.lists() * a.rows();
@@ -273,7 +292,7 @@ mod tests {
     fn tiles_of_a_chunk_encoder() {
         let t = Target::of(Arch::Sm80);
         // A chunk of 64 and its summary: five tiles of 16 rows, all keys at once.
-        let s = AttentionSizes { element: 2, head_dim: 64, group: 1, tokens: Some(65) };
+        let s = AttentionSizes { element: 2, head_dim: 64, group: 1, tokens: Some(65), keys: Some(65), ranged: false };
         let f = s.tile(&t, Pass::Forward).unwrap();
         assert_eq!((f.warps, f.keys, f.whole), (5, 80, true));
         assert!(f.blocks_per_sm >= 2);
@@ -285,9 +304,11 @@ mod tests {
                 [2, 4].into_iter().flat_map(|e| (1..9).flat_map(move |d| [1, 3, 16].map(|g| (e, 16 * d, g))))
             {
                 for tokens in [None, Some(1), Some(65), Some(500)] {
-                    let s = AttentionSizes { element, head_dim, group, tokens };
-                    for pass in [Pass::Forward, Pass::Rows, Pass::Keys] {
-                        assert!(s.tile(&Target::of(arch), pass).is_some(), "{s:?} {pass:?}");
+                    for (keys, ranged) in [(tokens, false), (tokens, true), (tokens.map(|t| t / 64), true)] {
+                        let s = AttentionSizes { element, head_dim, group, tokens, keys, ranged };
+                        for pass in [Pass::Forward, Pass::Rows, Pass::Keys] {
+                            assert!(s.tile(&Target::of(arch), pass).is_some(), "{s:?} {pass:?}");
+                        }
                     }
                 }
             }

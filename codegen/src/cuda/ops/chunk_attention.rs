@@ -9,7 +9,7 @@ use super::any_size::AnyAttention;
 use super::inverted_index::InvertedIndex;
 use super::{Cuda, Pages, Site, Unsupported, because};
 use crate::cuda::expr::Expr;
-use crate::cuda::form::{Call, Condition, Form, Operand};
+use crate::cuda::form::{Call, Condition, Form, Launch, Operand};
 use crate::cuda::stub::Stub;
 use crate::cuda::target::{Arch, Target};
 use rambac_ir::ops::*;
@@ -32,6 +32,8 @@ pub struct Sizes {
     /// Query heads per key head.
     pub group: usize,
     pub slots: usize,
+    /// One softmax over all chosen chunks.
+    pub joint: bool,
 }
 
 /// How a kernel's tiles are cut.
@@ -95,7 +97,8 @@ impl Sizes {
 
     /// Warps that a multiprocessor can hold where the compiler may give each thread what the tile takes: 16 if the
     /// accumulators and the logits leave room within 128 registers (seen: 127 at head_dim 64, 64 keys, 16 bits), else 8.
-    fn warps_by_registers(&self, keys: usize, whole: bool) -> usize {
+    fn warps_by_registers(&self, keys: usize) -> usize {
+        let whole = keys == self.chunk && !self.joint;
         let (floats, most) = if whole { (self.head_dim / 2 + keys / 2, 64) } else { (self.head_dim + keys / 2, 48) };
         if self.element == 2 && floats <= most { 16 } else { 8 }
     }
@@ -133,21 +136,25 @@ impl Sizes {
         // A lane of a warp holds the choices of a token.
         [8, 4, 2, 1].into_iter().filter(|w| self.tokens(16 * w) <= 32).collect()
     }
+    /// Keys of a part, at most: the logits of more and an output beside the total take all registers of f32.
+    fn most_keys(&self) -> usize {
+        if self.joint && self.element == 4 { 32 } else { 64 }
+    }
     /// All tiles of the forward by query tiles, one for each number of warps.
     pub fn query_tiles(&self, target: &Target) -> impl Iterator<Item = Tile> {
-        let resident = |keys| self.warps_by_registers(keys, keys == self.chunk);
-        let one = move |w| self.best(target, &[w], 64, |w, k| self.query_tile_bytes(w, k), resident);
+        let resident = |keys| self.warps_by_registers(keys);
+        let one = move |w| self.best(target, &[w], self.most_keys(), |w, k| self.query_tile_bytes(w, k), resident);
         self.query_tile_warps().into_iter().filter_map(one)
     }
     /// The tile of the forward by query tiles.
     pub fn query_tile(&self, target: &Target) -> Option<Tile> {
         let warps = self.query_tile_warps();
-        let resident = |keys| self.warps_by_registers(keys, keys == self.chunk);
-        self.best(target, &warps, 64, |w, k| self.query_tile_bytes(w, k), resident)
+        let resident = |keys| self.warps_by_registers(keys);
+        self.best(target, &warps, self.most_keys(), |w, k| self.query_tile_bytes(w, k), resident)
     }
     /// The tile of the forward chunk by chunk, with the whole chunk in shared memory.
     pub fn chunk_major(&self, target: &Target) -> Option<Tile> {
-        let resident = |keys| self.warps_by_registers(keys, keys == self.chunk);
+        let resident = |keys| self.warps_by_registers(keys);
         self.best(target, &[4], 64, |w, _| self.chunk_major_bytes(w), resident)
     }
     /// The tile of the gradient.
@@ -157,7 +164,7 @@ impl Sizes {
         let bytes = |w, k| match k {
             // A warp holds dk and dv of 16 keys.
             k if k > 16 * w => usize::MAX / 2,
-            k if k == self.chunk => self.grad_bytes(w, k),
+            k if k == self.chunk || self.joint => self.grad_bytes(w, k),
             k => self.grad_bytes(w, k).max(self.stats_bytes(w, k)),
         };
         self.best(target, &[4, 2, 1], most, bytes, |_| 8)
@@ -181,7 +188,7 @@ impl Sizes {
     }
     /// The tile of the gradient with a warpgroup.
     pub fn grad_hopper(&self, target: &Target) -> Option<Tile> {
-        if target.arch != Arch::Sm90a || self.element != 2 || self.head_dim != 64 || self.chunk != 64 {
+        if target.arch != Arch::Sm90a || self.element != 2 || self.head_dim != 64 || self.chunk != 64 || self.joint {
             return None;
         }
         // Eight tiles of 64 by 64; 168 registers, more where rows must be divided to find their pair.
@@ -231,6 +238,7 @@ impl<'a> Attending<'a> {
         off_by_one: f64,
         rows: &[Operand],
         pages: Option<Pages<'a>>,
+        joint: bool,
     ) -> Result<Attending<'a>, Unsupported> {
         let dtype = site.dtype(Q);
         let shape = |at: Operand| &site.view(at).ty.shape;
@@ -247,7 +255,7 @@ impl<'a> Attending<'a> {
         if slots > 64 {
             return because(format!("{slots} slots per token; kernels take at most 64"));
         }
-        [INDICES, COUNT, WEIGHTS].into_iter().try_for_each(|at| site.contiguous(at))?;
+        [INDICES, COUNT].into_iter().chain((!joint).then_some(WEIGHTS)).try_for_each(|at| site.contiguous(at))?;
         let piece = 16 / dtype.size();
         if site.vector(rows, piece) < piece {
             return because("rows of q, k, v and of what goes with them must begin at multiples of 16 bytes");
@@ -260,9 +268,9 @@ impl<'a> Attending<'a> {
             },
         };
         Ok(Attending {
-            sizes: Sizes { element: dtype.size(), head_dim, chunk, group: heads / h, slots },
+            sizes: Sizes { element: dtype.size(), head_dim, chunk, group: heads / h, slots, joint },
             dtype,
-            exact: site.dtype(WEIGHTS),
+            exact: if joint { DType::F32 } else { site.dtype(WEIGHTS) },
             n: shape(Q)[0].clone(),
             l: shape(Q)[1].clone(),
             h,
@@ -318,6 +326,7 @@ impl<'a> Attending<'a> {
             .int("shared", shared)
             .float("scale", self.scale)
             .float("off_by_one", self.off_by_one)
+            .flag("joint", self.sizes.joint)
             .shared(shared)
             .blocks_per_sm(t.blocks_per_sm)
     }
@@ -378,29 +387,9 @@ impl<'a> Attending<'a> {
     }
 
     fn query_tile(&self, t: &Tile, o_stride: Expr) -> Form {
-        let o = Operand::Output(0);
-        let rows = Expr::from(&self.l) * self.sizes.group;
-        let kv = if self.pages.is_some() { ("chunks", &self.chunks) } else { ("tokens_kv", &self.tokens_kv) };
-        let stub = self
-            .tiled(
-                "attend",
-                self.template("attend_query_tile", "attend_query_tile_paged"),
-                t,
-                t.shared,
-                self.sizes.slab(),
-            )
-            .write("o", self.dtype, o)
-            .i64("o_stride", o_stride);
-        let launch = self
-            .read_qkv(stub)
-            .read("indices", DType::I32, INDICES)
-            .read("count", DType::I32, COUNT)
-            .read("weights", self.exact, WEIGHTS)
-            .i32("all_rows", rows.clone())
-            .i32("l", &self.l)
-            .i32(kv.0, kv.1)
-            .i32("h", self.h)
-            .launch((rows.ceil_div(16 * t.warps) * self.lists(), 1, 1));
+        let template = self.template("attend_query_tile", "attend_query_tile_paged");
+        let stub = self.tiled("attend", template, t, t.shared, self.sizes.slab());
+        let launch = self.query_tile_launch(stub, t, Operand::Output(0), o_stride);
         let why = format!(
             "{} tokens side by side share the chunks they chose; {} warps, {} keys at a time, {} blocks per SM",
             self.sizes.tokens(16 * t.warps),
@@ -409,6 +398,25 @@ impl<'a> Attending<'a> {
             t.blocks_per_sm
         );
         Form::new("query_tile", why, vec![launch.into()])
+    }
+    /// One softmax over all chunks, with its log-sum-exp, an array of `exact`.
+    fn joint_tile(&self, t: &Tile, lse: (Operand, DType), o: Operand, o_stride: Expr) -> Launch {
+        let stub = self.tiled("attend", "attend_query_tile_joint", t, t.shared, self.sizes.slab());
+        self.query_tile_launch(stub.write("lse", lse.1, lse.0), t, o, o_stride)
+    }
+    fn query_tile_launch(&self, stub: Stub, t: &Tile, o: Operand, o_stride: Expr) -> Launch {
+        let rows = Expr::from(&self.l) * self.sizes.group;
+        let kv = if self.pages.is_some() { ("chunks", &self.chunks) } else { ("tokens_kv", &self.tokens_kv) };
+        let stub = stub.write("o", self.dtype, o).i64("o_stride", o_stride);
+        let mut stub = self.read_qkv(stub).read("indices", DType::I32, INDICES).read("count", DType::I32, COUNT);
+        if !self.sizes.joint {
+            stub = stub.read("weights", self.exact, WEIGHTS);
+        }
+        stub.i32("all_rows", rows.clone()).i32("l", &self.l).i32(kv.0, kv.1).i32("h", self.h).launch((
+            rows.ceil_div(16 * t.warps) * self.lists(),
+            1,
+            1,
+        ))
     }
 
     fn lists(&self) -> Expr {
@@ -542,18 +550,8 @@ fn or_any_size(
     dy: Option<Operand>,
 ) -> Result<Vec<Form>, Unsupported> {
     tiled.or_else(|why| {
-        AnyAttention {
-            site,
-            chunk: Some(chunk),
-            scale,
-            off_by_one,
-            causal: false,
-            window: 0,
-            local: 0,
-            dy,
-            why: why.to_string(),
-        }
-        .forms()
+        let (op, why) = (rambac_ir::ops::Attention::new(scale, false), why.to_string());
+        AnyAttention { site, op, chunk: Some(chunk), weighed: true, off_by_one, dy, dlse: None, why }.forms()
     })
 }
 
@@ -565,7 +563,7 @@ impl Cuda for ChunkAttention {
         let mut all = self.forms(site)?;
         let o = Operand::Output(0);
         let pages = site.pages(6, K)?;
-        let Ok(a) = Attending::new(site, self.chunk, self.scale, self.off_by_one, &[Q, K, V, o], pages) else {
+        let Ok(a) = Attending::new(site, self.chunk, self.scale, self.off_by_one, &[Q, K, V, o], pages, false) else {
             return Ok(all);
         };
         for t in a.sizes.query_tiles(site.target) {
@@ -579,6 +577,97 @@ impl Cuda for ChunkAttention {
     }
 }
 
+/// What attending ops run where no tile takes them.
+fn attend_any(op: &Attend, site: &Site, grad: bool, why: String) -> Result<Vec<Form>, Unsupported> {
+    let attention = rambac_ir::ops::Attention { lse: op.joint, ..rambac_ir::ops::Attention::new(op.scale, false) };
+    let dy = grad.then_some(Operand::Input(if op.joint { 7 } else { 5 }));
+    let dlse = dy.filter(|_| op.joint).map(|_| Operand::Input(8));
+    let (chunk, off_by_one) = (Some(op.chunk), op.off_by_one);
+    AnyAttention { site, op: attention, chunk, weighed: false, off_by_one, dy, dlse, why }.forms()
+}
+
+impl Cuda for Attend {
+    fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
+        joint(self, site).or_else(|why| attend_any(self, site, false, why.to_string()))
+    }
+}
+
+impl Cuda for AttendGrad {
+    fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
+        let AttendGrad { chunk, scale, off_by_one, joint } = *self;
+        let op = Attend { chunk, scale, off_by_one, joint };
+        joint_gradient(&op, site).or_else(|why| attend_any(&op, site, true, why.to_string()))
+    }
+}
+
+/// Tiles make a softmax per chunk only together with the sum over chunks, which is another op.
+fn refuse_apart(op: &Attend) -> Result<(), Unsupported> {
+    if op.joint {
+        Ok(())
+    } else {
+        because("it was not fused with the sum over chunks, so the output of every chunk is in memory")
+    }
+}
+
+fn joint(op: &Attend, site: &Site) -> Result<Vec<Form>, Unsupported> {
+    refuse_apart(op)?;
+    let [o, lse] = [0, 1].map(Operand::Output);
+    if site.pages(5, K)?.is_some() {
+        return because("keys lie in pages, which tiles with one softmax over all chunks do not read");
+    }
+    let a = Attending::new(site, op.chunk, op.scale, op.off_by_one, &[Q, K, V, o], None, true)?;
+    site.contiguous(lse)?;
+    let Some(t) = a.sizes.query_tile(site.target) else { return a.does_not_fit(site.target) };
+    let launch = a.joint_tile(&t, (lse, a.dtype), o, site.row_stride(o, 2)?);
+    let why = format!(
+        "one softmax over what {} tokens side by side chose; {} warps, {} keys at a time, {} blocks per SM",
+        a.sizes.tokens(16 * t.warps),
+        t.warps,
+        t.keys,
+        t.blocks_per_sm
+    );
+    Ok(vec![Form::new("query_tile", why, vec![launch.into()])])
+}
+
+/// Chunk by chunk, with the log-sum-exp of the forward; where that was rounded to 16 bits, it is computed again.
+fn joint_gradient(op: &Attend, site: &Site) -> Result<Vec<Form>, Unsupported> {
+    refuse_apart(op)?;
+    let [o, lse, dy, dlse] = [5, 6, 7, 8].map(Operand::Input);
+    let rows = [Q, K, V, dy].into_iter().chain([0, 1, 2].map(Operand::Output)).collect::<Vec<_>>();
+    let a = Attending::new(site, op.chunk, op.scale, op.off_by_one, &rows, None, true)?;
+    [lse, dlse].into_iter().try_for_each(|at| site.contiguous(at))?;
+    let stats = Operand::Workspace(InvertedIndex::WORKSPACES + 2);
+    let (mut before, mut from) = (vec![], (lse, (o, site.row_stride(o, 2)?)));
+    let exact = a.dtype == DType::F32;
+    if !exact {
+        let Some(t) = a.sizes.query_tile(site.target) else { return a.does_not_fit(site.target) };
+        // The slots of dq are not in use yet.
+        let (again, slots) =
+            (Operand::Workspace(InvertedIndex::WORKSPACES + 4), Operand::Workspace(InvertedIndex::WORKSPACES));
+        let stride = Expr::from(a.h * a.sizes.group * a.sizes.head_dim);
+        before.push(a.joint_tile(&t, (again, DType::F32), slots, stride.clone()).into());
+        from = (again, (slots, stride));
+    }
+    let tokens = a.whole().n * a.whole().l;
+    let all = tokens * (a.h * a.sizes.group);
+    let found = a
+        .stub("attend_grad", "attend_joint_stats", ADD_THREADS)
+        .write("log2_sum", DType::F32, Operand::Workspace(InvertedIndex::WORKSPACES + 3))
+        .write("delta", DType::F32, stats)
+        .read("o", a.dtype, from.1.0)
+        .i64("o_stride", from.1.1)
+        .read("lse", if exact { a.dtype } else { DType::F32 }, from.0)
+        .read("dy", a.dtype, dy)
+        .i64("dy_stride", site.row_stride(dy, 2)?)
+        .read("dlse", a.dtype, dlse)
+        .i64("rows", all.clone())
+        .i32("heads", a.h * a.sizes.group)
+        .launch(((all.clone() * 32).ceil_div(ADD_THREADS), 1, 1));
+    before.push(found.into());
+    let forms = by_chunks(&a, site, dy, before, all.clone())?;
+    Ok(forms.into_iter().map(|f| if exact { f } else { f.with("lse", DType::F32, all.clone()) }).collect())
+}
+
 impl Cuda for ChunkAttentionGrad {
     fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
         or_any_size(gradient(self, site), site, (self.chunk, self.scale, self.off_by_one), Some(DY))
@@ -587,7 +676,7 @@ impl Cuda for ChunkAttentionGrad {
 
 fn forward(op: &ChunkAttention, site: &Site) -> Result<Vec<Form>, Unsupported> {
     let o = Operand::Output(0);
-    let a = Attending::new(site, op.chunk, op.scale, op.off_by_one, &[Q, K, V, o], site.pages(6, K)?)?;
+    let a = Attending::new(site, op.chunk, op.scale, op.off_by_one, &[Q, K, V, o], site.pages(6, K)?, false)?;
     let o_stride = site.row_stride(o, 2)?;
     let Some(t) = a.sizes.query_tile(site.target) else { return a.does_not_fit(site.target) };
     let blocks = (Expr::from(&a.l) * a.sizes.group).ceil_div(16 * t.warps) * a.lists();
@@ -602,8 +691,15 @@ fn forward(op: &ChunkAttention, site: &Site) -> Result<Vec<Form>, Unsupported> {
 
 fn gradient(op: &ChunkAttentionGrad, site: &Site) -> Result<Vec<Form>, Unsupported> {
     let [dq, dk, dv, dw] = [0, 1, 2, 3].map(Operand::Output);
-    let a = Attending::new(site, op.chunk, op.scale, op.off_by_one, &[Q, K, V, DY, dq, dk, dv], None)?;
+    let a = Attending::new(site, op.chunk, op.scale, op.off_by_one, &[Q, K, V, DY, dq, dk, dv], None, false)?;
     site.contiguous(dw)?;
+    let rows = a.lists() * &a.l * (a.sizes.slots * a.sizes.group);
+    by_chunks(&a, site, DY, vec![], rows)
+}
+
+/// The gradient chunk by chunk; `before`: what finds the `rows` log2-sums and δ of joint softmaxes, once the index is there.
+fn by_chunks(a: &Attending, site: &Site, dy: Operand, before: Vec<Call>, rows: Expr) -> Result<Vec<Form>, Unsupported> {
+    let [dq, dk, dv, dw] = [0, 1, 2, 3].map(Operand::Output);
     let s = &a.sizes;
     let (template, t, shared) = match (s.grad_hopper(site.target), s.grad(site.target)) {
         (Some(t), _) => (("attend_chunks_hopper", "attend_grad_hopper"), t, t.shared),
@@ -613,36 +709,43 @@ fn gradient(op: &ChunkAttentionGrad, site: &Site) -> Result<Vec<Form>, Unsupport
     let parts = s.chunk / t.keys;
     let index = a.index(0, &a.whole());
     let [slots, partial, delta, log2_sum] = [0, 1, 2, 3].map(|i| Operand::Workspace(InvertedIndex::WORKSPACES + i));
-    let rows = |stub: Stub| -> Result<Stub, Unsupported> {
-        let stub = a.read_qkv(stub).read("weights", a.exact, WEIGHTS).read("dy", a.dtype, DY);
-        Ok(index.read(stub.i64("dy_stride", site.row_stride(DY, 2)?)))
+    let operands = |stub: Stub| -> Result<Stub, Unsupported> {
+        let stub = a.read_qkv(stub);
+        let stub = if s.joint { stub } else { stub.read("weights", a.exact, WEIGHTS) };
+        let stub = stub.read("dy", a.dtype, dy);
+        Ok(index.read(stub.i64("dy_stride", site.row_stride(dy, 2)?)))
     };
     let mut calls = index.calls(INDICES, COUNT);
+    calls.extend(before);
     let slabs = index.lists() * index.max_slabs();
-    if parts > 1 {
+    let two_passes = parts > 1 && !s.joint;
+    if two_passes {
         let shared = s.stats_bytes(t.warps, t.keys);
         let stub = a.tiled("attend_grad", "attend_grad_stats", &Tile { blocks_per_sm: 1, ..t }, shared, s.slab());
         let stub = stub.write("log2_sum", DType::F32, log2_sum).write("delta", DType::F32, delta);
-        calls.push(rows(stub)?.launch((slabs.clone(), 1, 1)).into());
+        calls.push(operands(stub)?.launch((slabs.clone(), 1, 1)).into());
     }
+    let template = if s.joint { ("attend_grad", "attend_grad_joint") } else { template };
     let stub = a
         .tiled(template.0, template.1, &t, shared, s.slab())
         .write("slots", a.dtype, slots)
         .write("partial", DType::F32, partial)
         .write("delta", DType::F32, delta)
         .read("log2_sum", DType::F32, log2_sum);
-    calls.push(rows(stub)?.launch((slabs * parts, 1, 1)).into());
+    calls.push(operands(stub)?.launch((slabs * parts, 1, 1)).into());
     calls.push(a.reduce_slots(dq, site.row_stride(dq, 2)?, slots, parts));
-    let weights = a.lists() * &a.l * s.slots;
-    calls.push(
-        a.stub("attend_grad", "attend_grad_heads", ADD_THREADS)
-            .write("dw", site.dtype(dw), dw)
-            .read("delta", DType::F32, delta)
-            .read("count", DType::I32, COUNT)
-            .i64("lists_tokens", a.lists() * &a.l)
-            .launch((weights.clone().ceil_div(ADD_THREADS), 1, 1))
-            .into(),
-    );
+    if !s.joint {
+        let weights = a.lists() * &a.l * s.slots;
+        calls.push(
+            a.stub("attend_grad", "attend_grad_heads", ADD_THREADS)
+                .write("dw", site.dtype(dw), dw)
+                .read("delta", DType::F32, delta)
+                .read("count", DType::I32, COUNT)
+                .i64("lists_tokens", a.lists() * &a.l)
+                .launch((weights.ceil_div(ADD_THREADS), 1, 1))
+                .into(),
+        );
+    }
     let stub = a
         .stub("attend_grad", "attend_grad_chunks", ADD_THREADS)
         .int("chunk", s.chunk)
@@ -655,19 +758,18 @@ fn gradient(op: &ChunkAttentionGrad, site: &Site) -> Result<Vec<Form>, Unsupport
     calls.push(index.read_slabs(stub).launch((a.lists() * &a.chunks, 1, 1)).into());
     let why = format!(
         "chunk by chunk, {} products; {} pairs a slab, {} warps, {} keys at a time, {} blocks per SM",
-        if parts > 1 { 7 } else { 5 },
+        if two_passes { 7 } else { 5 },
         index.slab,
         t.warps,
         t.keys,
         t.blocks_per_sm
     );
-    let rows = weights * s.group;
     let form = index
         .reserve(Form::new("chunk_major", why, calls))
         .with("slots", a.dtype, a.slots_elements(parts))
         .with("partial", DType::F32, index.lists() * index.max_slabs() * (2 * s.chunk * s.head_dim))
         .with("delta", DType::F32, rows.clone())
-        .with("log2_sum", DType::F32, if parts > 1 { rows } else { Expr::int(0) });
+        .with("log2_sum", DType::F32, if two_passes || s.joint { rows } else { Expr::int(0) });
     Ok(vec![form])
 }
 
@@ -677,7 +779,7 @@ mod tests {
     use crate::cuda::target::Arch;
 
     fn sizes(element: usize, head_dim: usize, chunk: usize, group: usize) -> Sizes {
-        Sizes { element, head_dim, chunk, group, slots: 8 }
+        Sizes { element, head_dim, chunk, group, slots: 8, joint: false }
     }
 
     #[test]
@@ -700,13 +802,15 @@ mod tests {
             for element in [2, 4] {
                 for (head_dim, chunk) in (1..=8).flat_map(|d| (1..=16).map(move |c| (16 * d, 16 * c))) {
                     for group in [1, 2, 3, 5, 16, 40, 128, 300] {
-                        let s = Sizes { slots: 64, ..sizes(element, head_dim, chunk, group) };
-                        for tile in [s.query_tile(&t), s.grad(&t)] {
-                            let tile = tile.unwrap_or_else(|| panic!("no tile for {s:?} on {arch}"));
-                            assert!(tile.shared <= t.shared_per_block && chunk % tile.keys == 0, "{s:?}: {tile:?}");
+                        for joint in [false, true] {
+                            let s = Sizes { slots: 64, joint, ..sizes(element, head_dim, chunk, group) };
+                            for tile in [s.query_tile(&t), s.grad(&t)] {
+                                let tile = tile.unwrap_or_else(|| panic!("no tile for {s:?} on {arch}"));
+                                assert!(tile.shared <= t.shared_per_block && chunk % tile.keys == 0, "{s:?}: {tile:?}");
+                            }
+                            let tile = s.query_tile(&t).unwrap();
+                            assert!(s.tokens(16 * tile.warps) <= 32, "{s:?}: {tile:?}");
                         }
-                        let tile = s.query_tile(&t).unwrap();
-                        assert!(s.tokens(16 * tile.warps) <= 32, "{s:?}: {tile:?}");
                     }
                 }
             }

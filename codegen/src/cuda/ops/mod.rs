@@ -2,6 +2,7 @@
 
 mod any_size;
 mod attention;
+mod choose;
 mod chunk_attention;
 mod conv;
 mod few_rows;
@@ -10,12 +11,14 @@ mod loss;
 mod map;
 mod map_each;
 mod matmul;
+mod mix;
 mod move_;
 mod norm;
 mod reduce;
 mod rows;
 mod scan;
 mod scan_grad;
+mod score;
 mod selection;
 mod slots;
 
@@ -184,9 +187,5 @@ macro_rules! none_yet {
         })*
     };
 }
-// Ops that have no kernel: a source is no step, what fusion should have removed holds values of L×C, and compositions of the
-// vocabulary (a joint softmax, merges, dense scores) run on CPUs only.
-none_yet! {
-    Source, Score, ScoreGrad, Mask, Select, Weigh, WeighGrad, Attend, AttendGrad, Aggregate, AggregateGrad, Merge, MergeGrad,
-    Softmax
-}
+// A source is no step.
+none_yet! { Source }

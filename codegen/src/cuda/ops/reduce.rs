@@ -11,14 +11,14 @@ use rambac_ir::{DType, Dim};
 const PART: usize = 4096;
 
 /// Neighbouring axes that are reduced together: one pass where a block can hold them, else two.
-struct Group {
-    outer: Expr,
-    mid: Expr,
-    inner: Expr,
+pub(super) struct Group {
+    pub outer: Expr,
+    pub mid: Expr,
+    pub inner: Expr,
 }
 
 impl Group {
-    fn pass(
+    pub fn pass(
         &self,
         f: &str,
         from: (Operand, DType),

@@ -67,7 +67,7 @@ pub(super) fn rule(w: Weighting) -> String {
         Weighting::Softmax => "SOFTMAX",
         Weighting::Sigmoid => "SIGMOID",
         Weighting::One => "ONE",
-        Weighting::Logit => panic!("BUG: refused before"),
+        Weighting::Logit => "LOGIT",
     };
     format!("static constexpr Weigh rule = Weigh::{name};")
 }
@@ -122,24 +122,14 @@ pub(super) fn slot_gradients(
         .into())
 }
 
-fn refuse_logits(rule: Weighting) -> Result<(), Unsupported> {
-    if rule == Weighting::Logit {
-        because("kernels weigh what they choose; logits for a softmax further on are for CPUs")
-    } else {
-        Ok(())
-    }
-}
-
 impl Cuda for Selection {
     fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
-        refuse_logits(self.rule)?;
         tiled(self, site).or_else(|why| any_size::selection(self, site, why.to_string()))
     }
 }
 
 impl Cuda for SelectionGrad {
     fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
-        refuse_logits(self.rule)?;
         sparse(self, site).or_else(|why| any_size::selection_grad(self, site, why.to_string()))
     }
 }
