@@ -12,7 +12,6 @@ use crate::machine;
 use crate::model;
 use crate::show;
 use crate::work::Sums;
-use miette::miette;
 use rambac_codegen::{Kernels, Program, lower_for};
 use rambac_cpu::team;
 use rambac_ir::ops::{Op, SourceKind};
@@ -27,7 +26,7 @@ use serde_json::json;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Tokens that are fed at once in prefill.
 const SEGMENT: usize = 4096;
@@ -37,9 +36,6 @@ const TOKENS: usize = 32;
 /// Runs the verb.
 pub fn run(a: &Bench, config: &Config, weights: Option<&Path>, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
     let on = a.place.device;
-    if on.gpu() && a.profile.is_some() {
-        return Err(miette!("bench prefill and decode time ops on the CPU alone: leave --profile out"));
-    }
     let limits = on.gpu().then(|| device::limits(on, a.place.precision.unwrap_or_default())).transpose()?;
     let graphs = model::session_graphs(config)?;
     let mut passes = a.weights.options();
@@ -55,6 +51,8 @@ pub fn run(a: &Bench, config: &Config, weights: Option<&Path>, pool: Arc<rayon::
             .map(|g| lower_for(&optimise(g, &options.passes), Kernels::Gpu))
             .named()
             .into_iter()
+            // Another way to run the upper half.
+            .filter(|p| p.0 != "upper_flash")
             .map(|p| p.1.clone())
             .collect(),
         false => session.parts().into_iter().map(|p| p.program().clone()).collect(),
@@ -156,8 +154,12 @@ impl Infer<'_> {
             Result::Ok(())
         })?;
         seconds.sort_by(f64::total_cmp);
-        let done = (tokens * self.a.runs) as f64;
         let n = self.a.batch;
+        let one = |b: &mut Self| {
+            let ids = b.ids(n);
+            b.step(&ids).map(drop)
+        };
+        let done = self.watched(tokens, one)?.unwrap_or((tokens * self.a.runs) as f64);
         let chunks = self.session.chunks(0).map_or(0, |c| c.chunks());
         let (mut cost, mut sums, mut arena) = (Cost::default(), Sums::new(), vec![]);
         let recorded = self.recorded();
@@ -196,6 +198,11 @@ impl Infer<'_> {
         seconds.sort_by(f64::total_cmp);
         let s = if self.config.is_plain() { usize::MAX } else { self.config.chunk_size };
         let (mut cost, mut sums, mut arena) = (Cost::default(), Sums::new(), vec![]);
+        let one = |b: &mut Self| {
+            b.session.reset().map_err(wrap)?;
+            b.read(&ids).map(drop)
+        };
+        let runs = self.watched(1, one)?.unwrap_or(self.a.runs as f64);
         let recorded = self.recorded();
         for (p, times) in self.programs.iter().zip(&recorded) {
             let mut whole = vec![Cost::default(); p.steps.len()];
@@ -215,16 +222,35 @@ impl Infer<'_> {
                 arena.push((p.name.clone(), dims));
             }
             cost = cost + whole.iter().copied().sum();
-            add_steps(&mut sums, p, times, &whole, self.a.runs as f64);
+            add_steps(&mut sums, p, times, &whole, runs);
         }
         let arena = self.arena(&arena)?;
         Ok(Timed { name: "prefill", tokens: n * ids.len(), seconds, cost, arena, memory: self.memory(), sums })
     }
 
-    /// What the parts took since [`record`](Self::record); nothing of a device.
+    /// On a device, if the times of ops are asked for: runs apart from those that were timed, op by op; how many.
+    fn watched(&mut self, runs: usize, one: impl Fn(&mut Self) -> Result<()>) -> Result<Option<f64>> {
+        match self.session.device().filter(|_| self.a.profile.is_some()) {
+            Some((machine, _)) => machine.watch(usize::MAX).map_err(wrap)?,
+            None => return Ok(None),
+        }
+        (0..runs).try_for_each(|_| one(self))?;
+        Ok(Some(runs as f64))
+    }
+
+    /// What the parts took since [`record`](Self::record), or in the runs that were [`watched`](Self::watched).
     fn recorded(&mut self) -> Vec<StepTimes> {
-        let mut all: Vec<_> = self.session.parts().into_iter().map(|p| p.recorded().to_vec()).collect();
-        all.resize(self.programs.len(), StepTimes::new());
+        let Some((machine, _)) = self.session.device() else {
+            return self.session.parts().into_iter().map(|p| p.recorded().to_vec()).collect();
+        };
+        let mut all = vec![StepTimes::new(); self.programs.len()];
+        for t in machine.watched() {
+            let name = &machine.program(t.program).program.name;
+            if let Some(i) = self.programs.iter().position(|p| p.name == *name) {
+                all[i].resize(t.steps.len(), Duration::ZERO);
+                all[i].iter_mut().zip(&t.steps).for_each(|(sum, s)| *sum += Duration::from_secs_f64(s.max(0.0)));
+            }
+        }
         all
     }
 
