@@ -19,12 +19,12 @@ began=$SECONDS
 bench() {
     local limit=$1 rc
     shift
-    timeout -k 5 "$limit" "$folder/rambac" bench "$@" --device "$device" --precision bf16 --json >"$out/one" 2>"$out/error"
+    timeout -k 5 "$limit" "$folder/rambac" bench "$@" --device "$device" --json >"$out/one" 2>"$out/error"
     rc=$?
     python3 - "$rc" "$*" "$out" <<'P'
 import json, sys
 rc, command, out = sys.argv[1:]
-command = f"rambac bench {command} --device cuda:0 --precision bf16"
+command = f"rambac bench {command} --device cuda:0"
 with open(f"{out}/rambac.jsonl", "a") as f:
     for line in open(f"{out}/one"):
         if line.startswith("{"):
@@ -47,7 +47,7 @@ for part in ${parts//,/ }; do
             # Sequences and tokens: as many as fit.
             for at in "8 4096" "8 16384" "8 65536" "2 262144" "1 1048576"; do
                 set -- $at
-                shape="--preset 370m --batch $1 --len $2 --runs 21"
+                shape="--preset 370m --batch $1 --len $2 --runs 21 --precision bf16"
                 for selections in clustered uniform; do
                     bench 60 attend $shape --selections $selections
                 done
@@ -61,17 +61,17 @@ for part in ${parts//,/ }; do
             tail -n +1 "$out/peers.log"
             ;;
         train)
-            bench 120 train --preset 370m --batch 8 --len 4096 --runs 11 --profile
+            bench 120 train --preset 370m --batch 8 --len 4096 --runs 11 --precision bf16 --profile
             ;;
         decode)
             for at in "1 65536" "32 65536" "1 1048576"; do
                 set -- $at
-                bench 120 decode --preset 370m --batch $1 --len $2 --runs 9
+                bench 120 decode --preset 370m --batch $1 --len $2 --runs 9 --weights bf16
             done
-            bench 60 prefill --preset 370m --len 65536 --runs 5
+            bench 60 prefill --preset 370m --len 65536 --runs 5 --weights bf16
             ;;
         long)
-            bench 120 train --preset 370m --batch 1 --len 65536 --runs 5 --recompute
+            bench 120 train --preset 370m --batch 1 --len 65536 --runs 5 --precision bf16 --recompute
             ;;
         *)
             echo "no part is named $part" >&2

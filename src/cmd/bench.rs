@@ -95,6 +95,9 @@ pub fn run(a: &Bench, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
 /// Refuses places where there is nothing to time, and what the CPU or a GPU alone does.
 fn placed(a: &Bench) -> Result<()> {
     let on = a.place.device;
+    if matches!(a.what, Work::Prefill | Work::Decode) && a.place.precision.is_some() {
+        return Err(miette!("--precision is for training and single ops: prefill and decode have --weights bf16"));
+    }
     match on {
         On::Cpu if a.place.precision == Some(PrecisionArg::Bf16) => Err(miette!(
             help = "add --device cuda:0; on the CPU, --weights bf16 keeps weights in bf16",

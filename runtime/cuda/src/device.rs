@@ -8,7 +8,7 @@ use crate::ranges::Ranges;
 use crate::survey::{Gpu, gpu, handle};
 use cudarc::driver::sys::{self, CUresult};
 use rambac_driver::{
-    Arg, BufferId, Code, Device, Error, EventId, Extent, HostId, ModuleId, Product, RecordId, Result, Space,
+    Arg, BufferId, Code, Device, Error, EventId, Extent, HostId, Matrix, ModuleId, Product, RecordId, Result, Space,
 };
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
@@ -564,25 +564,25 @@ impl Device for CudaDevice {
         if p.batch * p.m * p.n == 0 {
             return Ok(());
         }
-        let rows = |x: &rambac_driver::Matrix, m: usize, n: usize| if x.trans { (n, m) } else { (m, n) };
-        let mut addresses = [0; 3];
-        for (to, (x, m, n)) in addresses.iter_mut().zip([(&p.a, p.m, p.k), (&p.b, p.k, p.n), (&p.c, p.m, p.n)]) {
-            let (rows, cols) = rows(x, m, n);
-            *to = match rows * cols {
-                0 => self.place(x.buffer, 0, 0)?,
+        let place = |x: &Matrix, m: usize, n: usize| {
+            let (rows, cols) = if x.trans { (n, m) } else { (m, n) };
+            match rows * cols {
+                0 => self.place(x.buffer, 0, 0),
                 _ => {
                     let elements = (p.batch - 1) * x.step + (rows - 1) * x.ld + cols;
-                    self.place(x.buffer, x.at, elements * x.float.bytes())?
+                    self.place(x.buffer, x.at, elements * x.float.bytes())
                 }
-            };
-        }
+            }
+        };
+        let addresses = [place(&p.a, p.m, p.k)?, place(&p.b, p.k, p.n)?, place(&p.c, p.m, p.n)?];
+        let plus = p.plus.map(|x| place(&x, p.m, p.n)).transpose()?;
         if self.gemm.is_none() {
             let made = Gemm::new(&self.libraries);
             self.gemm = Some(self.keep(made)?);
         }
         let gemm = self.gemm.as_mut().expect("BUG: made above");
         // SAFETY: the ranges were checked above; the context is current.
-        let result = unsafe { gemm.start(p, addresses, self.stream) };
+        let result = unsafe { gemm.start(p, addresses, plus, self.stream) };
         self.keep(result)?;
         self.started()
     }

@@ -84,7 +84,7 @@ fn rates<D: Device>(d: &mut D) -> Result<Option<Rates>> {
                 fill(d, float, [a, b], bytes)?;
                 let matrix = |buffer, trans| Matrix { buffer, at: 0, float, ld: n, step: 0, trans };
                 let (a, b, c) = (matrix(a, false), matrix(b, true), matrix(c, false));
-                let p = Product { batch: 1, m: n, n, k: n, a, b, c, add: false };
+                let p = Product { batch: 1, m: n, n, k: n, a, b, c, plus: None };
                 let t = shortest(d, &mut |d| d.product(&p))?;
                 Ok(t.map(|t| 2.0 * (n as f64).powi(3) / t))
             })

@@ -46,7 +46,7 @@ pub fn limits(on: On, precision: PrecisionArg) -> Result<Limits> {
     device.copy_in(a, 0, &pattern(1)).map_err(wrap)?;
     device.copy_in(b, 0, &pattern(2)).map_err(wrap)?;
     let matrix = |buffer| Matrix { buffer, at: 0, float, ld: SIDE, step: 0, trans: false };
-    let p = Product { batch: 1, m: SIDE, n: SIDE, k: SIDE, a: matrix(a), b: matrix(b), c: matrix(c), add: false };
+    let p = Product { batch: 1, m: SIDE, n: SIDE, k: SIDE, a: matrix(a), b: matrix(b), c: matrix(c), plus: None };
     let product = shortest(&mut *device, |d| d.product(&p))?;
     [a, b, c].into_iter().try_for_each(|b| device.free(b)).map_err(wrap)?;
     let (from, to) = (device.alloc("from", COPY).map_err(wrap)?, device.alloc("to", COPY).map_err(wrap)?);

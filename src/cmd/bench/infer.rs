@@ -36,13 +36,10 @@ const TOKENS: usize = 32;
 /// Runs the verb.
 pub fn run(a: &Bench, config: &Config, weights: Option<&Path>, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
     let on = a.place.device;
-    let limits = on.gpu().then(|| device::limits(on, a.place.precision.unwrap_or_default())).transpose()?;
+    let precision = if a.weights == Weights::Bf16 { PrecisionArg::Bf16 } else { PrecisionArg::F32 };
+    let limits = on.gpu().then(|| device::limits(on, precision)).transpose()?;
     let graphs = model::session_graphs(config)?;
-    let mut passes = a.weights.options();
-    if on.gpu() {
-        passes.precision = a.place.precision.unwrap_or_default().into();
-    }
-    let options = SessionOptions { sequences: a.batch, passes, ..SessionOptions::default() };
+    let options = SessionOptions { sequences: a.batch, passes: a.weights.options(), ..SessionOptions::default() };
     let params = model::parameters_for(&graphs, &options.passes, config, weights)?;
     let how = Inferring { on, memory: None, segment: SEGMENT, options: &options };
     let mut session = crate::device::session(&how, &graphs, params, &pool)?;
@@ -278,12 +275,11 @@ impl Infer<'_> {
         let peak = persistent + r.arena + r.memory;
         let (tokens_per_s, least, most) = (r.tokens as f64 / t, r.seconds[0], r.seconds[r.seconds.len() - 1]);
         let (threads, decode) = (self.session.pool().current_num_threads(), r.name == "decode");
-        let bf16 = a.weights == Weights::Bf16 || a.place.precision == Some(PrecisionArg::Bf16);
-        let weights = if bf16 { "bf16" } else { "f32" };
+        let weights = if a.weights == Weights::Bf16 { "bf16" } else { "f32" };
         if a.json {
             let line = json!({
                 "bench": r.name, "preset": a.preset, "len": a.len, "batch": a.batch, "weights": weights, "threads": threads,
-                "device": a.place.device.to_string(), "on": limits.of, "precision": a.place.precision.map(|p| format!("{p:?}").to_lowercase()),
+                "device": a.place.device.to_string(), "on": limits.of,
                 "runs": r.seconds.len(), "tokens_per_s": tokens_per_s,
                 "seconds": t, "seconds_min": least, "seconds_max": most,
                 "flops": r.cost.flops, "bytes": r.cost.bytes,
