@@ -237,8 +237,8 @@ impl Trainer {
         self.step_timed(step, batch, None)
     }
 
-    /// As [`step`](Self::step); adds the time of every step of [`program`](Self::program) to `times`, which a GPU does
-    /// not measure.
+    /// As [`step`](Self::step); adds the time of every step of [`program`](Self::program) to `times`; on a GPU
+    /// such a step is launched one by one, not replayed.
     ///
     /// # Errors
     /// As [`step`](Self::step).
@@ -262,7 +262,7 @@ impl Trainer {
             out.iter().find(|(n, _)| n == name).and_then(|(_, t)| t.as_f32()?.first().copied()).unwrap_or(f32::NAN)
         };
         if let Programs::Gpu { on, .. } = &mut self.programs {
-            let (each, last) = on.step(batch, &self.store)?;
+            let (each, last) = on.step(batch, &self.store, times)?;
             return gpu_report(step, &each, last.as_ref());
         }
         let Self { programs, store, views, outputs: [out, last] } = self;

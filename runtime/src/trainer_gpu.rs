@@ -4,6 +4,7 @@
 //! ([`Trainer::sync`](crate::Trainer::sync)).  bf16 copies of parameters are made from the f32 ones when these are
 //! uploaded, and are in no checkpoint: so checkpoints are the same for all devices.
 
+use crate::executor::StepTimes;
 use crate::gpu::{Bytes, GpuError, Machine, ProgramId};
 use crate::store::Store;
 use crate::tensor::Tensor;
@@ -137,21 +138,37 @@ impl OnGpu {
         if self.resident { self.gpu.machine().set(name, &Bytes::from_tensor(t.view())) } else { Ok(()) }
     }
 
-    fn run(&mut self, id: ProgramId, dims: &Bindings, inputs: &[(&'static str, Tensor)]) -> Result<Scalars, GpuError> {
+    fn run(
+        &mut self,
+        id: ProgramId,
+        dims: &Bindings,
+        inputs: &[(&'static str, Tensor)],
+        times: Option<&mut StepTimes>,
+    ) -> Result<Scalars, GpuError> {
         let bytes: Vec<(&str, Bytes)> = inputs.iter().map(|(n, t)| (*n, Bytes::from_tensor(t.view()))).collect();
         let views: Vec<(&str, &Bytes)> = bytes.iter().map(|(n, b)| (*n, b)).collect();
-        Ok(scalars(self.gpu.machine().run(id, dims, &views)?))
+        let machine = self.gpu.machine();
+        Ok(scalars(match times {
+            Some(times) => machine.run_timed(id, dims, &views, &[], times)?,
+            None => machine.run(id, dims, &views)?,
+        }))
     }
 
-    /// One step: the outputs of every micro-batch, and of the update where it is a program of its own.
-    pub fn step(&mut self, batch: &[MicroBatch], store: &Store) -> Result<(Vec<Scalars>, Option<Scalars>), TrainError> {
+    /// One step: the outputs of every micro-batch, and of the update where it is a program of its own.  `times`: of the
+    /// program that reads a batch.
+    pub fn step(
+        &mut self,
+        batch: &[MicroBatch],
+        store: &Store,
+        mut times: Option<&mut StepTimes>,
+    ) -> Result<(Vec<Scalars>, Option<Scalars>), TrainError> {
         let mut each = vec![];
         for m in batch {
             self.upload(&m.dims, store)?;
-            each.push(self.run(self.step, &m.dims, &m.inputs)?);
+            each.push(self.run(self.step, &m.dims, &m.inputs, times.as_deref_mut())?);
         }
         let last = match self.apply {
-            Some(id) => Some(self.run(id, &Bindings::default(), &[])?),
+            Some(id) => Some(self.run(id, &Bindings::default(), &[], None)?),
             None => None,
         };
         Ok((each, last))

@@ -5,7 +5,7 @@ use crate::gemm::Gemm;
 use crate::library::driver;
 use crate::survey::{Gpu, gpu, handle};
 use cudarc::driver::sys::{self, CUresult};
-use rambac_driver::{Arg, BufferId, Code, Device, Error, Extent, ModuleId, Product, RecordId, Result, Space};
+use rambac_driver::{Arg, BufferId, Code, Device, Error, Extent, Matrix, ModuleId, Product, RecordId, Result, Space};
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
 use std::path::PathBuf;
@@ -15,6 +15,9 @@ pub const BLOCKING: &str = "RAMBAC_CUDA_BLOCKING";
 
 /// Oldest compute capability that kernels are made for.
 const OLDEST: (u32, u32) = (8, 0);
+
+/// The first driver that tells the time between events in the way that is called here.
+const CLOCK: (i32, i32) = (12, 8);
 
 struct Buffer {
     name: String,
@@ -54,6 +57,7 @@ pub struct CudaDevice {
     /// Something was replayed since the last synchronise: launches are not counted one by one.
     replayed: bool,
     records: Vec<Option<sys::CUgraphExec>>,
+    marks: Marks,
     /// The fault that ended it.
     lost: Option<(String, Option<usize>)>,
 }
@@ -61,6 +65,15 @@ pub struct CudaDevice {
 // SAFETY: the handles are the driver's, which may be used from any thread; every call makes the context current first, and
 // `&mut self` keeps calls apart.
 unsafe impl Send for CudaDevice {}
+
+/// Events of the stream, made when they are first needed.
+#[derive(Default)]
+struct Marks {
+    clock: bool,
+    events: Vec<sys::CUevent>,
+    /// How many were recorded since the last reading.
+    used: usize,
+}
 
 /// A word of pinned memory where the stream writes how many launches came to their end: it can be read after a fault.
 struct Progress {
@@ -75,7 +88,7 @@ impl CudaDevice {
     /// # Errors
     /// No driver, or too old a one; no such device, or one that is too old; no memory for a context.
     pub fn open(index: usize, libraries: &[PathBuf]) -> Result<CudaDevice> {
-        driver()?;
+        let version = driver()?;
         let mut n = 0;
         // SAFETY: a valid pointer; the driver is initialised.
         check("cuDeviceGetCount", unsafe { sys::cuDeviceGetCount(&raw mut n) })?;
@@ -127,6 +140,7 @@ impl CudaDevice {
             recording: false,
             replayed: false,
             records: vec![],
+            marks: Marks { clock: version >= CLOCK, ..Marks::default() },
             lost: None,
         })
     }
@@ -433,25 +447,25 @@ impl Device for CudaDevice {
         if p.batch * p.m * p.n == 0 {
             return Ok(());
         }
-        let rows = |x: &rambac_driver::Matrix, m: usize, n: usize| if x.trans { (n, m) } else { (m, n) };
-        let mut addresses = [0; 3];
-        for (to, (x, m, n)) in addresses.iter_mut().zip([(&p.a, p.m, p.k), (&p.b, p.k, p.n), (&p.c, p.m, p.n)]) {
-            let (rows, cols) = rows(x, m, n);
-            *to = match rows * cols {
-                0 => self.place(x.buffer, 0, 0)?,
+        let place = |x: &Matrix, m: usize, n: usize| {
+            let (rows, cols) = if x.trans { (n, m) } else { (m, n) };
+            match rows * cols {
+                0 => self.place(x.buffer, 0, 0),
                 _ => {
                     let elements = (p.batch - 1) * x.step + (rows - 1) * x.ld + cols;
-                    self.place(x.buffer, x.at, elements * x.float.bytes())?
+                    self.place(x.buffer, x.at, elements * x.float.bytes())
                 }
-            };
-        }
+            }
+        };
+        let addresses = [place(&p.a, p.m, p.k)?, place(&p.b, p.k, p.n)?, place(&p.c, p.m, p.n)?];
+        let plus = p.plus.map(|x| place(&x, p.m, p.n)).transpose()?;
         if self.gemm.is_none() {
             let made = Gemm::new(&self.libraries);
             self.gemm = Some(self.keep(made)?);
         }
         let gemm = self.gemm.as_mut().expect("BUG: made above");
         // SAFETY: the ranges were checked above; the context is current.
-        let result = unsafe { gemm.start(p, addresses, self.stream) };
+        let result = unsafe { gemm.start(p, addresses, plus, self.stream) };
         self.keep(result)?;
         self.started()
     }
@@ -520,6 +534,42 @@ impl Device for CudaDevice {
         let code = unsafe { sys::cuGraphExecDestroy(exec) };
         self.call("cuGraphExecDestroy", code)
     }
+
+    fn mark(&mut self) -> Result<()> {
+        if !self.marks.clock {
+            return Ok(());
+        }
+        self.enter()?;
+        if self.marks.used == self.marks.events.len() {
+            let mut event = std::ptr::null_mut();
+            // SAFETY: a valid pointer; the event is given back in `drop`.
+            let code = unsafe { sys::cuEventCreate(&raw mut event, sys::CUevent_flags::CU_EVENT_DEFAULT as u32) };
+            self.call("cuEventCreate", code)?;
+            self.marks.events.push(event);
+        }
+        // SAFETY: the event and the stream live as long as `self`.
+        let code = unsafe { sys::cuEventRecord(self.marks.events[self.marks.used], self.stream) };
+        self.call("cuEventRecord", code)?;
+        self.marks.used += 1;
+        Ok(())
+    }
+
+    fn laps(&mut self) -> Result<Option<Vec<f64>>> {
+        self.synchronise()?;
+        if !self.marks.clock {
+            return Ok(None);
+        }
+        let mut laps = vec![];
+        for k in 1..std::mem::take(&mut self.marks.used) {
+            let mut ms = 0.0;
+            let [from, to] = [k - 1, k].map(|i| self.marks.events[i]);
+            // SAFETY: both were recorded and waited for.
+            let code = unsafe { sys::cuEventElapsedTime_v2(&raw mut ms, from, to) };
+            self.call("cuEventElapsedTime", code)?;
+            laps.push(f64::from(ms) / 1e3);
+        }
+        Ok(Some(laps))
+    }
 }
 
 impl Drop for CudaDevice {
@@ -534,6 +584,9 @@ impl Drop for CudaDevice {
             self.gemm = None;
             for r in self.records.iter().flatten() {
                 sys::cuGraphExecDestroy(*r);
+            }
+            for e in &self.marks.events {
+                sys::cuEventDestroy_v2(*e);
             }
             for b in self.buffers.iter().flatten() {
                 sys::cuMemFree_v2(b.address);

@@ -136,6 +136,14 @@ pub trait Device: Send {
     fn forget(&mut self, _: RecordId) -> Result<()> {
         Ok(())
     }
+    /// A point in its work at which it is to look at its clock.
+    fn mark(&mut self) -> Result<()> {
+        Ok(())
+    }
+    /// Waits, then the seconds between each mark and the one before it; the marks are forgotten.  `None`: it has no clock.
+    fn laps(&mut self) -> Result<Option<Vec<f64>>> {
+        Ok(None)
+    }
 }
 
 impl<D: Device + ?Sized> Device for Box<D> {
@@ -186,5 +194,11 @@ impl<D: Device + ?Sized> Device for Box<D> {
     }
     fn forget(&mut self, record: RecordId) -> Result<()> {
         (**self).forget(record)
+    }
+    fn mark(&mut self) -> Result<()> {
+        (**self).mark()
+    }
+    fn laps(&mut self) -> Result<Option<Vec<f64>>> {
+        (**self).laps()
     }
 }

@@ -182,4 +182,12 @@ impl<D: Device> Device for Faulty<D> {
         self.seen.state().records -= 1;
         Ok(())
     }
+    fn mark(&mut self) -> Result<()> {
+        self.call("mark")?;
+        self.inner.mark()
+    }
+    fn laps(&mut self) -> Result<Option<Vec<f64>>> {
+        self.call("laps")?;
+        self.inner.laps()
+    }
 }

@@ -12,6 +12,7 @@ use super::bound::{Bound, Place, Places, What, Work, bind, label};
 use super::bytes::Bytes;
 use super::code::Code;
 use super::error::GpuError;
+use crate::executor::StepTimes;
 use rambac_codegen::cuda::GpuProgram;
 use rambac_codegen::{BufferKind, MemoryPlan};
 use rambac_driver::{BufferId, Device, Error as DriverError, ModuleId, RecordId};
@@ -20,6 +21,7 @@ use rambac_ir::ops::SourceKind;
 use rambac_ir::ty::ConcreteTy;
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Where activations lie.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,6 +41,13 @@ type Outcome<T> = Result<T, GpuError>;
 
 /// Hears which chunks a step is about to attend to, see [`Machine::run_choosing`].
 pub type Chosen<'a, D> = dyn FnMut(&mut Machine<D>, &[i32], &[i32]) -> Outcome<()> + 'a;
+
+/// What a run is watched for.
+enum Watch<'a, 'f, D: Device> {
+    Nothing,
+    Choices(&'a mut Chosen<'f, D>),
+    Steps(&'a mut StepTimes),
+}
 
 struct Loaded {
     gpu: Arc<GpuProgram>,
@@ -277,7 +286,23 @@ impl<D: Device> Machine<D> {
         inputs: &[(&str, &Bytes)],
         keep: &[(&str, &str)],
     ) -> Outcome<Vec<(String, Bytes)>> {
-        self.run_all(id, dims, inputs, keep, None)
+        self.run_all(id, dims, inputs, keep, Watch::Nothing)
+    }
+
+    /// As [`run_keeping`](Self::run_keeping); adds the seconds of every step of the program to `times`, by the device's
+    /// clock, which such a run is launched one by one for.  They stay empty where a device has no clock.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    pub fn run_timed(
+        &mut self,
+        id: ProgramId,
+        dims: &Bindings,
+        inputs: &[(&str, &Bytes)],
+        keep: &[(&str, &str)],
+        times: &mut StepTimes,
+    ) -> Outcome<Vec<(String, Bytes)>> {
+        self.run_all(id, dims, inputs, keep, Watch::Steps(times))
     }
 
     /// As [`run`](Self::run); before a step attends to chunks in pages, `chosen` hears which: their indices
@@ -292,7 +317,7 @@ impl<D: Device> Machine<D> {
         inputs: &[(&str, &Bytes)],
         chosen: &mut Chosen<D>,
     ) -> Outcome<Vec<(String, Bytes)>> {
-        self.run_all(id, dims, inputs, &[], Some(chosen))
+        self.run_all(id, dims, inputs, &[], Watch::Choices(chosen))
     }
 
     fn run_all(
@@ -301,10 +326,10 @@ impl<D: Device> Machine<D> {
         dims: &Bindings,
         inputs: &[(&str, &Bytes)],
         keep: &[(&str, &str)],
-        chosen: Option<&mut Chosen<D>>,
+        watch: Watch<D>,
     ) -> Outcome<Vec<(String, Bytes)>> {
         let mut temporary = vec![];
-        let result = self.run_with(id, dims, inputs, keep, &mut temporary, chosen);
+        let result = self.run_with(id, dims, inputs, keep, &mut temporary, watch);
         let mut freed = Ok(());
         for b in temporary {
             let name = &self.programs[id.0].gpu.program.name;
@@ -320,7 +345,7 @@ impl<D: Device> Machine<D> {
         inputs: &[(&str, &Bytes)],
         keep: &[(&str, &str)],
         temporary: &mut Vec<BufferId>,
-        mut chosen: Option<&mut Chosen<D>>,
+        watch: Watch<D>,
     ) -> Outcome<Vec<(String, Bytes)>> {
         let gpu = self.programs[id.0].gpu.clone();
         let (p, name) = (&gpu.program, gpu.program.name.as_str());
@@ -342,9 +367,9 @@ impl<D: Device> Machine<D> {
             let (gpu, bound) = (&gpu, &bound);
             move |e| blame(gpu, bound, what, e)
         };
-        match &mut chosen {
+        match watch {
             // The host looks in between, so this is never recorded.
-            Some(f) if !bound.choices.is_empty() => {
+            Watch::Choices(f) if !bound.choices.is_empty() => {
                 for (i, w) in bound.work.iter().enumerate() {
                     if let Some(c) = bound.choices.iter().find(|c| c.work == i) {
                         let (indices, count) = (self.integers(name, &c.indices)?, self.integers(name, &c.count)?);
@@ -353,6 +378,7 @@ impl<D: Device> Machine<D> {
                     self.one(id, &gpu, &bound, w)?;
                 }
             }
+            Watch::Steps(times) => self.timed(id, &gpu, &bound, times)?,
             _ => self.start(id, dims, &gpu, &bound)?,
         }
         let mut out = vec![];
@@ -442,6 +468,20 @@ impl<D: Device> Machine<D> {
 
     fn each(&mut self, id: ProgramId, gpu: &GpuProgram, bound: &Bound) -> Outcome<()> {
         bound.work.iter().try_for_each(|w| self.one(id, gpu, bound, w))
+    }
+
+    /// Starts all work, with a mark after each.
+    fn timed(&mut self, id: ProgramId, gpu: &GpuProgram, bound: &Bound, times: &mut StepTimes) -> Outcome<()> {
+        let clock = |e| blame(gpu, bound, "the clock".into(), e);
+        self.device.mark().map_err(clock)?;
+        for w in &bound.work {
+            self.one(id, gpu, bound, w)?;
+            self.device.mark().map_err(clock)?;
+        }
+        let Some(laps) = self.device.laps().map_err(clock)? else { return Ok(()) };
+        times.resize(gpu.program.steps.len(), Duration::ZERO);
+        bound.work.iter().zip(laps).for_each(|(w, s)| times[w.step] += Duration::from_secs_f64(s));
+        Ok(())
     }
 
     fn one(&mut self, id: ProgramId, gpu: &GpuProgram, bound: &Bound, w: &Work) -> Outcome<()> {
