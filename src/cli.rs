@@ -325,6 +325,10 @@ pub struct Inference {
     /// [default: most of what is free]
     #[arg(long, value_name = "SIZE", value_parser = bytes)]
     pub device_memory: Option<usize>,
+    /// On a device: write the first 512 runs of the model's parts as a trace for Perfetto (ui.perfetto.dev), every op with its
+    /// time, FLOPs, bytes and share of what limits it
+    #[arg(long, value_name = "FILE")]
+    pub profile: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, ValueEnum, PartialEq, Eq, Debug)]

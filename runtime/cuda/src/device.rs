@@ -2,10 +2,14 @@
 
 use crate::api::check;
 use crate::gemm::Gemm;
+use crate::host::Pinned;
 use crate::library::driver;
+use crate::ranges::Ranges;
 use crate::survey::{Gpu, gpu, handle};
 use cudarc::driver::sys::{self, CUresult};
-use rambac_driver::{Arg, BufferId, Code, Device, Error, Extent, Matrix, ModuleId, Product, RecordId, Result, Space};
+use rambac_driver::{
+    Arg, BufferId, Code, Device, Error, EventId, Extent, HostId, Matrix, ModuleId, Product, RecordId, Result, Space,
+};
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
 use std::path::PathBuf;
@@ -57,6 +61,12 @@ pub struct CudaDevice {
     /// Something was replayed since the last synchronise: launches are not counted one by one.
     replayed: bool,
     records: Vec<Option<sys::CUgraphExec>>,
+    pinned: Pinned,
+    events: Vec<sys::CUevent>,
+    /// Events that were given back.
+    free_events: Vec<EventId>,
+    /// Where a tool shows what was being done; asked for with [`RANGES`].
+    ranges: Option<Ranges>,
     marks: Marks,
     /// The fault that ended it.
     lost: Option<(String, Option<usize>)>,
@@ -140,6 +150,10 @@ impl CudaDevice {
             recording: false,
             replayed: false,
             records: vec![],
+            pinned: Pinned::default(),
+            events: vec![],
+            free_events: vec![],
+            ranges: Ranges::wanted(),
             marks: Marks { clock: version >= CLOCK, ..Marks::default() },
             lost: None,
         })
@@ -179,6 +193,10 @@ impl CudaDevice {
     fn call(&mut self, name: &str, code: CUresult) -> Result<()> {
         let result = check(name, code);
         self.keep(result)
+    }
+
+    fn known(&self, event: EventId) -> Result<sys::CUevent> {
+        self.events.get(event.0).copied().ok_or_else(|| Error::refused(format!("there is no event {}", event.0)))
     }
 
     /// Address of `bytes` bytes of a buffer from byte `at` on.
@@ -240,10 +258,10 @@ impl CudaDevice {
                 self.call("cuStreamWriteValue32", code)?;
             }
         }
-        if self.blocking { self.wait() } else { Ok(()) }
+        if self.blocking { self.drain() } else { Ok(()) }
     }
 
-    fn wait(&mut self) -> Result<()> {
+    fn drain(&mut self) -> Result<()> {
         // SAFETY: the stream lives as long as `self`.
         let code = unsafe { sys::cuStreamSynchronize(self.stream) };
         self.call("cuStreamSynchronize", code)
@@ -382,7 +400,7 @@ impl Device for CudaDevice {
         // SAFETY: both ranges are whole, and `data` is borrowed until the stream has been waited for.
         let code = unsafe { sys::cuMemcpyDtoHAsync_v2(data.as_mut_ptr().cast(), from, data.len(), self.stream) };
         self.call("cuMemcpyDtoHAsync", code)?;
-        self.wait()
+        self.drain()
     }
 
     fn copy(&mut self, from: (BufferId, usize), to: (BufferId, usize), bytes: usize) -> Result<()> {
@@ -394,6 +412,105 @@ impl Device for CudaDevice {
         // SAFETY: both ranges are whole.
         let code = unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, bytes, self.stream) };
         self.call("cuMemcpyDtoDAsync", code)
+    }
+
+    fn alloc_host(&mut self, name: &str, bytes: usize) -> Result<HostId> {
+        self.enter()?;
+        let made = self.pinned.alloc(name, bytes);
+        self.keep(made)
+    }
+
+    fn free_host(&mut self, host: HostId) -> Result<()> {
+        self.enter()?;
+        let freed = self.pinned.free(host);
+        self.keep(freed)
+    }
+
+    fn write_host(&mut self, host: HostId, at: usize, data: &[u8]) -> Result<()> {
+        self.enter()?;
+        let to = self.pinned.place(host, at, data.len())?;
+        // SAFETY: the range is whole and this process's; no copy of it is under way, says the caller.
+        unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), to, data.len()) };
+        Ok(())
+    }
+
+    fn read_host(&mut self, host: HostId, at: usize, data: &mut [u8]) -> Result<()> {
+        self.enter()?;
+        let from = self.pinned.place(host, at, data.len())?;
+        // SAFETY: as above.
+        unsafe { std::ptr::copy_nonoverlapping(from, data.as_mut_ptr(), data.len()) };
+        Ok(())
+    }
+
+    fn upload(&mut self, from: (HostId, usize), to: (BufferId, usize), bytes: usize) -> Result<()> {
+        self.enter()?;
+        let (from, to) = (self.pinned.place(from.0, from.1, bytes)?, self.place(to.0, to.1, bytes)?);
+        if bytes == 0 {
+            return Ok(());
+        }
+        // SAFETY: both ranges are whole; pinned memory is given back only when no copy of it is under way.
+        let code = unsafe { sys::cuMemcpyHtoDAsync_v2(to, from.cast(), bytes, self.stream) };
+        self.call("cuMemcpyHtoDAsync", code)
+    }
+
+    fn download(&mut self, from: (BufferId, usize), to: (HostId, usize), bytes: usize) -> Result<()> {
+        self.enter()?;
+        let (from, to) = (self.place(from.0, from.1, bytes)?, self.pinned.place(to.0, to.1, bytes)?);
+        if bytes == 0 {
+            return Ok(());
+        }
+        // SAFETY: as above.
+        let code = unsafe { sys::cuMemcpyDtoHAsync_v2(to.cast(), from, bytes, self.stream) };
+        self.call("cuMemcpyDtoHAsync", code)
+    }
+
+    fn event(&mut self) -> Result<EventId> {
+        self.enter()?;
+        let id = match self.free_events.pop() {
+            Some(id) => id,
+            None => {
+                let mut event = std::ptr::null_mut();
+                let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
+                // SAFETY: a valid pointer; the event is given back in `drop`.
+                let code = unsafe { sys::cuEventCreate(&raw mut event, flags) };
+                self.call("cuEventCreate", code)?;
+                self.events.push(event);
+                EventId(self.events.len() - 1)
+            }
+        };
+        // SAFETY: both live as long as `self`.
+        let code = unsafe { sys::cuEventRecord(self.events[id.0], self.stream) };
+        if code != CUresult::CUDA_SUCCESS {
+            self.free_events.push(id);
+        }
+        self.call("cuEventRecord", code)?;
+        Ok(id)
+    }
+
+    fn wait(&mut self, event: EventId) -> Result<()> {
+        self.enter()?;
+        let event = self.known(event)?;
+        // SAFETY: it lives as long as `self`.
+        let code = unsafe { sys::cuEventSynchronize(event) };
+        self.call("cuEventSynchronize", code)
+    }
+
+    fn release(&mut self, event: EventId) -> Result<()> {
+        self.known(event)?;
+        self.free_events.push(event);
+        Ok(())
+    }
+
+    fn begin_range(&mut self, name: &str) {
+        if let Some(r) = &self.ranges {
+            r.begin(name);
+        }
+    }
+
+    fn end_range(&mut self) {
+        if let Some(r) = &self.ranges {
+            r.end();
+        }
     }
 
     fn launch(&mut self, module: ModuleId, kernel: &str, extent: Extent, args: &[Arg]) -> Result<()> {
@@ -472,7 +589,7 @@ impl Device for CudaDevice {
 
     fn synchronise(&mut self) -> Result<()> {
         self.enter()?;
-        self.wait()?;
+        self.drain()?;
         if let Some(p) = &mut self.progress {
             p.reset();
         }
@@ -591,6 +708,10 @@ impl Drop for CudaDevice {
             for b in self.buffers.iter().flatten() {
                 sys::cuMemFree_v2(b.address);
             }
+            for e in &self.events {
+                sys::cuEventDestroy_v2(*e);
+            }
+            self.pinned.clear();
             for m in &self.modules {
                 sys::cuModuleUnload(m.handle);
             }

@@ -21,7 +21,6 @@ use rambac_models::Config;
 use rambac_models::data::rng;
 use rambac_passes::optimise;
 use rambac_runtime::executor::StepTimes;
-use rambac_runtime::session::Segment;
 use rambac_runtime::{Session, SessionOptions};
 use rand::Rng;
 use serde_json::json;
@@ -57,8 +56,8 @@ pub fn run(a: &Bench, config: &Config, weights: Option<&Path>, pool: Arc<rayon::
             .collect(),
         false => session.parts().into_iter().map(|p| p.program().clone()).collect(),
     };
-    let (rng, segment) = (rng::stream(0, "bench", &[]), Segment::default());
-    let mut b = Infer { a, config, session, programs, rng, segment, logits: vec![] };
+    let rng = rng::stream(0, "bench", &[]);
+    let mut b = Infer { a, config, session, programs, rng, logits: vec![] };
     let r = if a.what == Work::Decode { b.decode()? } else { b.prefill()? };
     // Before this machine's rates are measured, which takes memory of its own.
     let rss = machine::peak_rss();
@@ -96,8 +95,6 @@ struct Infer<'a> {
     /// Its parts, in the order in which a token meets them.
     programs: Vec<Program>,
     rng: rand_chacha::ChaCha8Rng,
-    /// Of the last step.
-    segment: Segment,
     logits: Vec<f32>,
 }
 
@@ -121,8 +118,7 @@ impl Infer<'_> {
 
     /// One more token in every sequence; the logits.
     fn step(&mut self, ids: &[i32]) -> Result<&[f32]> {
-        self.session.step_into(ids, &mut self.segment).map_err(wrap)?;
-        self.session.logits_into(&self.segment.hidden, &mut self.logits).map_err(wrap)?;
+        self.session.decode_into(ids, &mut self.logits).map_err(wrap)?;
         Ok(&self.logits)
     }
 
