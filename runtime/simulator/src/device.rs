@@ -1,6 +1,6 @@
 //! The simulator as a device: modules, named buffers, launches.
 
-use crate::check::Finding;
+use crate::check::{Finding, place_name};
 use crate::count::Counts;
 use crate::decode::{Image, decode};
 use crate::error::Error;
@@ -14,7 +14,7 @@ use rambac_driver as driver;
 pub use rambac_driver::{Arg, BufferId, Code, Device, Extent, ModuleId};
 use rambac_driver::{Product, Space};
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 struct Loaded {
     ast: Module,
@@ -33,6 +33,8 @@ pub struct Simulator {
     modules: Vec<Loaded>,
     findings: Vec<Finding>,
     counts: Vec<Counts>,
+    /// Where counts go in place of `counts`.
+    log: Option<Arc<Mutex<Vec<Counts>>>>,
 }
 
 impl Simulator {
@@ -43,6 +45,11 @@ impl Simulator {
     /// One that fails a launch with findings.
     pub fn strict(options: Options) -> Simulator {
         Simulator { strict: true, ..Simulator::new(options) }
+    }
+
+    /// Counts of launches go to `log`, which others may read while a machine owns this.
+    pub fn logged(self, log: Arc<Mutex<Vec<Counts>>>) -> Simulator {
+        Simulator { log: Some(log), ..self }
     }
 
     /// Findings of all launches since the last call.
@@ -244,8 +251,17 @@ impl Simulator {
             params: &params,
             constants: &self.modules[module.0].constants,
         };
-        let outcome = run(&program, &mut self.memory, &request, self.options)?;
-        self.counts.push(outcome.counts);
+        let mut outcome = run(&program, &mut self.memory, &request, self.options)?;
+        for f in &mut outcome.findings {
+            f.at = f.source(&self.modules[module.0].ast.files);
+        }
+        for h in &mut outcome.counts.conflicting {
+            h.at = place_name(&h.place, &self.modules[module.0].ast.files);
+        }
+        match &self.log {
+            Some(log) => log.lock().unwrap_or_else(PoisonError::into_inner).push(outcome.counts),
+            None => self.counts.push(outcome.counts),
+        }
         if self.strict && !outcome.findings.is_empty() {
             return Err(Error::Findings { kernel: kernel.into(), findings: outcome.findings });
         }

@@ -3,7 +3,7 @@
 
 use crate::harness::Case;
 use crate::rig::{NOT_HERE, Rig};
-use crate::{attend, conv, elementwise, norm, pages, products, scan};
+use crate::{attend, conv, elementwise, norm, pages, products, rows, scan};
 use rambac_codegen::cuda::headers::HEADERS;
 use rayon::prelude::*;
 
@@ -24,6 +24,8 @@ const FAMILIES: &[(&str, Check)] = &[
     ("select_grad.cuh", attend::quick_selection_grad),
     ("attention.cuh", attend::quick_attention),
     ("map_each.cuh", elementwise::quick_each),
+    ("embedding.cuh", rows::quick_embedding),
+    ("cross_entropy.cuh", rows::quick_loss),
     ("conv.cuh", conv::quick),
     ("slots.cuh", conv::quick),
     ("rms_norm.cuh", norm::quick),
