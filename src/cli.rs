@@ -75,6 +75,15 @@ pub enum Verb {
     /// Compare a device with stored values and gradients: ops and whole models
     Check(Check),
     /// Run a CUDA kernel given as PTX on the CPU and say what it does wrong and what it moves
+    #[command(after_help = "\
+A kernel of your own, y = a·x + y of 1000 numbers:
+  nvcc --ptx -lineinfo saxpy.cu
+  rambac simulate saxpy.ptx --grid 8 --block 128 --arg y=f32[1000]:iota:rw --arg x=f32[1000]:random \\
+      --arg a=f32:2 --arg n=i32:1000 --report
+
+Each buffer lies by itself, so an index that leaves it is found, and so are reads of what nothing wrote, races, copies
+that are not waited for and barriers that not all threads come to. The status is 1 if anything was found. With -lineinfo
+findings name lines of the source.")]
     Simulate(Simulate),
 }
 

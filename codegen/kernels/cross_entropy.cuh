@@ -46,6 +46,7 @@ template <int THREADS, int VEC, class T> __device__ __forceinline__ float log_su
         a.join({__shfl_xor_sync(ALL_LANES, a.top, d), __shfl_xor_sync(ALL_LANES, a.sum, d)});
     if (lane_id() == 0) scratch[warp_id()] = a;
     __syncthreads();
+    // MUT loss_barrier: ;
     a = scratch[0];
 #pragma unroll
     for (int w = 1; w < THREADS / 32; w++) a.join(scratch[w]);
@@ -81,12 +82,11 @@ __device__ __forceinline__ void cross_entropy_row(L* y, const Z* z, i64 stride, 
         g = to_f32(dloss[row]);
         float at = LOSSES && label >= 0 && label < cols ? to_f32(zr[label]) : 0.f;
         lse = log_sum_exp<C::threads, VEC>(zr, cols, scratch);
+        // The gradient may overwrite the logits: before the barrier in there all have been read.
         loss = lse - at;
-        // The gradient may overwrite the logits: all have been read.
-        __syncthreads();
-        // MUT loss_overwritten: ;
     }
     if (LOSSES && threadIdx.x == 0) y[row] = from_f32<L>(loss);
+    // MUT loss_unwritten: if (LOSSES && threadIdx.x == 0 && label != C::ignore) y[row] = from_f32<L>(loss);
 #pragma unroll 2
     for (int j = threadIdx.x * VEC; j < cols; j += C::threads * VEC) {
         auto x = load<Z, VEC>(zr + j);
@@ -95,6 +95,7 @@ __device__ __forceinline__ void cross_entropy_row(L* y, const Z* z, i64 stride, 
         for (int i = 0; i < VEC; i++) {
             float p = label != C::ignore ? expf(to_f32(x[i]) - lse) : 0.f;
             d[i] = g * (p - (j + i == label ? 1.f : 0.f));
+            // MUT loss_label: d[i] = g * (p - (j == label ? 1.f : 0.f));
         }
         store_f32(dr + j, d);
     }

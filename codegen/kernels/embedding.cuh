@@ -18,6 +18,7 @@ __device__ __forceinline__ void embedding(const i32* ids, const typename C::T* t
     i32 id = ids[token];
     Vec<typename C::T, C::w> v{};
     if (id >= 0 && id < vocab) v = load<typename C::T, C::w>(table + (i64)id * cols + col);
+    // MUT embedding_bound: if (id <= vocab) v = load<typename C::T, C::w>(table + (i64)id * cols + col);
     store<typename C::T, C::w>(y + token * y_stride + col, v);
 }
 

@@ -106,6 +106,22 @@ pub fn train_step(loss: &Graph, opt: &AdamW, decays: impl Fn(&str) -> bool) -> R
     built(b)
 }
 
+/// As [`train_step`]; the gradient of every parameter is an output `grad.<name>`, too, for comparison.
+///
+/// # Errors
+/// As [`gradients`].
+pub fn train_step_with_gradients(
+    loss: &Graph,
+    opt: &AdamW,
+    decays: impl Fn(&str) -> bool,
+) -> Result<Graph, AutodiffError> {
+    let (g, grads) = with_gradients(loss, "loss")?;
+    let mut b = Builder::extend(g);
+    grads.iter().for_each(|(name, _, d)| b.output(&format!("grad.{name}"), *d));
+    update(&mut b, opt, &grads, None, decays);
+    built(b)
+}
+
 /// A micro-batch: adds every gradient of `loss_sum` into its accumulator, and `tokens` into theirs, so that the step's
 /// mean is over all tokens, however they fall into micro-batches.
 ///

@@ -1,7 +1,10 @@
 //! `rambac check`: a device against stored values and gradients.
 //!
 //! An op fixture is a safetensors file with inputs, upstream gradients, expected results and `grad.<input>`; which op it
-//! is follows from the tensors it holds.  A model fixture is a folder with config.json, weights and expected.safetensors.
+//! is follows from the tensors it holds.  A model fixture is a folder with config.json, weights and expected.safetensors; where that
+//! has the gradient of every parameter, a whole training step is run: clipping and the update must be what these give ([`update`]).
+
+mod update;
 
 use crate::cli::Check;
 use crate::device::{Gpu, On};
@@ -13,7 +16,7 @@ use rambac_ir::interp::{self, Precision};
 use rambac_ir::ops::*;
 use rambac_ir::{Bindings, Builder, Graph, HostArray, Ty, Value};
 use rambac_models::stack::{self, Carry};
-use rambac_passes::train_step::gradient_graph;
+use rambac_passes::train_step::{gradient_graph, train_step_with_gradients};
 use rambac_passes::{Options, gradients, optimise};
 use rambac_runtime::checkpoint::{Dtype, TensorFile};
 use rambac_runtime::gpu::Bytes;
@@ -45,7 +48,10 @@ pub fn run(a: &Check, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
         let case = if p.is_dir() { model_case(p)? } else { op_case(p)? };
         let name = p.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
         let got = match case.run(a.device, &pool) {
-            Ok(got) => got,
+            Ok(mut got) => {
+                case.differences(&mut got);
+                got
+            }
             // The others may still run.
             Err(e) => {
                 report(e.wrap_err(format!("{name} can't be run on {}", a.device)));
@@ -59,7 +65,8 @@ pub fn run(a: &Check, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
             let Some(have) = got.get(tensor) else {
                 return Err(miette!("{name}: the program computes no {tensor}, which the fixture expects"));
             };
-            let limit = if tensor.starts_with("grad.") { a.grad_tolerance } else { a.tolerance };
+            let of_gradients = ["grad.", update::UPDATE, "optim."].iter().any(|p| tensor.starts_with(p));
+            let limit = if of_gradients { a.grad_tolerance } else { a.tolerance };
             rows.push((tensor.clone(), error(have, want)?, limit));
         }
         rows.sort_by(|x, y| (y.1 / y.2).total_cmp(&(x.1 / x.2)));
@@ -153,7 +160,9 @@ impl Case {
         }
         let views: Vec<_> = inputs.iter().map(|(n, t)| (n.as_str(), t.view())).collect();
         let out = e.run(&self.dims, &views, &mut store).map_err(wrap)?;
-        Ok(out.into_iter().map(|(n, t)| (n, t.to_host())).collect())
+        let updated = store.0.iter().filter(|(n, _)| self.graph.output(n).is_some());
+        let updated: Vec<_> = updated.map(|(n, t)| (n.clone(), t.to_host())).collect();
+        Ok(out.into_iter().map(|(n, t)| (n, t.to_host())).chain(updated).collect())
     }
 
     fn run_on(&self, mut gpu: Gpu, program: Program) -> Result<BTreeMap<String, HostArray>> {
@@ -162,8 +171,22 @@ impl Case {
         for (name, a) in &self.given {
             gpu.machine.set(name, &Bytes::from_host(a)).map_err(wrap)?;
         }
-        let out = gpu.machine.run(id, &self.dims, &[]).map_err(wrap)?;
+        let mut out = gpu.machine.run(id, &self.dims, &[]).map_err(wrap)?;
+        for name in self.given.keys().filter(|n| self.graph.output(n).is_some()) {
+            let new = gpu.machine.get(name).map_err(wrap)?;
+            out.extend(new.map(|b| (name.clone(), b)));
+        }
         Ok(out.into_iter().map(|(n, b)| (n, b.to_host())).collect())
+    }
+
+    /// Beside every new value of a parameter what was added to it: of the value itself that is a small part.
+    fn differences(&self, got: &mut BTreeMap<String, HostArray>) {
+        for name in self.expected.keys().filter_map(|n| n.strip_prefix(update::UPDATE)) {
+            if let (Some(new), Some(old)) = (got.get(name), self.given.get(name)) {
+                let d = HostArray::f32(&old.shape, (0..old.len()).map(|i| new.get(i) - old.get(i)));
+                got.insert(format!("{}{name}", update::UPDATE), d);
+            }
+        }
     }
 }
 
@@ -203,7 +226,15 @@ fn model_case(dir: &Path) -> Result<Case> {
     };
     given.insert("loss_weights".into(), HostArray::f32(&[n, l], vec![1.0; n * l]));
     let loss = stack::loss(&config, Carry::Zero, true).map_err(wrap)?;
-    let graph = gradient_graph(&loss).map_err(wrap)?;
+    let graph = match update::Step::of(&config, &given, &expected) {
+        Some(step) => {
+            let graph = train_step_with_gradients(&loss, &step.optimiser, |n| step.decays(n)).map_err(wrap)?;
+            step.states(&mut given);
+            step.expect(&given, &mut expected);
+            graph
+        }
+        None => gradient_graph(&loss).map_err(wrap)?,
+    };
     Ok(Case { graph, dims: Bindings::new([("N", n), ("L", l)]), given, expected })
 }
 

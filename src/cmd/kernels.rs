@@ -1,7 +1,10 @@
 //! `rambac kernels`: the table of all GPU kernels of tiny, small, 370m and 3b, as docs/kernels.md holds it (`cargo xtask kernels`).
 //!
-//! Everything but what ptxas says of a kernel is made again in a second; that is why `--check` compiles nothing: it takes those figures
-//! from the file, where they stand beside a hash of the kernel's text (stub and headers), and refuses them where the text is another.
+//! Everything but what ptxas and the simulator say of a kernel is made again in a second; that is why `--check` compiles and runs
+//! nothing: it takes those figures from the file, where they stand beside a hash of the kernel's text (stub and headers), and
+//! refuses them where the text is another.
+
+mod traffic;
 
 use crate::cli;
 use crate::cmd::explain::gpu::{Chosen, Forms};
@@ -86,17 +89,27 @@ enum Figures {
         cache: Cache,
     },
     /// A report's compilers, and cells by architecture, name and text.
-    Known((String, Cells)),
+    Known(Known),
+}
+
+/// What a report says.
+struct Known {
+    by: String,
+    cells: Cells,
+    /// As `cells`, of what kernels move.
+    moved: Cells,
 }
 
 type Cells = BTreeMap<(String, String, String), String>;
 
 /// Cells of a line between its threads and its presets: registers, spilled bytes, shared bytes, blocks.
 const CELLS: usize = 4;
+/// Cells of a line of what a kernel moves, between its text and its models: bytes, ratio, accesses of shared memory, conflicts.
+const MOVED: usize = 4;
 
 /// What a report says of compilers and kernels.
-fn known(report: &str) -> (String, Cells) {
-    let (mut cells, mut arch) = (Cells::new(), String::new());
+fn known(report: &str) -> Known {
+    let (mut cells, mut moved, mut arch) = (Cells::new(), Cells::new(), String::new());
     let by = report.lines().find_map(|l| l.strip_prefix(BY)?.split_once(". ")).map_or(String::new(), |l| l.0.into());
     for line in report.lines() {
         if let Some(a) = line.strip_prefix("## ") {
@@ -107,15 +120,18 @@ fn known(report: &str) -> (String, Cells) {
         if let (Some(name), true) = (name, parts.len() == CELLS + 4) {
             cells.insert((arch.clone(), name.into(), parts[1].into()), parts[3..3 + CELLS].join(" | "));
         }
+        if let (Some(name), true) = (name, parts.len() == MOVED + 3) {
+            moved.insert((arch.clone(), name.into(), parts[1].into()), parts[2..2 + MOVED].join(" | "));
+        }
     }
-    (by, cells)
+    Known { by, cells, moved }
 }
 
 impl Figures {
     fn by(&self) -> String {
         match self {
             Figures::Compiled { by, .. } => by.iter().map(Nvrtc::name).collect::<Vec<_>>().join(" and "),
-            Figures::Known((by, _)) => by.clone(),
+            Figures::Known(k) => k.by.clone(),
         }
     }
 
@@ -123,17 +139,7 @@ impl Figures {
     fn cells(&self, arch: Arch, rows: &BTreeMap<String, Row>) -> Result<Vec<String>> {
         let (by, cache) = match self {
             Figures::Compiled { by, cache } => (by, cache),
-            Figures::Known((_, cells)) => {
-                let one = |(name, r): (&String, &Row)| {
-                    let key = (arch.to_string(), name.clone(), r.text());
-                    let stale = || {
-                        let help = "cargo xtask kernels compiles what is new and writes it again";
-                        miette!(help = help, "the report's figures are not of {name} for {arch} as it is now")
-                    };
-                    cells.get(&key).cloned().ok_or_else(stale)
-                };
-                return rows.iter().map(one).collect();
-            }
+            Figures::Known(k) => return k.of(&k.cells, arch, rows),
         };
         let target = Target::of(arch);
         let all: Vec<&Row> = rows.values().collect();
@@ -162,6 +168,21 @@ impl Figures {
     }
 }
 
+impl Known {
+    /// The cells of every kernel, in order.
+    fn of(&self, cells: &Cells, arch: Arch, rows: &BTreeMap<String, Row>) -> Result<Vec<String>> {
+        let one = |(name, r): (&String, &Row)| {
+            let key = (arch.to_string(), name.clone(), r.text());
+            let stale = || {
+                let help = "cargo xtask kernels compiles and counts what is new and writes it again";
+                miette!(help = help, "the report's figures are not of {name} for {arch} as it is now")
+            };
+            cells.get(&key).cloned().ok_or_else(stale)
+        };
+        rows.iter().map(one).collect()
+    }
+}
+
 /// A mode of a preset: its programs with the work of their steps and their sizes.
 struct Section {
     preset: &'static str,
@@ -178,7 +199,7 @@ fn section(preset_name: &'static str, mode: &'static str) -> Result<Section> {
         let costs = p.costs(&dims).map_err(wrap)?;
         Ok((p, costs, dims))
     };
-    let programs = graphs(&config, mode)?.into_iter().map(one).collect::<Result<_>>()?;
+    let programs = graphs(&config, mode, LEN)?.into_iter().map(one).collect::<Result<_>>()?;
     Ok(Section { preset: preset_name, mode, programs })
 }
 
@@ -214,18 +235,60 @@ fn report(figures: &Figures) -> Result<String> {
             let (text, threads) = (k.text(), k.kernel.threads);
             let _ = writeln!(out, "| `{name}` | {text} | {threads} | {cells} | {} |", used.join(", "));
         }
+        moved(&mut out, figures, arch)?;
     }
     Ok(out)
 }
 
-/// The graphs of a mode with their sizes.
-fn graphs(c: &Config, mode: &str) -> Result<Vec<(Graph, Bindings)>> {
-    if mode.starts_with(MODES[0]) {
-        return Ok(vec![(model_step(c, &AdamW::default())?, Bindings::new([("N", 1), ("L", LEN)]))]);
+/// What kernels move and how they meet in shared memory.
+fn moved(out: &mut String, figures: &Figures, arch: Arch) -> Result<()> {
+    let runs = traffic::Runs::new(arch)?;
+    let cells: Vec<String> = match figures {
+        Figures::Known(k) => k.of(&k.moved, arch, &runs.kernels)?,
+        Figures::Compiled { by, cache } => {
+            let counts = runs.count(&by[0], cache)?;
+            let one = |name: &String| {
+                let m = counts[name];
+                let (ratio, share) = m.shares();
+                let mark = |bad: bool, text: String| if bad { format!("**{text}**") } else { text };
+                let ratio = mark(ratio > traffic::MOST.0, format!("{ratio:.2}"));
+                let share = mark(share > traffic::MOST.1, format!("{:.1} %", 100.0 * share));
+                format!("{} | {ratio} | {} | {share}", show::si(m.moved as f64, "B"), show::si(m.passes as f64, ""))
+            };
+            runs.kernels.keys().map(one).collect()
+        }
+    };
+    let over = |at: usize| cells.iter().filter(|c| c.split(" | ").nth(at).is_some_and(|c| c.starts_with("**"))).count();
+    let _ = writeln!(
+        out,
+        "\n### What kernels of {arch} move\n\n\
+         Counted by the simulator at N=1 and {} tokens, for 370m with a layer of each kind. *Bytes* are those of the 32-byte\n\
+         sectors that instructions move, as if nothing were cached, over all launches; *of the least* is their ratio to what the\n\
+         kernel's blocks can't do without, by the order of its loops: whatever a block reads or writes, once. Of {} kernels {}\n\
+         move more than {} of it, and of {} more than {} % of accesses to shared memory are conflicts of banks.\n",
+        traffic::LEN,
+        cells.len(),
+        over(1),
+        traffic::MOST.0,
+        over(3),
+        100.0 * traffic::MOST.1
+    );
+    *out += "| kernel | text | bytes | of the least | shared accesses | conflicts | models |\n|---|---|---|---|---|---|---|\n";
+    for ((name, k), cells) in runs.kernels.iter().zip(cells) {
+        let used: Vec<&str> = k.used.iter().copied().collect();
+        let _ = writeln!(out, "| `{name}` | {} | {cells} | {} |", k.text(), used.join(", "));
     }
-    let chunks = LEN / c.chunk_size;
+    Ok(())
+}
+
+/// The graphs of a mode with their sizes, of a text of `len` tokens.
+fn graphs(c: &Config, mode: &str, len: usize) -> Result<Vec<(Graph, Bindings)>> {
+    if mode.starts_with(MODES[0]) {
+        return Ok(vec![(model_step(c, &AdamW::default())?, Bindings::new([("N", 1), ("L", len)]))]);
+    }
+    let chunks = len / c.chunk_size;
     let prefill = mode.starts_with(MODES[1]);
-    let (l, b) = if prefill { (LEN, chunks) } else { (1, 1) };
+    let (l, b) = if prefill { (len, chunks) } else { (1, 1) };
     let parts = model::session_graphs(c)?;
     // A token in `chunk_size` makes a chunk, and nothing here skims.
     let run = |name: &str| name != "upper_flash" && (name != "chunks" || prefill);
@@ -291,10 +354,12 @@ mod tests {
         let text = "Made by `cargo xtask kernels` with NVRTC 12.9 and NVRTC 13.0. FLOPs\n\n## sm_80\n\n\
                     | kernel | text | threads | registers | spilled bytes | shared bytes | blocks/SM (counted on) | presets |\n\
                     |---|---|---|---|---|---|---|---|\n\
-                    | `map_1` | 0a1b2c3d | 256 | 32, 40 | 0 | 0 | 8 (1) | tiny, 3b |\n";
-        let (by, cells) = known(text);
-        assert_eq!(by, "NVRTC 12.9 and NVRTC 13.0");
-        let key = ("sm_80".into(), "map_1".into(), "0a1b2c3d".into());
-        assert_eq!(cells, Cells::from([(key, "32, 40 | 0 | 0 | 8 (1)".into())]));
+                    | `map_1` | 0a1b2c3d | 256 | 32, 40 | 0 | 0 | 8 (1) | tiny, 3b |\n\n\
+                    | `map_1` | 0a1b2c3d | 1.5 MB | 1.00 | 0 | 0.0 % | tiny |\n";
+        let k = known(text);
+        assert_eq!(k.by, "NVRTC 12.9 and NVRTC 13.0");
+        let key: (String, String, String) = ("sm_80".into(), "map_1".into(), "0a1b2c3d".into());
+        assert_eq!(k.cells, Cells::from([(key.clone(), "32, 40 | 0 | 0 | 8 (1)".into())]));
+        assert_eq!(k.moved, Cells::from([(key, "1.5 MB | 1.00 | 0 | 0.0 %".into())]));
     }
 }

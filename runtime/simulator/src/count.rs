@@ -1,6 +1,6 @@
 //! What a launch did, in numbers: instructions, traffic, conflicts.
 
-use crate::isa::{Class, Op, Program};
+use crate::isa::{Class, Op, Place, Program};
 use std::collections::BTreeMap;
 
 /// Of one instruction of the program.
@@ -17,6 +17,19 @@ pub struct PcCount {
     pub conflicts: u64,
 }
 
+/// An instruction that costs much.
+#[derive(Clone, Debug)]
+pub struct Hot {
+    pub place: Place,
+    /// The place in words; empty until a device has said it.
+    pub at: String,
+    pub mnemonic: String,
+    pub count: PcCount,
+}
+
+/// Instructions that are told one by one, at most.
+const HOT: usize = 8;
+
 /// Of one buffer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Traffic {
@@ -26,11 +39,50 @@ pub struct Traffic {
     pub write_bytes: u64,
     pub write_sectors: u64,
     pub atomics: u64,
+    /// The least that the blocks could do with: every sector that a cluster of blocks reads or writes counts once for it.
+    /// Counted if [`Options::footprint`](crate::Options) says so.
+    pub least_sectors: u64,
+}
+
+/// Sectors that a cluster of blocks has read and written, by buffer.
+#[derive(Default)]
+pub struct Footprint {
+    /// Bits by sector; of buffer `b` reads at `2·b`, writes after it.
+    maps: Vec<Vec<u64>>,
+    /// Words that are not 0.
+    dirty: Vec<(u32, u32)>,
+}
+
+impl Footprint {
+    /// Whether this is the first time.
+    pub fn first(&mut self, buffer: usize, sector: usize, store: bool) -> bool {
+        let map = 2 * buffer + usize::from(store);
+        if self.maps.len() <= map {
+            self.maps.resize_with(map + 1, Vec::new);
+        }
+        let (bits, word) = (&mut self.maps[map], sector / 64);
+        if bits.len() <= word {
+            bits.resize(word + 1, 0);
+        }
+        let old = bits[word];
+        if old == 0 {
+            self.dirty.push((map as u32, word as u32));
+        }
+        bits[word] |= 1 << (sector % 64);
+        old >> (sector % 64) & 1 == 0
+    }
+
+    pub fn clear(&mut self) {
+        for (map, word) in self.dirty.drain(..) {
+            self.maps[map as usize][word as usize] = 0;
+        }
+    }
 }
 
 /// Counts of a launch.
 #[derive(Clone, Debug, Default)]
 pub struct Counts {
+    pub kernel: String,
     /// Instructions by class: (warps, threads).
     pub classes: BTreeMap<Class, (u64, u64)>,
     pub warp_instructions: u64,
@@ -43,11 +95,13 @@ pub struct Counts {
     pub shared_conflicts: u64,
     /// By buffer's name, in order of allocation.
     pub buffers: Vec<(String, Traffic)>,
+    /// Where most conflicts come from, worst first.
+    pub conflicting: Vec<Hot>,
 }
 
 impl Counts {
     pub fn new(program: &Program, pcs: &[PcCount], names: &[String], traffic: &[Traffic]) -> Counts {
-        let mut c = Counts::default();
+        let mut c = Counts { kernel: program.name.clone(), ..Counts::default() };
         for (i, p) in pcs.iter().enumerate() {
             if p.warps == 0 {
                 continue;
@@ -67,6 +121,16 @@ impl Counts {
                 _ => {}
             }
         }
+        let mut worst: Vec<usize> = (0..pcs.len()).filter(|&i| pcs[i].conflicts > 0).collect();
+        worst.sort_by_key(|&i| (std::cmp::Reverse(pcs[i].conflicts), i));
+        worst.truncate(HOT);
+        let hot = |i: usize| Hot {
+            place: program.places[i],
+            at: String::new(),
+            mnemonic: program.mnemonics[i].clone(),
+            count: pcs[i],
+        };
+        c.conflicting = worst.into_iter().map(hot).collect();
         c.buffers = names.iter().cloned().zip(traffic.iter().copied()).collect();
         c
     }

@@ -1,6 +1,6 @@
 //! The simulator as a device: modules, named buffers, launches.
 
-use crate::check::Finding;
+use crate::check::{Finding, place_name};
 use crate::count::Counts;
 use crate::decode::{Image, decode};
 use crate::error::Error;
@@ -43,6 +43,8 @@ pub struct Simulator {
     host: HostMemory,
     /// Texts that were parsed, by this simulator and those that are like it.
     parsed: Arc<Mutex<HashMap<String, Arc<Parsed>>>>,
+    /// Where counts go in place of `counts`.
+    log: Option<Arc<Mutex<Vec<Counts>>>>,
 }
 
 impl Simulator {
@@ -59,6 +61,11 @@ impl Simulator {
     pub fn like(&self) -> Simulator {
         let parsed = self.parsed.clone();
         Simulator { options: self.options, strict: self.strict, parsed, ..Simulator::default() }
+    }
+
+    /// Counts of launches go to `log`, which others may read while a machine owns this.
+    pub fn logged(self, log: Arc<Mutex<Vec<Counts>>>) -> Simulator {
+        Simulator { log: Some(log), ..self }
     }
 
     /// Findings of all launches since the last call.
@@ -280,8 +287,17 @@ impl Simulator {
             params: &params,
             constants: &self.modules[module.0].constants,
         };
-        let outcome = run(&program, &mut self.memory, &request, self.options)?;
-        self.counts.push(outcome.counts);
+        let mut outcome = run(&program, &mut self.memory, &request, self.options)?;
+        for f in &mut outcome.findings {
+            f.at = f.source(&self.modules[module.0].text.ast.files);
+        }
+        for h in &mut outcome.counts.conflicting {
+            h.at = place_name(&h.place, &self.modules[module.0].text.ast.files);
+        }
+        match &self.log {
+            Some(log) => log.lock().unwrap_or_else(PoisonError::into_inner).push(outcome.counts),
+            None => self.counts.push(outcome.counts),
+        }
         if self.strict && !outcome.findings.is_empty() {
             return Err(Error::Findings { kernel: kernel.into(), findings: outcome.findings });
         }

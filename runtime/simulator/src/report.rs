@@ -62,10 +62,15 @@ pub fn counts(c: &Counts) -> String {
     }
     let _ = writeln!(
         out,
-        "shared memory: {} passes, {} of them by bank conflicts",
+        "shared memory: {} passes, {} of them by bank conflicts ({:.1} %)",
         grouped(c.shared_passes),
-        grouped(c.shared_conflicts)
+        grouped(c.shared_conflicts),
+        100.0 * c.shared_conflicts as f64 / c.shared_passes.max(1) as f64
     );
+    for h in &c.conflicting {
+        let (passes, more) = (grouped(h.count.passes), grouped(h.count.conflicts));
+        let _ = writeln!(out, "    {more} of {passes} at {}: {}", h.at, h.mnemonic);
+    }
     let _ = writeln!(out, "barriers: {} (passed by warps)", grouped(c.barriers));
     if c.tensor_flops > 0 {
         let _ = writeln!(out, "tensor cores: {} FLOP", grouped(c.tensor_flops));

@@ -494,6 +494,16 @@ fn halves() {
         let (a, b) = (h(t[0]), h(t[1]));
         ph(if b.is_nan() || (!a.is_nan() && a.total_cmp(&b).is_gt()) { a } else { b })
     });
+    // Subnormal numbers are zeros of their sign, as operands and as results; not without `.ftz`.
+    let zero = |x: u64| if x & 0x7c00 == 0 { x & 0x8000 } else { x };
+    check("add.ftz.f16", "f16", &["f16", "f16"], |t| zero(ph(h(zero(t[0])) + h(zero(t[1])))));
+    check("mul.ftz.f16", "f16", &["f16", "f16"], |t| zero(ph(h(zero(t[0])) * h(zero(t[1])))));
+    check("neg.ftz.f16", "f16", &["f16"], |t| zero(t[0]) ^ 0x8000);
+    check("mul.ftz.f16x2", "f16x2", &["f16x2", "f16x2"], |t| {
+        let one = |x: u64, y: u64| zero(ph(h(zero(x & 0xffff)) * h(zero(y & 0xffff))));
+        one(t[0], t[1]) | one(t[0] >> 16, t[1] >> 16) << 16
+    });
+    check("setp.lt.ftz.f16", "pred", &["f16", "f16"], |t| u64::from(h(zero(t[0])) < h(zero(t[1]))));
     check("neg.bf16", "bf16", &["bf16"], |t| t[0] ^ 0x8000);
     check("fma.rn.f16x2", "f16x2", &["f16x2", "f16x2", "f16x2"], |t| {
         // Exact products; sums in f64 lose nothing for exponents within 11 bits of each other, else compare by thirds.

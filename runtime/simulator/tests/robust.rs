@@ -196,6 +196,16 @@ fn findings_name_their_place() {
     let f = all.iter().find(|f| f.kind == Kind::OutOfBounds).unwrap();
     assert_eq!((f.thread, f.block, f.place.line, f.count), ([31, 0, 0], [0, 0, 0], line(&wrong, "st.global"), 2));
     assert_eq!(f.message, "a store of 4 bytes of buffer \"out\" (128 bytes), 0 bytes past its end");
+    let text = f.to_string();
+    for part in [
+        f.kernel.as_str(),
+        "\"out\"",
+        "block (0, 0, 0), thread (31, 0, 0)",
+        "address 0x",
+        &format!("PTX line {}", f.place.line),
+    ] {
+        assert!(text.contains(part), "no {part:?} in {text}");
+    }
     let unwaited = run(&PTX.replace("cp.async.wait_group 0;", ""), 32).unwrap();
     assert_eq!(unwaited[0].kind, Kind::AsyncUnwaited);
 }

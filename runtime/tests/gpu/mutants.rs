@@ -3,7 +3,7 @@
 
 use crate::harness::Case;
 use crate::rig::{NOT_HERE, Rig};
-use crate::{attend, conv, elementwise, norm, pages, products, scan, vocabulary};
+use crate::{attend, conv, elementwise, norm, pages, products, rows, scan, vocabulary};
 use rambac_codegen::cuda::headers::HEADERS;
 use rayon::prelude::*;
 
@@ -28,6 +28,8 @@ const FAMILIES: &[(&str, Check)] = &[
     ("mix.cuh", vocabulary::quick_mix),
     ("any_size.cuh", vocabulary::quick_any),
     ("map_each.cuh", elementwise::quick_each),
+    ("embedding.cuh", rows::quick_embedding),
+    ("cross_entropy.cuh", rows::quick_loss),
     ("conv.cuh", conv::quick),
     ("slots.cuh", conv::quick),
     ("rms_norm.cuh", norm::quick),

@@ -4,10 +4,44 @@ use crate::harness::Case;
 use crate::rig::{Check, Input, Rig};
 use rambac_ir::ops::*;
 use rambac_ir::testing::Rng;
-use rambac_ir::{Bindings, DType, Dim, Ty};
+use rambac_ir::{Bindings, DType, Dim, HostArray, Ty};
 
 pub const ALL: &[Case] =
     &[("cross_entropy", cross_entropy), ("linear_cross_entropy", linear_cross_entropy), ("embedding", embedding)];
+
+/// `[N, L, more..]`
+fn rows_of(more: &[usize]) -> Vec<Dim> {
+    [Dim::sym("N"), Dim::sym("L")].into_iter().chain(more.iter().map(|&c| Dim::int(c))).collect()
+}
+
+/// What finds defects of the loss's templates: rows of several warps, of one vector and of two a thread; one that does not count.
+pub fn quick_loss(rig: &Rig) -> Result<(), String> {
+    let (mut rng, vocab) = (Rng(4), 1500);
+    let d = Bindings::new([("N", 1), ("L", 3)]);
+    let labels = HostArray::i32(&[1, 3], vec![vocab as i32 - 1, -100, 1]);
+    let labels = Input::of(Ty::i32(rows_of(&[])), labels);
+    let mut real = |t: Ty| Input::new(&mut rng, t, &d, -2.0, 2.0);
+    let g = real(Ty::f32(rows_of(&[])));
+    let z = real(Ty::f32(rows_of(&[vocab])));
+    let x = vec![z, labels.clone(), g.clone()];
+    rig.check(&Check::new(CrossEntropy { ignore: -100 }, x[..2].to_vec(), &d, 2e-6))?;
+    rig.check(&Check::new(CrossEntropyGrad { ignore: -100 }, x, &d, 2e-6))?;
+    let x = vec![real(Ty::f32(rows_of(&[8]))), real(Ty::f32([Dim::int(vocab), Dim::int(8)])), labels, g];
+    rig.check(&Check::new(LinearCrossEntropyGrad { ignore: -100 }, x, &d, 4e-6)).map(drop)
+}
+
+/// As [`quick_loss`], of the embedding's: ids of several warps and tiles, some of no row of the table, columns that fill no warp.
+pub fn quick_embedding(rig: &Rig) -> Result<(), String> {
+    let (mut rng, vocab, cols, tokens) = (Rng(5), 70, 33, 300);
+    let d = Bindings::new([("N", 1), ("L", tokens)]);
+    let ids: Vec<i32> = (0..tokens).map(|_| rng.below(vocab) as i32).collect();
+    let ids = Input::of(Ty::i32(rows_of(&[])), HostArray::i32(&[1, tokens], ids));
+    let mut real = |t: Ty| Input::new(&mut rng, t, &d, -1.0, 1.0);
+    let table = real(Ty::f32([Dim::int(vocab), Dim::int(cols)]));
+    let dy = real(Ty::f32(rows_of(&[cols])));
+    rig.check(&Check::new(Embedding {}, vec![ids.clone(), table], &d, 0.0))?;
+    rig.check(&Check::new(EmbeddingGrad { vocab: Dim::int(vocab) }, vec![ids, dy], &d, 1e-6)).map(drop)
+}
 
 fn cross_entropy(rig: &Rig) -> Result<String, String> {
     let mut rng = Rng(1);

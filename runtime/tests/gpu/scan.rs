@@ -16,6 +16,7 @@ pub const ALL: &[Case] = &[
     ("scan_grad_segments", grad_segments),
     ("scan_hopper", hopper),
     ("scan_370m", model),
+    ("scan_conflicts_in_f32", conflicts),
 ];
 
 /// Sizes of a scan: heads, head_dim, groups, state.
@@ -238,6 +239,23 @@ fn grad_segments(rig: &Rig) -> Result<String, String> {
         takes(rig, backward(&all, &d, tolerance, sms), "scan_grad_segments")?;
     }
     Ok(String::new())
+}
+
+/// The 370M model's sizes in f32: where accesses to shared memory meet in a bank.
+fn conflicts(rig: &Rig) -> Result<String, String> {
+    let d = Bindings::new([("N", 1), ("L", 64)]);
+    let all = inputs(&mut Rng(11), DType::F32, (2, 64, 1, 128), &d, false);
+    let mut text = String::new();
+    for c in [forward(&all, &d, 4e-6, 1), backward(&all, &d, 2e-5, 1)] {
+        let seen = rig.check(&c)?;
+        for c in &seen.counts {
+            let part = c.shared_conflicts as f64 / c.shared_passes.max(1) as f64;
+            let lines: Vec<String> =
+                c.conflicting.iter().map(|h| format!("      {} at {}", h.count.conflicts, h.at)).collect();
+            text += &format!("\n    {}: {:.1} % of {}\n{}", c.kernel, 100.0 * part, c.shared_passes, lines.join("\n"));
+        }
+    }
+    Ok(text)
 }
 
 /// The 370M model's sizes on both architectures: no spills, conflicts below 2 %, the states of whole sequences on chip.

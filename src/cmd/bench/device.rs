@@ -7,7 +7,6 @@ use crate::error::{Result, wrap};
 use half::bf16;
 use miette::miette;
 use rambac_codegen::{Kernels, MemoryPlan, Program, lower_for};
-use rambac_driver::{Float, Matrix, Product};
 use rambac_ir::ops::SourceKind;
 use rambac_ir::ty::ConcreteTy;
 use rambac_ir::{DType, Graph};
@@ -19,70 +18,26 @@ use rambac_runtime::{MicroBatch, Store};
 use rand::Rng;
 use std::time::{Duration, Instant};
 
-/// Timed runs of a rate, of which the shortest counts.
-const RATE_RUNS: usize = 10;
-/// Bytes of the array whose copy is timed.
-const COPY: usize = 1 << 30;
-/// Side of the square product that is timed.
-const SIDE: usize = 8192;
 /// Random numbers that are made; arrays repeat them.
 const RANDOM: usize = (1 << 20) + 7;
 
-/// What a device reaches in plain work: a large copy, and a large product in the precision of the bench.
+/// What a device reaches in plain work, and in products of this precision.
 ///
 /// # Errors
 /// It has no clock, or no memory for that.
 pub fn limits(on: On, precision: PrecisionArg) -> Result<Limits> {
-    let mut device = on.open()?;
-    let (float, name) = match precision {
-        PrecisionArg::Bf16 => (Float::Bf16, "bf16"),
-        PrecisionArg::F32 => (Float::F32, "f32"),
-    };
-    let bytes = SIDE * SIDE * float.bytes();
-    let [a, b, c] = ["a", "b", "c"].map(|n| device.alloc(n, bytes));
-    let [a, b, c] = [a.map_err(wrap)?, b.map_err(wrap)?, c.map_err(wrap)?];
-    // Of zeros: a card that is short of power would run them faster than numbers.
-    let pattern = |k: usize| pattern(&ConcreteTy { dtype: dtype(float), shape: vec![SIDE, SIDE] }, (-1.0, 1.0), k);
-    device.copy_in(a, 0, &pattern(1)).map_err(wrap)?;
-    device.copy_in(b, 0, &pattern(2)).map_err(wrap)?;
-    let matrix = |buffer| Matrix { buffer, at: 0, float, ld: SIDE, step: 0, trans: false };
-    let p = Product { batch: 1, m: SIDE, n: SIDE, k: SIDE, a: matrix(a), b: matrix(b), c: matrix(c), plus: None };
-    let product = shortest(&mut *device, |d| d.product(&p))?;
-    [a, b, c].into_iter().try_for_each(|b| device.free(b)).map_err(wrap)?;
-    let (from, to) = (device.alloc("from", COPY).map_err(wrap)?, device.alloc("to", COPY).map_err(wrap)?);
-    let copy = shortest(&mut *device, |d| d.copy((from, 0), (to, 0), COPY))?;
-    Ok(Limits {
-        of: device.name().to_string(),
-        products: format!("large products in {name}"),
-        gemm: 2.0 * (SIDE as f64).powi(3) / product,
-        copy: 2.0 * COPY as f64 / copy,
-    })
-}
-
-fn dtype(f: Float) -> DType {
-    if f == Float::Bf16 { DType::BF16 } else { DType::F32 }
-}
-
-/// Seconds of the shortest of several runs, after some that do not count.
-fn shortest(
-    device: &mut dyn Device,
-    mut start: impl FnMut(&mut dyn Device) -> rambac_driver::Result<()>,
-) -> Result<f64> {
-    for _ in 0..WARM_UP {
-        start(device).map_err(wrap)?;
-    }
-    device.laps().map_err(wrap)?;
-    device.mark().map_err(wrap)?;
-    for _ in 0..RATE_RUNS {
-        start(device).map_err(wrap)?;
-        device.mark().map_err(wrap)?;
-    }
-    let laps = device.laps().map_err(wrap)?.filter(|l| !l.is_empty());
-    let laps = laps.ok_or_else(|| {
-        let help = "bench --device cpu or cuda:0; a CUDA driver before 12.8 has none either";
-        miette!(help = help, "{}: it has no clock, so there is nothing to time", device.name())
+    let mut gpu = Gpu::open(on)?;
+    let rates = gpu.machine.rates().map_err(wrap)?;
+    let of = gpu.machine.device().name().to_string();
+    let rates = rates.ok_or_else(|| {
+        let help = "use --device cpu, or a CUDA driver of version 12.8 or later";
+        miette!(help = help, "{of} has no clock, so there is nothing to time")
     })?;
-    Ok(laps.into_iter().fold(f64::INFINITY, f64::min))
+    let (gemm, name) = match precision {
+        PrecisionArg::Bf16 => (rates.bf16, "bf16"),
+        PrecisionArg::F32 => (rates.f32, "f32"),
+    };
+    Ok(Limits { of, products: format!("large products in {name}"), gemm, copy: rates.copy })
 }
 
 /// Random floats in a range, of which only the first [`RANDOM`] are made.

@@ -1,15 +1,16 @@
 //! The last accesses of every grain of global memory in one launch.
 //!
 //! Within a cluster order is kept as in shared memory.  Between clusters an access lies in another's past only through
-//! a release (a device-wide fence, then an atomic or strong store) that the other read by an atomic or strong load;
-//! clusters learn as a whole.  Kept per grain: the last writer and the last readers of two clusters; so a race with a
-//! reader further back can be missed in one schedule.
+//! a release (a device-wide fence, then an atomic or strong store) that a thread of the other read by an atomic or strong load.
+//! Kept per grain: the last writer and the last readers of two clusters; so a race with a reader further back can be
+//! missed in one schedule.
 
+use crate::check::past::{Known, Past};
 use crate::check::shared::Actor;
-use crate::memory::Buffer;
+use crate::memory::{Buffer, GlobalMemory};
 use std::collections::HashMap;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, Ordering::Relaxed, Ordering::SeqCst};
+use std::sync::{Mutex, OnceLock};
 
 const CLOCK: u32 = 28;
 const THREAD: u32 = 14;
@@ -33,9 +34,6 @@ fn cluster(stamp: u64) -> u32 {
     (stamp >> (CLOCK + THREAD)) as u32 & ((1 << CLUSTER) - 1)
 }
 
-/// What a cluster knows of others: cluster → clocks of its warps.
-pub type Known = HashMap<u32, Vec<u32>>;
-
 /// A conflict with an earlier access: (cluster, thread within it, pc where known).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Clash {
@@ -53,22 +51,47 @@ pub struct Shadow {
     readers: [Vec<AtomicU64>; 2],
 }
 
+/// Those of all buffers, each made when it is first touched.
+pub struct Shadows<'a> {
+    cells: Vec<OnceLock<Shadow>>,
+    memory: &'a GlobalMemory,
+    grain: u32,
+    races: bool,
+}
+
+impl<'a> Shadows<'a> {
+    pub fn new(memory: &'a GlobalMemory, grain: u32, races: bool) -> Shadows<'a> {
+        Shadows { cells: memory.buffers.iter().map(|_| OnceLock::new()).collect(), memory, grain, races }
+    }
+
+    /// By buffer; `None` was not touched.
+    pub fn into_touched(self) -> impl Iterator<Item = Option<Shadow>> {
+        self.cells.into_iter().map(OnceLock::into_inner)
+    }
+}
+
+impl std::ops::Index<usize> for Shadows<'_> {
+    type Output = Shadow;
+
+    #[inline(always)]
+    fn index(&self, buffer: usize) -> &Shadow {
+        self.cells[buffer].get_or_init(|| Shadow::new(&self.memory.buffers[buffer], self.grain, self.races))
+    }
+}
+
 /// The cluster that accesses.
 pub struct Side<'a> {
     pub cluster: u32,
-    pub known: &'a Known,
     pub actor: Actor<'a>,
 }
 
 impl Side<'_> {
     fn ordered(&self, stamp: u64, lane: u32) -> bool {
-        let t = thread(stamp);
+        let (t, past) = (thread(stamp), self.actor.past);
         if cluster(stamp) == self.cluster {
-            t == self.actor.warp * 32 + lane || clock(stamp) < self.actor.vc[(t >> 5) as usize]
+            t == self.actor.warp * 32 + lane || past.knows(t, clock(stamp))
         } else {
-            self.known
-                .get(&cluster(stamp))
-                .is_some_and(|vc| vc.get((t >> 5) as usize).is_some_and(|&known| clock(stamp) < known))
+            past.knows_of(cluster(stamp), t, clock(stamp))
         }
     }
 
@@ -173,40 +196,24 @@ pub struct Releases {
     by_address: Mutex<HashMap<u64, Known>>,
 }
 
-/// Joins clocks: the later of each.
-pub fn join(into: &mut Vec<u32>, from: &[u32]) {
-    if into.len() < from.len() {
-        into.resize(from.len(), 0);
-    }
-    for (a, &b) in into.iter_mut().zip(from) {
-        *a = (*a).max(b);
-    }
-}
-
 impl Releases {
-    /// A strong write at `address` by a warp that knows `vc` and, of other clusters, `known`.
-    pub fn release(&self, address: u64, own: u32, vc: &[u32], known: &Known) {
+    /// A strong write at `address` by a thread with this past.
+    pub fn release(&self, address: u64, own: u32, past: &Past) {
         let mut map = self.by_address.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let entry = map.entry(address).or_default();
-        join(entry.entry(own).or_default(), vc);
-        for (c, vc) in known {
-            join(entry.entry(*c).or_default(), vc);
+        entry.entry(own).or_default().join_own(past);
+        for (c, past) in past.others().into_iter().flatten() {
+            entry.entry(*c).or_default().join_own(past);
         }
         self.any.store(true, Ordering::Release);
     }
 
-    /// A strong read at `address`.
-    pub fn acquire(&self, address: u64, own: u32, known: &mut Known) {
+    /// A strong read at `address`: what is learnt by it.
+    pub fn acquire(&self, address: u64) -> Option<Known> {
         if !self.any.load(Ordering::Acquire) {
-            return;
+            return None;
         }
         let map = self.by_address.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        if let Some(entry) = map.get(&address) {
-            for (c, vc) in entry {
-                if *c != own {
-                    join(known.entry(*c).or_default(), vc);
-                }
-            }
-        }
+        map.get(&address).cloned()
     }
 }

@@ -1,7 +1,8 @@
-//! What a kernel did wrong, and where.  [`shared`] and [`global`] keep the last accesses of every piece of memory;
-//! this file says what a finding is and gathers them.
+//! What a kernel did wrong, and where.  [`shared`] and [`global`] keep the last accesses of every piece of memory, [`past`] what
+//! threads know of others' accesses; this file says what a finding is and gathers them.
 
 pub mod global;
+pub mod past;
 pub mod shared;
 
 use crate::isa::{Place, Program};
@@ -64,6 +65,8 @@ pub struct Finding {
     /// Index of the instruction.
     pub pc: u32,
     pub place: Place,
+    /// The place in words, with the source's name; empty until a device has said it.
+    pub at: String,
     pub mnemonic: String,
     pub block: [u32; 3],
     pub thread: [u32; 3],
@@ -97,12 +100,15 @@ impl fmt::Display for Finding {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         let [x, y, z] = self.block;
         let [tx, ty, tz] = self.thread;
-        write!(f, "{}: {} [{}", self.kind.name(), self.message, self.mnemonic)?;
+        write!(f, "{}: {} [{} in {}", self.kind.name(), self.message, self.mnemonic, self.kernel)?;
         write!(f, ", block ({x}, {y}, {z}), thread ({tx}, {ty}, {tz})")?;
         if let Some(a) = self.address {
             write!(f, ", address 0x{a:x}")?;
         }
-        write!(f, ", PTX line {}", self.place.line)?;
+        match &*self.at {
+            "" => write!(f, ", PTX line {}", self.place.line)?,
+            at => write!(f, ", {at}")?,
+        }
         if self.count > 1 {
             write!(f, ", {} times", self.count)?;
         }
@@ -158,6 +164,7 @@ impl Findings {
             kernel: program.name.clone(),
             pc,
             place: program.places[pc as usize],
+            at: String::new(),
             mnemonic: program.mnemonics[pc as usize].clone(),
             block: who.block,
             thread: who.thread,

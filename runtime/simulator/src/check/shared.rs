@@ -1,10 +1,11 @@
 //! Shared memory of a block with the last accesses of every grain.
 //!
-//! Order is kept by vector clocks over the warps of a cluster.  Every warp has a clock that advances where it hands
-//! its past on (barriers, mbarrier arrivals); `vc[w]` is what a warp knows of warp `w`: an access of `w` stamped `t` lies
-//! in its past iff `t < vc[w]`.  Its own entry is what its lanes know of each other: the clock at the last
-//! `bar.warp.sync` or barrier.  Lanes of a warp share its knowledge: what one lane waited for counts for all.  Writes that
-//! leave the bytes as they are clash with nothing: several threads may set the same flag.
+//! Every access is stamped with its thread and the clock of its warp; what lies in a thread's past is said by [`Past`].  Of a
+//! grain's readers the lanes that read last are kept, warp by warp; so a race with a lane that read further back can be
+//! missed in one schedule.  Writes that leave the bytes as they are clash with nothing: several threads may set the same
+//! flag.
+
+use super::past::Past;
 
 /// Bits of a stamp: clock, thread within the cluster, instruction, flags.
 const CLOCK: u32 = 28;
@@ -23,7 +24,7 @@ pub struct Actor<'a> {
     pub warp: u32,
     pub clock: u32,
     pub pc: u32,
-    pub vc: &'a [u32],
+    pub past: &'a Past,
 }
 
 /// A conflict with an earlier access.
@@ -63,16 +64,14 @@ fn pc(stamp: u64) -> u32 {
     (stamp >> (CLOCK + THREAD)) as u32 & ((1 << PC) - 1)
 }
 
-/// Several lanes of a warp.
-const MANY: u32 = 32;
-
 pub struct SharedMemory {
     pub bytes: Vec<u8>,
     shift: u32,
     n_warps: usize,
     writers: Vec<u64>,
-    /// Per grain and warp: clock, lane (or [`MANY`]), pc; 0 is none.
+    /// Per grain and warp: clock and pc of the last read, 0 if none, and the lanes that read at this clock.
     readers: Vec<u64>,
+    reader_lanes: Vec<u32>,
     races: bool,
     initialised: bool,
 }
@@ -87,6 +86,7 @@ impl SharedMemory {
             n_warps,
             writers: vec![0; grains],
             readers: if races { vec![0; grains * n_warps] } else { vec![] },
+            reader_lanes: if races { vec![0; grains * n_warps] } else { vec![] },
             races,
             initialised,
         }
@@ -106,7 +106,7 @@ impl SharedMemory {
     #[inline(always)]
     fn ordered(stamp: u64, lane: u32, a: &Actor) -> bool {
         let t = thread(stamp);
-        t == a.warp * 32 + lane || clock(stamp) < a.vc[(t >> 5) as usize]
+        t == a.warp * 32 + lane || a.past.knows(t, clock(stamp))
     }
 
     /// A load by a lane of `size` bytes inside the memory.
@@ -125,11 +125,11 @@ impl SharedMemory {
                 clash = Some(Clash::Write { thread: thread(w), pc: pc(w) });
             }
             if self.races && !strong {
-                let r = &mut self.readers[g * self.n_warps + a.warp as usize];
-                let old_lane = (*r >> CLOCK) as u32 & 63;
-                let many = *r != 0 && clock(*r) == a.clock && old_lane != lane;
-                let lane = if many { MANY } else { lane };
-                *r = u64::from(a.clock) | u64::from(lane) << CLOCK | u64::from(a.pc) << (CLOCK + 6) | 1 << 63;
+                let at = g * self.n_warps + a.warp as usize;
+                let r = &mut self.readers[at];
+                let lanes = if *r != 0 && clock(*r) == a.clock { self.reader_lanes[at] } else { 0 };
+                self.reader_lanes[at] = lanes | 1 << lane;
+                *r = u64::from(a.clock) | u64::from(a.pc) << CLOCK | 1 << 63;
             }
         }
         clash
@@ -151,15 +151,15 @@ impl SharedMemory {
         if w & VALID != 0 && !Self::ordered(w, lane, a) && !(strong && w & STRONG != 0) {
             return Some(Clash::Write { thread: thread(w), pc: pc(w) });
         }
-        let readers = &self.readers[g * self.n_warps..(g + 1) * self.n_warps];
-        for (i, (&r, &known)) in readers.iter().zip(a.vc).enumerate() {
-            if r != 0 && clock(r) >= known {
-                let who = (r >> CLOCK) as u32 & 63;
-                if i as u32 == a.warp && who == lane {
-                    continue;
+        let all = g * self.n_warps..(g + 1) * self.n_warps;
+        for (warp, (&r, &lanes)) in (0..).zip(self.readers[all.clone()].iter().zip(&self.reader_lanes[all])) {
+            if r != 0 {
+                let own = if warp == a.warp { 1 << lane } else { 0 };
+                let lanes = a.past.unknown(warp, clock(r), lanes & !own);
+                if lanes != 0 {
+                    let pc = (r >> CLOCK) as u32 & ((1 << PC) - 1);
+                    return Some(Clash::Read { thread: warp * 32 + lanes.trailing_zeros(), pc });
                 }
-                let pc = (r >> (CLOCK + 6)) as u32 & ((1 << PC) - 1);
-                return Some(Clash::Read { thread: i as u32 * 32 + who.min(31), pc });
             }
         }
         None
@@ -201,14 +201,14 @@ impl SharedMemory {
     }
 
     /// A read by the asynchronous engine on behalf of a lane.
-    pub fn async_read(&mut self, at: usize, size: usize, lane: u32, a: &Actor, proxied: &[u32]) -> Option<Clash> {
+    pub fn async_read(&mut self, at: usize, size: usize, lane: u32, a: &Actor, proxied: &Past) -> Option<Clash> {
         let clash = self.read(at, size, lane, false, a);
         if clash.is_some() {
             return clash;
         }
         for g in self.grains(at, size) {
             let w = self.writers[g];
-            if w & VALID != 0 && w & ASYNC == 0 && clock(w) >= proxied[(thread(w) >> 5) as usize] {
+            if w & VALID != 0 && w & ASYNC == 0 && !proxied.knows(thread(w), clock(w)) {
                 return Some(Clash::Proxy { thread: thread(w), pc: pc(w) });
             }
         }

@@ -3,7 +3,7 @@
 use super::mods::Mods;
 use crate::isa::{AluFn, Lanes, Ty};
 use crate::math::approx;
-use crate::math::lanes::{Lane, flush, map_f32, saturate};
+use crate::math::lanes::{Flushed, Lane, flush, map_f32, saturate};
 use crate::math::round::{self, RM, RN, RP, RZ, Round};
 use half::{bf16, f16};
 
@@ -117,6 +117,21 @@ macro_rules! halves {
 }
 halves!(f16 = round::F16, bf16 = round::BF16);
 
+impl<T: Half> Half for Flushed<T>
+where
+    Flushed<T>: Lane,
+{
+    fn wide(self) -> f32 {
+        self.0.wide()
+    }
+    fn narrow(x: f32) -> Self {
+        Flushed(T::narrow(x))
+    }
+    fn narrow64(x: f64) -> Self {
+        Flushed(T::narrow64(x))
+    }
+}
+
 fn fused<T: Half>(a: T, b: T, c: T) -> T {
     let (p, c) = (f64::from(a.wide()) * f64::from(b.wide()), f64::from(c.wide()));
     T::narrow64(round::sum_to_odd(p, c))
@@ -229,7 +244,7 @@ fn each2<T: Copy>(a: [T; 2], b: [T; 2], f: impl Fn(T, T) -> T) -> [T; 2] {
 }
 
 /// A function of pairs that only works on the low halves of its operands.
-fn low_half(name: &str, ty: Ty, nan: bool, relu_: bool, sat: bool) -> Option<AluFn> {
+fn low_half(name: &str, (ty, ftz): (Ty, bool), nan: bool, relu_: bool, sat: bool) -> Option<AluFn> {
     macro_rules! one {
         ($t:ty) => {
             Some(match (name, relu_, sat, nan) {
@@ -254,22 +269,36 @@ fn low_half(name: &str, ty: Ty, nan: bool, relu_: bool, sat: bool) -> Option<Alu
             })
         };
     }
-    match ty {
-        Ty::F16 => one!(f16),
-        Ty::Bf16 => one!(bf16),
+    match (ty, ftz) {
+        (Ty::F16, false) => one!(f16),
+        (Ty::F16, true) => one!(Flushed<f16>),
+        (Ty::Bf16, false) => one!(bf16),
+        (Ty::Bf16, true) => one!(Flushed<bf16>),
         _ => None,
     }
 }
 
 fn half(name: &str, ty: Ty, m: &mut Mods) -> Option<AluFn> {
     m.take("rn");
-    m.take("ftz"); // of f16: subnormal results are kept apart below only where PTX has no choice
+    let ftz = m.take("ftz");
     m.take("approx");
     let (nan, relu_, sat) = (m.take("NaN"), m.take("relu"), m.take("sat"));
-    match ty {
-        Ty::F16x2 => both!(f16, name, nan, relu_, sat),
-        Ty::Bf16x2 => both!(bf16, name, nan, relu_, sat),
-        _ => low_half(name, ty, nan, relu_, sat),
+    if ftz && matches!(name, "neg" | "abs") {
+        // Signs change in the bits of what was flushed.
+        return match (ty, name) {
+            (Ty::F16, "neg") => Some(alu1!(|a: Flushed<f16>| -> u16 { a.0.to_bits() ^ 0x8000 })),
+            (Ty::F16, _) => Some(alu1!(|a: Flushed<f16>| -> u16 { a.0.to_bits() & 0x7fff })),
+            (Ty::F16x2, "neg") => Some(alu1!(|a: [Flushed<f16>; 2]| -> u32 { a.put() as u32 ^ 0x8000_8000 })),
+            (Ty::F16x2, _) => Some(alu1!(|a: [Flushed<f16>; 2]| -> u32 { a.put() as u32 & 0x7fff_7fff })),
+            _ => None,
+        };
+    }
+    match (ty, ftz) {
+        (Ty::F16x2, false) => both!(f16, name, nan, relu_, sat),
+        (Ty::F16x2, true) => both!(Flushed<f16>, name, nan, relu_, sat),
+        (Ty::Bf16x2, false) => both!(bf16, name, nan, relu_, sat),
+        (Ty::Bf16x2, true) => both!(Flushed<bf16>, name, nan, relu_, sat),
+        _ => low_half(name, (ty, ftz), nan, relu_, sat),
     }
 }
 

@@ -4,7 +4,7 @@
 #![allow(clippy::neg_cmp_op_on_partial_ord, clippy::double_comparisons, clippy::nonminimal_bool)]
 
 use crate::isa::{CarryFn, CmpFn, Lanes, Ty};
-use crate::math::lanes::{Lane, flush};
+use crate::math::lanes::{Flushed, Lane, flush};
 use half::{bf16, f16};
 
 macro_rules! carry {
@@ -133,6 +133,7 @@ pub fn compare(op: &str, ty: Ty, ftz: bool) -> Option<CmpFn> {
         F32 if ftz => float_compare!(op, f32, |x| flush(x)),
         F32 => float_compare!(op, f32, |x| x),
         F64 => float_compare!(op, f64, |x| x),
+        F16 if ftz => float_compare!(op, Flushed<f16>, |x| x.0.to_f32()),
         F16 => float_compare!(op, f16, |x| x.to_f32()),
         Bf16 => float_compare!(op, bf16, |x| x.to_f32()),
         _ => None,

@@ -345,7 +345,8 @@ impl Decoder<'_> {
         };
         let [dst, src, rest @ ..] = x else { return Err("operands are missing".into()) };
         let (d, s) = (self.address(dst)?, self.address(src)?);
-        let (sh, gl, map) = if kind == BulkKind::Load { (d, s, src) } else { (s, d, dst) };
+        let into = matches!(kind, BulkKind::Load | BulkKind::Cluster);
+        let (sh, gl, map) = if into { (d, s, src) } else { (s, d, dst) };
         let coords: Box<[Slot]> = match map {
             Operand::Address { inner, .. } if dims > 0 => match &inner[..] {
                 [list @ Operand::List(_)] => self.sources(list, Ty::S32)?,

@@ -84,12 +84,12 @@ impl Warp {
             self.count_shared(&to, bytes, pc, good, sink);
         }
         if read != 0 {
-            self.count_global(&from, bytes, pc, read, false, sink);
+            self.count_global(&from, bytes, pc, read, false, env, sink, common);
         }
         for lane in lanes(good) {
             let source = (read >> lane & 1 == 1).then_some(sources[lane]);
             if let Some(s) = source {
-                let side = Side { cluster: common.id, known: &common.known, actor: self.actor(pc) };
+                let side = Side { cluster: common.id, actor: self.actor(pc, lane as u32) };
                 if let Some(c) = env.shadows[s.unit].read(s.at, sizes[lane], lane as u32, false, &side)
                     && (env.options.uninitialised || c != GlobalClash::Uninitialised)
                 {
@@ -97,7 +97,7 @@ impl Warp {
                 }
             }
             let to = places[lane];
-            let clash = blocks[to.unit].shared.begin_copy(to.at, bytes, lane as u32, &self.actor(pc));
+            let clash = blocks[to.unit].shared.begin_copy(to.at, bytes, lane as u32, &self.actor(pc, lane as u32));
             if let Some(c) = clash {
                 let who = self.who(env, blocks, common, lane as u32);
                 self.shared_clash(c, to, true, pc, lane, env, sink, who);
@@ -136,7 +136,7 @@ impl Warp {
             if env.options.lazy {
                 fill(&c, env, blocks);
             }
-            let actor = crate::check::shared::Actor { warp: self.index, clock: self.clock, pc: 0, vc: &self.vc };
+            let actor = self.actor(0, c.lane);
             blocks[c.to.unit].shared.end_copy(c.to.at, c.bytes, c.lane, &actor);
         }
     }

@@ -6,7 +6,7 @@ use super::warp::Warp;
 use super::{Env, Sink, lanes};
 use crate::check::global::Side;
 use crate::isa::{Atom, AtomOp, Ty};
-use crate::math::lanes::Lane;
+use crate::math::lanes::{Lane, flush};
 use crate::parse::ast::Space;
 use half::{bf16, f16};
 
@@ -70,9 +70,17 @@ fn apply(op: AtomOp, ty: Ty, old: u64, b: u64, c: u64) -> u64 {
     }
 }
 
-/// As [`apply`]; for reductions of bulk copies.
+/// As [`apply`], in global memory: sums of f32 take subnormal numbers as zeros there, and give none (PTX ISA, `atom`).
+fn apply_global(op: AtomOp, ty: Ty, old: u64, b: u64, c: u64) -> u64 {
+    match (op, ty) {
+        (AtomOp::Add, Ty::F32) => flush(flush(f32::get(old)) + flush(f32::get(b))).put(),
+        _ => apply(op, ty, old, b, c),
+    }
+}
+
+/// As [`apply_global`]; for reductions of bulk copies.
 pub(crate) fn reduce(op: AtomOp, ty: Ty, old: u64, b: u64) -> u64 {
-    apply(op, ty, old, b, 0)
+    apply_global(op, ty, old, b, 0)
 }
 
 impl Warp {
@@ -102,18 +110,16 @@ impl Warp {
             good |= self.global_spots(&a, size, pc, global, true, env, sink, blocks, common, &mut spots);
             let counted = good & global;
             if counted != 0 {
-                self.count_global(&a, size, pc, counted, true, sink);
+                self.count_global(&a, size, pc, counted, true, env, sink, common);
                 sink.traffic[spots[counted.trailing_zeros() as usize].unit].atomics += u64::from(counted.count_ones());
                 self.publish(x.release, &a, counted, env, common);
-                for lane in lanes(counted) {
-                    env.releases.acquire(a[lane], common.id, &mut common.known);
-                }
             }
         }
         if mask & shared != 0 {
             let m = self.shared_spots(&a, size, pc, mask & shared, true, env, sink, blocks, common, &mut spots);
             if m != 0 {
                 self.count_shared(&a, size, pc, m, sink);
+                self.publish(x.release, &a, m, env, common);
             }
             good |= m;
         }
@@ -126,7 +132,7 @@ impl Warp {
                 continue;
             }
             let s = spots[lane];
-            let side = Side { cluster: common.id, known: &common.known, actor: self.actor(pc) };
+            let side = Side { cluster: common.id, actor: self.actor(pc, lane as u32) };
             if shared >> lane & 1 == 0 {
                 let shadow = &env.shadows[s.unit];
                 let read = shadow.read(s.at, size, lane as u32, true, &side);
@@ -135,7 +141,7 @@ impl Warp {
                     self.global_clash(c, s, true, pc, lane, env, sink, blocks, common);
                 }
             } else {
-                let actor = self.actor(pc);
+                let actor = self.actor(pc, lane as u32);
                 let memory = &mut blocks[s.unit].shared;
                 let read = memory.read(s.at, size, lane as u32, true, &actor);
                 if let Some(c) = read.or(memory.write(s.at, size, lane as u32, true, false, &actor)) {
@@ -148,7 +154,7 @@ impl Warp {
                 let (b, c) = (self.regs[b as usize][lane] & keep, self.regs[x.c as usize][lane] & keep);
                 let old = if shared >> lane & 1 == 0 {
                     let buffer = &env.memory.buffers[s.unit];
-                    buffer.update(at, x.ty.bytes() as u8, &env.memory.wide, |old| apply(x.op, x.ty, old, b, c))
+                    buffer.update(at, x.ty.bytes() as u8, &env.memory.wide, |old| apply_global(x.op, x.ty, old, b, c))
                 } else {
                     let memory = &mut blocks[s.unit].shared;
                     let old = memory.load(at, width as u8);
@@ -160,5 +166,7 @@ impl Warp {
                 }
             }
         }
+        // After the location was read: what its writer handed on before is there.
+        self.acquire(&a, good, env, common);
     }
 }

@@ -2,9 +2,9 @@
 
 use super::cluster::{Block, Common};
 use super::warp::{Flow, Wait, Warp};
-use super::{Env, Sink};
+use super::{Env, Sink, lanes};
 use crate::check::Kind;
-use crate::check::global::join;
+use crate::check::past::Past;
 use crate::isa::{Bar, BarKind, Op, Vote};
 
 /// A barrier and what meets at it.
@@ -15,9 +15,9 @@ pub(crate) struct Barrier {
     /// Threads it waits for; `None` for all that have not left.
     pub expected: Option<u32>,
     /// What those who arrived know.
-    vc: Vec<u32>,
+    past: Past,
     /// What those knew who passed last.
-    done: Vec<u32>,
+    done: Past,
     /// Threads whose predicate held, and all; of this and of the last generation.
     held: (u32, u32),
     last: (u32, u32),
@@ -31,8 +31,8 @@ impl Barrier {
             generation: 0,
             arrived: 0,
             expected: None,
-            vc: vec![0; n_warps],
-            done: vec![0; n_warps],
+            past: Past::new(n_warps),
+            done: Past::new(n_warps),
             held: (0, 0),
             last: (0, 0),
             pc: None,
@@ -44,18 +44,17 @@ impl Barrier {
             self.generation += 1;
             self.arrived = 0;
             self.expected = None;
-            std::mem::swap(&mut self.vc, &mut self.done);
-            self.vc.fill(0);
+            std::mem::swap(&mut self.past, &mut self.done);
+            self.past.clear();
             self.last = std::mem::take(&mut self.held);
             self.pc = None;
             *events += 1;
         }
     }
 
-    fn arrive(&mut self, warp: &mut Warp, threads: u32) {
+    fn arrive(&mut self, warp: &mut Warp, mask: u32, threads: u32) {
         warp.clock += 1;
-        join(&mut self.vc, &warp.vc);
-        self.vc[warp.index as usize] = warp.clock;
+        warp.hand_on(mask, &mut self.past);
         self.arrived += threads;
     }
 }
@@ -97,8 +96,8 @@ impl Warp {
                 Wait::Cluster { generation } if common.barrier.generation != generation => &common.barrier,
                 _ => continue,
             };
-            join(&mut self.vc, &barrier.done);
             let (pc, mask, (held, all)) = (path.pc - 1, path.mask, barrier.last);
+            self.pass(mask, &barrier.done);
             self.paths[i].wait = Wait::None;
             if let Op::Bar(bar) = &env.program.code[pc as usize].op {
                 if let Some(dst) = bar.dst {
@@ -168,7 +167,7 @@ impl Warp {
         b.held.1 += mask.count_ones();
         b.expected = expected;
         b.pc.get_or_insert(pc);
-        b.arrive(self, threads);
+        b.arrive(self, mask, threads);
         let path = &mut self.paths[self.current];
         path.pc = pc + 1;
         if bar.kind != BarKind::Arrive {
@@ -188,17 +187,20 @@ impl Warp {
         sink: &mut Sink,
         blocks: &[Block],
         common: &mut Common,
-    ) {
-        if aligned && mask != self.live {
-            let text =
-                || format!("only lanes {mask:#010x} of the warp's {:#010x} come to this barrier together", self.live);
-            self.find(env, sink, blocks, common, Kind::DivergentBarrier, pc, mask.trailing_zeros(), None, text);
+    ) -> Flow {
+        // As at a block's barrier: the warp's other threads may be on their way.
+        if aligned && !std::mem::take(&mut self.paths[self.current].forced) {
+            let all = [u64::from(self.threads); 32];
+            if self.gather(all, pc, mask, env, sink, blocks, common).is_none() {
+                return Flow::Again;
+            }
         }
         self.cluster_phase = common.barrier.generation;
         let mut barrier = std::mem::replace(&mut common.barrier, Barrier::new(0));
-        barrier.arrive(self, mask.count_ones());
+        barrier.arrive(self, mask, mask.count_ones());
         barrier.try_pass(cluster_live(blocks), &mut common.events);
         common.barrier = barrier;
+        Flow::Next
     }
 
     pub fn cluster_wait(&mut self, mask: u32) -> Flow {
@@ -210,15 +212,14 @@ impl Warp {
         Flow::Again
     }
 
-    pub fn fence(&mut self, wide: bool, proxy: bool, common: &mut Common) {
+    pub fn fence(&mut self, wide: bool, proxy: bool, mask: u32, common: &mut Common) {
         self.clock += 1;
+        lanes(mask).for_each(|l| self.fenced_block[l] = self.clock);
         if wide {
-            self.fenced = self.clock;
+            lanes(mask).for_each(|l| self.fenced[l] = self.clock);
         }
         if proxy {
-            join(&mut common.proxied, &self.vc);
-            let mine = &mut common.proxied[self.index as usize];
-            *mine = (*mine).max(self.clock);
+            self.hand_on(mask, &mut common.proxied);
         }
     }
 }

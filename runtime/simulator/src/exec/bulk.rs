@@ -14,6 +14,7 @@ use super::warp::Warp;
 use super::{Env, Sink, lanes};
 use crate::check::Kind;
 use crate::check::global::{Clash as GlobalClash, Side};
+use crate::check::past::Past;
 use crate::check::shared::Actor;
 use crate::isa::{Bulk, BulkKind};
 use crate::memory::locate;
@@ -36,8 +37,8 @@ pub(crate) struct BulkCopy {
     warp: u32,
     lane: u32,
     clock: u32,
-    /// What the issuing warp knew, with its own clock advanced.
-    vc: Vec<u32>,
+    /// What the issuing thread knew and did.
+    past: Past,
 }
 
 /// A copy out of shared memory under way.
@@ -54,15 +55,16 @@ fn land(c: &BulkCopy, env: &Env, blocks: &mut [Block], events: &mut u64) {
         if let Some(g) = p.global {
             env.memory.buffers[g.unit].read(g.at, &mut data);
         } else if let Some(s) = c.source {
-            data.copy_from_slice(&blocks[s.unit].shared.bytes[s.at..s.at + p.bytes]);
+            let from = s.at + p.shared.at - c.pieces[0].shared.at;
+            data.copy_from_slice(&blocks[s.unit].shared.bytes[from..from + p.bytes]);
         }
         let shared = &mut blocks[p.shared.unit].shared;
         shared.bytes[p.shared.at..p.shared.at + p.bytes].copy_from_slice(&data);
-        let actor = Actor { warp: c.warp, clock: c.clock, pc: 0, vc: &c.vc };
+        let actor = Actor { warp: c.warp, clock: c.clock, pc: 0, past: &c.past };
         shared.end_copy(p.shared.at, p.bytes, c.lane, &actor);
     }
     for &(place, bytes) in &c.mbarriers {
-        mbarrier::complete(blocks, place, bytes, &c.vc, events);
+        mbarrier::complete(blocks, place, bytes, &c.past, events);
     }
 }
 
@@ -165,6 +167,11 @@ impl Warp {
             }
             (0..bytes / 16).map(|i| (16 * i, global + 16 * i as u64, Some(16))).collect()
         };
+        if let (BulkKind::Reduce(_, ty), true) = (x.kind, x.dims > 0)
+            && usize::from(self.tensor_map(global, env)?.element) != ty.bytes()
+        {
+            return Err("reductions of tensors are known of f32 only".into());
+        }
         let element = if x.dims > 0 { usize::from(self.tensor_map(global, env)?.element) } else { 16 };
         let total: usize = list.iter().map(|p| p.2.unwrap_or(element)).sum();
         let size = blocks.first().map_or(0, |b| b.shared.bytes.len());
@@ -193,10 +200,10 @@ impl Warp {
                     let g = Spot { unit, at: g as usize };
                     place = Some(g);
                     if k == 0 {
-                        self.watch_global(g, bytes, into, pc, lane, env, sink, blocks, common);
+                        self.watch_global(g, bytes, x.kind, pc, lane, env, sink, blocks, common);
                     }
                 }
-                let actor = Actor { warp: self.index, clock: self.clock, pc, vc: &self.vc };
+                let actor = self.actor(pc, lane as u32);
                 let memory = &mut blocks[r].shared;
                 let clash = if into {
                     memory.begin_copy(spot.at, bytes, lane as u32, &actor)
@@ -220,8 +227,12 @@ impl Warp {
                 // Each block that a multicast reaches signals its own.
                 for &r in &ranks {
                     let r = if x.multicast.is_some() { r } else { owner };
-                    if !blocks.get(r).is_some_and(|b| b.mbarriers.iter().any(|m| m.is_at(at))) {
+                    let bar = blocks.get(r).and_then(|b| b.mbarriers.iter().find(|m| m.is_at(at)));
+                    let Some(bar) = bar else {
                         return Err(format!("there is no mbarrier at {}", shared_name(env, at)));
+                    };
+                    if let Some(text) = bar.unready(self.index * 32 + lane as u32, self.views.of(lane as u32)) {
+                        return Err(format!("the mbarrier at {}: {text}", shared_name(env, at)));
                     }
                     mbarriers.push(((r, at), total as i64));
                 }
@@ -233,11 +244,19 @@ impl Warp {
             if source.is_some_and(|s| s.unit >= blocks.len() || s.at + total > size) {
                 return Err("the source lies outside shared memory".into());
             }
+            if let Some(s) = source {
+                let actor = self.actor(pc, lane as u32);
+                let clash = blocks[s.unit].shared.async_read(s.at, total, lane as u32, &actor, &common.proxied);
+                if let Some(c) = clash {
+                    let who = self.who(env, blocks, common, lane as u32);
+                    self.shared_clash(c, s, false, pc, lane, env, sink, who);
+                }
+            }
             let clock = self.clock;
             self.clock += 1;
-            let mut vc = self.vc.clone();
-            vc[self.index as usize] = self.clock;
-            let copy = BulkCopy { pieces, source, mbarriers, warp: self.index, lane: lane as u32, clock, vc };
+            let mut past = Past::default();
+            self.hand_on(1 << lane, &mut past);
+            let copy = BulkCopy { pieces, source, mbarriers, warp: self.index, lane: lane as u32, clock, past };
             if env.options.lazy {
                 common.copies.push(copy);
             } else {
@@ -259,20 +278,24 @@ impl Warp {
         &self,
         g: Spot,
         bytes: usize,
-        load: bool,
+        kind: BulkKind,
         pc: u32,
         lane: usize,
         env: &Env,
         sink: &mut Sink,
         blocks: &[Block],
-        common: &Common,
+        common: &mut Common,
     ) {
-        let side = Side { cluster: common.id, known: &common.known, actor: self.actor(pc) };
+        let load = kind == BulkKind::Load;
+        let side = Side { cluster: common.id, actor: self.actor(pc, lane as u32) };
         let shadow = &env.shadows[g.unit];
-        let clash = if load {
-            shadow.read(g.at, bytes, lane as u32, false, &side)
-        } else {
-            shadow.write(g.at, bytes, lane as u32, false, false, &side)
+        let clash = match kind {
+            BulkKind::Reduce(..) => {
+                let read = shadow.read(g.at, bytes, lane as u32, true, &side);
+                read.or(shadow.write(g.at, bytes, lane as u32, true, false, &side))
+            }
+            _ if load => shadow.read(g.at, bytes, lane as u32, false, &side),
+            _ => shadow.write(g.at, bytes, lane as u32, false, false, &side),
         };
         if let Some(c) = clash.filter(|&c| env.options.uninitialised || c != GlobalClash::Uninitialised) {
             self.global_clash(c, g, !load, pc, lane, env, sink, blocks, common);
@@ -280,6 +303,9 @@ impl Warp {
         let t = &mut sink.traffic[g.unit];
         // Neighbouring pieces share a sector: count it with its first.
         let sector = u64::from(g.at.is_multiple_of(32));
+        if env.options.footprint {
+            t.least_sectors += u64::from(common.footprint.first(g.unit, g.at / 32, !load));
+        }
         if load {
             t.read_bytes += bytes as u64;
             t.read_sectors += sector;

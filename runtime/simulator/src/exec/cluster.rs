@@ -5,9 +5,10 @@ use super::bulk::BulkCopy;
 use super::mbarrier::Mbarrier;
 use super::warp::{Path, Stop, Wait, Warp};
 use super::{Env, Random, Sink};
-use crate::check::global::Known;
+use crate::check::past::Past;
 use crate::check::shared::SharedMemory;
 use crate::check::{Kind, Who};
+use crate::count::Footprint;
 use crate::isa::Op;
 use std::collections::HashMap;
 
@@ -41,9 +42,11 @@ pub(crate) struct Cluster {
 pub(crate) struct Common {
     pub id: u32,
     pub warps_per_block: u32,
-    pub known: Known,
-    /// Of each warp: what the asynchronous engine sees of its writes.
-    pub proxied: Vec<u32>,
+    /// Writes that the asynchronous engine sees.
+    pub proxied: Past,
+    /// What threads handed on by strong writes, by address, to others of the cluster.
+    pub flags: HashMap<u64, Past>,
+    pub footprint: Footprint,
     pub barrier: Barrier,
     pub copies: Vec<BulkCopy>,
     /// Mixes the order of what has none.
@@ -93,8 +96,9 @@ impl Cluster {
             common: Common {
                 id,
                 warps_per_block: per,
-                known: HashMap::new(),
-                proxied: vec![0; n_warps],
+                proxied: Past::new(n_warps),
+                flags: HashMap::new(),
+                footprint: Footprint::default(),
                 barrier: Barrier::new(n_warps),
                 copies: vec![],
                 random: Random(0),
@@ -123,8 +127,9 @@ impl Cluster {
         for w in &mut self.warps {
             w.reset(env);
         }
-        self.common.known.clear();
-        self.common.proxied.fill(0);
+        self.common.proxied.clear();
+        self.common.flags.clear();
+        self.common.footprint.clear();
         self.common.barrier = Barrier::new(n_warps);
         self.common.copies.clear();
         self.common.events = 0;

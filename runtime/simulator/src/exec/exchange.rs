@@ -142,8 +142,12 @@ impl Warp {
                 self.put(*dst, mask, &out);
             }
             Op::BarWarp { .. } => {
-                self.clock += 1;
-                self.vc[self.index as usize] = self.clock;
+                let mut left = mask;
+                while left != 0 {
+                    let named = group(left.trailing_zeros() as usize) | 1 << left.trailing_zeros();
+                    self.meet(named);
+                    left &= !named;
+                }
             }
             Op::Elect { dst, p, .. } => {
                 let leader = mask.trailing_zeros();

@@ -3,7 +3,7 @@
 
 use super::cluster::{Cluster, Progress};
 use super::{Env, Options, Random, Sink};
-use crate::check::global::{MAX_CLUSTERS, Releases, Shadow};
+use crate::check::global::{MAX_CLUSTERS, Releases, Shadows};
 use crate::check::shared::MAX_PC;
 use crate::check::{Finding, Findings};
 use crate::count::{Counts, PcCount, Traffic};
@@ -88,12 +88,12 @@ pub fn run(
     options: Options,
 ) -> Result<Outcome, Error> {
     check(program, request)?;
-    let shadows: Vec<Shadow> =
-        memory.buffers.iter().map(|b| Shadow::new(b, program.grain_global, options.races)).collect();
+    let held: &GlobalMemory = memory;
+    let shadows = Shadows::new(held, program.grain_global, options.races);
     let releases = Releases::default();
     let env = Env {
         program,
-        memory,
+        memory: held,
         shadows: &shadows,
         constants: request.constants,
         params: request.params,
@@ -142,11 +142,13 @@ pub fn run(
             a.write_bytes += b.write_bytes;
             a.write_sectors += b.write_sectors;
             a.atomics += b.atomics;
+            a.least_sectors += b.least_sectors;
         }
         findings.merge(sink.findings);
     }
-    for (shadow, buffer) in shadows.iter().zip(&mut memory.buffers) {
-        shadow.finish(buffer);
+    let touched: Vec<_> = shadows.into_touched().collect();
+    for (shadow, buffer) in touched.iter().zip(&mut memory.buffers) {
+        shadow.iter().for_each(|s| s.finish(buffer));
     }
     let names: Vec<String> = memory.buffers.iter().map(|b| b.name.clone()).collect();
     Ok(Outcome { findings: findings.list(), counts: Counts::new(program, &pcs, &names, &traffic) })

@@ -86,7 +86,7 @@ impl Warp {
                     continue;
                 }
                 let s = spots[lane];
-                let actor = self.actor(pc);
+                let actor = self.actor(pc, lane as u32);
                 let memory = &mut blocks[s.unit].shared;
                 let clash = if m.load {
                     memory.read(s.at, 16, lane as u32, false, &actor)

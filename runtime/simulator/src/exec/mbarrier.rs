@@ -9,7 +9,7 @@ use super::trouble::shared_name;
 use super::warp::{Flow, Warp};
 use super::{Env, Sink, lanes};
 use crate::check::Kind;
-use crate::check::global::join;
+use crate::check::past::Past;
 use crate::isa::{MbarrierKind, MbarrierOp};
 use crate::parse::ast::Space;
 
@@ -20,8 +20,10 @@ pub(crate) struct Mbarrier {
     /// Bytes that must still come; may be negative for a moment.
     bytes: i64,
     phase: u64,
-    vc: Vec<u32>,
-    done: Vec<u32>,
+    past: Past,
+    done: Past,
+    /// Thread and clock of its `init`.
+    made: (u32, u32),
 }
 
 impl Mbarrier {
@@ -29,23 +31,30 @@ impl Mbarrier {
         self.at == at
     }
 
+    /// What is wrong with its use by a thread with this past.
+    pub fn unready(&self, thread: u32, past: &Past) -> Option<String> {
+        let (by, clock) = self.made;
+        let text = || format!("it was initialised by thread {by} of the cluster with no barrier between");
+        (by != thread && !past.knows(by, clock)).then(text)
+    }
+
     fn advance(&mut self, events: &mut u64) {
         if self.pending == 0 && self.bytes == 0 {
             self.phase += 1;
             self.pending = self.expected;
-            self.done = std::mem::take(&mut self.vc);
+            self.done = std::mem::take(&mut self.past);
             *events += 1;
         }
     }
 }
 
 /// Bytes of a copy have come; false if there is no mbarrier.
-pub(crate) fn complete(blocks: &mut [Block], place: (usize, usize), bytes: i64, vc: &[u32], events: &mut u64) -> bool {
+pub(crate) fn complete(blocks: &mut [Block], place: (usize, usize), bytes: i64, past: &Past, events: &mut u64) -> bool {
     let Some(b) = blocks.get_mut(place.0).and_then(|b| b.mbarriers.iter_mut().find(|m| m.at == place.1)) else {
         return false;
     };
     b.bytes -= bytes;
-    join(&mut b.vc, vc);
+    b.past.join(past);
     b.advance(events);
     true
 }
@@ -99,6 +108,15 @@ impl Warp {
             }
         }
         if let MbarrierKind::Test { .. } = x.kind {
+            let mut left = passed & mask;
+            while left != 0 {
+                let place = shared_place(a[left.trailing_zeros() as usize]);
+                let same = lanes(left).filter(|&l| shared_place(a[l]) == place).fold(0u32, |m, l| m | 1 << l);
+                left &= !same;
+                if let Some(b) = blocks.get(place.0).and_then(|b| b.mbarriers.iter().find(|m| m.at == place.1)) {
+                    self.learn(same, &b.done);
+                }
+            }
             if let Some(p) = x.p {
                 self.put_pred(p, mask, passed);
             }
@@ -128,8 +146,16 @@ impl Warp {
             if expected == 0 || expected >= 1 << 20 {
                 return Some(format!("it can't wait for {expected} arrivals"));
             }
-            let new =
-                Mbarrier { at: place.1, expected, pending: expected, bytes: 0, phase: 0, vc: vec![], done: vec![] };
+            let new = Mbarrier {
+                at: place.1,
+                expected,
+                pending: expected,
+                bytes: 0,
+                phase: 0,
+                past: Past::default(),
+                done: Past::default(),
+                made: (self.index * 32 + lane as u32, self.clock),
+            };
             match index {
                 Some(i) => all[i] = new,
                 None => all.push(new),
@@ -137,6 +163,9 @@ impl Warp {
             return None;
         }
         let Some(i) = index else { return Some("there is no mbarrier: mbarrier.init must come first".into()) };
+        if let Some(text) = all[i].unready(self.index * 32 + lane as u32, self.views.of(lane as u32)) {
+            return Some(text);
+        }
         let b = &mut all[i];
         match x.kind {
             MbarrierKind::Inval => {
@@ -149,8 +178,7 @@ impl Warp {
             }
             MbarrierKind::AsyncArrive { noinc: false } => {
                 // One more is expected and comes at once.
-                join(&mut b.vc, &self.vc);
-                join(&mut b.vc, &own(self.index, self.clock));
+                self.hand_on(1 << lane, &mut b.past);
             }
             MbarrierKind::Arrive { .. } | MbarrierKind::AsyncArrive { .. } => {
                 let count = if x.bytes.is_some() { 1 } else { value.unwrap_or(1) as u32 };
@@ -163,8 +191,7 @@ impl Warp {
                     b.expected -= count.min(b.expected);
                 }
                 b.pending -= count;
-                join(&mut b.vc, &self.vc);
-                join(&mut b.vc, &own(self.index, self.clock));
+                self.hand_on(1 << lane, &mut b.past);
                 b.advance(&mut common.events);
                 if let Some(d) = x.dst {
                     self.regs[d as usize][lane] = token;
@@ -175,18 +202,10 @@ impl Warp {
                 let done = if parity { b.phase & 1 != v & 1 } else { b.phase > v >> 32 };
                 if done {
                     *passed |= 1 << lane;
-                    join(&mut self.vc, &b.done);
                 }
             }
             MbarrierKind::Init | MbarrierKind::PendingCount => {}
         }
         None
     }
-}
-
-/// A warp's own entry.
-fn own(index: u32, clock: u32) -> Vec<u32> {
-    let mut vc = vec![0; index as usize + 1];
-    vc[index as usize] = clock;
-    vc
 }

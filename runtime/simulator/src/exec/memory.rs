@@ -82,8 +82,26 @@ impl Warp {
     }
 
     /// Counts sectors and bytes by buffer.
-    pub fn count_global(&self, a: &Lanes, size: usize, pc: u32, mask: u32, store: bool, sink: &mut Sink) {
+    #[allow(clippy::too_many_arguments)]
+    pub fn count_global(
+        &self,
+        a: &Lanes,
+        size: usize,
+        pc: u32,
+        mask: u32,
+        store: bool,
+        env: &Env,
+        sink: &mut Sink,
+        common: &mut Common,
+    ) {
         let (sectors, n) = count::sectors(a, mask);
+        if env.options.footprint {
+            for s in &sectors[..n] {
+                let (unit, at) = locate(s << 5);
+                let first = common.footprint.first(unit, at as usize / 32, store);
+                sink.traffic[unit].least_sectors += u64::from(first);
+            }
+        }
         sink.pcs[pc as usize].sectors += n as u64;
         let mut i = 0;
         while i < n {
@@ -217,16 +235,11 @@ impl Warp {
             Space::Global | Space::Generic => {
                 good = self.global_spots(a, size, pc, mask, false, env, sink, blocks, common, &mut spots);
                 if good != 0 {
-                    self.count_global(a, size, pc, good, false, sink);
-                }
-                if x.strong {
-                    for lane in lanes(good) {
-                        env.releases.acquire(a[lane], common.id, &mut common.known);
-                    }
+                    self.count_global(a, size, pc, good, false, env, sink, common);
                 }
                 for lane in lanes(good) {
                     let s = spots[lane];
-                    let side = Side { cluster: common.id, known: &common.known, actor: self.actor(pc) };
+                    let side = Side { cluster: common.id, actor: self.actor(pc, lane as u32) };
                     if let Some(c) = env.shadows[s.unit].read(s.at, size, lane as u32, x.strong, &side)
                         && (env.options.uninitialised || c != GlobalClash::Uninitialised)
                     {
@@ -244,6 +257,10 @@ impl Warp {
                     }
                 }
                 drop(held);
+                // After the location was read: what its writer handed on before is there.
+                if x.strong {
+                    self.acquire(a, good, env, common);
+                }
             }
             Space::Shared => {
                 good = self.shared_spots(a, size, pc, mask, false, env, sink, blocks, common, &mut spots);
@@ -252,7 +269,7 @@ impl Warp {
                 }
                 for lane in lanes(good) {
                     let s = spots[lane];
-                    let actor = self.actor(pc);
+                    let actor = self.actor(pc, lane as u32);
                     if let Some(c) = blocks[s.unit].shared.read(s.at, size, lane as u32, x.strong, &actor) {
                         let who = self.who(env, blocks, common, lane as u32);
                         self.shared_clash(c, s, false, pc, lane, env, sink, who);
@@ -265,6 +282,9 @@ impl Warp {
                         let s = spots[lane];
                         d[lane] = blocks[s.unit].shared.load(s.at + k * width, x.width);
                     }
+                }
+                if x.strong {
+                    self.acquire(a, good, env, common);
                 }
             }
             Space::Local => {
@@ -412,7 +432,7 @@ impl Warp {
             Space::Global | Space::Generic => {
                 let good = self.global_spots(a, size, pc, mask, true, env, sink, blocks, common, &mut spots);
                 if good != 0 {
-                    self.count_global(a, size, pc, good, true, sink);
+                    self.count_global(a, size, pc, good, true, env, sink, common);
                 }
                 if x.strong {
                     self.publish(x.release, a, good, env, common);
@@ -425,7 +445,7 @@ impl Warp {
                     for k in 0..x.regs.len() {
                         same &= buffer.load(s.at + k * width, x.width) == value(k);
                     }
-                    let side = Side { cluster: common.id, known: &common.known, actor: self.actor(pc) };
+                    let side = Side { cluster: common.id, actor: self.actor(pc, lane as u32) };
                     if let Some(c) = env.shadows[s.unit].write(s.at, size, lane as u32, x.strong, same, &side) {
                         self.global_clash(c, s, true, pc, lane, env, sink, blocks, common);
                     }
@@ -445,6 +465,10 @@ impl Warp {
                 if good != 0 {
                     self.count_shared(a, size, pc, good, sink);
                 }
+                if x.strong {
+                    self.publish(x.release, a, good, env, common);
+                    common.events += 1;
+                }
                 for lane in lanes(good) {
                     let s = spots[lane];
                     let value = |k: usize| x.regs[k].map_or(0, |r| self.regs[r as usize][lane]) & keep;
@@ -453,7 +477,7 @@ impl Warp {
                     for k in 0..x.regs.len() {
                         same &= shared.load(s.at + k * width, x.width) == value(k);
                     }
-                    let clash = shared.write(s.at, size, lane as u32, x.strong, same, &self.actor(pc));
+                    let clash = shared.write(s.at, size, lane as u32, x.strong, same, &self.actor(pc, lane as u32));
                     for k in 0..x.regs.len() {
                         shared.store(s.at + k * width, x.width, value(k));
                     }
@@ -483,20 +507,39 @@ impl Warp {
         }
     }
 
-    /// Hands on what this warp knows by strong writes at addresses, if a fence or the write itself releases it.
+    /// Hands on what lanes know by strong writes at addresses, if a fence or the write itself releases it.
     pub fn publish(&mut self, release: bool, a: &Lanes, mask: u32, env: &Env, common: &mut Common) {
         if release {
             self.clock += 1;
-            self.fenced = self.clock;
+            for l in lanes(mask) {
+                (self.fenced[l], self.fenced_block[l]) = (self.clock, self.clock);
+            }
         }
-        if self.fenced == 0 {
-            return;
-        }
-        let mut vc = self.vc.clone();
-        let own = &mut vc[self.index as usize];
-        *own = (*own).max(self.fenced);
         for lane in lanes(mask) {
-            env.releases.release(a[lane], common.id, &vc, &common.known);
+            if self.fenced_block[lane] == 0 {
+                continue;
+            }
+            let past_at = |clock: u32| {
+                let mut past = self.views.of(lane as u32).clone();
+                past.add(self.index, 1 << lane, self.live, clock);
+                past
+            };
+            common.flags.entry(a[lane]).or_default().join(&past_at(self.fenced_block[lane]));
+            if self.fenced[lane] != 0 && window_of(a[lane]) == Space::Global {
+                env.releases.release(a[lane], common.id, &past_at(self.fenced[lane]));
+            }
+        }
+    }
+
+    /// Lanes learn what was handed on by strong writes where they read.
+    pub fn acquire(&mut self, a: &Lanes, mask: u32, env: &Env, common: &Common) {
+        for lane in lanes(mask) {
+            if let Some(past) = common.flags.get(&a[lane]) {
+                self.learn(1 << lane, past);
+            }
+            if let Some(known) = env.releases.acquire(a[lane]) {
+                self.learn_known(1 << lane, common.id, &known);
+            }
         }
     }
 

@@ -17,11 +17,12 @@ mod memory;
 mod paths;
 pub mod tensor_map;
 mod trouble;
+mod views;
 mod warp;
 mod wgmma;
 
 use crate::check::Findings;
-use crate::check::global::{Releases, Shadow};
+use crate::check::global::{Releases, Shadows};
 use crate::count::{PcCount, Traffic};
 use crate::isa::Program;
 use crate::memory::GlobalMemory;
@@ -35,13 +36,15 @@ pub struct Options {
     pub lazy: bool,
     pub races: bool,
     pub uninitialised: bool,
+    /// Counts what blocks could do with, too.
+    pub footprint: bool,
     /// Instructions of warps after which a cluster of blocks is stopped.
     pub limit: u64,
 }
 
 impl Default for Options {
     fn default() -> Options {
-        Options { seed: 0, lazy: false, races: true, uninitialised: true, limit: 1 << 30 }
+        Options { seed: 0, lazy: false, races: true, uninitialised: true, footprint: false, limit: 1 << 30 }
     }
 }
 
@@ -49,7 +52,7 @@ impl Default for Options {
 pub(crate) struct Env<'a> {
     pub program: &'a Program,
     pub memory: &'a GlobalMemory,
-    pub shadows: &'a [Shadow],
+    pub shadows: &'a Shadows<'a>,
     pub constants: &'a [u8],
     pub params: &'a [u8],
     pub releases: &'a Releases,

@@ -9,6 +9,7 @@
 use super::async_copy::Copies;
 use super::cluster::{Block, Common};
 use super::paths::PATIENCE;
+use super::views::Views;
 use super::{Env, Sink, lanes};
 use crate::check::shared::Actor;
 use crate::check::{Kind, Who};
@@ -77,9 +78,11 @@ pub(crate) struct Warp {
     pub local: Vec<u8>,
     pub local_written: Vec<u8>,
     pub clock: u32,
-    pub vc: Vec<u32>,
-    /// Clock at the last device-wide fence, 0 if none.
-    pub fenced: u32,
+    pub views: Views,
+    /// Of each lane: clock at its last device-wide fence, 0 if none.
+    pub fenced: [u32; 32],
+    /// Likewise, at its last fence of any scope.
+    pub fenced_block: [u32; 32],
     /// The cluster barrier's generation at this warp's arrival.
     pub cluster_phase: u64,
     pub copies: Copies,
@@ -108,8 +111,9 @@ impl Warp {
             local: vec![0; p.local_bytes as usize * 32],
             local_written: vec![0; p.local_bytes as usize * 32],
             clock: 1,
-            vc: vec![0; n_warps],
-            fenced: 0,
+            views: Views::new(n_warps),
+            fenced: [0; 32],
+            fenced_block: [0; 32],
             cluster_phase: 0,
             copies: Copies::default(),
             wgmma: super::wgmma::Pending::default(),
@@ -131,8 +135,9 @@ impl Warp {
         self.current = 0;
         self.local_written.fill(0);
         self.clock = 1;
-        self.vc.fill(0);
-        self.fenced = 0;
+        self.views.clear();
+        self.fenced = [0; 32];
+        self.fenced_block = [0; 32];
         self.copies = Copies::default();
         self.wgmma = super::wgmma::Pending::default();
         self.turns = 0;
@@ -202,8 +207,8 @@ impl Warp {
         Who { block: b.at, thread: [t % nx, t / nx % ny, t / nx / ny], rank: (rank, t) }
     }
 
-    pub fn actor(&self, pc: u32) -> Actor<'_> {
-        Actor { warp: self.index, clock: self.clock, pc, vc: &self.vc }
+    pub fn actor(&self, pc: u32, lane: u32) -> Actor<'_> {
+        Actor { warp: self.index, clock: self.clock, pc, past: self.views.of(lane) }
     }
 
     /// Writes a result to the lanes of a mask.
@@ -489,9 +494,11 @@ impl Warp {
             }
             Op::ActiveMask { dst } => self.put(*dst, mask, &[u64::from(mask); 32]),
             Op::Bar(b) => return self.barrier(b, pc, mask, env, sink, blocks, common),
-            Op::ClusterArrive { aligned } => self.cluster_arrive(*aligned, pc, mask, env, sink, blocks, common),
+            Op::ClusterArrive { aligned } => {
+                return self.cluster_arrive(*aligned, pc, mask, env, sink, blocks, common);
+            }
             Op::ClusterWait { .. } => return self.cluster_wait(mask),
-            Op::Fence { wide, proxy } => self.fence(*wide, *proxy, common),
+            Op::Fence { wide, proxy } => self.fence(*wide, *proxy, mask, common),
             Op::Matrix(_) | Op::MoveMatrix { .. } | Op::Mma(_) => {
                 return self.matrix(op, pc, mask, env, sink, blocks, common);
             }

@@ -254,7 +254,7 @@ impl Warp {
                     return;
                 }
                 let memory = &mut blocks[from.unit].shared;
-                let actor = self.actor(pc);
+                let actor = self.actor(pc, 0);
                 if let Some(c) = memory.async_read(at, from.element, 0, &actor, &common.proxied) {
                     clash = clash.or(Some((c, Spot { unit: from.unit, at })));
                 }

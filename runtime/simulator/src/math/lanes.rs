@@ -66,6 +66,28 @@ impl Lane for bf16 {
     }
 }
 
+/// A 16-bit float whose subnormal numbers count as zeros of the same sign, where it is read and where it is written: `.ftz`.
+#[derive(Clone, Copy)]
+pub struct Flushed<T>(pub T);
+
+macro_rules! flushed {
+    ($($t:ty),*) => { $(
+        impl Lane for Flushed<$t> {
+            #[inline(always)]
+            fn get(bits: u64) -> Self {
+                let x = <$t>::get(bits);
+                let zero = x.classify() == std::num::FpCategory::Subnormal;
+                Flushed(if zero { <$t>::from_bits(x.to_bits() & 0x8000) } else { x })
+            }
+            #[inline(always)]
+            fn put(self) -> u64 {
+                Self::get(self.0.put()).0.put()
+            }
+        }
+    )* };
+}
+flushed!(f16, bf16);
+
 /// A packed pair, the first in the low half.
 impl<T: Lane> Lane for [T; 2] {
     #[inline(always)]

@@ -7,11 +7,11 @@ use rambac_simulator::exec::tensor_map::{Swizzle, TensorMap};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-type Result = std::result::Result<(), String>;
+pub type Result = std::result::Result<(), String>;
 
 macro_rules! cases {
     ($($name:ident: $file:literal, $arch:literal, $kernel:literal;)*) => {
-        /// All programs.
+        /// Programs.
         pub const ALL: &[Case] = &[$(Case {
             name: stringify!($name),
             file: $file,
@@ -52,12 +52,12 @@ cases! {
     gemm_wgmma: "hopper.cu", "sm_90a", "gemm";
 }
 
-fn rng() -> ChaCha8Rng {
+pub fn rng() -> ChaCha8Rng {
     ChaCha8Rng::seed_from_u64(7)
 }
 
 /// Small whole numbers: sums are exact in any order.
-fn whole(n: usize) -> Vec<f32> {
+pub fn whole(n: usize) -> Vec<f32> {
     let mut r = rng();
     (0..n).map(|_| r.random_range(-8..9) as f32).collect()
 }

@@ -5,7 +5,9 @@
 //! (above other such comments) is replaced by `code`.  Without NVRTC nothing here can run: every test is then counted as
 //! ignored and the reason printed.
 
+#[macro_use]
 mod cases;
+mod forms;
 mod mutants;
 mod support;
 
@@ -30,6 +32,11 @@ fn compilers() -> Vec<Nvrtc> {
     all
 }
 
+/// All programs.
+fn all() -> impl Iterator<Item = &'static support::Case> {
+    cases::ALL.iter().chain(forms::ALL)
+}
+
 fn main() -> ExitCode {
     // As libtest: a word chooses tests by part of their name; flags that it knows are no error here.
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -37,7 +44,7 @@ fn main() -> ExitCode {
         let mut words = args.iter().filter(|a| !a.starts_with('-')).peekable();
         words.peek().is_none() || words.any(|w| name.contains(w.as_str()))
     };
-    let names: Vec<&str> = cases::ALL.iter().map(|c| c.name).chain(["seeded_defects", "both_compilers"]).collect();
+    let names: Vec<&str> = all().map(|c| c.name).chain(["seeded_defects", "both_compilers"]).collect();
     let names: Vec<&str> = names.into_iter().filter(|n| chosen(n)).collect();
     if args.iter().any(|a| a == "--list") {
         names.iter().for_each(|n| println!("{n}: test"));
@@ -66,7 +73,7 @@ fn main() -> ExitCode {
         let run = || match *name {
             "seeded_defects" => mutants::run(&compilers[0]),
             "both_compilers" => support::versions(&compilers),
-            _ => match cases::ALL.iter().find(|c| c.name == *name) {
+            _ => match all().find(|c| c.name == *name) {
                 Some(case) => support::run(case, &compilers),
                 None => Err("BUG: no such test".into()),
             },

@@ -1,6 +1,5 @@
 //! Seeded defects: each must be found by a check or by comparison.
 
-use crate::cases::ALL;
 use crate::support::{Case, compile, once, schedules};
 use rambac_codegen::nvrtc::Nvrtc;
 use rayon::prelude::*;
@@ -22,7 +21,7 @@ fn mutation(line: &str) -> Option<(&str, &str)> {
 fn mutants() -> Vec<Mutant> {
     let mut all = vec![];
     let mut files = BTreeSet::new();
-    for case in ALL {
+    for case in crate::all() {
         if !files.insert(case.file) {
             continue;
         }
@@ -34,7 +33,7 @@ fn mutants() -> Vec<Mutant> {
             text[at] = code;
             // The last kernel that begins above, unless it is a helper's defect.
             let kernel = lines[..at].iter().rev().find_map(|l| l.split_once("__global__ void ")?.1.split('(').next());
-            let kernels: Vec<&Case> = ALL.iter().filter(|c| c.file == case.file).collect();
+            let kernels: Vec<&Case> = crate::all().filter(|c| c.file == case.file).collect();
             let own: Vec<&Case> = kernels.iter().copied().filter(|c| Some(c.kernel) == kernel).collect();
             let kernels = if own.is_empty() { kernels } else { own };
             all.push(Mutant { file: case.file, name: name.into(), source: text.join("\n"), kernels });
@@ -63,7 +62,7 @@ fn judge(m: &Mutant, n: &Nvrtc) -> Verdict {
         runs += 1;
         let mut found = false;
         for case in &m.kernels {
-            let (result, findings, _) = once(case, &ptx, o);
+            let (result, findings) = once(case, &ptx, o);
             if let Err(e) = result {
                 kinds.insert("comparison".into());
                 found = true;
@@ -89,7 +88,7 @@ fn judge(m: &Mutant, n: &Nvrtc) -> Verdict {
 
 pub fn run(n: &Nvrtc) -> Result<String, String> {
     // A defect is only found if the program without it passes.
-    for case in ALL {
+    for case in crate::all() {
         crate::support::run(case, std::slice::from_ref(n)).map_err(|e| format!("{} fails as it is: {e}", case.name))?;
     }
     let all = mutants();

@@ -2,7 +2,7 @@
 
 use rambac_codegen::nvrtc::Nvrtc;
 use rambac_simulator::Options;
-use rambac_simulator::check::{Finding, place_name};
+use rambac_simulator::check::Finding;
 use rambac_simulator::count::Counts;
 use rambac_simulator::device::{Arg, BufferId, Code, Device, Extent, ModuleId, Simulator};
 
@@ -128,17 +128,16 @@ pub fn compile(n: &Nvrtc, case: &Case, source: &str) -> Result<String, String> {
     n.compile(case.file, source, &[], &options).map(|c| c.ptx).map_err(|e| e.to_string())
 }
 
-/// What differs, what was found, and the source's files.
-type Ran = (Result<(), String>, Vec<Finding>, Vec<(u32, String)>);
+/// What differs, and what was found.
+type Ran = (Result<(), String>, Vec<Finding>);
 
 /// One run of a program.
 pub fn once(case: &Case, ptx: &str, options: Options) -> Ran {
     match Bench::new(ptx, case.kernel, options) {
-        Err(e) => (Err(e), vec![], vec![]),
+        Err(e) => (Err(e), vec![]),
         Ok(mut b) => {
             let r = (case.run)(&mut b);
-            let files = b.sim.files(b.module).to_vec();
-            (r, b.sim.take_findings(), files)
+            (r, b.sim.take_findings())
         }
     }
 }
@@ -148,15 +147,11 @@ pub fn run(case: &Case, compilers: &[Nvrtc]) -> Result<String, String> {
     for n in compilers {
         let ptx = compile(n, case, case.source)?;
         for o in schedules() {
-            let (result, findings, files) = once(case, &ptx, o);
+            let (result, findings) = once(case, &ptx, o);
             let at = format!("NVRTC {}.{}, seed {}, lazy {}", n.version.0, n.version.1, o.seed, o.lazy);
             result.map_err(|e| format!("{at}: {e}"))?;
             if let Some(f) = findings.first() {
-                return Err(format!(
-                    "{at}: {} findings, first at {}: {f}",
-                    findings.len(),
-                    place_name(&f.place, &files)
-                ));
+                return Err(format!("{at}: {} findings, first: {f}", findings.len()));
             }
         }
     }
