@@ -102,11 +102,10 @@ fn smaller(size: usize, f: &mut dyn FnMut(usize) -> Result<Option<f64>>) -> Resu
     }
 }
 
-fn with_buffers<D: Device>(
-    d: &mut D,
-    bytes: [usize; 3],
-    f: &mut dyn FnMut(&mut D, [BufferId; 3]) -> Result<Option<f64>>,
-) -> Result<Option<f64>> {
+/// Something that is measured with three buffers.
+type Measurement<'a, D> = dyn FnMut(&mut D, [BufferId; 3]) -> Result<Option<f64>> + 'a;
+
+fn with_buffers<D: Device>(d: &mut D, bytes: [usize; 3], f: &mut Measurement<D>) -> Result<Option<f64>> {
     let mut all: Vec<BufferId> = vec![];
     let mut made = Ok(());
     for b in bytes {
