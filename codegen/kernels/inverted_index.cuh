@@ -94,6 +94,8 @@ __device__ __forceinline__ void index_fill(i32* entries, i32* table, const i32* 
     for (int i = lane_id(); i - lane_id() < tokens * K; i += 32) {
         i64 at = first + (i64)(i / K) * h;
         bool filled = i < tokens * K && i % K < count[at];
+        // Counts below zero have none.
+        if (!__any_sync(ALL_LANES, filled)) continue;
         int chunk = filled ? indices[at * K + i % K] : -1;
         u32 same = __match_any_sync(ALL_LANES, chunk);
         int rank = __popc(same & ((1u << lane_id()) - 1));
