@@ -325,6 +325,10 @@ pub struct Inference {
     /// [default: most of what is free]
     #[arg(long, value_name = "SIZE", value_parser = bytes)]
     pub device_memory: Option<usize>,
+    /// On a device: write the first 512 runs of the model's parts as a trace for Perfetto (ui.perfetto.dev), every op with its
+    /// time, FLOPs, bytes and share of what limits it
+    #[arg(long, value_name = "FILE")]
+    pub profile: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, ValueEnum, PartialEq, Eq, Debug)]
@@ -463,15 +467,24 @@ pub struct Bench {
     pub weights: Weights,
     #[command(flatten)]
     pub memory: MemoryArgs,
-    /// Where and in what: a training step
     #[command(flatten)]
     pub place: TrainPlace,
-    /// Also the time per kind of op, on the CPU; with a FILE also the last run of train or forward as a trace for Perfetto
+    /// Which chunks tokens choose, in attend: each token its own, or those of a chunk the same
+    #[arg(long, value_enum, default_value_t = Selections::Uniform)]
+    pub selections: Selections,
+    /// Also the time per kind of op; with a FILE also the last run of train or forward as a trace for Perfetto
     #[arg(long, value_name = "FILE", num_args = 0..=1)]
     pub profile: Option<Option<PathBuf>>,
     /// One JSON object per line
     #[arg(long)]
     pub json: bool,
+}
+
+/// Made-up choices of chunks.
+#[derive(Clone, Copy, ValueEnum, PartialEq, Eq, Debug)]
+pub enum Selections {
+    Uniform,
+    Clustered,
 }
 
 #[derive(Args)]

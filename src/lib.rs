@@ -8,6 +8,7 @@ mod curves;
 mod dashboard;
 mod device;
 pub mod error;
+mod loader;
 mod machine;
 mod metrics;
 pub mod model;

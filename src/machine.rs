@@ -11,8 +11,6 @@ use std::time::{Duration, Instant};
 /// Rates reached by plain work on all threads of a pool.
 #[derive(Clone, Copy, Debug)]
 pub struct Rates {
-    /// Of the pool.
-    pub threads: usize,
     /// FLOP/s of a 1024×1024×1024 product in f32.
     pub gemm: f64,
     /// Bytes read and written per second by copying 128 MiB.
@@ -21,8 +19,7 @@ pub struct Rates {
 
 /// Measures both, in about half a second: the best run counts, as others may be using the machine.
 pub fn rates(pool: &rayon::ThreadPool) -> Rates {
-    let threads = pool.current_num_threads();
-    pool.install(|| Rates { threads, gemm: gemm_rate(), copy: copy_rate() })
+    pool.install(|| Rates { gemm: gemm_rate(), copy: copy_rate() })
 }
 
 /// Shortest of the runs of `f` that fit in a quarter of a second, three at least, after one to warm up.

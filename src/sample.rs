@@ -31,14 +31,14 @@ impl Sampling {
 
     /// The token chosen; of equal ones the smaller counts as likelier.  `None` if a logit is NaN or +∞, or none is finite.
     pub fn choose(&self, logits: &[f32], rng: &mut impl Rng) -> Option<usize> {
+        if self.temperature == 0.0 {
+            return likeliest(logits);
+        }
         if logits.iter().any(|x| x.is_nan() || *x == f32::INFINITY) {
             return None;
         }
         let mut order: Vec<usize> = (0..logits.len()).filter(|&i| logits[i].is_finite()).collect();
         let likelier = |a: &usize, b: &usize| logits[*b].total_cmp(&logits[*a]).then(a.cmp(b));
-        if self.temperature == 0.0 {
-            return order.into_iter().min_by(likelier);
-        }
         order.sort_by(likelier);
         order.truncate(self.top_k.unwrap_or(usize::MAX));
         let top = f64::from(logits[*order.first()?]);
@@ -65,6 +65,26 @@ impl Sampling {
         // Rounding can leave nothing drawn: then it was the last one.
         Some(order[drawn.unwrap_or(kept - 1)])
     }
+}
+
+/// The greedy choice: every token waits for it, so it goes through the logits in whole vectors.
+fn likeliest(logits: &[f32]) -> Option<usize> {
+    const LANES: usize = 16;
+    let (parts, rest) = logits.as_chunks::<LANES>();
+    let (mut most, mut bad) = ([f32::NEG_INFINITY; LANES], [false; LANES]);
+    let mut look = |x: &[f32]| {
+        for ((m, b), x) in most.iter_mut().zip(&mut bad).zip(x) {
+            *m = if *x > *m { *x } else { *m };
+            *b |= x.is_nan() | (*x == f32::INFINITY);
+        }
+    };
+    parts.iter().for_each(|p| look(p));
+    look(rest);
+    let most = most.into_iter().fold(f32::NEG_INFINITY, f32::max);
+    if bad.contains(&true) || most == f32::NEG_INFINITY {
+        return None;
+    }
+    logits.iter().position(|x| *x == most)
 }
 
 #[cfg(test)]
@@ -95,6 +115,19 @@ mod tests {
     fn greedy_takes_the_smaller_of_equals() {
         for s in [sampling(0.0, None, None), sampling(0.0, Some(3), Some(0.5))] {
             assert_eq!(s.choose(&LOGITS, &mut stream(0, "", &[])), Some(1));
+        }
+    }
+
+    #[test]
+    fn greedy_looks_everywhere() {
+        let mut r = stream(5, "greedy", &[]);
+        for n in 1..70 {
+            let mut x: Vec<f32> = (0..n).map(|_| r.random_range(-3..3) as f32).collect();
+            let want = (0..n).max_by(|&a, &b| x[a].total_cmp(&x[b]).then(b.cmp(&a)));
+            let greedy = |x: &[f32]| sampling(0.0, None, None).choose(x, &mut stream(0, "", &[]));
+            assert_eq!(greedy(&x), want);
+            x[n - 1] = f32::NAN;
+            assert_eq!(greedy(&x), None);
         }
     }
 

@@ -8,8 +8,8 @@
 //
 //   row   | lane 0: vec | lane 1: vec | … | lane 0: vec | …      `pieces` vectors a lane
 //
-// Traffic: x (and z) and y once; backward x (and z), dy, dx (and dz) once, and per CTA a slot of dw [width] in f32
-// (slots.cuh adds them).  Memory limits both.  y may lie over x, dx over dy: a row is read whole before it is written.
+// Traffic: x (and z) and y once; backward x (and z), dy, dx (and dz, and a copy of dx in 16 bits) once, and per CTA a slot of dw
+// [width] in f32 (slots.cuh adds them).  Memory limits both.  y may lie over x, dx over dy: a row is read whole before it is written.
 //
 // Every operand has a type of its own: f32 for a residual stream and weights, 16 bits for what products read.
 //
@@ -51,7 +51,8 @@ template <class C> struct NormRow {
     template <class T> static __device__ __forceinline__ void load(Values& v, int piece, const T* row) { load_f32(v[piece], row + column(piece)); }
 };
 
-// Hooks: what the row is multiplied by before the norm (nothing, or silu(z)), and what is added to its gradient.
+// Hooks: what the row is multiplied by before the norm (nothing, or silu(z)), what is added to its gradient, and where that is
+// written once more.
 struct NoGate {
     static constexpr bool on = false;
 };
@@ -68,6 +69,15 @@ struct NoBase {
 template <class T> struct RowBase {
     static constexpr bool on = true;
     const T* base;
+    i64 stride;
+};
+
+struct NoCopy {
+    static constexpr bool on = false;
+};
+template <class T> struct RowCopy {
+    static constexpr bool on = true;
+    T* copy;
     i64 stride;
 };
 
@@ -107,9 +117,9 @@ __device__ __forceinline__ void norm_rows(const X* x, i64 x_stride, const W* w, 
     }
 }
 
-template <class C, class X, class W, class DY, class DX, class Gate, class Base>
+template <class C, class X, class W, class DY, class DX, class Gate, class Base, class Copy = NoCopy>
 __device__ __forceinline__ void norm_rows_grad(const X* x, i64 x_stride, const W* w, const DY* dy, i64 dy_stride, DX* dx, i64 dx_stride, float* slots, i64 rows,
-                                               const Gate& gate, const Base& base) {
+                                               const Gate& gate, const Base& base, const Copy& copy = {}) {
     using R = NormRow<C>;
     __shared__ float scratch[2 * max_of(C::threads / 32, 1)];
     __shared__ float sums[R::GROUPS > 1 ? R::PIECES * C::vec * C::lanes : 1];
@@ -170,6 +180,8 @@ __device__ __forceinline__ void norm_rows_grad(const X* x, i64 x_stride, const W
             if (mine && R::has(p)) {
                 store_f32(dx + row * dx_stride + R::column(p), d);
                 if constexpr (Gate::on) store_f32(gate.dz + row * gate.dz_stride + R::column(p), dz);
+                if constexpr (Copy::on) store_f32(copy.copy + row * copy.stride + R::column(p), d);
+                // MUT norm_copy: if constexpr (Copy::on) store_f32(copy.copy + row * copy.stride + R::column(p), g[p]);
             }
         }
     }
@@ -218,6 +230,17 @@ template <class C, class X, class W, class DY, class B, class DX>
 __device__ __forceinline__ void rms_norm_grad_add(const X* x, i64 x_stride, const W* w, const DY* dy, i64 dy_stride, const B* base, i64 base_stride, DX* dx,
                                                   i64 dx_stride, float* slots, i64 rows) {
     norm_rows_grad<C>(x, x_stride, w, dy, dy_stride, dx, dx_stride, slots, rows, NoGate{}, RowBase<B>{base, base_stride});
+}
+// As the two above, with dx in another type too.
+template <class C, class X, class W, class DY, class DX, class T>
+__device__ __forceinline__ void rms_norm_grad_copy(const X* x, i64 x_stride, const W* w, const DY* dy, i64 dy_stride, DX* dx, i64 dx_stride, T* copy,
+                                                   i64 copy_stride, float* slots, i64 rows) {
+    norm_rows_grad<C>(x, x_stride, w, dy, dy_stride, dx, dx_stride, slots, rows, NoGate{}, NoBase{}, RowCopy<T>{copy, copy_stride});
+}
+template <class C, class X, class W, class DY, class B, class DX, class T>
+__device__ __forceinline__ void rms_norm_grad_add_copy(const X* x, i64 x_stride, const W* w, const DY* dy, i64 dy_stride, const B* base, i64 base_stride, DX* dx,
+                                                       i64 dx_stride, T* copy, i64 copy_stride, float* slots, i64 rows) {
+    norm_rows_grad<C>(x, x_stride, w, dy, dy_stride, dx, dx_stride, slots, rows, NoGate{}, RowBase<B>{base, base_stride}, RowCopy<T>{copy, copy_stride});
 }
 template <class C, class X, class Z, class W, class DY, class DX, class DZ>
 __device__ __forceinline__ void gated_rms_norm_grad(const X* x, i64 x_stride, const Z* z, i64 z_stride, const W* w, const DY* dy, i64 dy_stride, DX* dx,

@@ -36,9 +36,10 @@
 
 namespace rambac {
 
-// How a walk goes: whether it makes y, from which end, whether it writes down its states.
+// How a walk goes: whether it makes y, from which end, whether it writes down its states; what does neither tells how much
+// of a state is left behind the segment.
 template <bool OUTPUTS, bool REVERSE, bool RECORD> struct ScanWay {
-    static constexpr bool outputs = OUTPUTS, reverse = REVERSE, record = RECORD;
+    static constexpr bool outputs = OUTPUTS, reverse = REVERSE, record = RECORD, totals = !OUTPUTS && !RECORD;
 };
 
 __device__ constexpr int up_to_16(int n) { return (n + 15) / 16 * 16; }
@@ -159,6 +160,8 @@ template <class C, class Way> struct ScanWalk {
     i64 y_stride;
     // States before every block [N, blocks, heads, P, R] (in reverse: gradients behind it), where recorded; P and R filled up.
     T* record;
+    // exp of a head's sum of dt a, where the walk tells it.
+    float* decays;
     // Tokens of this segment.
     int first, end;
     float h[R / 8][4];
@@ -391,9 +394,10 @@ template <class C, class Way> struct ScanWalk {
         __syncwarp();
     }
 
-    // Walks the segment; `h` is the state before it and then the one behind it.  Returns exp2's argument of the whole
-    // segment, in the warps that make factors (warp i of head i).
-    template <class Load, class Finish> __device__ __forceinline__ double walk(Shared& sh, const Load& load, const Finish& finish) {
+    // Walks the segment from the state that `first_state` sets; then `last_state` sees the one behind it.
+    template <class Load, class Finish, class First, class Last>
+    __device__ __forceinline__ void walk(Shared& sh, const Load& load, const Finish& finish, const First& first_state, const Last& last_state) {
+        first_state();
         const int count = blocks(), m = head() - head0();
         ScanSteps<Q> steps;
         float rate = 0.f;
@@ -430,10 +434,13 @@ template <class C, class Way> struct ScanWalk {
             // MUT scan_free: ;
             if (STAGES == 1 && k + 1 < count) copy(in, begin(k + 1), load);
         }
-        return total;
+        if (Way::totals && warp_id() < HEADS && lane_id() == 0) decays[warp_id()] = exp2_fast((float)total);
+        last_state();
     }
 };
 
+// The entry points take the walk as an argument: scan_hopper.cuh has another.
+//
 // Hooks.  How x of tokens t0 … t0 + rows - 1 and the CTA's heads comes to shared memory: as it is.  `x` stands at the sequence
 // and its first head.  A convolution would be computed here, from rows t0 - (k-1) on.
 struct ScanRows {
@@ -448,7 +455,7 @@ struct ScanAsIs {
     __device__ __forceinline__ void operator()(int t, int m, int p, float (&y)[2]) const {}
 };
 
-extern __shared__ __align__(16) unsigned char scan_memory[];
+extern __shared__ __align__(1024) unsigned char scan_memory[];
 
 // Common setup: pointers at the sequence and the CTA's heads.
 template <class Walk, class C>
@@ -470,11 +477,11 @@ template <class C> __device__ __forceinline__ i64 scan_state_at(i64 outer, int h
 }
 
 // One pass: h0 → y, h.  Grid.x is 1 and `segment` at least l.  h may lie over h0.
-template <class C, class Load = ScanRows, class Finish = ScanAsIs>
+template <class C, template <class, class> class Walker = ScanWalk, class Load = ScanRows, class Finish = ScanAsIs>
 __device__ __forceinline__ void selective_scan(const typename C::T* x, i64 x_stride, const typename C::Exact* dt, i64 dt_stride, const typename C::Exact* a,
                                                const typename C::T* b, i64 b_stride, const typename C::T* c, i64 c_stride, const typename C::Exact* d,
                                                const typename C::Exact* h0, typename C::T* y, i64 y_stride, typename C::Exact* h, i32 l, Load load = {}, Finish finish = {}) {
-    using Walk = ScanWalk<C, ScanWay<true, false, false>>;
+    using Walk = Walker<C, ScanWay<true, false, false>>;
     Walk w;
     scan_place<Walk, C>(w, x, x_stride, dt, dt_stride, a, b, b_stride, l, l);
     const i64 row = (i64)blockIdx.z * l;
@@ -482,24 +489,20 @@ __device__ __forceinline__ void selective_scan(const typename C::T* x, i64 x_str
     w.d = d + Walk::head0();
     w.y = y + row * y_stride + Walk::head0() * C::head_dim, w.y_stride = y_stride;
     const i64 at = scan_state_at<C>(blockIdx.z, Walk::head());
-    w.load_state(h0 + at);
-    w.walk(*reinterpret_cast<typename Walk::Shared*>(scan_memory), load, finish);
-    w.store_state(h + at);
+    w.walk(*reinterpret_cast<typename Walk::Shared*>(scan_memory), load, finish, [&] { w.load_state(h0 + at); }, [&] { w.store_state(h + at); });
 }
 
 // First of three passes: each segment from zero, forward or in reverse → its last state and exp of its sum of dt a, in
 // ends [N, segments, heads, P, R] and decays [N, segments, heads].
-template <class C>
+template <class C, template <class, class> class Walker = ScanWalk>
 __device__ __forceinline__ void scan_states(const typename C::T* x, i64 x_stride, const typename C::Exact* dt, i64 dt_stride, const typename C::Exact* a,
                                             const typename C::T* b, i64 b_stride, float* ends, float* decays, i32 l, i32 segment) {
-    using Walk = ScanWalk<C, ScanWay<false, C::reverse, false>>;
+    using Walk = Walker<C, ScanWay<false, C::reverse, false>>;
     Walk w;
     scan_place<Walk, C>(w, x, x_stride, dt, dt_stride, a, b, b_stride, l, segment);
-    w.clear();
-    const double total = w.walk(*reinterpret_cast<typename Walk::Shared*>(scan_memory), ScanRows{}, ScanAsIs{});
     const i64 outer = (i64)blockIdx.z * gridDim.x + blockIdx.x;
-    w.store_state(ends + scan_state_at<C>(outer, Walk::head()));
-    if (warp_id() < Walk::HEADS && lane_id() == 0) decays[outer * C::heads + Walk::head0() + warp_id()] = exp2_fast((float)total);
+    w.decays = decays + outer * C::heads + Walk::head0();
+    w.walk(*reinterpret_cast<typename Walk::Shared*>(scan_memory), ScanRows{}, ScanAsIs{}, [&] { w.clear(); }, [&] { w.store_state(ends + scan_state_at<C>(outer, Walk::head())); });
 }
 
 // Second pass: the states at the segments' ends, from zero, become those at their starts, from h0; the last goes to h.
@@ -527,19 +530,19 @@ __device__ __forceinline__ void scan_combine(float* ends, const float* decays, c
 }
 
 // Third pass: y of each segment from its first state.
-template <class C, class Load = ScanRows, class Finish = ScanAsIs>
+template <class C, template <class, class> class Walker = ScanWalk, class Load = ScanRows, class Finish = ScanAsIs>
 __device__ __forceinline__ void scan_outputs(const typename C::T* x, i64 x_stride, const typename C::Exact* dt, i64 dt_stride, const typename C::Exact* a,
                                              const typename C::T* b, i64 b_stride, const typename C::T* c, i64 c_stride, const typename C::Exact* d,
                                              const float* starts, typename C::T* y, i64 y_stride, i32 l, i32 segment, Load load = {}, Finish finish = {}) {
-    using Walk = ScanWalk<C, ScanWay<true, false, false>>;
+    using Walk = Walker<C, ScanWay<true, false, false>>;
     Walk w;
     scan_place<Walk, C>(w, x, x_stride, dt, dt_stride, a, b, b_stride, l, segment);
     const i64 row = (i64)blockIdx.z * l;
     w.c = c + row * c_stride + (w.b - b - row * b_stride), w.c_stride = c_stride;
     w.d = d + Walk::head0();
     w.y = y + row * y_stride + Walk::head0() * C::head_dim, w.y_stride = y_stride;
-    w.load_state(starts + scan_state_at<C>((i64)blockIdx.z * gridDim.x + blockIdx.x, Walk::head()));
-    w.walk(*reinterpret_cast<typename Walk::Shared*>(scan_memory), load, finish);
+    const float* start = starts + scan_state_at<C>((i64)blockIdx.z * gridDim.x + blockIdx.x, Walk::head());
+    w.walk(*reinterpret_cast<typename Walk::Shared*>(scan_memory), load, finish, [&] { w.load_state(start); }, [&] {});
 }
 
 }  // namespace rambac

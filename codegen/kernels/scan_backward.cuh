@@ -31,29 +31,29 @@ namespace rambac {
 
 // Walks and writes the states before every block to record [N, blocks, heads, P, R] (P, R filled up to multiples of 16); with C::reverse on x = dy, b = c, the
 // gradients behind every block.  `Start` is the type of the states that segments begin with: Exact [N, heads, P, R] where there is
-// one segment, f32 [N, segments, heads, P, R] from scan_combine otherwise.
-template <class C, class Start>
-__device__ __forceinline__ auto scan_walk_recording(const typename C::T* x, i64 x_stride, const typename C::Exact* dt, i64 dt_stride, const typename C::Exact* a,
-                                                    const typename C::T* b, i64 b_stride, const Start* start, typename C::T* record, i32 l, i32 segment) {
-    using Walk = ScanWalk<C, ScanWay<false, C::reverse, true>>;
+// one segment, f32 [N, segments, heads, P, R] from scan_combine otherwise.  The last state goes to `last`, where there is one.
+template <class C, template <class, class> class Walker, class Start>
+__device__ __forceinline__ void scan_walk_recording(const typename C::T* x, i64 x_stride, const typename C::Exact* dt, i64 dt_stride, const typename C::Exact* a,
+                                                    const typename C::T* b, i64 b_stride, const Start* start, typename C::T* record, i32 l, i32 segment, typename C::Exact* last) {
+    using Walk = Walker<C, ScanWay<false, C::reverse, true>>;
     Walk w;
     scan_place<Walk, C>(w, x, x_stride, dt, dt_stride, a, b, b_stride, l, segment);
     w.record = record + blockIdx.z * ceil_div(l, C::block) * (C::heads * Walk::P * Walk::R);
-    w.load_state(start + scan_state_at<C>((i64)blockIdx.z * gridDim.x + blockIdx.x, Walk::head()));
-    w.walk(*reinterpret_cast<typename Walk::Shared*>(scan_memory), ScanRows{}, ScanAsIs{});
-    return w;
+    start += scan_state_at<C>((i64)blockIdx.z * gridDim.x + blockIdx.x, Walk::head());
+    w.walk(*reinterpret_cast<typename Walk::Shared*>(scan_memory), ScanRows{}, ScanAsIs{}, [&] { w.load_state(start); }, [&] {
+        if (last) w.store_state(last + scan_state_at<C>(blockIdx.z, Walk::head()));
+    });
 }
-template <class C>
+template <class C, template <class, class> class Walker = ScanWalk>
 __device__ __forceinline__ void scan_record(const typename C::T* x, i64 x_stride, const typename C::Exact* dt, i64 dt_stride, const typename C::Exact* a,
                                             const typename C::T* b, i64 b_stride, const typename C::Start* start, typename C::T* record, i32 l, i32 segment) {
-    scan_walk_recording<C>(x, x_stride, dt, dt_stride, a, b, b_stride, start, record, l, segment);
+    scan_walk_recording<C, Walker>(x, x_stride, dt, dt_stride, a, b, b_stride, start, record, l, segment, nullptr);
 }
 // As scan_record over one segment, in reverse; the gradient before it is dh0.
-template <class C>
+template <class C, template <class, class> class Walker = ScanWalk>
 __device__ __forceinline__ void scan_record_to_start(const typename C::T* dy, i64 dy_stride, const typename C::Exact* dt, i64 dt_stride, const typename C::Exact* a,
                                                      const typename C::T* c, i64 c_stride, const typename C::Exact* dh, typename C::T* record, typename C::Exact* dh0, i32 l) {
-    auto w = scan_walk_recording<C>(dy, dy_stride, dt, dt_stride, a, c, c_stride, dh, record, l, l);
-    w.store_state(dh0 + scan_state_at<C>(blockIdx.z, w.head()));
+    scan_walk_recording<C, Walker>(dy, dy_stride, dt, dt_stride, a, c, c_stride, dh, record, l, l, dh0);
 }
 
 template <class C> struct ScanGrad {

@@ -25,8 +25,8 @@ template <int ROWS> struct Panels {
     }
     __device__ __forceinline__ u64 descriptor(u32 start, u32 leading) const {
         // The 128-byte swizzle, 1024 bytes from 8 rows to the next.
-        u32 high = 1u << 30 | 1024 >> 4;
-        return (u64)high << 32 | ((leading >> 4) << 16 | (tile + start) >> 4);
+        constexpr u32 HIGH = 1u << 30 | 1024 >> 4;
+        return (u64)HIGH << 32 | ((leading >> 4 << 16) + (start >> 4) + (tile >> 4));
     }
     // Rows are m or n, step `s` of 16 columns.
     __device__ __forceinline__ u64 along_rows(int s) const { return descriptor(s / 4 * ROWS * 128 + s % 4 * 32, 16); }
@@ -45,6 +45,20 @@ __device__ __forceinline__ void copy_panels_async(Panels<ROWS> to, const T* from
 }
 __device__ __forceinline__ void store_shared(u32 at, u32 x) { asm volatile("st.shared.b32 [%0], %1;" ::"r"(at), "r"(x) : "memory"); }
 
+__device__ __forceinline__ uint4 load_shared16(u32 at) {
+    uint4 x;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(at) : "memory");
+    return x;
+}
+// Four 8 x 8 matrices as D and A have them, to rows of 16 bytes: lane l gives row l % 8 of matrix l / 8.  Transposed, a row
+// of memory is a column.
+__device__ __forceinline__ void stmatrix4(u32 at, const u32 (&x)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
+}
+__device__ __forceinline__ void stmatrix4_trans(u32 at, const u32 (&x)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
+}
+
 __device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int LEFT> __device__ __forceinline__ void products_wait() {
@@ -57,10 +71,35 @@ template <int TILES> __device__ __forceinline__ void in_flight(float (&d)[TILES]
 #pragma unroll
         for (int j = 0; j < 4; j++) asm volatile("" : "+f"(d[i][j])::"memory");
 }
+// Registers of a warpgroup's threads, below or above what the block began with.
+template <int COUNT> __device__ __forceinline__ void fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT)); }
+template <int COUNT> __device__ __forceinline__ void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT)); }
 // What ordinary stores and cp.async wrote to shared memory, before wgmma reads it; then a barrier.
 __device__ __forceinline__ void shared_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 // A barrier of the four warps of a warpgroup.
 __device__ __forceinline__ void warpgroup_sync(int group) { asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory"); }
+
+// A barrier in shared memory: `count` arrivals complete a phase; phases alternate between 0 and 1.
+struct Mbarrier {
+    u64 state;
+    __device__ __forceinline__ void init(u32 count) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&state)), "r"(count) : "memory"); }
+    __device__ __forceinline__ void arrive() { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&state)) : "memory"); }
+    // Until the phase of that parity is over.
+    __device__ __forceinline__ void wait(u32 parity) {
+        u32 done;
+        do {
+            asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(done) : "r"(shared_address(&state)), "r"(parity) : "memory");
+        } while (!done);
+    }
+};
+// The next of STAGES places used in turn, and the parity of its phase.
+template <int STAGES> struct Ring {
+    int at = 0;
+    u32 parity = 0;
+    __device__ __forceinline__ void next() {
+        if (++at == STAGES) at = 0, parity ^= 1;
+    }
+};
 
 // d (+)= A·B; `keep` false: d is overwritten.  TA, TB: the tile's rows are k.
 template <class T, int N, int TA, int TB> struct Wgmma;

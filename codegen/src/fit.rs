@@ -21,11 +21,9 @@ use crate::traits::Kernels;
 use rambac_ir::{Bindings, Cost, DimError, Graph, NodeId};
 use rambac_passes::autodiff::GRAD;
 use rambac_passes::recompute::{candidates, choose, free_between, layer};
-use rambac_passes::{Options, Recompute, Target, pipeline};
+use rambac_passes::{Options, Recompute, Target, pipeline, recompute};
 use std::collections::{BTreeMap, BTreeSet};
-
-/// Layers between inputs that are kept, where keeping all of them is too much.
-const SPANS: [usize; 4] = [2, 4, 8, 16];
+use std::sync::Arc;
 
 /// How much memory a program may take.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -61,9 +59,11 @@ impl Machine {
                 Ok((program, plans))
             }
             Machine::Gpu(target) => {
-                let gpu = emit(lower_for(g, Kernels::Gpu), target.clone())?;
+                let program = Arc::new(lower_for(g, Kernels::Gpu));
+                let gpu = emit(program.clone(), target.clone())?;
                 let plans = dims.iter().map(|d| gpu.plan(d)).collect::<Result<_, _>>()?;
-                Ok((std::sync::Arc::unwrap_or_clone(gpu.program), plans))
+                drop(gpu);
+                Ok((Arc::unwrap_or_clone(program), plans))
             }
         }
     }
@@ -103,8 +103,8 @@ pub struct Fit {
     pub prepared: Graph,
     /// Nodes that are computed again.
     pub again: BTreeSet<NodeId>,
-    /// Layers between inputs that are kept; 0: all are.
-    pub span: usize,
+    /// Inputs of layers that are held at once; 0: all are.
+    pub held: usize,
     /// The dims that need most memory.
     pub dims: Bindings,
     /// Plans at these dims, and work, if everything is kept, and as decided.
@@ -131,14 +131,14 @@ struct Search<'a> {
     dims: &'a [Bindings],
     machine: &'a Machine,
     options: &'a Options,
-    span: usize,
+    held: usize,
     /// Bytes that the program's own plan may take.
     limit: usize,
 }
 
 impl Search<'_> {
     fn attempt(&self, what: Recompute, again: BTreeSet<NodeId>) -> Result<Tried, FitError> {
-        let options = Options { recompute: what, span: self.span, ..self.options.clone() };
+        let options = Options { recompute: what, held: self.held, ..self.options.clone() };
         let (program, plans) = self.machine.plans(&pipeline::complete(&self.prepared, &options), self.dims)?;
         let mut worst: Option<(MemoryPlan, &Bindings)> = None;
         for (p, d) in plans.into_iter().zip(self.dims) {
@@ -226,12 +226,39 @@ impl Search<'_> {
         Ok(Ok(upper))
     }
 
+    /// Where the inputs of layers are too much even if all else is computed again: sets `held` to the most of them that fit.
+    /// If not even the fewest fit, what they need; `None` if there are none.
+    fn hold_less(&mut self) -> Result<Option<Tried>, FitError> {
+        let layers = recompute::layers(&self.prepared).len();
+        let (mut enough, mut many) = (recompute::least_held(layers), layers);
+        if enough >= many {
+            return Ok(None);
+        }
+        let all = candidates(&self.prepared);
+        self.held = enough;
+        let least = self.nodes(all.clone())?;
+        if !self.fits(&least) {
+            self.held = 0;
+            return Ok(Some(least));
+        }
+        while enough + 1 < many {
+            self.held = enough.midpoint(many);
+            if self.fits(&self.nodes(all.clone())?) {
+                enough = self.held;
+            } else {
+                many = self.held;
+            }
+        }
+        self.held = enough;
+        Ok(Some(least))
+    }
+
     fn decided(self, kept: Tried, best: Tried) -> Result<Fit, FitError> {
         let costs = (kept.cost()?, best.cost()?);
         Ok(Fit {
             prepared: self.prepared,
             again: best.again,
-            span: self.span,
+            held: self.held,
             dims: best.dims,
             kept: (kept.plan, costs.0),
             fitted: (best.plan, costs.1),
@@ -269,23 +296,28 @@ pub fn fit(
     options: &Options,
 ) -> Result<Fit, FitError> {
     let prepared = pipeline::prepare(g, options);
-    let mut s = Search { prepared, dims, machine, options, span: 0, limit: limit.saturating_sub(reserved) };
+    let mut s = Search { prepared, dims, machine, options, held: 0, limit: limit.saturating_sub(reserved) };
     let kept = s.attempt(Recompute::Nothing, BTreeSet::new())?;
     if s.fits(&kept) {
         let best = s.nodes(BTreeSet::new())?;
         return s.decided(kept, best);
     }
+    // What is in the way alone, then all values.
     let all = vec![true; s.prepared.nodes.len()];
-    // What is in the way alone, all values, and where the inputs of layers are too much, those of groups of layers.
-    let tries = [(s.in_the_way(&kept), 0), (all.clone(), 0)].into_iter().chain(SPANS.map(|span| (all.clone(), span)));
     let mut least: Option<Tried> = None;
-    for (priced, span) in tries {
-        s.span = span;
+    for priced in [s.in_the_way(&kept), all.clone()] {
         match s.cheapest(&kept, &priced)? {
             Ok(best) => return s.decided(kept, best),
-            Err(t) if least.as_ref().is_none_or(|l| t.plan.peak() < l.plan.peak()) => least = Some(t),
-            Err(_) => {}
+            Err(t) => least = Some(t),
         }
+    }
+    if let Some(t) = s.hold_less()? {
+        least = Some(t);
+    }
+    if s.held > 0
+        && let Ok(best) = s.cheapest(&kept, &all)?
+    {
+        return s.decided(kept, best);
     }
     let least = least.expect("BUG: something was tried");
     Err(s.too_small(&g.name, &least, limit, reserved))
@@ -297,7 +329,7 @@ pub fn fit(
 /// A dim without a value; a step that can't run on the machine.
 pub fn everything(g: &Graph, dims: &Bindings, machine: &Machine, options: &Options) -> Result<Fit, FitError> {
     let prepared = pipeline::prepare(g, options);
-    let s = Search { prepared, dims: std::slice::from_ref(dims), machine, options, span: 0, limit: 0 };
+    let s = Search { prepared, dims: std::slice::from_ref(dims), machine, options, held: 0, limit: 0 };
     let kept = s.attempt(Recompute::Nothing, BTreeSet::new())?;
     let all = s.nodes(candidates(&s.prepared))?;
     s.decided(kept, all)
@@ -314,13 +346,13 @@ pub fn options(
     reserved: usize,
     others: &Options,
 ) -> Result<Options, FitError> {
-    let (recompute, span) = match memory {
+    let (recompute, held) = match memory {
         Memory::Keep => (Recompute::Nothing, 0),
         Memory::Recompute => (Recompute::All, 0),
         Memory::Within { limit, dims } => {
             let fit = fit(g, *limit, dims, machine, reserved, others)?;
-            (Recompute::Nodes(fit.again), fit.span)
+            (Recompute::Nodes(fit.again), fit.held)
         }
     };
-    Ok(Options { recompute, span, ..others.clone() })
+    Ok(Options { recompute, held, ..others.clone() })
 }

@@ -18,6 +18,7 @@ pub mod libraries;
 pub mod lower;
 mod narrow;
 pub mod nvrtc;
+mod overlay;
 pub mod plan;
 pub mod program;
 pub mod traits;

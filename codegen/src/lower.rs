@@ -6,6 +6,7 @@
 //! a kernel can't read or write bf16 itself, which `narrow.rs` says.
 
 use crate::narrow::Narrow;
+use crate::overlay::overlay;
 use crate::program::*;
 use crate::traits::{Kernels, kernel_traits};
 use rambac_ir::ops::*;
@@ -57,6 +58,9 @@ pub fn lower_for(g: &Graph, kernels: Kernels) -> Program {
         })
         .collect();
     l.updates(&mut outputs);
+    if kernels == Kernels::Gpu {
+        overlay(g, &mut l.buffers, &mut l.steps, &outputs);
+    }
     l.in_place(&mut outputs);
     Program {
         name: g.name.clone(),
@@ -153,7 +157,7 @@ impl Lowering<'_> {
 
     fn node(&mut self, id: NodeId) {
         let n = self.g.node(id);
-        if self.narrow.written(self.g, id).is_some() {
+        if self.narrow.written(self.g, id).is_some() || self.narrow.copied(self.g, id) {
             return; // By what makes its operand.
         }
         for (i, &v) in n.inputs.iter().enumerate() {
@@ -234,6 +238,13 @@ impl Lowering<'_> {
             let y = id.result(r);
             self.views.insert(self.narrow.cast_of(y).unwrap_or(y), v.clone());
         }
+        // Copies in bf16 come after the op's own results.
+        let copies: Vec<Value> = (0..n.tys.len()).filter_map(|r| self.narrow.copy_of(id.result(r))).collect();
+        for copy in copies {
+            let y = self.fresh(self.g.ty(copy));
+            self.views.insert(copy, y.clone());
+            outputs.push(y);
+        }
         self.steps.push(Step { op, node: id, inputs, outputs });
     }
 
@@ -281,8 +292,7 @@ impl Lowering<'_> {
     /// A contiguous copy of `x`.
     fn copied(&mut self, node: NodeId, x: &View) -> View {
         let y = self.fresh(&x.ty);
-        let op = Reshape { shape: x.ty.shape.clone() }.into();
-        self.steps.push(Step { op, node, inputs: vec![x.clone()], outputs: vec![y.clone()] });
+        self.steps.push(copy_step(node, x.clone(), y.clone()));
         y
     }
 
@@ -421,6 +431,11 @@ impl Lowering<'_> {
         }
         outputs.iter_mut().for_each(|o| o.view.buffer = become_[o.view.buffer.index()]);
     }
+}
+
+/// Copies `x` to `y`, of the same type.
+pub(crate) fn copy_step(node: NodeId, x: View, y: View) -> Step {
+    Step { op: Reshape { shape: x.ty.shape.clone() }.into(), node, inputs: vec![x], outputs: vec![y] }
 }
 
 /// Norms, whose rows may hold several groups.

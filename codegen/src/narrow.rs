@@ -14,6 +14,8 @@ pub struct Narrow {
     reads: Vec<Vec<bool>>,
     /// Results that are written as bf16, and the cast that says so; `None` where nothing reads the result.
     writes: HashMap<Value, Option<Value>>,
+    /// Results that are written in bf16 too, and the cast that says so.
+    copies: HashMap<Value, Value>,
 }
 
 /// What a result's readers say of it.
@@ -40,7 +42,11 @@ impl Narrow {
                 _ => Readers::Others,
             }
         };
-        let mut n = Narrow { reads: vec![], writes: HashMap::new() };
+        let rounded = |v: Value| {
+            let mut all = users[v.node.index()].iter().filter(|u| g.node(**u).inputs.contains(&v));
+            all.find(|u| matches!(&g.node(**u).op, Op::Cast(c) if c.to == DType::BF16)).map(|u| u.result(0))
+        };
+        let mut n = Narrow { reads: vec![], writes: HashMap::new(), copies: HashMap::new() };
         for (id, node) in g.iter() {
             let half = |i: usize| node.inputs.get(i).is_some_and(|v| widens(g, g.node(v.node)));
             if kernels == Kernels::Cpu {
@@ -65,6 +71,11 @@ impl Narrow {
                     _ => {}
                 }
             }
+            for v in h.copies.iter().filter(|&&r| single(r)).map(|&r| id.result(r)) {
+                if let (None, Some(c)) = (n.writes.get(&v), rounded(v)) {
+                    n.copies.insert(v, c);
+                }
+            }
         }
         n
     }
@@ -76,6 +87,15 @@ impl Narrow {
     /// The cast that a result is written as.
     pub fn cast_of(&self, v: Value) -> Option<Value> {
         self.writes.get(&v).copied().flatten()
+    }
+    /// The cast that a result is written as beside itself.
+    pub fn copy_of(&self, v: Value) -> Option<Value> {
+        self.copies.get(&v).copied()
+    }
+    /// Whether the maker of its operand writes this cast too.
+    pub fn copied(&self, g: &Graph, cast: NodeId) -> bool {
+        let from = g.node(cast).inputs.first();
+        from.is_some_and(|v| self.copy_of(*v) == Some(cast.result(0)))
     }
     /// The value whose maker writes this cast in its place.
     pub fn written(&self, g: &Graph, cast: NodeId) -> Option<Value> {

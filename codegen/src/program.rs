@@ -58,6 +58,7 @@ pub struct Step {
     /// The node it came from.
     pub node: NodeId,
     pub inputs: Vec<View>,
+    /// The op's results, then those that are written in bf16 too (`Halves::copies`).
     pub outputs: Vec<View>,
 }
 

@@ -21,7 +21,7 @@ use crate::cse::is_backward;
 use crate::rewrite::Rewrite;
 use rambac_ir::ops::{Op, Source, SourceKind};
 use rambac_ir::{DType, Graph, Node, NodeId, Output, Value};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 /// Operands and results of an op that may be bf16 while it computes in f32.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -35,6 +35,8 @@ pub struct Halves {
     pub takes: &'static [usize],
     /// Results that may be bf16, each by itself, if `operands` are.
     pub gives: &'static [usize],
+    /// Results that may be written in bf16 beside f32, each by itself.
+    pub copies: &'static [usize],
 }
 
 macro_rules! halves {
@@ -61,7 +63,7 @@ halves! {
     MatMul: operands [0, 1], gives [0];
     MatMulMap: operands [0, 1];
     RmsNorm: takes [0], gives [0];
-    RmsNormGrad: wants [2], takes [0, 3], gives [0];
+    RmsNormGrad: wants [2], takes [0, 3], gives [0], copies [0];
     GatedRmsNorm: wants [0, 1], gives [0];
     GatedRmsNormGrad: wants [0, 1, 3], gives [0, 1];
     CausalConv1d: operands [0], results [0];
@@ -112,6 +114,8 @@ struct Fact {
     need: bool,
     /// All that read it do, and something does.
     only: bool,
+    /// Elementwise ops that read it, if nothing else does but what reads it as bf16.
+    maps: usize,
     /// It exists as bf16 alone.
     stored: bool,
     /// Read in the forward, and in the backward.
@@ -130,6 +134,7 @@ impl Facts {
         let mut facts = Facts(HashMap::new());
         let single = |v: Value| g.ty(v).dtype == DType::F32;
         let mut others: HashMap<Value, bool> = g.outputs.iter().map(|o| (o.value, true)).collect();
+        let mut singles: HashSet<Value> = others.keys().copied().collect();
         // What readers say, the last first: moves pass on what their own readers say.
         for (id, n) in g.iter().rev() {
             for r in 0..n.tys.len() {
@@ -137,6 +142,7 @@ impl Facts {
                 let other = others.get(&v).copied().unwrap_or(false);
                 let f = facts.0.entry(v).or_default();
                 f.only = f.need && !other;
+                f.maps = if singles.contains(&v) { 0 } else { f.maps };
             }
             let h = halves(&n.op);
             for (i, &v) in n.inputs.iter().enumerate().filter(|(_, v)| single(**v)) {
@@ -147,8 +153,13 @@ impl Facts {
                     None => (h.makes(i), !h.makes(i)),
                 };
                 *others.entry(v).or_default() |= other;
+                let map = n.op.def().is_elementwise() && n.inputs.len() > 1;
+                if !map && !h.makes(i) {
+                    singles.insert(v);
+                }
                 let f = facts.0.entry(v).or_default();
                 f.need |= need;
+                f.maps += usize::from(map);
                 f.forward |= moved.map_or(!is_backward(n), |m| m.forward);
                 f.backward |= moved.map_or(is_backward(n), |m| m.backward);
             }
@@ -166,7 +177,9 @@ impl Facts {
                 } else {
                     // A product that the backward reads too would be kept: then in half the memory.
                     let kept = matches!(n.op, Op::MatMul(_)) && !is_backward(n) && f.forward && f.backward;
-                    h.results.contains(&r) || (h.gives.contains(&r) && (f.only || kept))
+                    // So would one that waits for several maps.
+                    let waits = matches!(&n.op, Op::MatMul(m) if !m.trans_a) && is_backward(n) && f.maps > 1;
+                    h.results.contains(&r) || (h.gives.contains(&r) && (f.only || kept || waits))
                 };
                 facts.0.entry(v).or_default().stored = stored && g.outputs.iter().all(|o| o.value != v);
             }

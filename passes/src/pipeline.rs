@@ -22,8 +22,8 @@ pub enum Precision {
 pub struct Options {
     /// What of the forward is computed again for the backward instead of being kept.
     pub recompute: Recompute,
-    /// Layers between inputs of layers that are kept, see `recompute_layers`; 0: all are.
-    pub span: usize,
+    /// Inputs of layers that are held at once, see `recompute_layers`; 0: all are.
+    pub held: usize,
     /// Keep the weights of products and the embedding table in bf16, see `narrow`.
     pub bf16_weights: bool,
     /// What activations are kept in.
@@ -46,7 +46,7 @@ pub const PASSES: &[Pass] = &[
     ("fuse_loss", |g, _| fuse_loss::fuse_loss(g)),
     ("mixed", |g, o| if o.precision == Precision::Bf16 { mixed::mixed(g) } else { g.clone() }),
     (RECOMPUTE, |g, o| recompute::recompute(g, &o.recompute)),
-    ("recompute_layers", |g, o| recompute::recompute_layers(g, o.span)),
+    ("recompute_layers", |g, o| recompute::recompute_layers(g, o.held)),
     ("fuse_map", |g, _| fuse_map::fuse_map(g)),
     ("dce", |g, _| dce::dce(g)),
     ("fuse_each", |g, _| fuse_each::fuse_each(g)),

@@ -79,14 +79,22 @@ pub fn candidates(g: &Graph) -> BTreeSet<NodeId> {
     within(g, layer)
 }
 
+/// A node's operand and, where that is a view, what lies behind it: all that a reader keeps.
+fn kept_by(g: &Graph, v: Value) -> impl Iterator<Item = NodeId> {
+    std::iter::successors(Some(v.node), |id| {
+        let n = g.node(*id);
+        is_view(g, n).then(|| n.inputs[0].node)
+    })
+}
+
 /// As [`candidates`], with other parts of a model in place of layers.
 fn within<'g, K: PartialEq>(g: &'g Graph, part: impl Fn(&'g Node) -> Option<K>) -> BTreeSet<NodeId> {
     let (mut fixed, mut late) = (vec![false; g.nodes.len()], vec![false; g.nodes.len()]);
     for (id, n) in g.iter() {
         late[id.index()] = is_backward(n) || n.inputs.iter().any(|v| late[v.node.index()]);
         fixed[id.index()] |= n.inputs.is_empty() || part(n).is_none() || late[id.index()];
-        for v in &n.inputs {
-            fixed[v.node.index()] |= !is_backward(n) && part(g.node(v.node)) != part(n);
+        for from in n.inputs.iter().filter(|_| !is_backward(n)).flat_map(|v| kept_by(g, *v)) {
+            fixed[from.index()] |= part(g.node(from)) != part(n);
         }
     }
     g.outputs.iter().for_each(|o| fixed[o.value.node.index()] = true);
@@ -275,33 +283,113 @@ impl Pass<'_> {
     }
 }
 
-/// Keeps what crosses layers only between groups of `span` of them: within a group it is computed again from there, layer
-/// by layer, before the group's backward.  Nothing within a layer is kept for that: what the backward needs of it stays as
-/// [`recompute`], which runs before, left it.  With the square root of the number of layers as `span`, their inputs take
-/// the least memory, for one more forward (arXiv 1604.06174).
-pub fn recompute_layers(g: &Graph, span: usize) -> Graph {
-    if span < 2 {
-        return g.clone();
+/// Which nodes' values the backward reads, and which later layers read, from behind views too.
+fn readers(g: &Graph) -> (Vec<bool>, Vec<bool>) {
+    let (mut read, mut crosses) = (vec![false; g.nodes.len()], vec![false; g.nodes.len()]);
+    for n in &g.nodes {
+        for from in n.inputs.iter().flat_map(|v| kept_by(g, *v)) {
+            read[from.index()] |= is_backward(n);
+            crosses[from.index()] |= !is_backward(n) && layer(g.node(from)) != layer(n);
+        }
     }
-    // Layers in the order of the forward.
+    (read, crosses)
+}
+
+/// The layers whose values later layers and the backward read, in the order of the forward.
+pub fn layers(g: &Graph) -> Vec<&str> {
+    let (read, crosses) = readers(g);
+    let among = within(g, |n| layer(n).map(drop));
     let mut order: Vec<&str> = vec![];
-    for n in g.nodes.iter().filter(|n| !is_backward(n)) {
-        if let Some(l) = layer(n).filter(|l| !order.contains(l)) {
+    let counts = |id: &NodeId| read[id.index()] && crosses[id.index()] && !is_view(g, g.node(*id));
+    for id in among.into_iter().filter(counts) {
+        if let Some(l) = layer(g.node(id)).filter(|l| !order.contains(l)) {
             order.push(l);
         }
     }
-    let place: HashMap<&str, usize> = order.into_iter().enumerate().map(|(i, l)| (l, i / span)).collect();
-    let mut again = within(g, |n| layer(n).and_then(|l| place.get(l)));
-    // What the backward reads and does not cross layers was kept on purpose.
-    let (mut read, mut crosses) = (vec![false; g.nodes.len()], vec![false; g.nodes.len()]);
-    for n in &g.nodes {
-        for v in &n.inputs {
-            read[v.node.index()] |= is_backward(n);
-            crosses[v.node.index()] |= !is_backward(n) && layer(g.node(v.node)) != layer(n);
-        }
+    order
+}
+
+/// Layers that `held` inputs do for, where each is computed again for `times` levels of groups at most.
+fn reach(held: usize, times: usize) -> usize {
+    match times {
+        0 => held,
+        _ => (1..=held).map(|m| reach(m, times - 1)).sum(),
     }
-    let view = |id: &NodeId| is_view(g, g.node(*id));
-    again.retain(|id| !read[id.index()] || crosses[id.index()] || view(id));
+}
+
+/// Levels of groups that [`recompute_layers`] makes at most.
+const LEVELS: usize = 2;
+
+/// Fewest inputs of layers that [`recompute_layers`] can do with.
+pub fn least_held(layers: usize) -> usize {
+    (0..).find(|m| reach(*m, LEVELS) >= layers).expect("BUG: sums grow")
+}
+
+/// The first layer of every group at every level, the finest first; see [`recompute_layers`].
+fn starts(layers: usize, held: usize) -> Vec<Vec<usize>> {
+    let levels = (0..=LEVELS).find(|t| reach(held, *t) >= layers).unwrap_or(LEVELS);
+    let mut starts = vec![vec![]; levels];
+    divide(0, layers, held, levels, &mut starts);
+    starts
+}
+
+fn divide(from: usize, layers: usize, held: usize, levels: usize, starts: &mut [Vec<usize>]) {
+    let Some(level) = levels.checked_sub(1) else { return };
+    if reach(held, level) >= layers {
+        // A level less will do: then groups of this one are of one layer.
+        starts[level].extend(from..from + if level == 0 { layers } else { 1 });
+        return divide(from, layers, held, level, starts);
+    }
+    // One for each; the rest go to the first groups, of which the i-th may have held - i at once.
+    let (mut spare, mut at) = (layers - held, from);
+    for i in 0..held {
+        starts[level].push(at);
+        let more = spare.min(reach(held - i, level) - 1);
+        spare -= more;
+        divide(at, 1 + more, held - i, level, starts);
+        at += 1 + more;
+    }
+}
+
+/// Keeps what crosses layers only between groups of them: within a group it is computed again from there, layer by layer,
+/// before the group's backward.  Nothing within a layer is kept for that: what the backward needs of it stays as
+/// [`recompute`], which runs before, left it.
+///
+/// Groups grow towards the first layer: when the backward comes to it, the inputs of later groups are free.  So `held`
+/// inputs at once do for `held · (held + 1) / 2` layers, each computed again once at most (arXiv 1604.06174 has groups of one
+/// size).  Where that is too few, groups are made of such groups, and layers are computed again twice: then `held` do for
+/// `held · (held + 1) · (held + 2) / 6` (the binomials of doi 10.1145/347837.347846).
+///
+/// ```text
+/// layers       0 1 2 3 | 4 5 6 | 7 8 | 9          held = 4: the inputs of 0, 4, 7 and 9 when the backward begins,
+/// again          1 2 3     5 6     8              those of 0, 4, 5 and 6 when it comes to 6, of 0 to 3 in the end
+/// ```
+pub fn recompute_layers(g: &Graph, held: usize) -> Graph {
+    let layers = layers(g);
+    if held == 0 || held >= layers.len() {
+        return g.clone();
+    }
+    let all = starts(layers.len(), held.max(least_held(layers.len())));
+    let group = |starts: &Vec<usize>| -> HashMap<&str, usize> {
+        // Layers between those belong to the ones before them.
+        let (mut group, mut now) = (HashMap::new(), 0);
+        for l in g.nodes.iter().filter(|n| !is_backward(n)).filter_map(layer) {
+            if let Some(i) = layers.iter().position(|x| *x == l) {
+                now = starts.partition_point(|s| *s <= i);
+            }
+            group.entry(l).or_insert(now);
+        }
+        group
+    };
+    all.iter().map(group).fold(g.clone(), |g, group| recompute_groups(&g, &group))
+}
+
+/// Computes what crosses layers again from what crosses groups of them.
+fn recompute_groups(g: &Graph, group: &HashMap<&str, usize>) -> Graph {
+    let mut again = within(g, |n| layer(n).and_then(|l| group.get(l)));
+    // What the backward reads and does not cross layers was kept on purpose.
+    let (read, crosses) = readers(g);
+    again.retain(|id| !read[id.index()] || crosses[id.index()] || is_view(g, g.node(*id)));
     clone_for_backward(g, &again)
 }
 
@@ -329,4 +417,44 @@ fn clone_for_backward(g: &Graph, again: &BTreeSet<NodeId>) -> Graph {
     let mut out = p.b.finish().unwrap_or_else(|e| panic!("BUG: recompute built an ill-typed graph: {e}"));
     out.outputs = outputs;
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Inputs that are held at once when the backward comes to each layer, and how often layers are computed again.
+    fn walked(layers: usize, starts: &[Vec<usize>]) -> (usize, Vec<usize>) {
+        let first = |s: &Vec<usize>, i: usize| s.iter().rev().find(|a| **a <= i).copied().unwrap();
+        let held = |i: usize| {
+            // Of the coarsest level those up to here; of each finer one those of the group around it; then its own layers.
+            let mut from = 0;
+            let mut all: BTreeSet<usize> = BTreeSet::new();
+            for s in starts.iter().rev() {
+                all.extend(s.iter().filter(|a| (from..=i).contains(*a)));
+                from = first(s, i);
+            }
+            all.extend(from..=i);
+            all.len()
+        };
+        let again = |i: usize| starts.iter().filter(|s| !s.contains(&i)).count();
+        ((0..layers).map(held).max().unwrap_or(0), (0..layers).map(again).collect())
+    }
+
+    #[test]
+    fn groups_hold_no_more_than_they_may() {
+        for layers in 1..80 {
+            for held in least_held(layers)..layers {
+                let all = starts(layers, held);
+                let (most, again) = walked(layers, &all);
+                assert!(most <= held, "{layers} layers, {held} held: {most}, {all:?}");
+                assert!(all.iter().all(|s| s.first() == Some(&0) && s.is_sorted()), "{all:?}");
+                if reach(held, 1) >= layers {
+                    assert_eq!(again.iter().sum::<usize>(), layers - held, "as few as can be");
+                }
+            }
+        }
+        assert_eq!((least_held(55), least_held(56), least_held(57)), (6, 6, 7));
+        assert_eq!(starts(10, 4), [vec![0, 4, 7, 9]]);
+    }
 }

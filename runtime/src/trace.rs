@@ -24,6 +24,13 @@ pub const CPU_STEPS: Track = Track { device: 1, queue: 2 };
 /// Whole runs on the CPU, over their steps.
 pub const CPU_RUNS: Track = Track { device: 1, queue: 1 };
 
+/// A device's steps, one after another.
+pub const DEVICE_STEPS: Track = Track { device: 2, queue: 2 };
+/// Whole runs on a device, over their steps.
+pub const DEVICE_RUNS: Track = Track { device: 2, queue: 1 };
+/// Copies to a device and back.
+pub const DEVICE_COPIES: Track = Track { device: 2, queue: 3 };
+
 /// A trace being written.
 pub struct Trace {
     out: BufWriter<File>,
@@ -101,11 +108,19 @@ impl Trace {
     }
 
     /// The steps of a run of `p` that began at `start`, with their measured times and predicted work: laid end to end, for
-    /// steps run one after another.  Returns when the last one ended.
+    /// steps run one after another; `more` adds to what is told of a step.  Returns when the last one ended.
     ///
     /// # Errors
     /// A full disk.
-    pub fn program(&mut self, t: Track, p: &Program, costs: &[Cost], start: f64, times: &[Duration]) -> Result<f64> {
+    pub fn program(
+        &mut self,
+        t: Track,
+        p: &Program,
+        costs: &[Cost],
+        start: f64,
+        times: &[Duration],
+        more: &dyn Fn(usize, &mut Map<String, Json>),
+    ) -> Result<f64> {
         let mut at = start;
         for (i, ((step, cost), time)) in p.steps.iter().zip(costs).zip(times).enumerate() {
             let (seconds, node) = (time.as_secs_f64(), p.graph.node(step.node));
@@ -121,6 +136,7 @@ impl Trace {
                 args.insert("gflop_per_s".into(), json!((cost.flops / seconds / 1e7).round() / 100.0));
                 args.insert("gb_per_s".into(), json!((cost.bytes / seconds / 1e7).round() / 100.0));
             }
+            more(i, &mut args);
             let phase = match node.scope.as_deref() {
                 Some(s) if s == "grad" || s.starts_with("grad.") => "backward",
                 Some(s) if s == "optim" || s.starts_with("optim.") => "update",
@@ -161,7 +177,7 @@ mod tests {
         let path = dir.path().join("t.json");
         let mut t = Trace::create(&path).unwrap();
         let times = vec![Duration::from_micros(1500); p.steps.len()];
-        let end = t.program(CPU_STEPS, &p, &costs, 0.25, &times).unwrap();
+        let end = t.program(CPU_STEPS, &p, &costs, 0.25, &times, &|_, _| {}).unwrap();
         assert!((end - 0.25 - 0.0015 * p.steps.len() as f64).abs() < 1e-12);
         t.counter(1, "loss", end, 2.5).unwrap();
         t.finish().unwrap();

@@ -5,10 +5,10 @@
 
 use crate::cpu::scratch;
 use crate::executor::{ExecError, Executor, Outputs, StepTimes, emptied};
-use crate::gpu::GpuError;
+use crate::gpu::{GpuError, Machine as GpuMachine, RunTimes};
 use crate::store::Store;
 use crate::tensor::{Tensor, TensorRef};
-use crate::trainer_gpu::{Gpu, OnGpu};
+use crate::trainer_gpu::{Ended, Gpu, OnGpu};
 use rambac_codegen::program::SourceSlot;
 use rambac_codegen::{FitError, Kernels, Machine, Memory, MemoryPlan, Program, lower, lower_for, plan};
 use rambac_ir::ops::SourceKind;
@@ -237,8 +237,61 @@ impl Trainer {
         self.step_timed(step, batch, None)
     }
 
-    /// As [`step`](Self::step); adds the time of every step of [`program`](Self::program) to `times`, which a GPU does
-    /// not measure.
+    /// Starts a step; the report of a step that is known now, with its number.  On this machine's cores that is this one; a GPU
+    /// runs it while the host makes the next batch, and what is known then is the one before: [`finish`](Self::finish) waits
+    /// for the last.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step), of the step that is reported; the one that was started since is then spoilt, too.
+    pub fn start(&mut self, step: u64, batch: &[MicroBatch]) -> Result<Option<(u64, StepReport)>, TrainError> {
+        match &mut self.programs {
+            Programs::Gpu { on, parts } if batch.len() == *parts => {
+                on.start(step, batch, &self.store)?.map(gpu_report).transpose()
+            }
+            _ => self.step(step, batch).map(|r| Some((step, r))),
+        }
+    }
+
+    /// Waits for the step that was started last; its report, if that is still to come.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step).
+    pub fn finish(&mut self) -> Result<Option<(u64, StepReport)>, TrainError> {
+        match &mut self.programs {
+            Programs::Gpu { on, .. } => on.finish()?.map(gpu_report).transpose(),
+            _ => Ok(None),
+        }
+    }
+
+    /// The device and its programs, where it trains on one.
+    pub fn machine(&mut self) -> Option<&mut GpuMachine> {
+        match &mut self.programs {
+            Programs::Gpu { on, .. } => Some(on.machine()),
+            _ => None,
+        }
+    }
+
+    /// On a GPU: watches the next steps, op by op.
+    ///
+    /// # Errors
+    /// The device fails.
+    pub fn watch(&mut self, steps: usize) -> Result<(), TrainError> {
+        match &mut self.programs {
+            Programs::Gpu { on, parts } => Ok(on.watch(steps, *parts)?),
+            _ => Ok(()),
+        }
+    }
+
+    /// Runs on a GPU that were watched since the last call.
+    pub fn watched(&mut self) -> Vec<RunTimes> {
+        match &mut self.programs {
+            Programs::Gpu { on, .. } => on.watched(),
+            _ => vec![],
+        }
+    }
+
+    /// As [`step`](Self::step); adds the time of every step of [`program`](Self::program) to `times`; on a GPU such a step is
+    /// started op by op, not replayed.
     ///
     /// # Errors
     /// As [`step`](Self::step).
@@ -262,8 +315,17 @@ impl Trainer {
             out.iter().find(|(n, _)| n == name).and_then(|(_, t)| t.as_f32()?.first().copied()).unwrap_or(f32::NAN)
         };
         if let Programs::Gpu { on, .. } = &mut self.programs {
-            let (each, last) = on.step(batch, &self.store)?;
-            return gpu_report(step, &each, last.as_ref());
+            if let Some(before) = on.finish()? {
+                gpu_report(before)?;
+            }
+            let ended = match times {
+                Some(times) => on.timed(step, batch, &self.store, times)?,
+                None => {
+                    on.start(step, batch, &self.store)?;
+                    on.finish()?.expect("BUG: a step was begun above")
+                }
+            };
+            return Ok(gpu_report(ended)?.1);
         }
         let Self { programs, store, views, outputs: [out, last] } = self;
         let (loss, last) = match programs {
@@ -298,18 +360,15 @@ fn finite(step: u64, r: StepReport) -> Result<StepReport, TrainError> {
 }
 
 /// The report of a step from the outputs of its micro-batches, and of its update where that is a program of its own.
-fn gpu_report(
-    step: u64,
-    each: &[Vec<(String, f32)>],
-    last: Option<&Vec<(String, f32)>>,
-) -> Result<StepReport, TrainError> {
+fn gpu_report((step, each, last): Ended) -> Result<(u64, StepReport), TrainError> {
     let of = |out: &[(String, f32)], name: &str| out.iter().find(|(n, _)| n == name).map_or(f32::NAN, |(_, v)| *v);
-    let (loss, update) = match last {
+    let (loss, update) = match &last {
         None => (of(&each[0], "loss"), &each[0]),
         Some(update) => {
             let sum = |name: &str| each.iter().map(|out| of(out, name)).sum::<f32>();
             (sum("loss_sum") / sum("tokens").max(1e-6), update)
         }
     };
-    finite(step, StepReport { loss, grad_norm: of(update, "grad_norm"), lr: of(update, "lr") })
+    let report = StepReport { loss, grad_norm: of(update, "grad_norm"), lr: of(update, "lr") };
+    Ok((step, finite(step, report)?))
 }

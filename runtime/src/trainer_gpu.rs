@@ -3,8 +3,12 @@
 //! The host's store is where values come from before the first step and go to when it is asked for
 //! ([`Trainer::sync`](crate::Trainer::sync)).  bf16 copies of parameters are made from the f32 ones when these are
 //! uploaded, and are in no checkpoint: so checkpoints are the same for all devices.
+//!
+//! A step is begun and not waited for: its scalars are read when the next one has been begun, so that the device never waits
+//! for the host.
 
-use crate::gpu::{Bytes, GpuError, Machine, ProgramId};
+use crate::executor::StepTimes;
+use crate::gpu::{Bytes, GpuError, Machine, ProgramId, RunTimes, Ticket};
 use crate::store::Store;
 use crate::tensor::Tensor;
 use crate::trainer::{MicroBatch, TrainError};
@@ -36,10 +40,18 @@ pub(crate) struct OnGpu {
     apply: Option<ProgramId>,
     /// The device has the values; what the store says of them is old.
     resident: bool,
+    /// The sizes of the last batch, for which every value is there.
+    placed: Option<Bindings>,
+    /// A step that was begun: its number, its micro-batches, its update where that is a program of its own.
+    begun: Option<(u64, Vec<Ticket>, Option<Ticket>)>,
 }
 
+/// What a step of a device gave: its number, the outputs of every micro-batch, and of the update where it is a program of its
+/// own.
+pub(crate) type Ended = (u64, Vec<Scalars>, Option<Scalars>);
+
 /// Scalars that a run returned.
-type Scalars = Vec<(String, f32)>;
+pub(crate) type Scalars = Vec<(String, f32)>;
 
 fn scalars(out: Vec<(String, Bytes)>) -> Scalars {
     let first = |b: Bytes| b.to_tensor().as_f32().and_then(|v| v.first().copied()).unwrap_or(f32::NAN);
@@ -50,7 +62,7 @@ impl OnGpu {
     pub fn new(mut gpu: Box<dyn Gpu>, step: Program, apply: Option<Program>) -> Result<OnGpu, TrainError> {
         let mut load = |p| gpu.load(p).map_err(TrainError::Load);
         let (step, apply) = (load(step)?, apply.map(load).transpose()?);
-        Ok(OnGpu { gpu, step, apply, resident: false })
+        Ok(OnGpu { gpu, step, apply, resident: false, placed: None, begun: None })
     }
 
     pub fn program(&mut self) -> &Program {
@@ -90,6 +102,9 @@ impl OnGpu {
     /// Brings the store to the device, if it is not there yet; states that it lacks are zero, and so are carried ones of
     /// another batch size.
     fn upload(&mut self, dims: &Bindings, store: &Store) -> Result<(), TrainError> {
+        if self.resident && self.placed.as_ref() == Some(dims) {
+            return Ok(());
+        }
         for (name, (kind, ty)) in self.values(dims)? {
             let known = self.gpu.machine().ty(&name) == Some(&ty);
             if self.resident && known {
@@ -113,7 +128,7 @@ impl OnGpu {
             };
             self.gpu.machine().set(&name, &Bytes::from_tensor(value.view()))?;
         }
-        self.resident = true;
+        (self.resident, self.placed) = (true, Some(dims.clone()));
         Ok(())
     }
 
@@ -137,23 +152,63 @@ impl OnGpu {
         if self.resident { self.gpu.machine().set(name, &Bytes::from_tensor(t.view())) } else { Ok(()) }
     }
 
-    fn run(&mut self, id: ProgramId, dims: &Bindings, inputs: &[(&'static str, Tensor)]) -> Result<Scalars, GpuError> {
+    fn begin(&mut self, id: ProgramId, dims: &Bindings, inputs: &[(&'static str, Tensor)]) -> Result<Ticket, GpuError> {
         let bytes: Vec<(&str, Bytes)> = inputs.iter().map(|(n, t)| (*n, Bytes::from_tensor(t.view()))).collect();
         let views: Vec<(&str, &Bytes)> = bytes.iter().map(|(n, b)| (*n, b)).collect();
-        Ok(scalars(self.gpu.machine().run(id, dims, &views)?))
+        self.gpu.machine().begin(id, dims, &views)
     }
 
-    /// One step: the outputs of every micro-batch, and of the update where it is a program of its own.
-    pub fn step(&mut self, batch: &[MicroBatch], store: &Store) -> Result<(Vec<Scalars>, Option<Scalars>), TrainError> {
+    /// Begins a step; what the one before gave.
+    pub fn start(&mut self, step: u64, batch: &[MicroBatch], store: &Store) -> Result<Option<Ended>, TrainError> {
         let mut each = vec![];
         for m in batch {
             self.upload(&m.dims, store)?;
-            each.push(self.run(self.step, &m.dims, &m.inputs)?);
+            each.push(self.begin(self.step, &m.dims, &m.inputs)?);
         }
-        let last = match self.apply {
-            Some(id) => Some(self.run(id, &Bindings::default(), &[])?),
-            None => None,
-        };
-        Ok((each, last))
+        let last = self.apply.map(|id| self.begin(id, &Bindings::default(), &[])).transpose()?;
+        let before = self.begun.replace((step, each, last));
+        Ok(before.map(|b| self.end(b)).transpose()?)
+    }
+
+    /// A step that is waited for, with the time of every step of the program that reads a batch.
+    pub fn timed(
+        &mut self,
+        step: u64,
+        batch: &[MicroBatch],
+        store: &Store,
+        times: &mut StepTimes,
+    ) -> Result<Ended, TrainError> {
+        let mut each = vec![];
+        for m in batch {
+            self.upload(&m.dims, store)?;
+            let bytes: Vec<(&str, Bytes)> = m.inputs.iter().map(|(n, t)| (*n, Bytes::from_tensor(t.view()))).collect();
+            let views: Vec<(&str, &Bytes)> = bytes.iter().map(|(n, b)| (*n, b)).collect();
+            each.push(scalars(self.gpu.machine().run_timed(self.step, &m.dims, &views, &[], times)?));
+        }
+        let last = self.apply.map(|id| self.gpu.machine().run(id, &Bindings::default(), &[])).transpose()?;
+        Ok((step, each, last.map(scalars)))
+    }
+
+    /// Waits for the step that was begun last; what it gave.
+    pub fn finish(&mut self) -> Result<Option<Ended>, GpuError> {
+        self.begun.take().map(|b| self.end(b)).transpose()
+    }
+
+    fn end(&mut self, (step, each, last): (u64, Vec<Ticket>, Option<Ticket>)) -> Result<Ended, GpuError> {
+        let machine = self.gpu.machine();
+        let each = each.into_iter().map(|t| machine.finish(t).map(scalars)).collect::<Result<_, _>>()?;
+        Ok((step, each, last.map(|t| machine.finish(t).map(scalars)).transpose()?))
+    }
+
+    pub fn machine(&mut self) -> &mut Machine {
+        self.gpu.machine()
+    }
+    /// Watches the next runs of programs; one of `runs` steps has as many as it has micro-batches, and its update.
+    pub fn watch(&mut self, steps: usize, parts: usize) -> Result<(), GpuError> {
+        let each = parts + usize::from(self.apply.is_some());
+        self.gpu.machine().watch(steps * each)
+    }
+    pub fn watched(&mut self) -> Vec<RunTimes> {
+        self.gpu.machine().watched()
     }
 }

@@ -148,7 +148,8 @@ pub struct Run {
     /// Of everything that is drawn
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
-    /// Training and graphs on the CPU: write the steps as a trace for Perfetto (ui.perfetto.dev)
+    /// Write the steps as a trace for Perfetto (ui.perfetto.dev): of training and graphs all runs, of inference on a device the
+    /// first 512 of parts
     #[arg(long, value_name = "FILE")]
     pub profile: Option<PathBuf>,
     /// Write the trained weights, or the graph's outputs, to a safetensors file

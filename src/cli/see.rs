@@ -1,6 +1,6 @@
 //! Arguments of the verbs that show things.
 
-use super::{GpuTarget, binding, positive, size};
+use super::{AttentionArgs, GpuTarget, binding, positive, size};
 use crate::curves::Axis;
 use clap::{Args, ValueEnum};
 use std::path::PathBuf;
@@ -42,9 +42,11 @@ pub enum Colours {
 
 #[derive(Args, Clone, Debug)]
 pub struct View {
-    /// A preset, a folder with config.json, a config, an .ir file, or what `compile` made
+    /// A preset, a folder with config.json, a config, an .ir file, a built-in variant, or what `compile` made
     #[arg(value_name = "MODEL|EXECUTABLE")]
     pub model: String,
+    #[command(flatten)]
+    pub attention: AttentionArgs,
     /// The whole training step, with gradients, in place of the loss alone
     #[arg(long)]
     pub train: bool,

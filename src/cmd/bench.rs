@@ -3,9 +3,11 @@
 //! FLOPs and bytes are counted from the ops' definitions, not measured; the machine's own rates (a large product, a
 //! large copy) are measured in the same run, so that a busy or slow machine shows.
 
+mod device;
 mod infer;
+mod ops;
 
-use crate::cli::{Bench, MemoryArgs, Weights, Work};
+use crate::cli::{Bench, MemoryArgs, PrecisionArg, Weights, Work};
 use crate::cmd::train::trainer;
 use crate::device::On;
 use crate::error::{self, Result, warn, wrap};
@@ -16,17 +18,15 @@ use crate::show::{self, Table};
 use crate::work::{self, Sums};
 use miette::miette;
 use rambac_codegen::{Memory, MemoryPlan, Program, lower};
-use rambac_ir::ops::*;
-use rambac_ir::{Bindings, Builder, Cost, DType, Dim, Graph, Ty, Value};
+use rambac_ir::{Bindings, Cost, DType, Graph};
 use rambac_models::data::rng;
 use rambac_models::stack::{self, Carry};
 use rambac_models::{Config, InitRule};
+use rambac_passes::optimise;
 use rambac_passes::train_step::AdamW;
-use rambac_passes::{Options, gradients, optimise};
 use rambac_runtime::executor::StepTimes;
 use rambac_runtime::{Executor, MicroBatch, Store, Tensor};
 use rand::Rng;
-use rand::seq::index::sample;
 use serde_json::{Value as Json, json};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -38,6 +38,7 @@ const WARM_UP: usize = 2;
 /// Runs the verb.
 pub fn run(a: &Bench, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
     let (config, weights) = model::config(&a.preset)?;
+    placed(a)?;
     if matches!(a.what, Work::Prefill | Work::Decode) {
         no_trace(a)?;
         return infer::run(a, &config, weights.as_deref(), pool);
@@ -51,10 +52,6 @@ pub fn run(a: &Bench, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
             a.preset
         ));
     }
-    let elsewhere = a.place.device != On::Cpu || a.place.precision.is_some();
-    if elsewhere && (a.what != Work::Train || a.profile.is_some()) {
-        return Err(miette!("--device and --precision are for bench train, without --profile"));
-    }
     if a.weights == Weights::Bf16 && a.what != Work::Forward {
         let why = if a.what == Work::Train { "training updates f32 weights" } else { "one op reads no weights" };
         return Err(miette!("--weights bf16: {why}; it is for forward, prefill and decode"));
@@ -67,6 +64,9 @@ pub fn run(a: &Bench, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
         ));
     }
     no_trace(a)?;
+    // At first, so that what can't be timed is known at once.
+    let device = a.place.device.gpu().then(|| device::limits(a.place.device, a.place.precision.unwrap_or_default()));
+    let device = device.transpose()?;
     let b = Bencher { a, config, dims: Bindings::new([("N", a.batch), ("L", a.len)]), pool };
     let results = match a.what {
         Work::Train => vec![b.train()?],
@@ -76,20 +76,67 @@ pub fn run(a: &Bench, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
         Work::Scan => b.op(b.scan()?, "selective_scan")?,
         Work::Prefill | Work::Decode => unreachable!("BUG: handled above"),
     };
-    // Before the rates are measured, which takes memory of its own.
+    // Before this machine's rates are measured, which takes memory of its own.
     let rss = machine::peak_rss();
-    let rates = machine::rates(&b.pool);
+    let limits = device.unwrap_or_else(|| Limits::of(machine::rates(&b.pool)));
     for r in &results {
         if a.json {
-            println!("{}", b.json(r, rates, rss));
+            println!("{}", b.json(r, &limits, rss));
         } else {
-            b.print(r, rates, rss);
+            b.print(r, &limits, rss);
         }
         if a.profile.is_some() {
-            profile(&r.name, r.sums(), a.json);
+            profile(&r.name, r.sums(), &limits, a.json);
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Refuses places where there is nothing to time, and what the CPU or a GPU alone does.
+fn placed(a: &Bench) -> Result<()> {
+    let on = a.place.device;
+    if matches!(a.what, Work::Prefill | Work::Decode) && a.place.precision.is_some() {
+        return Err(miette!("--precision is for training and single ops: prefill and decode have --weights bf16"));
+    }
+    match on {
+        On::Cpu if a.place.precision == Some(PrecisionArg::Bf16) => Err(miette!(
+            help = "add --device cuda:0; on the CPU, --weights bf16 keeps weights in bf16",
+            "--precision bf16 is for GPUs"
+        )),
+        On::Cpu | On::Cuda(_) => Ok(()),
+        _ => Err(miette!(
+            help = "use --device cpu or cuda:0; simulate and run tell what the simulator counts",
+            "--device {on}: it has no clock, so there is nothing to time"
+        )),
+    }
+}
+
+/// What a machine or a device reaches in plain work.
+struct Limits {
+    /// Whose rates they are.
+    of: String,
+    /// What `gemm` is the rate of.
+    products: String,
+    /// FLOP/s.
+    gemm: f64,
+    /// Bytes read and written per second.
+    copy: f64,
+}
+
+impl Limits {
+    fn of(r: Rates) -> Limits {
+        Limits { of: "this machine".into(), products: "large products".into(), gemm: r.gemm, copy: r.copy }
+    }
+
+    /// `this machine's`
+    fn whose(&self) -> String {
+        if self.products == "large products" { "this machine's".into() } else { "this GPU's".into() }
+    }
+
+    /// Seconds that work takes at least at these rates.
+    fn floor(&self, c: Cost) -> f64 {
+        (c.flops / self.gemm).max(c.bytes / self.copy)
+    }
 }
 
 /// Refuses a trace of what has none.
@@ -114,6 +161,8 @@ struct Timed {
     costs: Vec<Cost>,
     /// Time of each step, all runs together.
     steps: StepTimes,
+    /// Bytes of a device in use.
+    device: Option<usize>,
 }
 
 impl Timed {
@@ -200,15 +249,31 @@ impl Bencher<'_> {
         t.store = model::parameters(&self.config, None, InitRule::default(), 0)?;
         let batch = [self.batch()];
         let mut step = 0;
-        let (seconds, steps, last) = self.time(|times| {
+        let mut run = |times: Option<&mut StepTimes>| {
             step += 1;
             t.step_timed(step, &batch, times).map(drop).map_err(error::train)
-        })?;
+        };
+        let (seconds, steps, last) = match place.device {
+            On::Cpu => self.time(run)?,
+            // Step by step it takes longer: in a run of its own.
+            _ => {
+                let (seconds, ..) = self.time(|_| run(None))?;
+                let mut steps = StepTimes::new();
+                run(Some(&mut steps))?;
+                let last = steps.clone();
+                steps.iter_mut().for_each(|t| *t *= self.a.runs as u32);
+                (seconds, steps, last)
+            }
+        };
         self.trace("train", t.program(), &last)?;
         self.timed("train", t.program().clone(), plan, seconds, steps)
     }
 
     fn forward(&self) -> Result<Timed> {
+        if self.a.place.device.gpu() {
+            let params = model::parameters(&self.config, None, InitRule::default(), 0)?;
+            return self.forward_on_device(&self.loss()?, &params, &self.batch());
+        }
         let mut e = Executor::new(lower(&optimise(&self.loss()?, &self.a.weights.options())), self.pool.clone());
         let plan = e.plan(&self.dims).map_err(wrap)?;
         self.fits(&plan)?;
@@ -228,12 +293,18 @@ impl Bencher<'_> {
 
     /// Refuses what this machine cannot hold, before it is allocated.
     fn fits(&self, plan: &MemoryPlan) -> Result<()> {
-        let Some((total, free)) = machine::memory() else { return Ok(()) };
+        match machine::memory() {
+            Some((total, free)) => self.room(plan, "this machine", total, free),
+            None => Ok(()),
+        }
+    }
+
+    fn room(&self, plan: &MemoryPlan, on: &str, total: usize, free: usize) -> Result<()> {
         let need = show::bytes(plan.peak());
         if plan.peak() > total {
             return Err(miette!(
                 help = "use a smaller model, a shorter --len, a smaller --batch, or --memory-limit",
-                "{} at {} needs {need}, but this machine has {}",
+                "{} at {} needs {need}, but {on} has {}",
                 self.a.preset,
                 self.dims,
                 show::bytes(total)
@@ -285,169 +356,36 @@ impl Bencher<'_> {
     ) -> Result<Timed> {
         let costs = program.costs(&self.dims).map_err(wrap)?;
         let cost = costs.iter().copied().sum();
-        Ok(Timed { name: name.into(), seconds, cost, plan, program, costs, steps })
-    }
-
-    fn dim_list(&self, tail: &[usize]) -> Vec<Dim> {
-        [Dim::sym("N"), Dim::sym("L")].into_iter().chain(tail.iter().map(|&d| Dim::int(d))).collect()
-    }
-
-    /// A float input `[N, L, tail..]`.
-    fn tokens(&self, b: &mut Builder, name: &str, tail: &[usize]) -> Value {
-        b.input(name, Ty::f32(self.dim_list(tail)))
-    }
-
-    fn select(&self) -> Result<(Graph, Value)> {
-        let c = &self.config;
-        let (h, r) = (c.num_kv_heads, c.retrieval_head_dim());
-        let mut b = Builder::new("select", &["N", "L"]);
-        let q = self.tokens(&mut b, "q", &[h, r]);
-        let chunks = Dim::sym("L").checked_div(c.chunk_size as u64).unwrap_or(Dim::int(0));
-        let lm = b.input("landmarks", Ty::f32([Dim::sym("N"), chunks, Dim::int(h), Dim::int(r)]));
-        let start = b.constant(0.0, Ty::i32([Dim::sym("N")]));
-        let s = b.push(Score { chunk: c.chunk_size, scale: 1.0 / (r as f64).sqrt() }, &[q, lm, start]);
-        let i = b.push_all(Select::new(c.chunk_topk, Order::Recent), &[s]);
-        let rule = if c.enable_softmax { Weighting::Softmax } else { Weighting::StickBreaking };
-        let w = b.push(Weigh { rule }, &[s, i[0], i[1]]);
-        b.output("indices", i[0]);
-        b.output("weights", w);
-        Ok((b.finish().map_err(wrap)?, w))
-    }
-
-    fn attend(&self) -> Result<(Graph, Value)> {
-        let c = &self.config;
-        let (heads, h, d, k) = (c.num_attention_heads, c.num_kv_heads, c.attention_head_dim(), c.chunk_topk);
-        let mut b = Builder::new("attend", &["N", "L"]);
-        let q = self.tokens(&mut b, "q", &[heads, d]);
-        let keys = self.tokens(&mut b, "k", &[h, d]);
-        let v = self.tokens(&mut b, "v", &[h, d]);
-        let i = b.input("indices", Ty::i32(self.dim_list(&[h, k])));
-        let n = b.input("count", Ty::i32(self.dim_list(&[h])));
-        let w = self.tokens(&mut b, "w", &[h, k]);
-        let off_by_one = if c.enable_softmax1 { 1.0 } else { 0.0 };
-        let attend = Attend { chunk: c.chunk_size, scale: 1.0 / (d as f64).sqrt(), off_by_one, joint: false };
-        let o = b.push(attend, &[q, keys, v, i, n]);
-        let y = b.push(Aggregate {}, &[o, w]);
-        b.output("y", y);
-        Ok((b.finish().map_err(wrap)?, y))
-    }
-
-    fn scan(&self) -> Result<(Graph, Value)> {
-        let c = &self.config;
-        let (m, p, g, r) = (c.n_ssm_heads(), c.head_dim, c.n_groups, c.state_size);
-        let mut b = Builder::new("scan", &["N", "L"]);
-        let x = self.tokens(&mut b, "x", &[m, p]);
-        let dt = self.tokens(&mut b, "dt", &[m]);
-        let a = b.input("a", Ty::f32([m]));
-        let bs = self.tokens(&mut b, "b", &[g, r]);
-        let cs = self.tokens(&mut b, "c", &[g, r]);
-        let d = b.input("d", Ty::f32([m]));
-        let h0 = b.constant(0.0, Ty::f32([Dim::sym("N"), Dim::int(m), Dim::int(p), Dim::int(r)]));
-        let y = b.push(SelectiveScan { block: c.mamba_chunk_size }, &[x, dt, a, bs, cs, d, h0]);
-        b.output("y", y);
-        Ok((b.finish().map_err(wrap)?, y))
-    }
-
-    /// Forward and backward of the one op `fused` of a graph whose result is `y`.
-    fn op(&self, (g, y): (Graph, Value), fused: &str) -> Result<Vec<Timed>> {
-        let wrt: Vec<(String, Value)> =
-            g.sources().filter(|(_, s)| s.ty.dtype.is_float()).map(|(id, s)| (s.name.clone(), id.result(0))).collect();
-        // The forward's results stay outputs: fusion needs the forward beside its gradient.
-        let mut b = Builder::extend(g.clone());
-        let ty = b.ty(y).clone();
-        let dy = b.input("dy", ty);
-        let loss = b.mul(y, dy);
-        let loss = b.sum_all(loss);
-        let values: Vec<Value> = wrt.iter().map(|w| w.1).collect();
-        let (back, grads) = gradients(b.finish().map_err(wrap)?, loss, &values).map_err(wrap)?;
-        let mut b = Builder::extend(back);
-        wrt.iter().zip(grads).for_each(|((name, _), d)| b.output(&format!("grad.{name}"), d));
-        let back = b.finish().map_err(wrap)?;
-        let gradient = format!("{fused}_grad");
-        Ok(vec![self.op_alone(&g, "forward", fused)?, self.op_alone(&back, "backward", &gradient)?])
-    }
-
-    /// Only the steps `op` of a program count.
-    fn op_alone(&self, g: &Graph, direction: &str, op: &str) -> Result<Timed> {
-        let mut e = Executor::new(lower(&optimise(g, &Options::default())), self.pool.clone());
-        let plan = e.plan(&self.dims).map_err(wrap)?;
-        self.fits(&plan)?;
-        let mut inputs = vec![];
-        for s in &e.program().sources {
-            inputs.push((s.name.clone(), self.filled(&s.name, &s.ty)?));
-        }
-        let views: Vec<_> = inputs.iter().map(|(n, t)| (n.as_str(), t.view())).collect();
-        let (mut store, mut seconds, mut steps) = (Store::default(), vec![], StepTimes::new());
-        let wanted: Vec<bool> = e.program().steps.iter().map(|s| s.op.mnemonic() == op).collect();
-        if !wanted.contains(&true) {
-            return Err(miette!("BUG: the program of {} holds no {op}", g.name));
-        }
-        for run in 0..WARM_UP + self.a.runs {
-            let mut times = StepTimes::new();
-            e.run_timed(&self.dims, &views, &mut store, Some(&mut times)).map_err(wrap)?;
-            if run >= WARM_UP {
-                seconds.push(times.iter().zip(&wanted).filter(|(_, w)| **w).map(|(t, _)| t.as_secs_f64()).sum());
-                steps.resize(times.len(), Default::default());
-                steps.iter_mut().zip(&times).for_each(|(s, t)| *s += *t);
-            }
-        }
-        seconds.sort_by(f64::total_cmp);
-        let mut t = self.timed(&format!("{} {direction}", g.name), e.program().clone(), plan, seconds, steps)?;
-        t.cost = t.costs.iter().zip(&wanted).filter(|(_, w)| **w).map(|(c, _)| *c).sum();
-        Ok(t)
-    }
-
-    /// A plausible value for an input of one of the op programs.
-    fn filled(&self, name: &str, ty: &Ty) -> Result<Tensor> {
-        let ty = ty.bind(&self.dims).map_err(wrap)?;
-        let mut r = rng::stream(0, "bench", &name.bytes().map(u64::from).collect::<Vec<_>>());
-        let n = ty.elements();
-        if ty.dtype == DType::I32 {
-            let (chunk, heads) = (self.config.chunk_size, self.config.num_kv_heads);
-            let k = self.config.chunk_topk;
-            let visible = |row: usize| row / heads % self.a.len / chunk;
-            if name == "count" {
-                return Ok(Tensor::i32(&ty.shape, (0..n).map(|row| visible(row).min(k) as i32).collect()));
-            }
-            // Every token chooses among all the chunks it sees: the hardest case for caches.
-            let mut indices = vec![0; n];
-            for (row, slots) in indices.chunks_exact_mut(k).enumerate() {
-                let mut chosen = sample(&mut r, visible(row), visible(row).min(k)).into_vec();
-                chosen.sort_by(|a, b| b.cmp(a));
-                slots.iter_mut().zip(chosen).for_each(|(s, c)| *s = c as i32);
-            }
-            return Ok(Tensor::i32(&ty.shape, indices));
-        }
-        let (low, high) = match name {
-            "dt" => (1e-3, 0.1),
-            "a" => (-8.0, -1.0),
-            "w" => (0.0, 0.2),
-            _ => (-1.0, 1.0),
-        };
-        Ok(Tensor::f32(&ty.shape, (0..n).map(|_| r.random_range(low..high)).collect()))
+        Ok(Timed { name: name.into(), seconds, cost, plan, program, costs, steps, device: None })
     }
 
     fn tokens_per_s(&self, r: &Timed) -> f64 {
         (self.a.batch * self.a.len) as f64 / r.median()
     }
 
-    fn json(&self, r: &Timed, rates: Rates, rss: usize) -> Json {
-        let t = r.median();
+    fn json(&self, r: &Timed, limits: &Limits, rss: usize) -> Json {
+        let (t, c) = (r.median(), r.cost);
         json!({
             "bench": r.name, "preset": self.a.preset, "len": self.a.len, "batch": self.a.batch,
+            "device": self.a.place.device.to_string(), "on": limits.of, "precision": self.precision(),
+            "selections": (self.a.what == Work::Attend).then(|| format!("{:?}", self.a.selections).to_lowercase()),
             "recompute": self.a.memory.recompute, "memory_limit": self.a.memory.memory_limit, "threads": self.pool.current_num_threads(), "runs": r.seconds.len(),
             "tokens_per_s": self.tokens_per_s(r),
             "seconds": t, "seconds_min": r.seconds[0], "seconds_max": r.seconds[r.seconds.len() - 1],
-            "flops": r.cost.flops, "bytes": r.cost.bytes,
+            "flops": c.flops, "bytes": c.bytes, "floor_seconds": limits.floor(c), "times_floor": t / limits.floor(c),
             "peak_bytes": r.plan.peak(), "arena_bytes": r.plan.arena, "persistent_bytes": r.plan.persistent,
-            "peak_rss_bytes": rss,
-            "gflop_per_s": r.cost.flops / t / 1e9, "gb_per_s": r.cost.bytes / t / 1e9,
-            "machine_gemm_gflop_per_s": rates.gemm / 1e9, "machine_copy_gb_per_s": rates.copy / 1e9,
-            "gemm_fraction": r.cost.flops / t / rates.gemm, "copy_fraction": r.cost.bytes / t / rates.copy,
+            "peak_rss_bytes": rss, "device_bytes": r.device,
+            "gflop_per_s": c.flops / t / 1e9, "gb_per_s": c.bytes / t / 1e9,
+            "machine_gemm_gflop_per_s": limits.gemm / 1e9, "machine_copy_gb_per_s": limits.copy / 1e9,
+            "gemm_fraction": c.flops / t / limits.gemm, "copy_fraction": c.bytes / t / limits.copy,
         })
     }
 
-    fn print(&self, r: &Timed, rates: Rates, rss: usize) {
+    fn precision(&self) -> &'static str {
+        if self.a.place.precision == Some(PrecisionArg::Bf16) { "bf16" } else { "f32" }
+    }
+
+    fn print(&self, r: &Timed, limits: &Limits, rss: usize) {
         let t = r.median();
         let recompute = match self.a.memory {
             MemoryArgs { recompute: true, .. } => ", recomputing activations".into(),
@@ -460,7 +398,10 @@ impl Bencher<'_> {
             self.a.preset,
             show::si(self.config.n_parameters() as f64, ""),
             self.dims,
-            show::plural(self.pool.current_num_threads(), "thread")
+            match r.device {
+                Some(_) => format!("in {} on {}", self.precision(), limits.of),
+                None => show::plural(self.pool.current_num_threads(), "thread"),
+            }
         );
         println!("  speed     {} tokens/s", show::count(self.tokens_per_s(r) as u64));
         println!(
@@ -470,36 +411,46 @@ impl Bencher<'_> {
             show::seconds(r.seconds[0]),
             show::seconds(r.seconds[r.seconds.len() - 1])
         );
-        print_work(r.cost.flops, t, rates.gemm);
+        print_work(r.cost.flops, t, limits);
         println!(
-            "  traffic   {}: {}, {} of this machine's large copies ({})",
+            "  traffic   {}: {}, {} of {} large copies ({})",
             show::si(r.cost.bytes, "B"),
             show::si(r.cost.bytes / t, "B/s"),
-            show::share(r.cost.bytes / t, rates.copy),
-            show::si(rates.copy, "B/s")
+            show::share(r.cost.bytes / t, limits.copy),
+            limits.whose(),
+            show::si(limits.copy, "B/s")
+        );
+        let floor = limits.floor(r.cost);
+        println!(
+            "  floor     {}, the longer of the two at these rates: the time is {:.2} x that",
+            show::seconds(floor),
+            t / floor
         );
         println!(
-            "  memory    {} planned ({} of activations), {} resident at its peak",
+            "  memory    {} planned ({} of activations), {} {}",
             show::bytes(r.plan.peak()),
             show::bytes(r.plan.arena),
-            show::bytes(rss)
+            show::bytes(r.device.unwrap_or(rss)),
+            if r.device.is_some() { "in use on the device" } else { "resident at its peak" }
         );
     }
 }
 
 /// The line of a report on FLOPs: how many, how fast, beside the rate of large products.
-fn print_work(flops: f64, seconds: f64, gemm: f64) {
+fn print_work(flops: f64, seconds: f64, limits: &Limits) {
     println!(
-        "  work      {}: {}, {} of this machine's large products ({})",
+        "  work      {}: {}, {} of {} {} ({})",
         show::si(flops, "FLOP"),
         show::si(flops / seconds, "FLOP/s"),
-        show::share(flops / seconds, gemm),
-        show::si(gemm, "FLOP/s")
+        show::share(flops / seconds, limits.gemm),
+        limits.whose(),
+        limits.products,
+        show::si(limits.gemm, "FLOP/s")
     );
 }
 
-/// Prints the time per kind of op, longest first.
-fn profile(name: &str, sums: Kinds, as_json: bool) {
+/// Prints the time per kind of op, longest first, beside what its work takes at least.
+fn profile(name: &str, sums: Kinds, limits: &Limits, as_json: bool) {
     let total = sums.seconds();
     let mut lines = sums.lines;
     lines.sort_by(|a, b| b.1.seconds.total_cmp(&a.1.seconds));
@@ -510,6 +461,7 @@ fn profile(name: &str, sums: Kinds, as_json: bool) {
                 json!({
                     "profile": name, "op": op, "phase": phase, "steps": l.steps, "seconds": l.seconds,
                     "share": l.seconds / total, "flops": l.cost.flops, "bytes": l.cost.bytes,
+                    "floor_seconds": limits.floor(l.cost),
                     "gflop_per_s": l.cost.flops / l.seconds / 1e9, "gb_per_s": l.cost.bytes / l.seconds / 1e9,
                 })
             );
@@ -517,20 +469,36 @@ fn profile(name: &str, sums: Kinds, as_json: bool) {
         return;
     }
     println!();
-    let mut table = Table::new(2, &["op", "phase", "steps", "time", "share", "GFLOP/s", "GB/s"]);
+    let mut table = Table::new(2, &["op", "phase", "steps", "time", "share", "GFLOP/s", "GB/s", "floor", "x floor"]);
+    let ms = |s: f64| format!("{:.2} ms", s * 1e3);
     for ((op, phase), l) in &lines {
         let rate = |work: f64| if work > 0.0 { show::digits(work / l.seconds / 1e9) } else { "-".into() };
+        let floor = limits.floor(l.cost);
         table.row([
             op.to_string(),
             phase.to_string(),
             l.steps.to_string(),
-            format!("{:.2} ms", l.seconds * 1e3),
+            ms(l.seconds),
             show::share(l.seconds, total),
             rate(l.cost.flops),
             rate(l.cost.bytes),
+            ms(floor),
+            if floor > 0.0 { format!("{:.1}", l.seconds / floor) } else { "-".into() },
         ]);
     }
     let steps = lines.iter().map(|l| l.1.steps).sum::<usize>().to_string();
-    table.row(["all".into(), String::new(), steps, format!("{:.2} ms", total * 1e3), "100 %".into()]);
+    let floor: f64 = lines.iter().map(|l| limits.floor(l.1.cost)).sum();
+    let none = String::new;
+    table.row([
+        "all".into(),
+        none(),
+        steps,
+        ms(total),
+        "100 %".into(),
+        none(),
+        none(),
+        ms(floor),
+        format!("{:.1}", total / floor),
+    ]);
     table.print();
 }

@@ -6,6 +6,7 @@
 use crate::cli::{Eval, EvalTask, Weights};
 use crate::device::{self, Inferring, On};
 use crate::error::{Result, warn, wrap};
+use crate::profile::Profile;
 use crate::workbench::learn::Asker;
 use crate::{machine, metrics, model, show};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -17,7 +18,7 @@ use rambac_runtime::checkpoint::Checkpoint;
 use rambac_runtime::session::Retrieved;
 use rambac_runtime::{Session, SessionOptions, Store, Tier};
 use serde_json::{Value as Json, json};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Instant;
@@ -37,6 +38,8 @@ pub struct How {
     pub diagnose: bool,
     pub json: bool,
     pub progress: bool,
+    /// Where a trace of the device goes.
+    pub profile: Option<PathBuf>,
 }
 
 impl Default for How {
@@ -51,6 +54,7 @@ impl Default for How {
             diagnose: false,
             json: false,
             progress: false,
+            profile: None,
         }
     }
 }
@@ -95,7 +99,7 @@ pub fn run(a: &Eval, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
     }
     let session = model::session_options(&a.chunks, None, 1, a.weights);
     let store = model::parameters_for(&model::session_graphs(&config)?, &session.passes, &config, Some(&weights))?;
-    let how = How {
+    let mut how = How {
         seed: a.seed,
         segment: a.segment,
         flash: a.flash,
@@ -105,6 +109,7 @@ pub fn run(a: &Eval, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
         diagnose: a.diagnose,
         json: a.json,
         progress: !a.json,
+        profile: a.on.profile.clone(),
     };
     if !a.json {
         println!("{HEADER}");
@@ -112,6 +117,8 @@ pub fn run(a: &Eval, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
     let evaluated = weights.clone();
     for &len in &a.len {
         let s = passkey(&config, &store, &pool, len, a.cases, &how)?;
+        // The trace is of the first length.
+        how.profile = None;
         let line = json!({
             "len": s.len, "cases": s.cases, "right": s.right, "accuracy": s.accuracy(),
             "digits_right": s.digits, "digits": s.cases * DIGITS, "needle_chunk_chosen": s.chosen,
@@ -133,10 +140,14 @@ fn whole(a: &Eval, config: &Config, weights: &std::path::Path, pool: &Arc<rayon:
     if config.vocab_size < 256 {
         return Err(miette!("passkey is a task over bytes; the model's vocab_size is {}", config.vocab_size));
     }
-    let segments = a.flash || a.chunks.store != "ram" || a.weights != Weights::F32 || a.on.device != On::Cpu;
+    let segments = a.flash
+        || a.chunks.store != "ram"
+        || a.weights != Weights::F32
+        || a.on.device != On::Cpu
+        || a.on.profile.is_some();
     if segments {
         return Err(miette!(
-            "this model reads whole texts, in f32: --flash, --store, --weights and --device are for those that read by segments"
+            "this model reads whole texts, in f32: --flash, --store, --weights, --device and --profile are for those that read by segments"
         ));
     }
     let store = model::parameters(config, Some(weights), rambac_models::InitRule::Normal, 0)?;
@@ -228,6 +239,7 @@ pub fn passkey(
     let bar = if how.progress { ProgressBar::new((len * cases) as u64) } else { ProgressBar::hidden() };
     let style = "{human_pos}/{human_len} tokens  {per_sec}  {msg}  {eta} left";
     bar.set_style(ProgressStyle::with_template(style).into_diagnostic()?);
+    let mut profile = how.profile.as_ref().map(|p| Profile::session(p, &mut session)).transpose()?;
     let t = Instant::now();
     let mut score = Score { len, cases, ..Score::default() };
     let mut bytes = vec![0u8; how.segment];
@@ -263,6 +275,9 @@ pub fn passkey(
             retrieved.push(seg.retrieved);
         }
         let logits = session.logits(&hidden).map_err(wrap)?;
+        if let Some(p) = &mut profile {
+            p.note(&mut session)?;
+        }
         let right = logits.chunks(config.vocab_size).zip(answer).map(|(row, d)| argmax(row) == d as usize);
         let found: Vec<Found> = (retrieved.iter().zip(right).enumerate())
             .map(|(i, (r, right))| {
@@ -281,6 +296,7 @@ pub fn passkey(
             bar.suspend(|| println!("{line}"));
         }
     }
+    profile.iter_mut().try_for_each(Profile::finish)?;
     score.seconds = t.elapsed().as_secs_f64();
     bar.finish_and_clear();
     Ok(score)

@@ -3,6 +3,7 @@
 //! Nothing runs and no weights are read: everything here follows from the graph and the sizes.
 
 pub mod gpu;
+mod memory;
 
 use crate::cli::{Explain, MemoryArgs};
 use crate::error::{self, Result, wrap};
@@ -11,10 +12,8 @@ use crate::show::{self, Table};
 use crate::work::{self, Sums};
 use miette::miette;
 use rambac_codegen::program::Strided;
-use rambac_codegen::{
-    BufferKind, Fit, FitError, Kernels, Machine, MemoryPlan, Program, View, fit, lower_for, no_scratch, plan,
-};
-use rambac_ir::ops::{Op, SourceKind};
+use rambac_codegen::{Fit, FitError, Kernels, Machine, MemoryPlan, Program, View, fit, lower_for, no_scratch, plan};
+use rambac_ir::ops::Op;
 use rambac_ir::{Bindings, Cost, Diagnostic, Graph, NodeId, Sym};
 use rambac_models::stack::{self, Carry};
 use rambac_models::{Config, LayerKind};
@@ -30,8 +29,6 @@ use std::process::ExitCode;
 
 /// Lines are this wide at most.
 const WIDTH: usize = 98;
-/// Buffers that are listed.
-const LARGEST: usize = 10;
 
 /// Runs the verb.
 pub fn run(a: &Explain, pool: &rayon::ThreadPool) -> Result<ExitCode> {
@@ -210,8 +207,8 @@ fn planned(machine: &Machine, g: &Graph, dims: &Bindings) -> Result<(Program, Me
 impl Report {
     fn new(graph: &Graph, dims: &Bindings, options: &Options, machine: &Machine, fit: Option<Fit>) -> Result<Self> {
         let recompute = fit.as_ref().map_or(Recompute::Nothing, |f| Recompute::Nodes(f.again.clone()));
-        let span = fit.as_ref().map_or(0, |f| f.span);
-        let options = &Options { recompute, span, ..options.clone() };
+        let held = fit.as_ref().map_or(0, |f| f.held);
+        let options = &Options { recompute, held, ..options.clone() };
         let mut passes: Vec<PassReport> = vec![];
         let mut unfused = vec![];
         let mut counts = op_counts(graph);
@@ -342,29 +339,6 @@ impl Report {
         all
     }
 
-    /// The largest buffers of the arena: (index, maker's place, first step, last step).
-    fn largest(&self) -> Vec<(usize, String, usize, usize)> {
-        let arena = |b: &usize| self.program.buffers[*b].kind == BufferKind::Arena;
-        let mut all: Vec<usize> = (0..self.plan.sizes.len()).filter(arena).collect();
-        all.sort_by_key(|&b| (std::cmp::Reverse(self.plan.sizes[b]), b));
-        let largest = all.into_iter().filter_map(|b| {
-            let (first, last) = self.plan.lifetimes[b]?;
-            let step = self.program.steps.get(first)?;
-            let result = step.outputs.iter().position(|v| v.buffer.index() == b).unwrap_or(0);
-            Some((b, place(self.graph(), step.node, result), first, last))
-        });
-        largest.take(LARGEST).collect()
-    }
-
-    /// Bytes of params and of states.
-    fn persistent(&self) -> (usize, usize) {
-        let of = |kind| {
-            let all = self.program.sources.iter().filter(|s| s.kind == kind);
-            all.map(|s| self.plan.sizes[s.buffer.index()]).sum()
-        };
-        (of(SourceKind::Param), of(SourceKind::State))
-    }
-
     fn print(&self, a: &Explain, config: Option<&Config>) -> Result<()> {
         let what = if a.train { "a training step" } else { "one run" };
         println!("{}: {what} at {}", a.model, self.dims);
@@ -479,34 +453,6 @@ impl Report {
         }
     }
 
-    fn print_memory(&self) {
-        let p = &self.plan;
-        let (params, states) = self.persistent();
-        println!("\nMemory: {} at its peak", show::bytes(p.peak()));
-        if let Some(why) = &self.uncounted {
-            println!("  {}", show::wrapped(&format!("without the workspace of kernels: {why}"), WIDTH - 2, "  "));
-        }
-        let mut t = Table::new(1, &["", "bytes"]);
-        t.row(["activations (the arena)".into(), show::bytes(p.arena)]);
-        t.row(["  least possible in this order of steps".into(), show::bytes(p.floor)]);
-        t.row(["params".into(), show::bytes(params)]);
-        t.row(["states".into(), show::bytes(states)]);
-        t.row(["inputs".into(), show::bytes(p.inputs)]);
-        t.print();
-        if let Some(s) = p.fullest() {
-            let step = &self.program.steps[s];
-            println!("  fullest at step {s} of {}: {}", self.program.steps.len(), place(self.graph(), step.node, 0));
-        }
-        println!("\nLargest buffers");
-        let mut t = Table::new(2, &["made by", "type", "bytes", "steps"]);
-        for (b, made, first, last) in self.largest() {
-            let ty = self.program.buffers[b].ty.to_string();
-            let size = show::bytes(p.sizes[b]);
-            t.row([show::fit(&made, 44), show::fit(&ty, 28), size, format!("{first}–{last}")]);
-        }
-        t.print();
-    }
-
     fn print_program(&self) {
         let p = &self.program;
         println!("program {}: {} steps, {} buffers", p.name, p.steps.len(), p.buffers.len());
@@ -564,18 +510,7 @@ impl Report {
                 }));
             }
         }
-        let (params, states) = self.persistent();
-        out.push(json!({
-            "section": "memory", "peak_bytes": self.plan.peak(), "arena_bytes": self.plan.arena,
-            "floor_bytes": self.plan.floor, "param_bytes": params, "state_bytes": states,
-            "input_bytes": self.plan.inputs, "fullest_step": self.plan.fullest(),
-        }));
-        for (b, made, first, last) in self.largest() {
-            out.push(json!({
-                "section": "buffer", "made_by": made, "type": self.program.buffers[b].ty.to_string(),
-                "bytes": self.plan.sizes[b], "first_step": first, "last_step": last,
-            }));
-        }
+        out.extend(self.memory_json());
         if let Some(f) = &self.fit {
             let (before, after) = (f.kept.1, f.fitted.1);
             out.push(json!({
@@ -620,8 +555,9 @@ fn print_fit(f: &Fit, t: &Target, limit: Option<usize>, config: Option<&Config>)
         show::si(t.flops_per_second, "FLOP/s"),
         show::si(t.bytes_per_second, "B/s")
     );
-    if f.span > 1 {
-        println!("  inputs of layers are kept for every {}th layer, those between are computed again", f.span);
+    if f.held > 0 {
+        let layers = recompute::layers(&f.prepared).len();
+        println!("  of the inputs of {layers} layers {} are held at once, the others computed again", f.held);
     }
     let mut table = Table::new(1, &["layer", "kept", "again", "computed again"]);
     for (layer, c) in recompute::by_layer(&f.prepared, &f.dims, &f.again).map_err(wrap)? {

@@ -4,6 +4,7 @@ use crate::cli::Generate;
 use crate::device::{self, Inferring};
 use crate::error::{Result, warn, wrap};
 use crate::model;
+use crate::profile::Profile;
 use crate::sample::Sampling;
 use crate::show;
 use miette::{IntoDiagnostic, miette};
@@ -11,7 +12,6 @@ use rambac_cpu::team;
 use rambac_models::data::rng::stream;
 use rambac_models::{Config, Tokenizer};
 use rambac_runtime::Session;
-use rambac_runtime::session::Segment;
 use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
@@ -60,6 +60,7 @@ pub fn run(a: &Generate, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
         seed: a.seed,
         segment: a.segment,
         flash: a.flash,
+        profile: a.on.profile.as_deref(),
     };
     write_on(&mut session, &config, &tokenizer, &prompts, &w)
 }
@@ -76,6 +77,8 @@ pub struct Writing<'a> {
     /// Tokens fed at once.
     pub segment: usize,
     pub flash: bool,
+    /// Where a trace of the device goes.
+    pub profile: Option<&'a Path>,
 }
 
 /// Reads the prompts, one per sequence of the session, and writes on.
@@ -86,6 +89,7 @@ pub fn write_on(
     prompts: &[Vec<i32>],
     a: &Writing,
 ) -> Result<ExitCode> {
+    let mut profile = a.profile.map(|p| Profile::session(p, session)).transpose()?;
     let begin = Instant::now();
     let mut hidden = vec![];
     for (seq, ids) in prompts.iter().enumerate() {
@@ -107,11 +111,9 @@ pub fn write_on(
     // One text is shown as it comes; several would mix.
     let mut written = vec![String::new(); prompts.len()];
     let mut next = vec![0; prompts.len()];
-    let mut last = Segment { hidden, ..Segment::default() };
-    let mut logits = vec![];
+    let mut logits = session.logits(&hidden).map_err(wrap)?;
     let pool = session.pool().clone();
     let mut token = |i: usize| -> Result<()> {
-        session.logits_into(&last.hidden, &mut logits).map_err(wrap)?;
         for (seq, row) in logits.chunks_exact_mut(config.vocab_size).enumerate() {
             // A model may have more rows in its embedding than its tokenizer has ids.
             let row = &row[..tokenizer.vocab_size().min(row.len())];
@@ -134,11 +136,15 @@ pub fn write_on(
         }
         // The last token is read only by who goes on later.
         if i + 1 < a.tokens || session.chunks(0).is_some_and(|c| c.path().is_some()) {
-            session.step_into(&next, &mut last).map_err(wrap)?;
+            session.decode_into(&next, &mut logits).map_err(wrap)?;
+            if let Some(p) = &mut profile {
+                p.note(session)?;
+            }
         }
         Ok(())
     };
     team::awake(&pool, || (0..a.tokens).try_for_each(&mut token))?;
+    profile.iter_mut().try_for_each(Profile::finish)?;
     session.save().map_err(wrap)?;
     for (seq, (text, done)) in texts.into_iter().zip(&written).enumerate() {
         if prompts.len() > 1 {

@@ -50,11 +50,6 @@ pub fn run(a: &Run, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
     if drawn_now && !a.json {
         eprintln!("there are no weights in {}: they are drawn (--seed {})", a.file.display(), a.seed);
     }
-    if a.profile.is_some() && (e.mode == Mode::Infer || a.device.gpu()) {
-        return Err(miette!(
-            "--profile: traces are of training steps and graphs on the cpu; bench decode --profile times ops"
-        ));
-    }
     match e.mode {
         Mode::Infer => infer(a, &e, config.as_ref(), store, pool),
         Mode::Train => train(a, &e, config.as_ref(), store, pool),
@@ -121,9 +116,25 @@ impl Runner {
                 let bytes: Vec<Bytes> = inputs.iter().map(|(_, t)| Bytes::from_tensor(t.view())).collect();
                 let views: Vec<(&str, &Bytes)> = inputs.iter().map(|(n, _)| n.as_str()).zip(&bytes).collect();
                 let out = gpu.machine.run(*id, dims, &views).map_err(wrap)?;
+                for t in gpu.machine.watched() {
+                    let program = gpu.machine.program(t.program).clone();
+                    if let Some(p) = profile {
+                        p.device_run(&program.program.name, &program, &t, &[])?;
+                    }
+                }
                 Ok(out.into_iter().map(|(n, b)| (n, b.to_tensor())).collect())
             }
         }
+    }
+
+    /// A trace of the first runs, if one was asked for.
+    fn watched(&mut self, path: Option<&Path>, runs: u64) -> Result<Option<Profile>> {
+        let Some(mut p) = path.map(|p| Profile::create(p, runs)).transpose()? else { return Ok(None) };
+        if let Runner::Gpu(gpu, _) = self {
+            p.device(&mut gpu.machine)?;
+            gpu.machine.watch(runs as usize).map_err(wrap)?;
+        }
+        Ok(Some(p))
     }
 
     /// A param or a state as it is now.
@@ -266,6 +277,7 @@ fn infer(
         seed: a.seed,
         segment: a.segment,
         flash: false,
+        profile: a.profile.as_deref(),
     };
     write_on(&mut session, config, &tokenizer, &prompts, &w)
 }
@@ -300,7 +312,7 @@ fn train(
     };
     let file = given_file(a, part)?;
     let mut runner = Runner::new(a, e, part, &dims, store, pool)?;
-    let mut profile = a.profile.as_deref().map(|p| Profile::create(p, a.steps)).transpose()?;
+    let mut profile = runner.watched(a.profile.as_deref(), a.steps)?;
     if !a.json {
         println!("{}: {} of {} at {dims}", a.file.display(), what(e.mode), e.model);
     }
@@ -352,7 +364,7 @@ fn graph(a: &Run, e: &Executable, store: Store, pool: Arc<rayon::ThreadPool>) ->
     let dims = dims(a, part)?;
     let file = given_file(a, part)?;
     let mut runner = Runner::new(a, e, part, &dims, store, pool)?;
-    let mut profile = a.profile.as_deref().map(|p| Profile::create(p, a.steps)).transpose()?;
+    let mut profile = runner.watched(a.profile.as_deref(), a.steps)?;
     let mut out = vec![];
     let began = Instant::now();
     for run in 0..a.steps {

@@ -2,32 +2,31 @@
 //!
 //! A step depends on the store, the recipe and its planned number alone, so a run that was stopped goes on bit for bit.
 
+mod steps;
+
 use crate::cli::{Data, MemoryArgs, PrecisionArg, Train, TrainPlace};
-use crate::dashboard::{About, Dashboard, Step};
+use crate::dashboard::{About, Dashboard};
 use crate::device::{Gpu, On};
 use crate::error::{self, Result, warn, wrap};
 use crate::metrics::Metrics;
 use crate::profile::Profile;
 use crate::{machine, model, show};
-use indicatif::{ProgressBar, ProgressStyle};
 use miette::{IntoDiagnostic, Report, miette};
 use rambac_codegen::Memory;
 use rambac_ir::{Bindings, Graph};
-use rambac_models::data::rng::stream;
 use rambac_models::data::{MixTask, Split, Task, Text, TextTask};
 use rambac_models::recipe::{Recipe, Rows};
 use rambac_models::stack::{self, Carry};
 use rambac_models::{Config, InitRule, Tokenizer};
-use rambac_passes::Options;
 use rambac_passes::train_step::{AdamW, STEP, moment_names};
 use rambac_runtime::checkpoint::{Checkpoint, CheckpointDir, Snapshot, TensorRef};
-use rambac_runtime::{MicroBatch, Store, Tensor, Trainer};
+use rambac_runtime::{Store, Tensor, Trainer};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Where a run stands; with the store all that a run is.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -104,9 +103,6 @@ impl DataFile {
     }
 }
 
-/// Planned steps that must be left for a stage to end early: fewer are not worth it.
-const MIN_LEFT: u64 = 100;
-
 /// Set by Ctrl-C.
 static STOP: AtomicBool = AtomicBool::new(false);
 
@@ -131,9 +127,6 @@ pub fn interrupted() -> bool {
 
 /// Runs the verb.
 pub fn run(a: &Train, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
-    if a.profile.is_some() && a.place.device != On::Cpu {
-        return Err(miette!("--profile: a trace is of the steps of the CPU; leave --device {} out", a.place.device));
-    }
     let mut run = match &a.resume {
         Some(dir) => Run::resume(dir, a.out.as_deref(), a.place, pool)?,
         None => {
@@ -162,7 +155,9 @@ pub fn run(a: &Train, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
     run.save_every = a.save_every;
     run.json = a.json;
     run.tui = a.tui;
-    run.profile = a.profile.as_deref().map(|p| Profile::create(p, a.profile_steps)).transpose()?;
+    if let Some(path) = &a.profile {
+        run.profile = Some(run.watched(path, a.profile_steps)?);
+    }
     catch_interrupt();
     let done = run.train()?;
     if a.json {
@@ -247,7 +242,8 @@ pub struct Run {
     pub state: RunState,
     trainer: Trainer,
     pool: Arc<rayon::ThreadPool>,
-    tasks: Vec<MixTask>,
+    /// Of every stage.
+    tasks: Arc<Vec<MixTask>>,
     validation: Option<TextTask>,
     folder: CheckpointDir,
     metrics: Metrics,
@@ -387,7 +383,7 @@ impl Run {
             state,
             trainer,
             pool,
-            tasks,
+            tasks: Arc::new(tasks),
             validation,
             folder,
             metrics,
@@ -439,156 +435,15 @@ impl Run {
         Dashboard::start(About { title, stages, tokens, planned }, interrupt)
     }
 
-    fn batch(&self, stage: usize, planned: u64) -> Result<Vec<MicroBatch>> {
-        let r = &self.state.recipe;
-        let s = &r.stages[stage];
-        let mut out = vec![];
-        for part in 0..r.accumulate as u64 {
-            let id = planned * r.accumulate as u64 + part;
-            let b = self.tasks[stage].batch(id, s.rows, s.len).map_err(wrap)?;
-            let shape = [s.rows, s.len];
-            let mut inputs = vec![
-                ("input_ids", Tensor::i32(&shape, b.input_ids)),
-                ("labels", Tensor::i32(&shape, b.labels)),
-                ("loss_weights", Tensor::f32(&shape, b.loss_weights)),
-            ];
-            if r.carry_share > 0.0 {
-                let keep = |row: u64| rand::Rng::random_bool(&mut stream(r.seed, "carry", &[id, row]), r.carry_share);
-                let carry = (0..s.rows as u64).map(|row| keep(row) as u8 as f32).collect();
-                inputs.push(("carry", Tensor::f32(&[s.rows], carry)));
-            }
-            out.push(MicroBatch { dims: Bindings::new([("N", s.rows), ("L", s.len)]), inputs });
-        }
-        Ok(out)
-    }
-
-    /// Runs to the end of the recipe; `false` if it was stopped before.
-    pub fn train(&mut self) -> Result<bool> {
-        if self.state.recipe.stage_at(self.state.position.planned).is_none() {
-            eprintln!(
-                "this run finished at step {}; to train further, start from its weights: rambac train {} … --out DIR",
-                self.state.position.step,
-                self.folder().display()
-            );
-            return Ok(true);
-        }
-        self.announce()?;
-        let total = self.state.recipe.tokens();
-        let dashboard = if self.tui { Some(self.dashboard()?) } else { None };
-        let bar = if self.json || self.tui { ProgressBar::hidden() } else { ProgressBar::new(total) };
-        let style = "{elapsed_precise} [{wide_bar}] {human_pos}/{human_len}  {msg}  {eta} left";
-        bar.set_style(ProgressStyle::with_template(style).into_diagnostic()?.progress_chars("=> "));
-        bar.set_position(self.state.recipe.tokens_before(self.state.position.planned));
-        bar.reset_eta();
-        let began = Instant::now();
-        let mut recent = (Instant::now(), 0u64, 0.0f64);
-        let mut saved = self.state.position.step;
-        while let Some((stage, next)) = self.state.recipe.stage_at(self.state.position.planned) {
-            let out_of_time = self.time_limit.is_some_and(|t| began.elapsed() >= t);
-            if interrupted() || out_of_time {
-                self.save()?;
-                bar.finish_and_clear();
-                return Ok(false);
-            }
-            let t = Instant::now();
-            let batch = self.batch(stage, self.state.position.planned)?;
-            let (began_step, mut times) = (Instant::now(), Profile::times(&self.profile));
-            let report =
-                self.trainer.step_timed(self.state.position.step, &batch, times.as_mut()).map_err(error::train)?;
-            let seconds = t.elapsed().as_secs_f64();
-            if let (Some(p), Some(times)) = (&mut self.profile, times) {
-                let name = format!("step {}", self.state.position.step + 1);
-                let numbers = [("loss", report.loss.into()), ("gradient norm", report.grad_norm.into())];
-                let program = self.trainer.program();
-                p.run(&name, program, &batch[0].dims, (began_step, batch.len()), &times, &numbers)?;
-            }
-            let s = &self.state.recipe.stages[stage];
-            let tokens = (s.len * s.rows * self.state.recipe.accumulate) as u64;
-            let (len, rows, until) = (s.len, s.rows, s.until_loss);
-            let p = &mut self.state.position;
-            p.step += 1;
-            p.planned += 1;
-            p.tokens += tokens;
-            p.seconds += seconds;
-            let smooth = p.smooth.map_or(report.loss, |m| m + 0.05 * (report.loss - m));
-            p.smooth = Some(smooth);
-            let line = serde_json::json!({
-                "step": p.step, "tokens": p.tokens, "stage": stage, "len": len, "rows": rows, "loss": report.loss,
-                "grad_norm": report.grad_norm, "lr": report.lr, "tokens_per_s": tokens as f64 / seconds, "seconds": p.seconds,
-            });
-            self.metrics.write(&line)?;
-            if self.json {
-                println!("{line}");
-            }
-            let early = until.is_some_and(|u| smooth < u && p.planned + MIN_LEFT < next);
-            if early || p.planned == next {
-                p.planned = next;
-                p.smooth = None;
-                // The schedule follows the plan, not the count of steps.
-                self.trainer.set(STEP, Tensor::f32(&[], vec![next as f32])).map_err(error::train)?;
-                let how = if early { "done early" } else { "done" };
-                let tokens = grouped(p.tokens);
-                let news =
-                    format!("stage {} {how}: {rows} x {len}, {tokens} tokens so far, loss {smooth:.3}", stage + 1);
-                match &dashboard {
-                    Some(d) => d.news(news),
-                    None => bar.println(news),
-                }
-            }
-            recent = (recent.0, recent.1 + tokens, recent.2 + seconds);
-            if recent.2 > 0.5 {
-                bar.set_message(format!("loss {smooth:.3}  {:.1}k tok/s", recent.1 as f64 / recent.2 / 1e3));
-                recent = (Instant::now(), 0, 0.0);
-            }
-            let done = self.state.recipe.tokens_before(self.state.position.planned);
-            bar.set_position(done);
-            let step = self.state.position.step;
-            if let Some(d) = &dashboard {
-                let (loss, grad_norm, lr) = (report.loss, report.grad_norm, report.lr);
-                d.step(Step { step, stage, len, rows, done, tokens, seconds, loss, smooth, grad_norm, lr });
-            }
-            if self.save_every > 0 && step.is_multiple_of(self.save_every) {
-                self.save()?;
-                saved = step;
-            }
-        }
-        bar.finish();
-        drop(dashboard);
-        self.profile.iter_mut().try_for_each(Profile::finish)?;
-        self.trainer.sync().map_err(error::train)?;
-        if saved != self.state.position.step || self.state.position.step == 0 {
-            self.save()?;
-        }
-        if let Some(v) = self.validation_loss()? {
-            eprintln!("validation loss {v:.4}");
-        }
-        Ok(true)
-    }
-
-    /// Mean loss over batches of the held-out part of a text.
-    fn validation_loss(&mut self) -> Result<Option<f32>> {
-        let Some(task) = &self.validation else { return Ok(None) };
-        let Some(s) = self.state.recipe.stages.last() else { return Ok(None) };
-        let g = stack::loss(&self.config, Carry::Zero, false).map_err(wrap)?;
-        let program = rambac_codegen::lower(&rambac_passes::optimise(&g, &Options::default()));
-        let mut e = rambac_runtime::Executor::new(program, self.pool.clone());
-        let (mut sum, parts) = (0.0, 8);
-        for i in 0..parts {
-            // A held-out part shorter than a row is no reason to fail a finished run.
-            let Ok(b) = task.batch(i, s.rows, s.len) else { return Ok(None) };
-            let shape = [s.rows, s.len];
-            let (ids, labels) = (Tensor::i32(&shape, b.input_ids), Tensor::i32(&shape, b.labels));
-            let weights = Tensor::f32(&shape, b.loss_weights);
-            let inputs = [("input_ids", ids.view()), ("labels", labels.view()), ("loss_weights", weights.view())];
-            let out =
-                e.run(&Bindings::new([("N", s.rows), ("L", s.len)]), &inputs, &mut self.trainer.store).map_err(wrap)?;
-            sum += out
-                .iter()
-                .find(|(n, _)| n == "loss")
-                .and_then(|(_, t)| t.as_f32()?.first().copied())
-                .unwrap_or(f32::NAN);
-        }
-        Ok(Some(sum / parts as f32))
+    /// A trace of the first steps.
+    fn watched(&mut self, path: &Path, steps: u64) -> Result<Profile> {
+        let parts = self.state.recipe.accumulate as u64;
+        let Some(machine) = self.trainer.machine() else { return Profile::create(path, steps) };
+        // Every micro-batch is a run of a program, and so is the update where it is one of its own.
+        let mut p = Profile::create(path, steps * if parts > 1 { parts + 1 } else { 1 })?;
+        p.device(machine)?;
+        self.trainer.watch(steps as usize).map_err(error::train)?;
+        Ok(p)
     }
 
     /// Writes a checkpoint.

@@ -16,15 +16,11 @@ use rambac_ir::{Bindings, Graph};
 use rambac_models::stack::{self, Carry};
 use rambac_passes::train_step::AdamW;
 use rambac_passes::{Options, optimise};
-use rambac_runtime::gpu::{Bytes, Device, Machine, Measurer, Placement, ProgramId, Timed, archs};
+use rambac_runtime::gpu::{self, Device, Measurer, Placement, archs};
 use serde_json::json;
 use std::collections::HashSet;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Instant;
-
-/// Runs that are timed together, and how often that is done; the shortest counts.
-const RUNS: [usize; 2] = [10, 3];
 
 /// Runs the verb.
 pub fn run(a: &Tune, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
@@ -39,36 +35,13 @@ fn graph(a: &Tune) -> Result<Graph> {
     })
 }
 
-/// Operands and results stay on the device: what is timed is launches and a copy of the results.
-fn clock(
-    m: &mut Machine<Box<dyn Device>>,
-    id: ProgramId,
-    dims: &Bindings,
-    inputs: &[(&str, &Bytes)],
-) -> std::result::Result<Timed, String> {
-    let text = |e: rambac_runtime::gpu::GpuError| e.to_string();
-    let out = m.run(id, dims, inputs).map_err(text)?;
-    inputs.iter().try_for_each(|(n, b)| m.set(n, b)).map_err(text)?;
-    let names: Vec<String> = out.iter().map(|(n, _)| format!("kept.{n}")).collect();
-    let keep: Vec<(&str, &str)> = out.iter().zip(&names).map(|((n, _), k)| (n.as_str(), k.as_str())).collect();
-    let mut shortest = f64::INFINITY;
-    for _ in 0..RUNS[1] {
-        let began = Instant::now();
-        for _ in 0..RUNS[0] {
-            m.run_keeping(id, dims, &[], &keep).map_err(text)?;
-        }
-        shortest = shortest.min(began.elapsed().as_secs_f64() / RUNS[0] as f64);
-    }
-    Ok((out, shortest))
-}
-
 fn measure(a: &Tune) -> Result<ExitCode> {
     let On::Cuda(_) = a.device else {
         return Err(miette!("--device {}: only a GPU has times to measure, such as cuda:0", a.device));
     };
+    // Open until the end: the driver would make and end the device's context for every candidate.
     let first = a.device.open()?;
     let (name, capability) = (first.name().to_string(), first.capability());
-    drop(first);
     // What stands before the brackets is where it is plugged in.
     let name = name.split_once('(').map_or(name.as_str(), |n| n.1.trim_end_matches(')')).to_string();
     let Some(arch) = archs(capability).first().copied() else {
@@ -78,31 +51,46 @@ fn measure(a: &Tune) -> Result<ExitCode> {
     let program = lower_for(&optimise(&graph(a)?, &options), Kernels::Gpu);
     let known = |n: &str| program.syms.iter().any(|s| s.as_str() == n);
     let dims = Bindings::new([("N", a.batch), ("L", a.len)].into_iter().filter(|(n, _)| known(n)));
-    let gpu = emit(program, Target::of(arch)).map_err(wrap)?;
+    let emitted = emit(program, Target::of(arch)).map_err(wrap)?;
     let nvrtc = Nvrtc::open_any().map_err(wrap)?;
     let cache = Cache::standard();
     let on = a.device;
     let open = || on.open().map_err(|e| e.to_string());
     let mut device = Measurer {
         name: name.clone(),
-        target: gpu.target.clone(),
+        target: emitted.target.clone(),
         nvrtc: &nvrtc,
         cache: &cache,
         placement: Placement::Arena,
         open,
-        clock,
+        clock: gpu::clock,
+        lost: false,
     };
     let mut seen = HashSet::new();
-    let (mut all, mut wrong) = (vec![], vec![]);
-    for (s, step) in gpu.steps.iter().zip(&gpu.program.steps) {
+    let (mut all, mut wrong, mut known) = (vec![], vec![], false);
+    for (s, step) in emitted.steps.iter().zip(&emitted.program.steps) {
         if a.op.as_ref().is_some_and(|op| op != step.op.mnemonic()) || !seen.insert(Arc::as_ptr(&s.forms)) {
+            known |= a.op.as_deref() == Some(step.op.mnemonic());
             continue;
         }
-        match tune(step, &gpu.target, &dims, &mut device as &mut dyn Measure, &cache) {
+        match tune(step, &emitted.target, &dims, &mut device as &mut dyn Measure, &cache) {
             Ok(c) => all.push(c),
             Err(TuneError::NoneRight { step, candidates, .. }) => wrong.push((step, candidates)),
-            Err(e) => return Err(wrap(e)),
+            Err(e) => {
+                print(a, &name, &all);
+                return Err(wrap(e));
+            }
         }
+    }
+    if let (Some(op), true, false) = (&a.op, all.is_empty() && wrong.is_empty(), known) {
+        let mut ops: Vec<&str> = emitted.program.steps.iter().map(|s| s.op.mnemonic()).collect();
+        ops.sort_unstable();
+        ops.dedup();
+        return Err(miette!(
+            help = format!("its ops are {}", ops.join(", ")),
+            "--op {op}: {} has no such step",
+            a.model
+        ));
     }
     print(a, &name, &all);
     for (step, candidates) in &wrong {

@@ -6,8 +6,9 @@ use crate::cmd::plot::write_picture;
 use crate::error::{Result, findings, wrap};
 use crate::model::{self, Named};
 use miette::{IntoDiagnostic, miette};
-use rambac_ir::{Bindings, Graph, Sym};
+use rambac_ir::{Bindings, Graph, Sym, text};
 use rambac_models::stack::{self, Carry};
+use rambac_models::variants;
 use rambac_passes::train_step::AdamW;
 use rambac_picture::{ColourBy, Look, Open, Scene, export, memory};
 use rambac_runtime::Executable;
@@ -51,14 +52,31 @@ pub fn scene(a: &View) -> Result<Scene> {
     if a.part.is_some() {
         return Err(miette!("--part: only executables have parts"));
     }
-    let (graph, what) = match model::resolve(&a.model)? {
-        Named::Model { config, .. } if a.train => (model_step(&config, &AdamW::default())?, ", a training step"),
-        Named::Model { config, .. } => (stack::loss(&config, Carry::Zero, false).map_err(wrap)?, ""),
+    let built_in = variants::built_in(&a.model).filter(|_| !path.exists());
+    let named = match built_in {
+        Some(v) => {
+            let graph = text::parse(v.text).map_err(|e| findings(path, v.text, e))?;
+            Named::Ir { path: path.into(), text: v.text.into(), graph }
+        }
+        None => model::resolve(&a.model)?,
+    };
+    let (graph, what) = match named {
+        Named::Model { config, .. } => {
+            let config = a.attention.apply(config)?;
+            match a.train {
+                true => (model_step(&config, &AdamW::default())?, ", a training step"),
+                false => (stack::loss(&config, Carry::Zero, false).map_err(wrap)?, ""),
+            }
+        }
+        Named::Ir { .. } if a.attention.attention.is_some() => {
+            return Err(miette!("--attention: {} is a graph of its own, not a model with layers", a.model));
+        }
         Named::Ir { graph, .. } if a.train => (ir_step(&graph, &AdamW::default())?, ", a training step"),
         Named::Ir { graph, .. } => (graph, ""),
     };
+    let with = a.attention.attention.as_ref().map(|v| format!(" with {v}")).unwrap_or_default();
     let dims = dims(&graph, a.batch, a.len, &a.dims)?;
-    Scene::new(&format!("{}{what}", a.model), &graph, &dims).map_err(wrap)
+    Scene::new(&format!("{}{with}{what}", a.model), &graph, &dims).map_err(wrap)
 }
 
 fn executable(a: &View, path: &Path) -> Result<Scene> {
@@ -78,7 +96,7 @@ fn executable(a: &View, path: &Path) -> Result<Scene> {
         })?,
         None => e.parts.iter().max_by_key(|p| p.program.steps.len()).ok_or_else(|| miette!("BUG: no parts"))?,
     };
-    let parse = |text: &str| rambac_ir::text::parse(text).map_err(|f| findings(path, text, f));
+    let parse = |source: &str| text::parse(source).map_err(|f| findings(path, source, f));
     let (before, after) = (parse(&part.before)?, parse(&part.after)?);
     let dims = executable_dims(a, &before)?;
     Scene::compiled(&format!("{}, {}", path.display(), part.name), before, after, &dims).map_err(wrap)

@@ -53,6 +53,10 @@ fn an_executable_writes_on_as_its_model_does() {
     refuses(&["run", &file, "--ids", "1,99999999"], &["99999999", "not in the vocabulary"]);
     refuses(&["run", &file, "--prompt", "a", "--device", "simulator"], &["compiled for the cpu alone"]);
     refuses(&["generate", &model, "--prompt", "a", "--device-memory", "1G"], &["--device cuda:0"]);
+    for verb in [&["generate", model.as_str()][..], &["run", file.as_str()]] {
+        let args = [verb, &["--prompt", "a", "--profile", "t.json"]].concat();
+        refuses(&args, &["traces of inference are of devices", "--device cuda:0"]);
+    }
     let mut bytes = fs::read(&file).unwrap();
     let last = bytes.len() - 3;
     bytes[last] ^= 1;

@@ -52,6 +52,10 @@ fn draws_graphs() {
         succeeds(&["view", preset, "--export", &svg]);
         assert!(fs::read_to_string(&svg).unwrap().contains("layers.0"), "{preset}");
     }
+    succeeds(&["view", "nsa", "--train", "--export", &svg]);
+    succeeds(&["view", "tiny", "--attention", "moba", "--train", "--open", "--export", &svg]);
+    assert!(fs::read_to_string(&svg).unwrap().contains("tiny with moba, a training step"));
+    refuses(&["view", "nsa", "--attention", "moba", "--export", &svg], &["--attention", "nsa"]);
     succeeds(&[
         "view",
         "tiny",

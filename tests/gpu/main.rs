@@ -19,9 +19,19 @@ mod sessions;
 #[allow(dead_code)] // what other properties need
 mod support;
 mod train;
+mod variants;
 
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    harness::run(&[graphs::ALL, models::ALL, mixed::ALL, train::ALL, kernels::ALL, checks::ALL, sessions::ALL])
+    harness::run(&[
+        graphs::ALL,
+        models::ALL,
+        mixed::ALL,
+        train::ALL,
+        kernels::ALL,
+        checks::ALL,
+        sessions::ALL,
+        variants::ALL,
+    ])
 }

@@ -5,6 +5,7 @@ use crate::rig::Rig;
 use crate::support::{pool, session_graphs};
 use rambac_codegen::cuda::{Target, emit};
 use rambac_codegen::{Kernels, lower_for};
+use rambac_driver::testing::{Faulty, Late};
 use rambac_models::{Config, InitRule, ModelType, init_tensor, preset};
 use rambac_passes::optimise;
 use rambac_runtime::chunk_store::Precision;
@@ -12,6 +13,7 @@ use rambac_runtime::gpu::{Device, Machine, Placement, archs};
 use rambac_runtime::session::{DeviceMemory, Segment};
 use rambac_runtime::{Session, SessionError, SessionOptions, Store, Tensor, Tier};
 use rambac_simulator::Options as Schedule;
+use rambac_simulator::device::Simulator;
 use std::sync::Arc;
 
 pub const ALL: &[Case] = &[
@@ -20,6 +22,7 @@ pub const ALL: &[Case] = &[
     ("session_with_few_slots_gathers_what_is_chosen", few_slots),
     ("sessions_of_unlike_lengths_decode_together", together),
     ("session_in_a_file_goes_on", file),
+    ("tokens_are_decoded_by_a_record", recorded),
 ];
 
 fn params(c: &Config) -> Store {
@@ -34,6 +37,11 @@ fn tiny() -> Result<Config, String> {
     preset("tiny").map_err(|e| e.to_string())
 }
 
+/// As few layers of every kind as there can be.
+fn small() -> Result<Config, String> {
+    Ok(Config { num_lower_layers: 1, num_upper_layers: 1, num_upper_groups: 1, num_mamba_per_gca: 1, ..tiny()? })
+}
+
 fn options(sequences: usize, precision: Precision) -> SessionOptions {
     SessionOptions { sequences, precision, ..SessionOptions::default() }
 }
@@ -41,7 +49,18 @@ fn options(sequences: usize, precision: Precision) -> SessionOptions {
 fn on_device(rig: &Rig, c: &Config, o: &SessionOptions, limit: Option<usize>) -> Result<Session, SessionError> {
     let schedule = Schedule { seed: 5, lazy: true, ..Schedule::default() };
     let device: Box<dyn Device> = rig.device(schedule).expect("the device was there when the tests began");
-    let mut machine = Machine::new(device, Placement::Apart);
+    on(rig, device, Placement::Apart, c, o, limit)
+}
+
+fn on(
+    rig: &Rig,
+    device: Box<dyn Device>,
+    placement: Placement,
+    c: &Config,
+    o: &SessionOptions,
+    limit: Option<usize>,
+) -> Result<Session, SessionError> {
+    let mut machine = Machine::new(device, placement);
     let arch = *archs(machine.device().capability()).first().expect("the device runs code of some architecture");
     let programs = session_graphs(c).map(|g| lower_for(&optimise(g, &o.passes), Kernels::Gpu));
     let parts = Session::device_programs(&programs, o.precision).map(|p| {
@@ -182,6 +201,56 @@ fn together(rig: &Rig) -> Result<String, String> {
             let next = ids(lengths.len(), 40 + i);
             let (x, y) = (text(a.step(&next))?, text(b.step(&next))?);
             worst = worst.max(near(&format!("step {i}"), &x.hidden, &y.hidden)?);
+        }
+    }
+    Ok(format!(": within {worst:.1e}"))
+}
+
+/// Everything of a token is one record, on a device that does all as late as may be: the CPU's logits, and three calls a token.
+fn recorded(rig: &Rig) -> Result<String, String> {
+    let c = Config { chunk_size: 16, ..small()? };
+    let plain = Config { model_type: ModelType::Mamba2, num_upper_groups: 0, ..small()? };
+    let mut worst = 0f64;
+    for (c, sequences) in [(&c, 1), (&c, 2), (&plain, 2)] {
+        let o = options(sequences, Precision::F32);
+        let simulator = Simulator::strict(Schedule { seed: 3, lazy: true, ..Schedule::default() });
+        let device = Faulty::new(Late::new(simulator), None);
+        let seen = device.seen();
+        let mut a = text(on(rig, Box::new(device), Placement::Arena, c, &o, None))?;
+        let mut b = text(Session::new(&session_graphs(c), params(c), pool(), &o))?;
+        for seq in 0..sequences {
+            let prompt = ids(13 + 20 * seq, seq);
+            worst =
+                worst.max(near("a prompt", &text(a.feed(seq, &prompt))?.hidden, &text(b.feed(seq, &prompt))?.hidden)?);
+        }
+        let (mut x, mut y) = (vec![], vec![]);
+        // Chunks become whole on the way, and hidden states are asked for in between.
+        for i in 0..24 {
+            let next = ids(sequences, 70 + i);
+            if i % 8 == 6 {
+                let (x, y) = (text(a.step(&next))?, text(b.step(&next))?);
+                worst = worst.max(near(&format!("step {i}"), &x.hidden, &y.hidden)?);
+                if (&x.retrieved.indices, &x.retrieved.count) != (&y.retrieved.indices, &y.retrieved.count) {
+                    return Err(format!("step {i}: {:?}, {:?} wanted", x.retrieved, y.retrieved));
+                }
+                continue;
+            }
+            let before = seen.calls().len();
+            text(a.decode_into(&next, &mut x))?;
+            text(b.decode_into(&next, &mut y))?;
+            worst = worst.max(near(&format!("logits of step {i}"), &x, &y)?);
+            // Neither the first ones, nor one that completes a chunk or comes after that.
+            let calls = seen.calls();
+            let token = if c.is_plain() { 1 } else { 2 };
+            let want: Vec<&str> =
+                std::iter::repeat_n("write_host", token).chain(["replay", "synchronise", "read_host"]).collect();
+            if i == 22 && calls[before..] != want[..] {
+                return Err(format!("a token of {sequences} sequences asks for {:?}", &calls[before..]));
+            }
+        }
+        drop(a);
+        if seen.live() + seen.records() > 0 {
+            return Err(format!("{} buffers and {} records live on", seen.live(), seen.records()));
         }
     }
     Ok(format!(": within {worst:.1e}"))

@@ -1,20 +1,24 @@
 //! Training on a GPU: losses like the CPU's, and runs that go on on the other device.
 
 use crate::harness::Case;
-use crate::rig::{Rig, schedules};
+use crate::rig::{NOT_HERE, Rig, schedules};
 use rambac_codegen::Memory;
 use rambac_codegen::Program;
 use rambac_codegen::cuda::{Arch, Cache, Target, emit};
 use rambac_codegen::nvrtc::Nvrtc;
+use rambac_driver::testing::{Faulty, Late};
 use rambac_ir::Bindings;
 use rambac_ir::testing::Rng;
 use rambac_models::stack::{self, Carry};
 use rambac_models::{Config, InitRule, ModelType, init_tensor, preset};
 use rambac_passes::Precision;
 use rambac_passes::train_step::AdamW;
+use rambac_runtime::checkpoint::{Checkpoint, CheckpointDir, CheckpointError, Snapshot, TensorRef};
 use rambac_runtime::gpu::{Code, Device, Machine, Placement, ProgramId};
 use rambac_runtime::trainer_gpu::Gpu;
-use rambac_runtime::{MicroBatch, Store, Tensor, Trainer};
+use rambac_runtime::{MicroBatch, Store, Tensor, TrainError, Trainer};
+use rambac_simulator::device::Simulator;
+use serde_json::Value as Json;
 use std::sync::Arc;
 
 pub const ALL: &[Case] = &[
@@ -22,6 +26,9 @@ pub const ALL: &[Case] = &[
     ("training_mamba2", mamba2),
     ("training_accumulated", accumulated),
     ("training_moves", moves),
+    ("training_runs_ahead", ahead),
+    ("training_is_traced", traced),
+    ("training_variants", variants),
 ];
 
 /// Largest relative distance of a step's loss from the CPU's, over all steps.
@@ -48,6 +55,19 @@ impl Gpu for Tested {
         let code = Code::compile(&self.nvrtc, &[&gpu], &self.cache).map_err(|e| e.to_string())?;
         self.machine.load(gpu, &code).map_err(|e| e.to_string())
     }
+}
+
+fn optimiser() -> AdamW {
+    AdamW { lr: 4e-3, warmup: 4, steps: 100, ..AdamW::default() }
+}
+
+/// As the command tells weights from what else a run has.
+fn is_weight(name: &str) -> bool {
+    ["optim.", "carry.", "accum."].iter().all(|p| !name.starts_with(p))
+}
+
+fn decays(name: &str) -> bool {
+    name.ends_with("proj.weight")
 }
 
 struct Bench<'a> {
@@ -78,20 +98,31 @@ impl<'a> Bench<'a> {
     /// On the GPU in a precision, or on the CPU.
     fn trainer(&self, on: Option<Precision>, store: Store) -> Result<Trainer, String> {
         let loss = stack::loss(&self.config, Carry::States, false).map_err(|e| format!("{e:?}"))?;
-        let opt = AdamW { lr: 4e-3, warmup: 4, steps: 100, ..AdamW::default() };
-        let decays = |n: &str| n.ends_with("proj.weight");
+        let (opt, decays) = (optimiser(), decays);
         let Some(precision) = on else {
             let pool = Arc::new(rayon::ThreadPoolBuilder::new().num_threads(2).build().expect("two threads"));
             return Trainer::new(&loss, &opt, decays, self.parts, &self.memory, store, pool).map_err(|e| e.to_string());
         };
         let device: Box<dyn Device> = self.rig.device(schedules()[1])?;
         let placement = if self.rig.cuda.is_some() { Placement::Arena } else { Placement::Apart };
+        self.trainer_on(device, placement, precision, store)
+    }
+
+    fn trainer_on(
+        &self,
+        device: Box<dyn Device>,
+        placement: Placement,
+        precision: Precision,
+        store: Store,
+    ) -> Result<Trainer, String> {
+        let loss = stack::loss(&self.config, Carry::States, false).map_err(|e| format!("{e:?}"))?;
         let gpu = Tested {
             arch: self.rig.arch(),
             machine: Machine::new(device, placement),
             nvrtc: Nvrtc::open(&self.rig.nvrtc.path).map_err(|e| e.to_string())?,
             cache: Cache::at(self.cache.path()),
         };
+        let opt = optimiser();
         Trainer::on_gpu(&loss, &opt, decays, self.parts, &self.memory, precision, store, Box::new(gpu))
             .map_err(|e| e.to_string())
     }
@@ -113,6 +144,36 @@ impl<'a> Bench<'a> {
             MicroBatch { dims: Bindings::new([("N", 1), ("L", len)]), inputs }
         };
         (0..self.parts).map(part).collect()
+    }
+
+    /// A checkpoint, as a run writes it and another one reads it.
+    fn through_disk(&self, store: &Store, step: u64) -> Result<Store, String> {
+        let text = |e: CheckpointError| e.to_string();
+        let dir = tempfile::tempdir().map_err(|e| e.to_string())?;
+        let folder = CheckpointDir::open(dir.path(), None).map_err(text)?;
+        let part = |weights: bool| store.0.iter().filter(move |(n, _)| is_weight(n) == weights);
+        if let Some((n, _)) = part(true).chain(part(false)).find(|(_, t)| t.as_f32().is_none()) {
+            return Err(format!("{n} is no f32"));
+        }
+        let tensors = |weights: bool| -> Vec<TensorRef> {
+            part(weights).filter_map(|(n, t)| Some(TensorRef::f32(n.as_str(), &t.shape, t.as_f32()?))).collect()
+        };
+        let (weights, state) = (tensors(true), tensors(false));
+        let snapshot =
+            Snapshot { config: &self.config.to_json(), weights: &weights, state: &state, trainer: "{}", files: &[] };
+        folder.save(step, &snapshot).map_err(text)?;
+        let c = Checkpoint::open(dir.path()).map_err(text)?;
+        let mut back = Store::default();
+        for f in [&c.model, &c.state] {
+            for name in f.names() {
+                let (shape, v) = f.get_f32(name).map_err(|e| e.to_string())?;
+                back.insert(name, Tensor::f32(&shape, v));
+            }
+        }
+        if back.0 != store.0 {
+            return Err("what came back from the disk is another store".into());
+        }
+        Ok(back)
     }
 
     fn run(&self, t: &mut Trainer, steps: std::ops::Range<u64>) -> Result<Vec<f32>, String> {
@@ -155,6 +216,18 @@ fn mamba2(rig: &Rig) -> Result<String, String> {
     Ok(b.compare(Precision::F32, FEW, F32)? + &b.compare(Precision::Bf16, STEPS, BF16)?)
 }
 
+/// Variants of attention between Mamba-2 blocks: joint softmaxes and merges, and a loss of its own.
+fn variants(rig: &Rig) -> Result<String, String> {
+    let mut told = String::new();
+    for (name, precision, steps) in [("moba", Precision::Bf16, 2), ("dsa", Precision::F32, 1)] {
+        let attention = Some(rambac_models::Attention::named(name)?);
+        let c = Config { attention, encoder_layers: 0, ..small()? };
+        let most = if precision == Precision::F32 { F32 } else { BF16 };
+        told += &format!("; {name}{}", Bench::new(rig, c).compare(precision, steps, most)?);
+    }
+    Ok(told)
+}
+
 /// Two micro-batches a step, with everything computed again.
 fn accumulated(rig: &Rig) -> Result<String, String> {
     let mut b = Bench::new(rig, plain()?);
@@ -172,7 +245,7 @@ fn moves(rig: &Rig) -> Result<String, String> {
         let mut t = b.trainer(on, store)?;
         losses.extend(b.run(&mut t, 2 * at as u64..2 * (at as u64 + 1))?);
         t.sync().map_err(|e| e.to_string())?;
-        store = t.store.clone();
+        store = b.through_disk(&t.store, at as u64)?;
     }
     let worst = stay.iter().zip(&losses).map(|(a, b)| (a - b).abs() / a).fold(0.0, f32::max);
     if worst.is_nan() || worst > F32 {
@@ -187,4 +260,102 @@ fn moves(rig: &Rig) -> Result<String, String> {
         return Err(format!("{n} is new in the store: a checkpoint would differ from the CPU's"));
     }
     Ok(format!(", {worst:.1e} apart"))
+}
+
+/// A step is started before anyone looks at how the one before went, on a device that does all as late as may be: the same
+/// losses, in the same order, and what is not finite is told by the number of its step.
+fn ahead(rig: &Rig) -> Result<String, String> {
+    if rig.cuda.is_some() {
+        return Err(format!("{NOT_HERE} what is as late as may be: it is for the simulator"));
+    }
+    let mut b = Bench::new(rig, plain()?);
+    for parts in [1, 2] {
+        b.parts = parts;
+        let want = b.run(&mut b.trainer(Some(Precision::F32), b.weights())?, 0..5)?;
+        let device = Faulty::new(Late::new(Simulator::strict(schedules()[1])), None);
+        let seen = device.seen();
+        let mut t = b.trainer_on(Box::new(device), Placement::Arena, Precision::F32, b.weights())?;
+        let mut got = vec![];
+        for s in 0..5 {
+            let before = seen.calls().len();
+            let known = t.start(s, &b.batch(s)).map_err(|e| e.to_string())?;
+            let told = known.map(|(n, _)| n);
+            if told != s.checked_sub(1) {
+                return Err(format!("step {s} was started, and {told:?} is known"));
+            }
+            got.extend(known.map(|(_, r)| r.loss));
+            // The first steps are started op by op, and each is waited for.
+            if s == 4 && seen.calls()[before..].contains(&"synchronise") {
+                return Err(format!("step {s} was waited for"));
+            }
+        }
+        got.extend(t.finish().map_err(|e| e.to_string())?.map(|(_, r)| r.loss));
+        if got != want {
+            return Err(format!("{got:?}, {want:?} wanted"));
+        }
+        let mut broken = b.batch(5);
+        broken[0].inputs[2].1 = Tensor::f32(&[1, b.config.chunk_size * 3], vec![f32::NAN; b.config.chunk_size * 3]);
+        t.start(5, &broken).map_err(|e| e.to_string())?;
+        match t.start(6, &b.batch(6)) {
+            Err(TrainError::NotFinite { step: 5, .. }) => {}
+            other => return Err(format!("a loss that is no number: {other:?}")),
+        }
+        drop(t);
+        if seen.live() + seen.records() > 0 {
+            return Err(format!("{} buffers and {} records live on", seen.live(), seen.records()));
+        }
+    }
+    Ok(String::new())
+}
+
+/// `train --profile` on the simulator: every step of every run, in order, with what it cost; no share of a limit, for there is no
+/// clock.
+fn traced(rig: &Rig) -> Result<String, String> {
+    if rig.cuda.is_some() {
+        return Err(format!("{NOT_HERE} the command on the simulator"));
+    }
+    let c = plain()?;
+    let dir = tempfile::tempdir().map_err(|e| e.to_string())?;
+    let at = |name: &str| dir.path().join(name).display().to_string();
+    std::fs::write(at("config.json"), c.to_json()).map_err(|e| e.to_string())?;
+    let len = (c.chunk_size * 2).to_string();
+    let run = std::process::Command::new(env!("CARGO_BIN_EXE_rambac"))
+        .args(["train", &at("config.json"), "--device", "simulator", "--len", &len, "--batch", "1", "--steps", "3"])
+        .args(["--task", "copy", "--profile", &at("t.json"), "--profile-steps", "2", "--out", &at("run"), "--json"])
+        .env("RAMBAC_NVRTC", &rig.nvrtc.path)
+        .env("RAMBAC_CACHE", concat!(env!("CARGO_TARGET_TMPDIR"), "/kernels"))
+        .output()
+        .map_err(|e| e.to_string())?;
+    let said = String::from_utf8_lossy(&run.stderr);
+    if !run.status.success() || !said.contains("the simulator has no clock") {
+        return Err(format!("{}: {said}", run.status));
+    }
+    let text = std::fs::read_to_string(at("t.json")).map_err(|e| e.to_string())?;
+    let all: Vec<Json> = serde_json::from_str(&text).map_err(|e| e.to_string())?;
+    let of = |tid: u64, ph: &str| -> Vec<&Json> {
+        all.iter().filter(|e| e["pid"] == 2 && e["ph"] == ph && (ph == "C" || e["tid"] == tid)).collect()
+    };
+    let (runs, steps, copies) = (of(1, "X"), of(2, "X"), of(3, "X"));
+    let ordered = steps.windows(2).all(|w| w[0]["ts"].as_f64() <= w[1]["ts"].as_f64());
+    let told =
+        |e: &&&Json| e["args"]["form"].is_string() && e["args"]["flops"].is_f64() && e["args"]["of_limit"].is_null();
+    if runs.len() != 2
+        || steps.len() < 40
+        || copies.len() != 4
+        || !ordered
+        || steps.iter().filter(told).count() != steps.len()
+    {
+        return Err(format!(
+            "{} runs, {} steps, {} copies, {ordered}: {:?}",
+            runs.len(),
+            steps.len(),
+            copies.len(),
+            steps[0]
+        ));
+    }
+    let counted = |name: &str| of(0, "C").iter().any(|e| e["name"] == name && e["args"]["value"].as_f64() > Some(0.0));
+    match ["loss", "device memory (bytes)", "activations alive (bytes)"].iter().find(|n| !counted(n)) {
+        Some(n) => Err(format!("nothing counts {n}")),
+        None => Ok(format!(", {} steps", steps.len())),
+    }
 }

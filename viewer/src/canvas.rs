@@ -1,10 +1,10 @@
 //! The graph on the screen: boxes and curves for `egui_graphs`, which pans, hovers and clicks them.
 //!
 //! What lies outside the window makes no shapes, and letters too small to read are not laid out: a training step has
-//! thousands of boxes.
+//! thousands of boxes.  While nothing happens the last shapes stay, and the window sleeps.
 
-use eframe::egui::epaint::{CubicBezierShape, RectShape, TextShape};
-use eframe::egui::{Color32, CornerRadius, FontId, Pos2, Rect, Shape, Stroke, StrokeKind, Ui, Vec2, pos2, vec2};
+use eframe::egui::epaint::{RectShape, TextShape};
+use eframe::egui::{Color32, CornerRadius, FontId, Pos2, Rect, Sense, Shape, Stroke, StrokeKind, Ui, Vec2, pos2, vec2};
 use egui_graphs::{
     DisplayEdge, DisplayNode, DrawContext, EdgeProps, Graph, GraphChange, GraphView, Layout, LayoutState,
     MetadataFrame, Node, NodeProps, SettingsInteraction, SettingsNavigation,
@@ -20,6 +20,13 @@ use std::sync::Arc;
 const ID: &str = "graph";
 /// Letters smaller than this many points are left out.
 const READABLE: f32 = 5.0;
+/// Boxes lower than this many points are dots of their colour.
+const DOT: f32 = 5.0;
+/// Below this zoom an edge is one line from end to end, and long ones are left out: thousands of them would be grey all over,
+/// and drawing that would take longest of all.
+const STRAIGHT: f32 = 0.06;
+/// Below this zoom it has no bends.
+const BENT: f32 = 0.25;
 
 pub fn colour(c: Colour) -> Color32 {
     Color32::from_rgb(c[0], c[1], c[2])
@@ -41,10 +48,10 @@ pub struct Wire {
     long: bool,
 }
 
-pub type Items = Graph<Arc<Face>, Arc<Wire>, Directed, DefaultIx, BoxShape, Curve>;
+type Items = Graph<Arc<Face>, Arc<Wire>, Directed, DefaultIx, BoxShape, Curve>;
 
 /// The picture as the widget wants it; node `i` is item `i`.
-pub fn items(p: &Picture, mark: Colour) -> Items {
+fn items(p: &Picture, mark: Colour) -> Items {
     let mut g = Items::new();
     for (card, c) in p.cards.iter().zip(&p.layout.centres) {
         let face = Face { card: card.clone(), mark: colour(mark) };
@@ -58,7 +65,7 @@ pub fn items(p: &Picture, mark: Colour) -> Items {
             width: 1.0 + (n as f32).ln() * 0.5,
             long: p.layout.columns[to] - p.layout.columns[from] > 12,
         };
-        g.add_edge(NodeIndex::new(from), NodeIndex::new(to), Arc::new(wire));
+        g.add_edge_custom(NodeIndex::new(from), NodeIndex::new(to), Arc::new(wire), |_| {});
     }
     g
 }
@@ -99,6 +106,12 @@ impl<E: Clone, Ty: EdgeType, Ix: IndexType> DisplayNode<Arc<Face>, E, Ty, Ix> fo
         }
         let card = &self.face.card;
         let fill = colour(card.fill);
+        let plain = !self.selected && !self.hovered;
+        if plain && rect.height() < DOT {
+            let fill = if card.marked > 0 { self.face.mark } else { fill };
+            let size = rect.size().max(Vec2::splat(1.0));
+            return vec![Shape::rect_filled(Rect::from_center_size(rect.center(), size), 0.0, fill)];
+        }
         let corner = CornerRadius::same((5.0 * zoom).clamp(0.0, 12.0) as u8);
         let outline = match () {
             () if self.selected => Stroke::new(2.5, Color32::from_rgb(20, 60, 160)),
@@ -164,6 +177,9 @@ impl<Ty: EdgeType, Ix: IndexType> DisplayEdge<Arc<Face>, Arc<Wire>, Ty, Ix, BoxS
             return vec![];
         }
         let lit = start.selected() || end.selected() || start.hovered() || end.hovered();
+        if cx.meta.zoom < STRAIGHT && self.0.long && !lit {
+            return vec![];
+        }
         let base = match (start.selected() || start.hovered(), lit) {
             (true, _) => Color32::from_rgb(30, 110, 200),
             (_, true) => Color32::from_rgb(190, 90, 30),
@@ -178,23 +194,31 @@ impl<Ty: EdgeType, Ix: IndexType> DisplayEdge<Arc<Face>, Arc<Wire>, Ty, Ix, BoxS
         };
         let width = if lit { 1.8 } else { self.0.width * cx.meta.zoom.clamp(0.25, 1.0) };
         let stroke = Stroke::new(width, base.gamma_multiply(faint));
-        let mut out = vec![];
+        if cx.meta.zoom < STRAIGHT
+            && let [first, .., last] = self.0.points[..]
+        {
+            return vec![Shape::line_segment([at(first), at(last)], stroke)];
+        }
+        // One line per part that is in view: where translucent lines meet they would be seen twice.
+        let (mut out, mut line) = (vec![], vec![]);
+        let flush = |line: &mut Vec<Pos2>, out: &mut Vec<Shape>| match line.len() {
+            0 | 1 => line.clear(),
+            2 => out.push(Shape::line_segment([line[0], line[1]], stroke)),
+            _ => out.push(Shape::line(std::mem::take(line), stroke)),
+        };
         for w in self.0.points.windows(2) {
             let (a, b) = (at(w[0]), at(w[1]));
             if !clip.intersects(Rect::from_two_pos(a, b).expand(2.0)) {
+                flush(&mut line, &mut out);
+                line.clear();
                 continue;
             }
-            // Too small for its bend to be seen.
-            if cx.meta.zoom < 0.25 || (a.y - b.y).abs() < 1.0 {
-                out.push(Shape::line_segment([a, b], stroke));
-                continue;
+            if line.is_empty() {
+                line.push(a);
             }
-            let bend = vec2(((b.x - a.x) / 2.0).min(80.0 * cx.meta.zoom), 0.0);
-            out.push(
-                CubicBezierShape::from_points_stroke([a, a + bend, b - bend, b], false, Color32::TRANSPARENT, stroke)
-                    .into(),
-            );
+            bend(&mut line, a, b, cx.meta.zoom);
         }
+        flush(&mut line, &mut out);
         out
     }
 
@@ -207,6 +231,23 @@ impl<Ty: EdgeType, Ix: IndexType> DisplayEdge<Arc<Face>, Arc<Wire>, Ty, Ix, BoxS
         _: Pos2,
     ) -> bool {
         false
+    }
+}
+
+/// Goes on from `a` to `b`, leaving and arriving level, by as many points as can be told apart.
+fn bend(line: &mut Vec<Pos2>, a: Pos2, b: Pos2, zoom: f32) {
+    let out = ((b.x - a.x) / 2.0).min(80.0 * zoom);
+    let parts = match (a.y - b.y).abs() {
+        dy if dy < 1.0 || zoom < BENT => 1,
+        dy => (dy.max(out).sqrt() as usize + 2).min(12),
+    };
+    let (c, d) = (a + vec2(out, 0.0), b - vec2(out, 0.0));
+    for i in 1..=parts {
+        let t = i as f32 / parts as f32;
+        let u = 1.0 - t;
+        let by = |p: Pos2, w: f32| p.to_vec2() * w;
+        let p = by(a, u * u * u) + by(c, 3.0 * u * u * t) + by(d, 3.0 * u * t * t) + by(b, t * t * t);
+        line.push(p.to_pos2());
     }
 }
 
@@ -284,61 +325,114 @@ pub struct Touched {
     pub hovered: Option<usize>,
     /// A click beside all boxes.
     pub away: bool,
-    pub size: Vec2,
 }
 
-/// Draws the graph and moves the eye as mouse and wheel say.
-pub fn show(ui: &mut Ui, g: &mut Items, eye: &mut Eye) -> Touched {
-    let rect = ui.available_rect_before_wrap();
-    if let Some(at) =
-        ui.input(|i| i.pointer.hover_pos()).filter(|p| rect.contains(*p) && ui.rect_contains_pointer(rect))
-    {
-        let (wheel, pinch) = ui.input(|i| (i.smooth_scroll_delta.y, i.zoom_delta()));
-        let factor = pinch * (wheel / 240.0).exp();
-        if factor != 1.0 {
-            eye.zoom_at(at - rect.min, factor);
+/// A picture on the screen.
+pub struct Canvas {
+    items: Items,
+    last: Option<Drawn>,
+}
+
+/// What was drawn, and from where.
+struct Drawn {
+    from: Place,
+    /// How full the letters' texture was: when it is made anew, shapes that know their places in it are worthless.
+    letters: f32,
+    shapes: Vec<Shape>,
+}
+
+/// What shapes depend on beside the items.
+#[derive(Clone, Copy, PartialEq)]
+struct Place {
+    eye: Eye,
+    rect: Rect,
+    scale: f32,
+}
+
+impl Canvas {
+    /// `mark` is the colour of what changed.
+    pub fn new(p: &Picture, mark: Colour) -> Self {
+        Self { items: items(p, mark), last: None }
+    }
+
+    /// Marks one item as selected, and no other.
+    pub fn select(&mut self, item: Option<usize>) {
+        self.last = None;
+        let all: Vec<NodeIndex> = self.items.g().node_indices().collect();
+        for n in all {
+            if let Some(node) = self.items.g_mut().node_weight_mut(n) {
+                node.set_selected(Some(n.index()) == item);
+            }
         }
     }
-    let mut frame = MetadataFrame::new(Some(ID.into()));
-    (frame.zoom, frame.pan) = (eye.zoom, eye.pan);
-    frame.save(ui);
-    let interaction = SettingsInteraction::new().with_node_clicking_enabled(true).with_hover_enabled(true);
-    let navigation = SettingsNavigation::new()
-        .with_fit_to_screen_enabled(false)
-        .with_zoom_and_pan_enabled(true)
-        // The wheel is ours: it zooms without a key held.
-        .with_zoom_speed(0.0);
-    let r = GraphView::<Still, Still>::new()
-        .with_interactions(&interaction)
-        .with_navigations(&navigation)
-        .with_id(Some(ID.into()))
-        .show(ui, g);
-    // The widget fits the graph to the window in its first frame: not ours.
-    for c in &r.changes {
-        if let GraphChange::Panned { new_pan, .. } = c
-            && r.response.dragged()
+
+    /// Draws the graph and moves the eye as mouse and wheel say.
+    pub fn show(&mut self, ui: &mut Ui, eye: &mut Eye) -> Touched {
+        let rect = ui.available_rect_before_wrap();
+        if let Some(at) =
+            ui.input(|i| i.pointer.hover_pos()).filter(|p| rect.contains(*p) && ui.rect_contains_pointer(rect))
         {
-            eye.pan = *new_pan;
+            let (wheel, pinch) = ui.input(|i| (i.smooth_scroll_delta.y, i.zoom_delta()));
+            let factor = pinch * (wheel / 240.0).exp();
+            if factor != 1.0 {
+                eye.zoom_at(at - rect.min, factor);
+            }
+        }
+        let from = Place { eye: *eye, rect, scale: ui.ctx().pixels_per_point() };
+        let letters = ui.fonts(|f| f.font_atlas_fill_ratio());
+        let quiet = ui.input(|i| i.events.is_empty() && !i.pointer.any_down());
+        if let Some(d) = self.last.as_ref().filter(|d| quiet && d.from == from && d.letters <= letters) {
+            // The widget's place, with the identity that it has when it is drawn.
+            let (_, painter) = ui.allocate_painter(rect.size(), Sense::click_and_drag());
+            painter.extend(d.shapes.iter().cloned());
+            return Touched { hovered: self.hovered(), ..Touched::default() };
+        }
+        let layer = ui.layer_id();
+        let first = ui.ctx().graphics_mut(|g| g.entry(layer).next_idx().0);
+        let mut frame = MetadataFrame::new(Some(ID.into()));
+        (frame.zoom, frame.pan) = (eye.zoom, eye.pan);
+        frame.save(ui);
+        let interaction = SettingsInteraction::new().with_node_clicking_enabled(true).with_hover_enabled(true);
+        let navigation = SettingsNavigation::new()
+            .with_fit_to_screen_enabled(false)
+            .with_zoom_and_pan_enabled(true)
+            // The wheel is ours: it zooms without a key held.
+            .with_zoom_speed(0.0);
+        let r = GraphView::<Still, Still>::new()
+            .with_interactions(&interaction)
+            .with_navigations(&navigation)
+            .with_id(Some(ID.into()))
+            .show(ui, &mut self.items);
+        // The widget fits the graph to the window in its first frame: not ours.
+        for c in &r.changes {
+            if let GraphChange::Panned { new_pan, .. } = c
+                && r.response.dragged()
+            {
+                eye.pan = *new_pan;
+            }
+        }
+        // Only what was drawn from where it was asked for is kept: not that first frame.
+        let seen = MetadataFrame::new(Some(ID.into())).load(ui);
+        let settled = quiet && from.eye == *eye && (seen.zoom, seen.pan) == (eye.zoom, eye.pan);
+        self.last = settled.then(|| {
+            let shapes = ui.ctx().graphics(|g| {
+                let all = g.get(layer).map(|l| l.all_entries().skip(first)).into_iter().flatten();
+                all.map(|s| s.shape.clone()).collect()
+            });
+            Drawn { from, letters, shapes }
+        });
+        let of = |f: fn(&GraphChange<DefaultIx>) -> Option<NodeIndex>| r.changes.iter().find_map(f).map(|n| n.index());
+        let clicked = of(|c| if let GraphChange::NodeClicked { node } = c { Some(*node) } else { None });
+        let double_clicked = of(|c| if let GraphChange::NodeDoubleClicked { node } = c { Some(*node) } else { None });
+        Touched {
+            clicked,
+            double_clicked,
+            hovered: self.hovered(),
+            away: r.response.clicked() && clicked.is_none() && double_clicked.is_none(),
         }
     }
-    let of = |f: fn(&GraphChange<DefaultIx>) -> Option<NodeIndex>| r.changes.iter().find_map(f).map(|n| n.index());
-    let clicked = of(|c| if let GraphChange::NodeClicked { node } = c { Some(*node) } else { None });
-    let double_clicked = of(|c| if let GraphChange::NodeDoubleClicked { node } = c { Some(*node) } else { None });
-    Touched {
-        clicked,
-        double_clicked,
-        hovered: g.hovered_node().map(|n| n.index()),
-        away: r.response.clicked() && clicked.is_none() && double_clicked.is_none(),
-        size: rect.size(),
-    }
-}
 
-/// Marks one item as selected, and no other.
-pub fn select(g: &mut Items, item: Option<usize>) {
-    let all: Vec<NodeIndex> = g.g().node_indices().collect();
-    for n in all {
-        if let Some(node) = g.g_mut().node_weight_mut(n) {
-            node.set_selected(Some(n.index()) == item);
-        }
+    fn hovered(&self) -> Option<usize> {
+        self.items.hovered_node().map(|n| n.index())
     }
 }

@@ -3,8 +3,8 @@
 use eframe::egui::{self, Color32, RichText, Ui};
 use rambac_codegen::cuda::{Arch, Kernel};
 use rambac_ir::NodeId;
-use rambac_picture::Scene;
-use rambac_picture::detail::{Detail, Runs, resources, runs};
+use rambac_picture::detail::{Detail, Inside, Runs, resources, runs};
+use rambac_picture::{Picture, Scene};
 use std::collections::HashMap;
 use std::sync::mpsc::{Receiver, channel};
 
@@ -13,6 +13,55 @@ type Resources = Result<Vec<(&'static str, String)>, String>;
 
 /// Longest list of nodes that is shown whole.
 const LISTED: usize = 12;
+
+/// A selected box with what is in it.
+pub struct BoxSide {
+    label: String,
+    inside: Inside,
+    /// Nodes in it that the search finds.
+    found: Vec<(NodeId, String)>,
+}
+
+/// What was clicked.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Go {
+    Open,
+    To(NodeId),
+}
+
+impl BoxSide {
+    pub fn new(scene: &Scene, p: &Picture, item: usize, search: &str) -> Self {
+        let g = &scene.stages[p.stage].graph;
+        let name = |id: NodeId| {
+            let scope = g.node(id).scope.as_deref().map(|s| format!(" in {s}")).unwrap_or_default();
+            (id, format!("{} = {}{scope}", g.label(id.result(0)), g.node(id).op.mnemonic()))
+        };
+        Self {
+            label: p.cards[item].label.clone(),
+            inside: Inside::of(scene, p.stage, &p.view.items[item]),
+            found: p.hits(scene, item, search).map(name).collect(),
+        }
+    }
+
+    /// Shows it; what was clicked.
+    pub fn show(&self, ui: &mut Ui) -> Option<Go> {
+        ui.heading(&self.label);
+        let layers = if self.inside.layers > 1 { format!("{} layers, ", self.inside.layers) } else { String::new() };
+        ui.label(RichText::new(format!("{layers}{} nodes", self.inside.nodes)).weak());
+        ui.add_space(4.0);
+        let mut go = ui.button("Open").on_hover_text("Enter, or a click on the box").clicked().then_some(Go::Open);
+        if !self.found.is_empty() {
+            heading(ui, "Found inside");
+            go = list(ui, &self.found).map(Go::To).or(go);
+        }
+        heading(ui, "Cost");
+        let costs: Vec<(String, String)> = self.inside.costs.iter().map(|(k, v)| (k.to_string(), v.clone())).collect();
+        table(ui, "costs", &costs);
+        heading(ui, "Ops, and their predicted time");
+        table(ui, "ops", &self.inside.ops);
+        go
+    }
+}
 
 /// The selected node with what is known of it.
 pub struct Side {
@@ -75,6 +124,20 @@ fn heading(ui: &mut Ui, text: &str) {
     ui.label(RichText::new(text).strong());
 }
 
+/// Links to nodes; the one that was clicked.
+fn list(ui: &mut Ui, all: &[(NodeId, String)]) -> Option<NodeId> {
+    let mut go = None;
+    for (id, name) in all.iter().take(LISTED) {
+        if ui.link(name).clicked() {
+            go = Some(*id);
+        }
+    }
+    if all.len() > LISTED {
+        ui.label(RichText::new(format!("and {} more", all.len() - LISTED)).weak());
+    }
+    go
+}
+
 impl Side {
     pub fn new(scene: &Scene, stage: usize, node: NodeId, arch: Arch) -> Self {
         let runs = (stage == scene.last()).then(|| runs(scene, node, arch));
@@ -97,24 +160,16 @@ impl Side {
         let costs: Vec<(String, String)> = d.costs.iter().map(|(k, v)| (k.to_string(), v.clone())).collect();
         table(ui, "costs", &costs);
         let mut go = None;
-        let mut list = |ui: &mut Ui, title: &str, all: &[(NodeId, String)]| {
-            if all.is_empty() {
-                return;
-            }
-            heading(ui, title);
-            for (id, name) in all.iter().take(LISTED) {
-                if ui.link(name).clicked() {
-                    go = Some(*id);
-                }
-            }
-            if all.len() > LISTED {
-                ui.label(RichText::new(format!("and {} more", all.len() - LISTED)).weak());
+        let mut titled = |ui: &mut Ui, title: &str, all: &[(NodeId, String)]| {
+            if !all.is_empty() {
+                heading(ui, title);
+                go = list(ui, all).or(go);
             }
         };
         let back = d.scope.as_deref().is_some_and(|s| s == "grad" || s.starts_with("grad."));
-        list(ui, if back { "Is the gradient of" } else { "In the backward" }, &d.counterparts);
-        list(ui, "Reads", &d.operands);
-        list(ui, "Is read by", &d.users);
+        titled(ui, if back { "Is the gradient of" } else { "In the backward" }, &d.counterparts);
+        titled(ui, "Reads", &d.operands);
+        titled(ui, "Is read by", &d.users);
         self.kernel(ui, compiled);
         go
     }

@@ -4,6 +4,7 @@
 //! adds the tests of every test binary and one for each other stage.  Deliberately absent: dependencies, so that this
 //! builds in a second, and any knowledge of single tests.
 
+mod browser;
 mod cuda;
 
 use std::io::{BufRead, BufReader};
@@ -28,10 +29,15 @@ enum Program {
 }
 
 /// What `cargo test` is told, also where only its build is wanted.
-const TEST: &[&str] = &["test", "--workspace", "--exclude", VIEWER, "--no-fail-fast"];
+const TEST: &[&str] = &["test", WORKSPACE, "--no-fail-fast"];
 
-/// The window, whose libraries take minutes to build: it comes last.
+/// Every crate; the window too, unless it is left out.
+const WORKSPACE: &str = "--workspace";
+
+/// The window, whose libraries take minutes to build and want a newer compiler than the rest.
 const VIEWER: &str = "rambac-viewer";
+/// That compiler's minor version.
+const VIEWER_RUST: u32 = 95;
 
 /// All stages, in order.
 const STAGES: &[Stage] = &[
@@ -40,7 +46,7 @@ const STAGES: &[Stage] = &[
         name: "clippy",
         about: "lints of all targets",
         program: Program::Cargo,
-        args: &["clippy", "--workspace", "--exclude", VIEWER, "--all-targets", "--", "-D", "warnings"],
+        args: &["clippy", WORKSPACE, "--all-targets", "--", "-D", "warnings"],
         env: &[],
     },
     Stage {
@@ -55,7 +61,7 @@ const STAGES: &[Stage] = &[
         name: "doc",
         about: "documentation",
         program: Program::Cargo,
-        args: &["doc", "--workspace", "--exclude", VIEWER, "--no-deps"],
+        args: &["doc", WORKSPACE, "--no-deps"],
         env: &[("RUSTDOCFLAGS", "-D warnings")],
     },
     Stage {
@@ -81,25 +87,6 @@ const STAGES: &[Stage] = &[
     },
 ];
 
-/// Stages of the window, run with `--viewer`: its libraries take minutes to build, and features that only they want build much
-/// of the rest anew.
-const VIEWER_STAGES: &[Stage] = &[
-    Stage {
-        name: "viewer",
-        about: "the window without a display",
-        program: Program::Cargo,
-        args: &["test", "-p", VIEWER],
-        env: &[],
-    },
-    Stage {
-        name: "viewer-clippy",
-        about: "lints of the window",
-        program: Program::Cargo,
-        args: &["clippy", "-p", VIEWER, "--all-targets", "--", "-D", "warnings"],
-        env: &[],
-    },
-];
-
 /// Results of tests.
 #[derive(Clone, Copy, Default)]
 struct Counts {
@@ -118,21 +105,46 @@ fn libtest(line: &str) -> Option<Counts> {
     Some(Counts { passed: count("passed")?, failed: count("failed")?, skipped: count("ignored")? })
 }
 
+/// A stage's arguments, with the window's crate or without.
+fn arguments(args: &[&'static str], window: bool) -> Vec<&'static str> {
+    let without = |a: &&'static str| match *a {
+        WORKSPACE if !window => vec![WORKSPACE, "--exclude", VIEWER],
+        a => vec![a],
+    };
+    args.iter().flat_map(without).collect()
+}
+
+/// Why the window is not built, if so.
+fn no_window(left_out: bool) -> Option<String> {
+    if left_out {
+        return Some("left out by --no-viewer".into());
+    }
+    let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
+    let out = Command::new(rustc).arg("--version").output().ok()?;
+    let minor = minor(&String::from_utf8_lossy(&out.stdout))?;
+    (minor < VIEWER_RUST).then(|| format!("its libraries want Rust 1.{VIEWER_RUST}, this is 1.{minor}"))
+}
+
+/// Of `rustc 1.95.0 (…)`.
+fn minor(version: &str) -> Option<u32> {
+    version.split_whitespace().nth(1)?.split('.').nth(1)?.parse().ok()
+}
+
 /// Runs a stage and passes on what it prints; whether it succeeded, and its counts.
-fn run(stage: &Stage) -> std::io::Result<(bool, Counts)> {
+fn run(stage: &Stage, window: bool) -> std::io::Result<(bool, Counts)> {
     let cargo = std::env::var_os("CARGO").map_or_else(|| "cargo".into(), PathBuf::from);
     let program = match stage.program {
         Program::Cargo => cargo,
         Program::Rambac => {
             // Does nothing after the stage `test`.
-            if !Command::new(cargo).args(TEST).args(["--quiet", "--no-run"]).status()?.success() {
+            if !Command::new(cargo).args(arguments(TEST, window)).args(["--quiet", "--no-run"]).status()?.success() {
                 return Ok((false, Counts { failed: 1, ..Counts::default() }));
             }
             std::env::current_exe()?.with_file_name(format!("rambac{}", std::env::consts::EXE_SUFFIX))
         }
     };
-    let mut child =
-        Command::new(program).args(stage.args).envs(stage.env.iter().copied()).stdout(Stdio::piped()).spawn()?;
+    let args = arguments(stage.args, window);
+    let mut child = Command::new(program).args(args).envs(stage.env.iter().copied()).stdout(Stdio::piped()).spawn()?;
     let mut counts = Counts::default();
     let mut seen = false;
     if let Some(out) = child.stdout.take() {
@@ -161,8 +173,8 @@ fn seconds(d: Duration) -> String {
 }
 
 fn test(only: Option<&str>, viewer: bool) -> ExitCode {
-    let all = || STAGES.iter().chain(if viewer || only.is_some() { VIEWER_STAGES } else { &[] });
-    let chosen: Vec<&Stage> = all().filter(|s| only.is_none_or(|o| s.name == o)).collect();
+    let no_window = no_window(!viewer);
+    let chosen: Vec<&Stage> = STAGES.iter().filter(|s| only.is_none_or(|o| s.name == o)).collect();
     if chosen.is_empty() {
         eprintln!("there is no stage \"{}\"; give one of {}", only.unwrap_or_default(), names());
         return ExitCode::from(2);
@@ -170,6 +182,7 @@ fn test(only: Option<&str>, viewer: bool) -> ExitCode {
     let began = Instant::now();
     if chosen.iter().any(|s| s.name == "test") {
         cuda::install().iter().for_each(|e| eprintln!("tests of CUDA kernels may be skipped: {e}"));
+        browser::install().iter().for_each(|e| eprintln!("tests of pages may be skipped: {e}"));
     }
     let mut total = Counts::default();
     let mut summary = String::new();
@@ -177,7 +190,7 @@ fn test(only: Option<&str>, viewer: bool) -> ExitCode {
     for stage in chosen {
         println!("\n== {}: {}", stage.name, stage.about);
         let t = Instant::now();
-        let (ok, c) = run(stage).unwrap_or_else(|e| {
+        let (ok, c) = run(stage, no_window.is_none()).unwrap_or_else(|e| {
             eprintln!("cannot run it: {e}");
             (false, Counts { failed: 1, ..Counts::default() })
         });
@@ -198,8 +211,8 @@ fn test(only: Option<&str>, viewer: bool) -> ExitCode {
             break;
         }
     }
-    if !viewer && only.is_none() {
-        summary += "skip viewer           the window: its libraries take minutes to build; cargo xtask test --viewer runs it\n";
+    if let Some(why) = no_window {
+        summary += &format!("skip viewer           the window: {why}\n");
         total.skipped += 1;
     }
     println!("\n{summary}     {:<16} {}", "in all", seconds(began.elapsed()));
@@ -226,11 +239,12 @@ fn kernels() -> ExitCode {
 }
 
 fn names() -> String {
-    STAGES.iter().chain(VIEWER_STAGES).map(|s| s.name).collect::<Vec<_>>().join(", ")
+    STAGES.iter().map(|s| s.name).collect::<Vec<_>>().join(", ")
 }
 
 fn usage() -> String {
-    let tasks = "test [--viewer] [--only STAGE] | cuda (installs NVRTC for tests) | kernels (writes docs/kernels.md)";
+    let tasks =
+        "test [--no-viewer] [--only STAGE] | cuda (installs NVRTC for tests) | kernels (writes docs/kernels.md)";
     format!("usage: cargo xtask {tasks}\nstages: {}", names())
 }
 
@@ -243,9 +257,10 @@ fn main() -> ExitCode {
     }
     let args: Vec<String> = std::env::args().skip(1).collect();
     match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
-        ["test"] => test(None, false),
-        ["test", "--viewer"] => test(None, true),
-        ["test", "--only", stage] => test(Some(stage), false),
+        ["test"] => test(None, true),
+        ["test", "--no-viewer"] => test(None, false),
+        ["test", "--only", stage] => test(Some(stage), true),
+        ["test", "--no-viewer", "--only", stage] | ["test", "--only", stage, "--no-viewer"] => test(Some(stage), false),
         ["cuda"] => {
             let failed = cuda::install();
             failed.iter().for_each(|e| eprintln!("{e}"));
@@ -273,5 +288,12 @@ mod tests {
         let c = libtest(line).unwrap();
         assert_eq!((c.passed, c.failed, c.skipped), (12, 3, 1));
         assert!(libtest("test a ... ok").is_none());
+    }
+
+    #[test]
+    fn the_window_is_left_out() {
+        assert_eq!(arguments(TEST, true), TEST);
+        assert_eq!(arguments(TEST, false), ["test", "--workspace", "--exclude", VIEWER, "--no-fail-fast"]);
+        assert_eq!((minor("rustc 1.95.0 (59807616e 2026-04-14)"), minor("none")), (Some(95), None));
     }
 }

@@ -76,10 +76,10 @@ fn call(c: &Call) -> Value {
         Call::Launch(Launch { kernel, grid, params }) => json!({
             "kernel": kernel.name, "grid": texts(grid), "arguments": params.iter().map(param).collect::<Vec<_>>(),
         }),
-        Call::Gemm(Gemm { batch, m, n, k, a, b, c, add }) => json!({
+        Call::Gemm(Gemm { batch, m, n, k, a, b, c, plus }) => json!({
             "product": {
                 "batch": batch.to_string(), "m": m.to_string(), "n": n.to_string(), "k": k.to_string(),
-                "a": matrix(a), "b": matrix(b), "c": matrix(c), "add": add,
+                "a": matrix(a), "b": matrix(b), "c": matrix(c), "plus": plus.as_ref().map(matrix),
             }
         }),
     }

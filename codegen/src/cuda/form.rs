@@ -95,7 +95,8 @@ pub struct GemmOperand {
     pub trans: bool,
 }
 
-/// `c[i] = op(a[i]) · op(b[i])` for every matrix of a batch, row-major, with f32 sums; `add`: plus what `c` held.
+/// `c[i] = op(a[i]) · op(b[i]) + plus[i]` for every matrix of a batch, row-major, with f32 sums; what is added, if anything
+/// is, has the type of `c` and may be it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Gemm {
     pub batch: Expr,
@@ -105,7 +106,7 @@ pub struct Gemm {
     pub a: GemmOperand,
     pub b: GemmOperand,
     pub c: GemmOperand,
-    pub add: bool,
+    pub plus: Option<GemmOperand>,
 }
 
 /// One call of a step, after the ones before it.

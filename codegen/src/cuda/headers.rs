@@ -16,7 +16,8 @@ headers! {
     "select_scan", "few_rows", "score", "choose", "mix",
     "attention", "wgmma", "attend_chunks_hopper", "attend_tile_hopper", "any_size",
     "map", "map_each", "move", "reduce", "cross_entropy", "embedding",
-    "slots", "conv", "rms_norm", "rotary", "scan", "scan_backward", "scan_step",
+    "slots", "conv", "rms_norm", "rotary", "scan", "scan_backward", "scan_hopper", "scan_grad_hopper",
+    "scan_step",
 }
 
 /// What is known of a header once it was looked at.

@@ -38,6 +38,10 @@ pub trait Measure {
     /// # Errors
     /// It can't run; the candidate is refused with this text.
     fn trial(&mut self, step: &Step, form: &Form, dims: &Bindings, operands: &[HostArray]) -> Result<Trial, String>;
+    /// Whether the last trial took the device with it: then what follows tells nothing of the candidates.
+    fn lost(&self) -> bool {
+        false
+    }
 }
 
 /// Why nothing was chosen.
@@ -47,6 +51,12 @@ pub enum TuneError {
     Dim(#[from] DimError),
     #[error("{step}: no candidate is right on {device}: {}", refused(.candidates))]
     NoneRight { step: String, device: String, candidates: Vec<Candidate> },
+    /// Nothing was kept of this step.
+    #[error(
+        "{step}: the candidate {form} ({why}) took the device with it: {error}; what was measured of other steps is kept, and \
+         --op chooses among those that are left"
+    )]
+    Lost { step: String, form: String, why: String, error: String },
 }
 
 fn refused(all: &[Candidate]) -> String {
@@ -159,7 +169,14 @@ pub fn tune(
                 Err(format!("it took {} s", t.seconds))
             }
         };
-        let verdict = judge().map_or_else(Verdict::Refused, Verdict::Seconds);
+        let judged = judge();
+        if let Err(error) = &judged
+            && device.lost()
+        {
+            let (form, why, error) = (f.name.to_string(), f.why.clone(), error.clone());
+            return Err(TuneError::Lost { step: words, form, why, error });
+        }
+        let verdict = judged.map_or_else(Verdict::Refused, Verdict::Seconds);
         all.push(Candidate { form: f.name.into(), why: f.why.clone(), fingerprint: fingerprint(f), verdict });
     }
     match Choice::new(&name, target.arch, words.clone(), all.clone()) {

@@ -2,10 +2,14 @@
 
 use crate::api::check;
 use crate::gemm::Gemm;
+use crate::host::Pinned;
 use crate::library::driver;
+use crate::ranges::Ranges;
 use crate::survey::{Gpu, gpu, handle};
 use cudarc::driver::sys::{self, CUresult};
-use rambac_driver::{Arg, BufferId, Code, Device, Error, Extent, ModuleId, Product, RecordId, Result, Space};
+use rambac_driver::{
+    Arg, BufferId, Code, Device, Error, EventId, Extent, HostId, Matrix, ModuleId, Product, RecordId, Result, Space,
+};
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
 use std::path::PathBuf;
@@ -15,6 +19,9 @@ pub const BLOCKING: &str = "RAMBAC_CUDA_BLOCKING";
 
 /// Oldest compute capability that kernels are made for.
 const OLDEST: (u32, u32) = (8, 0);
+
+/// The first driver that tells the time between events in the way that is called here.
+const CLOCK: (i32, i32) = (12, 8);
 
 struct Buffer {
     name: String,
@@ -54,6 +61,13 @@ pub struct CudaDevice {
     /// Something was replayed since the last synchronise: launches are not counted one by one.
     replayed: bool,
     records: Vec<Option<sys::CUgraphExec>>,
+    pinned: Pinned,
+    events: Vec<sys::CUevent>,
+    /// Events that were given back.
+    free_events: Vec<EventId>,
+    /// Where a tool shows what was being done; asked for with [`RANGES`].
+    ranges: Option<Ranges>,
+    marks: Marks,
     /// The fault that ended it.
     lost: Option<(String, Option<usize>)>,
 }
@@ -61,6 +75,15 @@ pub struct CudaDevice {
 // SAFETY: the handles are the driver's, which may be used from any thread; every call makes the context current first, and
 // `&mut self` keeps calls apart.
 unsafe impl Send for CudaDevice {}
+
+/// Events of the stream, made when they are first needed.
+#[derive(Default)]
+struct Marks {
+    clock: bool,
+    events: Vec<sys::CUevent>,
+    /// How many were recorded since the last reading.
+    used: usize,
+}
 
 /// A word of pinned memory where the stream writes how many launches came to their end: it can be read after a fault.
 struct Progress {
@@ -75,7 +98,7 @@ impl CudaDevice {
     /// # Errors
     /// No driver, or too old a one; no such device, or one that is too old; no memory for a context.
     pub fn open(index: usize, libraries: &[PathBuf]) -> Result<CudaDevice> {
-        driver()?;
+        let version = driver()?;
         let mut n = 0;
         // SAFETY: a valid pointer; the driver is initialised.
         check("cuDeviceGetCount", unsafe { sys::cuDeviceGetCount(&raw mut n) })?;
@@ -127,6 +150,11 @@ impl CudaDevice {
             recording: false,
             replayed: false,
             records: vec![],
+            pinned: Pinned::default(),
+            events: vec![],
+            free_events: vec![],
+            ranges: Ranges::wanted(),
+            marks: Marks { clock: version >= CLOCK, ..Marks::default() },
             lost: None,
         })
     }
@@ -165,6 +193,10 @@ impl CudaDevice {
     fn call(&mut self, name: &str, code: CUresult) -> Result<()> {
         let result = check(name, code);
         self.keep(result)
+    }
+
+    fn known(&self, event: EventId) -> Result<sys::CUevent> {
+        self.events.get(event.0).copied().ok_or_else(|| Error::refused(format!("there is no event {}", event.0)))
     }
 
     /// Address of `bytes` bytes of a buffer from byte `at` on.
@@ -226,10 +258,10 @@ impl CudaDevice {
                 self.call("cuStreamWriteValue32", code)?;
             }
         }
-        if self.blocking { self.wait() } else { Ok(()) }
+        if self.blocking { self.drain() } else { Ok(()) }
     }
 
-    fn wait(&mut self) -> Result<()> {
+    fn drain(&mut self) -> Result<()> {
         // SAFETY: the stream lives as long as `self`.
         let code = unsafe { sys::cuStreamSynchronize(self.stream) };
         self.call("cuStreamSynchronize", code)
@@ -368,7 +400,7 @@ impl Device for CudaDevice {
         // SAFETY: both ranges are whole, and `data` is borrowed until the stream has been waited for.
         let code = unsafe { sys::cuMemcpyDtoHAsync_v2(data.as_mut_ptr().cast(), from, data.len(), self.stream) };
         self.call("cuMemcpyDtoHAsync", code)?;
-        self.wait()
+        self.drain()
     }
 
     fn copy(&mut self, from: (BufferId, usize), to: (BufferId, usize), bytes: usize) -> Result<()> {
@@ -380,6 +412,105 @@ impl Device for CudaDevice {
         // SAFETY: both ranges are whole.
         let code = unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, bytes, self.stream) };
         self.call("cuMemcpyDtoDAsync", code)
+    }
+
+    fn alloc_host(&mut self, name: &str, bytes: usize) -> Result<HostId> {
+        self.enter()?;
+        let made = self.pinned.alloc(name, bytes);
+        self.keep(made)
+    }
+
+    fn free_host(&mut self, host: HostId) -> Result<()> {
+        self.enter()?;
+        let freed = self.pinned.free(host);
+        self.keep(freed)
+    }
+
+    fn write_host(&mut self, host: HostId, at: usize, data: &[u8]) -> Result<()> {
+        self.enter()?;
+        let to = self.pinned.place(host, at, data.len())?;
+        // SAFETY: the range is whole and this process's; no copy of it is under way, says the caller.
+        unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), to, data.len()) };
+        Ok(())
+    }
+
+    fn read_host(&mut self, host: HostId, at: usize, data: &mut [u8]) -> Result<()> {
+        self.enter()?;
+        let from = self.pinned.place(host, at, data.len())?;
+        // SAFETY: as above.
+        unsafe { std::ptr::copy_nonoverlapping(from, data.as_mut_ptr(), data.len()) };
+        Ok(())
+    }
+
+    fn upload(&mut self, from: (HostId, usize), to: (BufferId, usize), bytes: usize) -> Result<()> {
+        self.enter()?;
+        let (from, to) = (self.pinned.place(from.0, from.1, bytes)?, self.place(to.0, to.1, bytes)?);
+        if bytes == 0 {
+            return Ok(());
+        }
+        // SAFETY: both ranges are whole; pinned memory is given back only when no copy of it is under way.
+        let code = unsafe { sys::cuMemcpyHtoDAsync_v2(to, from.cast(), bytes, self.stream) };
+        self.call("cuMemcpyHtoDAsync", code)
+    }
+
+    fn download(&mut self, from: (BufferId, usize), to: (HostId, usize), bytes: usize) -> Result<()> {
+        self.enter()?;
+        let (from, to) = (self.place(from.0, from.1, bytes)?, self.pinned.place(to.0, to.1, bytes)?);
+        if bytes == 0 {
+            return Ok(());
+        }
+        // SAFETY: as above.
+        let code = unsafe { sys::cuMemcpyDtoHAsync_v2(to.cast(), from, bytes, self.stream) };
+        self.call("cuMemcpyDtoHAsync", code)
+    }
+
+    fn event(&mut self) -> Result<EventId> {
+        self.enter()?;
+        let id = match self.free_events.pop() {
+            Some(id) => id,
+            None => {
+                let mut event = std::ptr::null_mut();
+                let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
+                // SAFETY: a valid pointer; the event is given back in `drop`.
+                let code = unsafe { sys::cuEventCreate(&raw mut event, flags) };
+                self.call("cuEventCreate", code)?;
+                self.events.push(event);
+                EventId(self.events.len() - 1)
+            }
+        };
+        // SAFETY: both live as long as `self`.
+        let code = unsafe { sys::cuEventRecord(self.events[id.0], self.stream) };
+        if code != CUresult::CUDA_SUCCESS {
+            self.free_events.push(id);
+        }
+        self.call("cuEventRecord", code)?;
+        Ok(id)
+    }
+
+    fn wait(&mut self, event: EventId) -> Result<()> {
+        self.enter()?;
+        let event = self.known(event)?;
+        // SAFETY: it lives as long as `self`.
+        let code = unsafe { sys::cuEventSynchronize(event) };
+        self.call("cuEventSynchronize", code)
+    }
+
+    fn release(&mut self, event: EventId) -> Result<()> {
+        self.known(event)?;
+        self.free_events.push(event);
+        Ok(())
+    }
+
+    fn begin_range(&mut self, name: &str) {
+        if let Some(r) = &self.ranges {
+            r.begin(name);
+        }
+    }
+
+    fn end_range(&mut self) {
+        if let Some(r) = &self.ranges {
+            r.end();
+        }
     }
 
     fn launch(&mut self, module: ModuleId, kernel: &str, extent: Extent, args: &[Arg]) -> Result<()> {
@@ -433,32 +564,32 @@ impl Device for CudaDevice {
         if p.batch * p.m * p.n == 0 {
             return Ok(());
         }
-        let rows = |x: &rambac_driver::Matrix, m: usize, n: usize| if x.trans { (n, m) } else { (m, n) };
-        let mut addresses = [0; 3];
-        for (to, (x, m, n)) in addresses.iter_mut().zip([(&p.a, p.m, p.k), (&p.b, p.k, p.n), (&p.c, p.m, p.n)]) {
-            let (rows, cols) = rows(x, m, n);
-            *to = match rows * cols {
-                0 => self.place(x.buffer, 0, 0)?,
+        let place = |x: &Matrix, m: usize, n: usize| {
+            let (rows, cols) = if x.trans { (n, m) } else { (m, n) };
+            match rows * cols {
+                0 => self.place(x.buffer, 0, 0),
                 _ => {
                     let elements = (p.batch - 1) * x.step + (rows - 1) * x.ld + cols;
-                    self.place(x.buffer, x.at, elements * x.float.bytes())?
+                    self.place(x.buffer, x.at, elements * x.float.bytes())
                 }
-            };
-        }
+            }
+        };
+        let addresses = [place(&p.a, p.m, p.k)?, place(&p.b, p.k, p.n)?, place(&p.c, p.m, p.n)?];
+        let plus = p.plus.map(|x| place(&x, p.m, p.n)).transpose()?;
         if self.gemm.is_none() {
             let made = Gemm::new(&self.libraries);
             self.gemm = Some(self.keep(made)?);
         }
         let gemm = self.gemm.as_mut().expect("BUG: made above");
         // SAFETY: the ranges were checked above; the context is current.
-        let result = unsafe { gemm.start(p, addresses, self.stream) };
+        let result = unsafe { gemm.start(p, addresses, plus, self.stream) };
         self.keep(result)?;
         self.started()
     }
 
     fn synchronise(&mut self) -> Result<()> {
         self.enter()?;
-        self.wait()?;
+        self.drain()?;
         if let Some(p) = &mut self.progress {
             p.reset();
         }
@@ -520,6 +651,42 @@ impl Device for CudaDevice {
         let code = unsafe { sys::cuGraphExecDestroy(exec) };
         self.call("cuGraphExecDestroy", code)
     }
+
+    fn mark(&mut self) -> Result<()> {
+        if !self.marks.clock {
+            return Ok(());
+        }
+        self.enter()?;
+        if self.marks.used == self.marks.events.len() {
+            let mut event = std::ptr::null_mut();
+            // SAFETY: a valid pointer; the event is given back in `drop`.
+            let code = unsafe { sys::cuEventCreate(&raw mut event, sys::CUevent_flags::CU_EVENT_DEFAULT as u32) };
+            self.call("cuEventCreate", code)?;
+            self.marks.events.push(event);
+        }
+        // SAFETY: the event and the stream live as long as `self`.
+        let code = unsafe { sys::cuEventRecord(self.marks.events[self.marks.used], self.stream) };
+        self.call("cuEventRecord", code)?;
+        self.marks.used += 1;
+        Ok(())
+    }
+
+    fn laps(&mut self) -> Result<Option<Vec<f64>>> {
+        self.synchronise()?;
+        if !self.marks.clock {
+            return Ok(None);
+        }
+        let mut laps = vec![];
+        for k in 1..std::mem::take(&mut self.marks.used) {
+            let mut ms = 0.0;
+            let [from, to] = [k - 1, k].map(|i| self.marks.events[i]);
+            // SAFETY: both were recorded and waited for.
+            let code = unsafe { sys::cuEventElapsedTime_v2(&raw mut ms, from, to) };
+            self.call("cuEventElapsedTime", code)?;
+            laps.push(f64::from(ms) / 1e3);
+        }
+        Ok(Some(laps))
+    }
 }
 
 impl Drop for CudaDevice {
@@ -535,9 +702,16 @@ impl Drop for CudaDevice {
             for r in self.records.iter().flatten() {
                 sys::cuGraphExecDestroy(*r);
             }
+            for e in &self.marks.events {
+                sys::cuEventDestroy_v2(*e);
+            }
             for b in self.buffers.iter().flatten() {
                 sys::cuMemFree_v2(b.address);
             }
+            for e in &self.events {
+                sys::cuEventDestroy_v2(*e);
+            }
+            self.pinned.clear();
             for m in &self.modules {
                 sys::cuModuleUnload(m.handle);
             }

@@ -32,7 +32,7 @@ struct Key {
     n: usize,
     k: usize,
     operands: [Operand; 3],
-    add: bool,
+    plus: Option<Operand>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -120,8 +120,8 @@ impl Drop for Preference {
 /// What is kept per key.
 struct Chosen {
     description: Description,
-    /// Of b, a and c: the library's first, second and result.
-    layouts: [Layout; 3],
+    /// Of b, a, what is added, and c: the library's first, second, third and result.
+    layouts: [Layout; 4],
     algorithm: sys::cublasLtMatmulAlgo_t,
 }
 
@@ -176,7 +176,13 @@ impl Gemm {
     ///
     /// # Safety
     /// The context of the addresses is current, and all elements lie in memory that is allocated.
-    pub unsafe fn start(&mut self, p: &Product, [a, b, c]: [CUdeviceptr; 3], stream: CUstream) -> Result<()> {
+    pub unsafe fn start(
+        &mut self,
+        p: &Product,
+        [a, b, c]: [CUdeviceptr; 3],
+        plus: Option<CUdeviceptr>,
+        stream: CUstream,
+    ) -> Result<()> {
         let refuse = |what: &str| Err(Error::refused(format!("a product {}×{}×{}: {what}", p.m, p.n, p.k)));
         if p.c.trans {
             return refuse("its result can't be transposed");
@@ -184,11 +190,20 @@ impl Gemm {
         if p.a.float != p.b.float {
             return refuse("its operands must have one type");
         }
+        if p.plus.is_some_and(|x| x.trans || x.float != p.c.float) {
+            return refuse("what is added must have the result's type, and can't be transposed");
+        }
         if p.k == 0 {
-            return if p.add { Ok(()) } else { zero(p, c, stream) };
+            return match plus {
+                None => zero(p, c, stream),
+                Some(x) if x == c => Ok(()),
+                Some(_) => refuse("a sum of nothing and a matrix elsewhere"),
+            };
         }
         let operands = [Operand::new(&p.a, a), Operand::new(&p.b, b), Operand::new(&p.c, c)];
-        let key = Key { batch: p.batch, m: p.m, n: p.n, k: p.k, operands, add: p.add };
+        let added = plus.unwrap_or(c);
+        let plus = p.plus.map(|x| Operand::new(&x, added));
+        let key = Key { batch: p.batch, m: p.m, n: p.n, k: p.k, operands, plus };
         if !self.chosen.contains_key(&key) {
             let chosen = match choose(self.handle, &key) {
                 Err(CublasError(Status::CUBLAS_STATUS_NOT_SUPPORTED)) => {
@@ -203,9 +218,9 @@ impl Gemm {
             self.chosen.insert(key, chosen);
         }
         let x = &self.chosen[&key];
-        let (one, beta) = (1f32, if p.add { 1f32 } else { 0.0 });
+        let (one, beta) = (1f32, if p.plus.is_some() { 1f32 } else { 0.0 });
         let scalar = |v: &f32| (&raw const *v).cast::<c_void>();
-        let [first, second, result] = &x.layouts;
+        let [first, second, third, result] = &x.layouts;
         // SAFETY: live handles; the caller vouches for the addresses; the workspace is as large as the choice was told.
         let done = unsafe {
             lt::matmul(
@@ -217,8 +232,8 @@ impl Gemm {
                 first.0,
                 a as *const c_void,
                 second.0,
-                c as *const c_void,
-                result.0,
+                added as *const c_void,
+                third.0,
                 c as *mut c_void,
                 result.0,
                 &raw const x.algorithm,
@@ -237,19 +252,24 @@ fn choose(handle: sys::cublasLtHandle_t, key: &Key) -> Outcome<Chosen> {
     let op = |x: &Operand| x.trans as i32;
     description.set(DescAttribute::CUBLASLT_MATMUL_DESC_TRANSA, &op(b))?;
     description.set(DescAttribute::CUBLASLT_MATMUL_DESC_TRANSB, &op(a))?;
-    let layouts =
-        [b.layout(key.k, key.n, key.batch)?, a.layout(key.m, key.k, key.batch)?, c.layout(key.m, key.n, key.batch)?];
+    let plus = key.plus.as_ref().unwrap_or(c);
+    let layouts = [
+        b.layout(key.k, key.n, key.batch)?,
+        a.layout(key.m, key.k, key.batch)?,
+        plus.layout(key.m, key.n, key.batch)?,
+        c.layout(key.m, key.n, key.batch)?,
+    ];
     let preference = Preference(lt::create_matmul_pref()?);
     preference.set(PrefAttribute::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &WORKSPACE)?;
     preference.set(PrefAttribute::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &REDUCTION)?;
     preference.set(PrefAttribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &b.alignment)?;
     preference.set(PrefAttribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &a.alignment)?;
-    preference.set(PrefAttribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &c.alignment)?;
+    preference.set(PrefAttribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &plus.alignment)?;
     preference.set(PrefAttribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &c.alignment)?;
-    let [first, second, result] = &layouts;
+    let [first, second, third, result] = &layouts;
     // SAFETY: live handles.
     let algorithm = unsafe {
-        lt::get_matmul_algo_heuristic(handle, description.0, first.0, second.0, result.0, result.0, preference.0)?
+        lt::get_matmul_algo_heuristic(handle, description.0, first.0, second.0, third.0, result.0, preference.0)?
     };
     Ok(Chosen { description, layouts, algorithm: algorithm.algo })
 }

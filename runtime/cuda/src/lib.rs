@@ -9,9 +9,12 @@
 mod api;
 mod device;
 mod gemm;
+mod host;
 mod library;
+mod ranges;
 mod survey;
 
 pub use device::CudaDevice;
 pub use library::{CUBLASLT, CUBLASLT_HELP, DRIVER_HELP, Library};
+pub use ranges::RANGES;
 pub use survey::{Gpu, Survey, survey};

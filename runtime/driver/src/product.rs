@@ -28,8 +28,8 @@ pub struct Matrix {
     pub trans: bool,
 }
 
-/// `c[g] = op(a[g]) · op(b[g])` with sums in f32 or better; `add`: plus what `c` held.  f32 stays f32: no operand is
-/// rounded to TF32.
+/// `c[g] = op(a[g]) · op(b[g]) + plus[g]` with sums in f32 or better; what is added, if anything is, has the float format of
+/// `c` and may be it.  f32 stays f32: no operand is rounded to TF32.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Product {
     pub batch: usize,
@@ -39,5 +39,5 @@ pub struct Product {
     pub a: Matrix,
     pub b: Matrix,
     pub c: Matrix,
-    pub add: bool,
+    pub plus: Option<Matrix>,
 }

@@ -1,6 +1,10 @@
-//! A device that fails when it is told to, for tests of everything above it.
+//! Devices for tests of everything above them: one that fails when it is told to, and one that does all as late as may be.
 
-use crate::{Arg, BufferId, Code, Device, Error, Extent, ModuleId, Product, RecordId, Result, Space};
+mod late;
+
+pub use late::Late;
+
+use crate::{Arg, BufferId, Code, Device, Error, EventId, Extent, HostId, ModuleId, Product, RecordId, Result, Space};
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -21,6 +25,8 @@ pub struct Seen(Arc<Mutex<State>>);
 struct State {
     calls: Vec<&'static str>,
     live: HashSet<BufferId>,
+    hosts: HashSet<HostId>,
+    events: usize,
     records: usize,
     lost: bool,
 }
@@ -29,13 +35,14 @@ impl Seen {
     fn state(&self) -> MutexGuard<'_, State> {
         self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
-    /// The names of all calls so far but `free`, which never fails of itself.
+    /// The names of all calls so far but those that give something back, which never fail of themselves.
     pub fn calls(&self) -> Vec<&'static str> {
         self.state().calls.clone()
     }
-    /// Buffers that were given and not given back.
+    /// Buffers, pieces of this machine's memory and events that were given and not given back.
     pub fn live(&self) -> usize {
-        self.state().live.len()
+        let s = self.state();
+        s.live.len() + s.hosts.len() + s.events
     }
     /// Records that were made and not given back.
     pub fn records(&self) -> usize {
@@ -49,15 +56,6 @@ pub struct Faulty<D> {
     /// The number of the call that fails, from 0 on.
     fails: Option<(usize, Fault)>,
     seen: Seen,
-    recording: Option<Vec<Recorded>>,
-    records: Vec<Option<Vec<Recorded>>>,
-}
-
-/// It records as a GPU does, and what it replays is launched again.
-#[derive(Clone)]
-enum Recorded {
-    Launch(ModuleId, String, Extent, Vec<Arg>),
-    Product(Product),
 }
 
 /// What an injected error says.
@@ -65,7 +63,7 @@ pub const INJECTED: &str = "injected for a test";
 
 impl<D: Device> Faulty<D> {
     pub fn new(inner: D, fails: Option<(usize, Fault)>) -> Faulty<D> {
-        Faulty { inner, fails, seen: Seen::default(), recording: None, records: vec![] }
+        Faulty { inner, fails, seen: Seen::default() }
     }
 
     pub fn seen(&self) -> Seen {
@@ -134,21 +132,53 @@ impl<D: Device> Device for Faulty<D> {
         self.call("copy")?;
         self.inner.copy(from, to, bytes)
     }
+    fn alloc_host(&mut self, name: &str, bytes: usize) -> Result<HostId> {
+        self.call("alloc_host")?;
+        let h = self.inner.alloc_host(name, bytes)?;
+        assert!(self.seen.state().hosts.insert(h), "BUG: memory that is in use was given again");
+        Ok(h)
+    }
+    fn free_host(&mut self, host: HostId) -> Result<()> {
+        assert!(self.seen.state().hosts.remove(&host), "BUG: memory is given back that is not in use");
+        if self.seen.state().lost { Err(Self::lost()) } else { self.inner.free_host(host) }
+    }
+    fn write_host(&mut self, host: HostId, at: usize, data: &[u8]) -> Result<()> {
+        self.call("write_host")?;
+        self.inner.write_host(host, at, data)
+    }
+    fn read_host(&mut self, host: HostId, at: usize, data: &mut [u8]) -> Result<()> {
+        self.call("read_host")?;
+        self.inner.read_host(host, at, data)
+    }
+    fn upload(&mut self, from: (HostId, usize), to: (BufferId, usize), bytes: usize) -> Result<()> {
+        self.call("upload")?;
+        self.inner.upload(from, to, bytes)
+    }
+    fn download(&mut self, from: (BufferId, usize), to: (HostId, usize), bytes: usize) -> Result<()> {
+        self.call("download")?;
+        self.inner.download(from, to, bytes)
+    }
+    fn event(&mut self) -> Result<EventId> {
+        self.call("event")?;
+        let e = self.inner.event()?;
+        self.seen.state().events += 1;
+        Ok(e)
+    }
+    fn wait(&mut self, event: EventId) -> Result<()> {
+        self.call("wait")?;
+        self.inner.wait(event)
+    }
+    fn release(&mut self, event: EventId) -> Result<()> {
+        self.seen.state().events -= 1;
+        self.inner.release(event)
+    }
     fn launch(&mut self, module: ModuleId, kernel: &str, extent: Extent, args: &[Arg]) -> Result<()> {
         self.call("launch")?;
-        match &mut self.recording {
-            Some(all) => all.push(Recorded::Launch(module, kernel.into(), extent, args.to_vec())),
-            None => self.inner.launch(module, kernel, extent, args)?,
-        }
-        Ok(())
+        self.inner.launch(module, kernel, extent, args)
     }
     fn product(&mut self, p: &Product) -> Result<()> {
         self.call("product")?;
-        match &mut self.recording {
-            Some(all) => all.push(Recorded::Product(*p)),
-            None => self.inner.product(p)?,
-        }
-        Ok(())
+        self.inner.product(p)
     }
     fn synchronise(&mut self) -> Result<()> {
         self.call("synchronise")?;
@@ -156,30 +186,32 @@ impl<D: Device> Device for Faulty<D> {
     }
     fn begin_record(&mut self) -> Result<bool> {
         self.call("begin_record")?;
-        self.recording = Some(vec![]);
-        Ok(true)
+        self.inner.begin_record()
     }
     fn end_record(&mut self) -> Result<RecordId> {
         // Whatever comes of it, it no longer records.
-        let all = self.recording.take();
-        self.call("end_record")?;
-        self.records.push(all);
+        let record = self.inner.end_record()?;
+        if let Err(e) = self.call("end_record") {
+            self.inner.forget(record)?;
+            return Err(e);
+        }
         self.seen.state().records += 1;
-        Ok(RecordId(self.records.len() - 1))
+        Ok(record)
     }
     fn replay(&mut self, record: RecordId) -> Result<()> {
         self.call("replay")?;
-        for r in self.records[record.0].clone().expect("BUG: a record is replayed that was given back") {
-            match r {
-                Recorded::Launch(module, kernel, extent, args) => self.inner.launch(module, &kernel, extent, &args)?,
-                Recorded::Product(p) => self.inner.product(&p)?,
-            }
-        }
-        Ok(())
+        self.inner.replay(record)
     }
     fn forget(&mut self, record: RecordId) -> Result<()> {
-        assert!(self.records[record.0].take().is_some(), "BUG: a record is given back twice");
         self.seen.state().records -= 1;
-        Ok(())
+        self.inner.forget(record)
+    }
+    fn mark(&mut self) -> Result<()> {
+        self.call("mark")?;
+        self.inner.mark()
+    }
+    fn laps(&mut self) -> Result<Option<Vec<f64>>> {
+        self.call("laps")?;
+        self.inner.laps()
     }
 }

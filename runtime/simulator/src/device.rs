@@ -12,15 +12,22 @@ use crate::parse::ast::{Module, Space as At};
 use crate::parse::parse;
 use rambac_driver as driver;
 pub use rambac_driver::{Arg, BufferId, Code, Device, Extent, ModuleId};
-use rambac_driver::{Product, Space};
+use rambac_driver::{EventId, HostId, HostMemory, Product, Space};
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 struct Loaded {
-    ast: Module,
+    text: Arc<Parsed>,
     image: Image,
     constants: Vec<u8>,
+    /// Of a module with variables, whose addresses are in its instructions.
     programs: HashMap<String, Arc<Program>>,
+}
+
+/// A module's text, and its kernels as far as they have no variables.
+struct Parsed {
+    ast: Module,
+    programs: Mutex<HashMap<String, Arc<Program>>>,
 }
 
 /// Executes PTX on this machine's processor.  Launches run at once; what they did wrong is kept until it is asked for.
@@ -33,6 +40,9 @@ pub struct Simulator {
     modules: Vec<Loaded>,
     findings: Vec<Finding>,
     counts: Vec<Counts>,
+    host: HostMemory,
+    /// Texts that were parsed, by this simulator and those that are like it.
+    parsed: Arc<Mutex<HashMap<String, Arc<Parsed>>>>,
 }
 
 impl Simulator {
@@ -43,6 +53,12 @@ impl Simulator {
     /// One that fails a launch with findings.
     pub fn strict(options: Options) -> Simulator {
         Simulator { strict: true, ..Simulator::new(options) }
+    }
+
+    /// Another one under the same schedule, with nothing in it; texts that one of them has parsed no other parses again.
+    pub fn like(&self) -> Simulator {
+        let parsed = self.parsed.clone();
+        Simulator { options: self.options, strict: self.strict, parsed, ..Simulator::default() }
     }
 
     /// Findings of all launches since the last call.
@@ -57,12 +73,12 @@ impl Simulator {
 
     /// Kernels of a module.
     pub fn kernels(&self, module: ModuleId) -> Vec<String> {
-        self.modules[module.0].ast.functions.iter().filter(|f| f.entry).map(|f| f.name.clone()).collect()
+        self.modules[module.0].text.ast.functions.iter().filter(|f| f.entry).map(|f| f.name.clone()).collect()
     }
 
     /// Source files of a module, by the number that places have.
     pub fn files(&self, module: ModuleId) -> &[(u32, String)] {
-        &self.modules[module.0].ast.files
+        &self.modules[module.0].text.ast.files
     }
 
     /// Parameters of a kernel.
@@ -98,10 +114,19 @@ impl Simulator {
     /// No such kernel, or one with something unknown in it.
     pub fn program(&mut self, module: ModuleId, kernel: &str) -> Result<Arc<Program>, Error> {
         let m = &mut self.modules[module.0];
+        if m.image.globals.is_empty() && m.image.constants.is_empty() {
+            let mut known = m.text.programs.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(p) = known.get(kernel) {
+                return Ok(p.clone());
+            }
+            let p = Arc::new(decode(&m.text.ast, kernel, &m.image)?);
+            known.insert(kernel.into(), p.clone());
+            return Ok(p);
+        }
         if let Some(p) = m.programs.get(kernel) {
             return Ok(p.clone());
         }
-        let p = Arc::new(decode(&m.ast, kernel, &m.image)?);
+        let p = Arc::new(decode(&m.text.ast, kernel, &m.image)?);
         m.programs.insert(kernel.into(), p.clone());
         Ok(p)
     }
@@ -157,7 +182,8 @@ pub fn signature(p: &Program) -> String {
 
 impl Simulator {
     fn load_ptx(&mut self, ptx: &str) -> Result<ModuleId, Error> {
-        let ast = parse(ptx)?;
+        let text = self.parsed(ptx)?;
+        let ast = &text.ast;
         let mut image = Image { globals: HashMap::new(), constants: HashMap::new() };
         let mut constants: Vec<u8> = vec![];
         for v in &ast.vars {
@@ -203,8 +229,18 @@ impl Simulator {
                 _ => {}
             }
         }
-        self.modules.push(Loaded { ast, image, constants, programs: HashMap::new() });
+        self.modules.push(Loaded { text, image, constants, programs: HashMap::new() });
         Ok(ModuleId(self.modules.len() - 1))
+    }
+
+    fn parsed(&self, ptx: &str) -> Result<Arc<Parsed>, Error> {
+        let mut known = self.parsed.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(p) = known.get(ptx) {
+            return Ok(p.clone());
+        }
+        let p = Arc::new(Parsed { ast: parse(ptx)?, programs: Mutex::default() });
+        known.insert(ptx.into(), p.clone());
+        Ok(p)
     }
 
     fn add_buffer(&mut self, name: &str, bytes: usize) -> Result<BufferId, Error> {
@@ -288,6 +324,39 @@ impl Device for Simulator {
         self.write(to.0, to.1, &data)?;
         // What nothing has written stays so.
         self.memory.buffers[to.0.0].written[to.1..to.1 + bytes].copy_from_slice(&written);
+        Ok(())
+    }
+    fn alloc_host(&mut self, _: &str, bytes: usize) -> driver::Result<HostId> {
+        Ok(self.host.alloc(bytes))
+    }
+    fn free_host(&mut self, host: HostId) -> driver::Result<()> {
+        self.host.free(host)
+    }
+    fn write_host(&mut self, host: HostId, at: usize, data: &[u8]) -> driver::Result<()> {
+        self.host.part(host, at, data.len())?.copy_from_slice(data);
+        Ok(())
+    }
+    fn read_host(&mut self, host: HostId, at: usize, data: &mut [u8]) -> driver::Result<()> {
+        data.copy_from_slice(self.host.part(host, at, data.len())?);
+        Ok(())
+    }
+    fn upload(&mut self, from: (HostId, usize), to: (BufferId, usize), bytes: usize) -> driver::Result<()> {
+        let data = self.host.part(from.0, from.1, bytes)?.to_vec();
+        Ok(self.write(to.0, to.1, &data)?)
+    }
+    fn download(&mut self, from: (BufferId, usize), to: (HostId, usize), bytes: usize) -> driver::Result<()> {
+        let mut data = vec![0; bytes];
+        self.read(from.0, from.1, &mut data)?;
+        self.write_host(to.0, to.1, &data)
+    }
+    /// All that was started is done.
+    fn event(&mut self) -> driver::Result<EventId> {
+        Ok(EventId(0))
+    }
+    fn wait(&mut self, _: EventId) -> driver::Result<()> {
+        Ok(())
+    }
+    fn release(&mut self, _: EventId) -> driver::Result<()> {
         Ok(())
     }
     fn launch(&mut self, module: ModuleId, kernel: &str, extent: Extent, args: &[Arg]) -> driver::Result<()> {

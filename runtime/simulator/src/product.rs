@@ -70,7 +70,10 @@ pub(crate) fn run(memory: &mut GlobalMemory, p: &Product) -> Result<(), Error> {
         let a = read(&p.a, memory, g, p.m, p.k)?;
         // Rows of b's columns, so that both run along k.
         let b = read(&Matrix { trans: !p.b.trans, ..p.b }, memory, g, p.n, p.k)?;
-        let mut c = if p.add { read(&p.c, memory, g, p.m, p.n)? } else { vec![0f32; p.m * p.n] };
+        let mut c = match &p.plus {
+            Some(x) => read(x, memory, g, p.m, p.n)?,
+            None => vec![0f32; p.m * p.n],
+        };
         c.par_chunks_mut(p.n.max(1)).enumerate().for_each(|(i, row)| {
             let x = &a[i * p.k..][..p.k];
             for (j, c) in row.iter_mut().enumerate() {

@@ -176,7 +176,7 @@ fn product(
         a: matrix(&g.a)?,
         b: matrix(&g.b)?,
         c: matrix(&g.c)?,
-        add: g.add,
+        plus: g.plus.as_ref().map(matrix).transpose()?,
     })
 }
 

@@ -6,19 +6,23 @@
 //! host.  Activations lie in one arena at the plan's addresses, as large as the largest program asks for; or, to see
 //! accesses that leave their buffer, each in memory of its own.
 //!
-//! What a run starts (kernels with their arguments) is worked out once per sizes and kept until a value moves.
+//! What a run starts (kernels with their arguments) is worked out once per sizes and kept until a value moves; of programs that
+//! see ever new sizes only the last ones are kept ([`Machine::KEPT`]).  `run.rs` runs programs, `chain.rs` several as one.
 
-use super::bound::{Bound, Place, Places, What, Work, bind, label};
+use super::bound::{Bound, Place, Places, bind, label};
 use super::bytes::Bytes;
+use super::chain::Chain;
 use super::code::Code;
 use super::error::GpuError;
+use super::profile::Profiling;
+use super::run::Flight;
+use super::stage::{Pinned, Stage};
 use rambac_codegen::cuda::GpuProgram;
 use rambac_codegen::{BufferKind, MemoryPlan};
 use rambac_driver::{BufferId, Device, Error as DriverError, ModuleId, RecordId};
 use rambac_ir::Bindings;
-use rambac_ir::ops::SourceKind;
 use rambac_ir::ty::ConcreteTy;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 /// Where activations lie.
@@ -33,36 +37,38 @@ pub enum Placement {
 
 /// A program of a [`Machine`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct ProgramId(usize);
+pub struct ProgramId(pub(super) usize);
 
-type Outcome<T> = Result<T, GpuError>;
+pub(super) type Outcome<T> = Result<T, GpuError>;
 
 /// Hears which chunks a step is about to attend to, see [`Machine::run_choosing`].
 pub type Chosen<'a, D> = dyn FnMut(&mut Machine<D>, &[i32], &[i32]) -> Outcome<()> + 'a;
 
-struct Loaded {
-    gpu: Arc<GpuProgram>,
+pub(super) struct Loaded {
+    pub gpu: Arc<GpuProgram>,
     /// As many as the program has kernels.
-    modules: Vec<ModuleId>,
+    pub modules: Vec<ModuleId>,
     /// Inputs that a run gave: where they are, and the buffer's bytes.
-    inputs: HashMap<String, (BufferId, usize)>,
-    bound: HashMap<Bindings, Kept>,
+    pub inputs: HashMap<String, (BufferId, usize)>,
+    pub bound: HashMap<Bindings, Kept>,
 }
 
 /// What is worked out once per sizes.
 #[derive(Clone)]
-struct Kept {
+pub(super) struct Kept {
     /// Of the machine when this was made.
     layout: u64,
     /// Of the program's sources, in order.
     sources: Arc<Vec<BufferId>>,
     bound: Arc<Bound>,
-    record: Record,
+    pub record: Record,
+    /// The tick of the last run.
+    used: u64,
 }
 
 /// Work that comes again is recorded, where the device can: then a run starts it at once.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Record {
+pub(super) enum Record {
     /// What a device does once for a product or kernel, such as choosing an algorithm, is not to be recorded.
     First,
     Second,
@@ -73,25 +79,34 @@ enum Record {
 
 /// See the module's comment.
 pub struct Machine<D: Device = Box<dyn Device>> {
-    device: D,
-    placement: Placement,
+    pub(super) device: D,
+    pub(super) placement: Placement,
     /// By the kernel's text and architecture.
     modules: HashMap<(String, &'static str), ModuleId>,
-    values: HashMap<String, (ConcreteTy, BufferId)>,
+    pub(super) values: HashMap<String, (ConcreteTy, BufferId)>,
     /// The arena and its size.
     arena: Option<(BufferId, usize)>,
     /// Counts buffers that went or moved: what was bound before is stale.
-    layout: u64,
-    programs: Vec<Loaded>,
+    pub(super) layout: u64,
+    pub(super) programs: Vec<Loaded>,
+    /// On the way to the device, and back.
+    stage: Stage,
+    pub(super) pinned: Pinned,
+    /// Runs whose results are still to come.
+    pub(super) flights: BTreeMap<u64, Flight>,
+    pub(super) chains: Vec<Chain>,
+    /// Counts runs.
+    pub(super) tick: u64,
+    pub(super) profiling: Option<Profiling>,
 }
 
-fn device(program: &str, what: impl Into<String>) -> impl FnOnce(DriverError) -> GpuError {
+pub(super) fn device(program: &str, what: impl Into<String>) -> impl FnOnce(DriverError) -> GpuError {
     let (program, what) = (program.to_string(), what.into());
     move |error| GpuError::Device { program, what, error }
 }
 
 /// The error of a run.  A device may tell only when it is waited for what an earlier launch did.
-fn blame(gpu: &GpuProgram, bound: &Bound, what: String, e: DriverError) -> GpuError {
+pub(super) fn blame(gpu: &GpuProgram, bound: &Bound, what: String, e: DriverError) -> GpuError {
     let culprit = match &e {
         DriverError::Lost { finished: Some(n), .. } => bound.work.get(*n),
         _ => None,
@@ -100,6 +115,9 @@ fn blame(gpu: &GpuProgram, bound: &Bound, what: String, e: DriverError) -> GpuEr
 }
 
 impl<D: Device> Machine<D> {
+    /// Sizes of a program whose work is kept, and records with it.
+    pub const KEPT: usize = 24;
+
     pub fn new(device: D, placement: Placement) -> Machine<D> {
         Machine {
             device,
@@ -109,6 +127,12 @@ impl<D: Device> Machine<D> {
             arena: None,
             layout: 0,
             programs: vec![],
+            stage: Stage::default(),
+            pinned: Pinned::default(),
+            flights: BTreeMap::new(),
+            chains: vec![],
+            tick: 0,
+            profiling: None,
         }
     }
 
@@ -163,7 +187,24 @@ impl<D: Device> Machine<D> {
     /// The device has no memory left.
     pub fn set(&mut self, name: &str, value: &Bytes) -> Outcome<()> {
         let buffer = self.room(name, &value.ty)?;
-        self.device.copy_in(buffer, 0, &value.data).map_err(device(name, "its value"))
+        self.bring(&value.data, (buffer, 0)).map_err(device(name, "its value"))
+    }
+
+    /// Starts a copy of bytes to the device; they are no longer read when this returns.
+    pub(super) fn bring(&mut self, data: &[u8], to: Place) -> Result<(), DriverError> {
+        self.stage.bring(&mut self.device, data, to)
+    }
+
+    /// Bytes of the device that values, inputs and the arena take.
+    pub fn bytes(&self) -> usize {
+        let values = self.values.values().map(|(ty, _)| ty.bytes());
+        let inputs = self.programs.iter().flat_map(|p| p.inputs.values().map(|(_, bytes)| *bytes));
+        values.chain(inputs).sum::<usize>() + self.arena.map_or(0, |a| a.1)
+    }
+
+    /// How many sizes of a program are kept.
+    pub fn kept(&self, id: ProgramId) -> usize {
+        self.programs[id.0].bound.len()
     }
 
     /// Room for a value, without content; what had that name before is taken away if it is of another size.
@@ -184,11 +225,13 @@ impl<D: Device> Machine<D> {
             what: "its value".into(),
             error: DriverError::refused(what),
         };
-        let Some((ty, buffer)) = self.values.get(name) else { return Err(failed("it is not on the device".into())) };
+        let Some((ty, buffer)) = self.values.get(name).cloned() else {
+            return Err(failed("it is not on the device".into()));
+        };
         if at.checked_add(data.len()).is_none_or(|end| end > ty.bytes()) {
             return Err(failed(format!("{} bytes at {at} are outside of {ty}", data.len())));
         }
-        self.device.copy_in(*buffer, at, data).map_err(device(name, "its value"))
+        self.bring(data, (buffer, at)).map_err(device(name, "its value"))
     }
 
     /// Takes a value away.
@@ -213,7 +256,7 @@ impl<D: Device> Machine<D> {
     }
 
     /// A buffer for a value of this type: the one that it has, or a new one.
-    fn room(&mut self, name: &str, ty: &ConcreteTy) -> Outcome<BufferId> {
+    pub(super) fn room(&mut self, name: &str, ty: &ConcreteTy) -> Outcome<BufferId> {
         match self.values.get_mut(name) {
             Some((old, b)) if old.bytes() == ty.bytes() => {
                 if old != ty {
@@ -256,126 +299,6 @@ impl<D: Device> Machine<D> {
         Ok(self.arena.map(|a| a.0))
     }
 
-    /// Runs once: reads `inputs` (those not given are values of their name), updates params and states, returns the
-    /// other outputs in order.
-    ///
-    /// # Errors
-    /// See [`GpuError`].  Params and states may be half updated after an error of the device, not after any other.
-    pub fn run(&mut self, id: ProgramId, dims: &Bindings, inputs: &[(&str, &Bytes)]) -> Outcome<Vec<(String, Bytes)>> {
-        self.run_keeping(id, dims, inputs, &[])
-    }
-
-    /// As [`run`](Self::run); the outputs named in `keep` become values of the name that stands beside them, and are not
-    /// returned.
-    ///
-    /// # Errors
-    /// As [`run`](Self::run).
-    pub fn run_keeping(
-        &mut self,
-        id: ProgramId,
-        dims: &Bindings,
-        inputs: &[(&str, &Bytes)],
-        keep: &[(&str, &str)],
-    ) -> Outcome<Vec<(String, Bytes)>> {
-        self.run_all(id, dims, inputs, keep, None)
-    }
-
-    /// As [`run`](Self::run); before a step attends to chunks in pages, `chosen` hears which: their indices
-    /// `[N, L, h, K]`, of which the first `count` `[N, L, h]` of a row are meant.  It may write values, not move them.
-    ///
-    /// # Errors
-    /// As [`run`](Self::run).
-    pub fn run_choosing(
-        &mut self,
-        id: ProgramId,
-        dims: &Bindings,
-        inputs: &[(&str, &Bytes)],
-        chosen: &mut Chosen<D>,
-    ) -> Outcome<Vec<(String, Bytes)>> {
-        self.run_all(id, dims, inputs, &[], Some(chosen))
-    }
-
-    fn run_all(
-        &mut self,
-        id: ProgramId,
-        dims: &Bindings,
-        inputs: &[(&str, &Bytes)],
-        keep: &[(&str, &str)],
-        chosen: Option<&mut Chosen<D>>,
-    ) -> Outcome<Vec<(String, Bytes)>> {
-        let mut temporary = vec![];
-        let result = self.run_with(id, dims, inputs, keep, &mut temporary, chosen);
-        let mut freed = Ok(());
-        for b in temporary {
-            let name = &self.programs[id.0].gpu.program.name;
-            freed = freed.and(self.device.free(b).map_err(device(name, "free")));
-        }
-        result.and_then(|out| freed.map(|()| out))
-    }
-
-    fn run_with(
-        &mut self,
-        id: ProgramId,
-        dims: &Bindings,
-        inputs: &[(&str, &Bytes)],
-        keep: &[(&str, &str)],
-        temporary: &mut Vec<BufferId>,
-        mut chosen: Option<&mut Chosen<D>>,
-    ) -> Outcome<Vec<(String, Bytes)>> {
-        let gpu = self.programs[id.0].gpu.clone();
-        let (p, name) = (&gpu.program, gpu.program.name.as_str());
-        self.check(&gpu, dims, inputs)?;
-        let mut sources = vec![];
-        for slot in &p.sources {
-            let given = inputs.iter().find(|(n, _)| slot.kind == SourceKind::Input && *n == slot.name);
-            sources.push(match given {
-                None => self.values[&slot.name].1,
-                Some((_, v)) => {
-                    let b = self.input(id, &slot.name, v.data.len(), temporary)?;
-                    self.device.copy_in(b, 0, &v.data).map_err(device(name, &slot.name))?;
-                    b
-                }
-            });
-        }
-        let bound = self.bound(id, dims, &sources, temporary)?;
-        let late = |what: String| {
-            let (gpu, bound) = (&gpu, &bound);
-            move |e| blame(gpu, bound, what, e)
-        };
-        match &mut chosen {
-            // The host looks in between, so this is never recorded.
-            Some(f) if !bound.choices.is_empty() => {
-                for (i, w) in bound.work.iter().enumerate() {
-                    if let Some(c) = bound.choices.iter().find(|c| c.work == i) {
-                        let (indices, count) = (self.integers(name, &c.indices)?, self.integers(name, &c.count)?);
-                        f(self, &indices, &count)?;
-                    }
-                    self.one(id, &gpu, &bound, w)?;
-                }
-            }
-            _ => self.start(id, dims, &gpu, &bound)?,
-        }
-        let mut out = vec![];
-        for (o, (ty, place)) in p.outputs.iter().filter(|o| !o.update).zip(&bound.outputs) {
-            if let Some((_, value)) = keep.iter().find(|(output, _)| *output == o.name) {
-                let to = self.room(value, ty)?;
-                self.device.copy(*place, (to, 0), ty.bytes()).map_err(late(o.name.clone()))?;
-                continue;
-            }
-            let mut data = vec![0; ty.bytes()];
-            self.device.copy_out(place.0, place.1, &mut data).map_err(late(o.name.clone()))?;
-            out.push((o.name.clone(), Bytes { ty: ty.clone(), data }));
-        }
-        self.device.synchronise().map_err(late("its end".into()))?;
-        Ok(out)
-    }
-
-    fn integers(&mut self, program: &str, (ty, at): &(ConcreteTy, Place)) -> Outcome<Vec<i32>> {
-        let mut data = vec![0; ty.bytes()];
-        self.device.copy_out(at.0, at.1, &mut data).map_err(device(program, "the choice of chunks"))?;
-        Ok(data.as_chunks::<4>().0.iter().map(|b| i32::from_le_bytes(*b)).collect())
-    }
-
     /// Copies a part of a value (its name and byte) to another value.
     ///
     /// # Errors
@@ -406,77 +329,14 @@ impl<D: Device> Machine<D> {
         Ok(())
     }
 
-    /// Starts all work of a run.
-    fn start(&mut self, id: ProgramId, dims: &Bindings, gpu: &GpuProgram, bound: &Bound) -> Outcome<()> {
-        let record = self.programs[id.0].bound.get(dims).map_or(Record::Never, |k| k.record);
-        let whole = |e| blame(gpu, bound, "its steps".into(), e);
-        let next = match record {
-            Record::Made(r) => return self.device.replay(r).map_err(whole),
-            Record::First => Record::Second,
-            Record::Second if self.device.begin_record().map_err(whole)? => {
-                let kept = self.each(id, gpu, bound);
-                // A record that was begun is ended, whatever it holds.
-                let record = self.device.end_record().map_err(whole);
-                if kept.is_err() {
-                    if let Ok(r) = record {
-                        self.device.forget(r).map_err(whole)?;
-                    }
-                    return kept;
-                }
-                let record = record?;
-                self.keep_record(id, dims, Record::Made(record));
-                return self.device.replay(record).map_err(whole);
-            }
-            Record::Second | Record::Never => Record::Never,
-        };
-        self.each(id, gpu, bound)?;
-        self.keep_record(id, dims, next);
-        Ok(())
-    }
-
-    fn keep_record(&mut self, id: ProgramId, dims: &Bindings, record: Record) {
-        if let Some(k) = self.programs[id.0].bound.get_mut(dims) {
-            k.record = record;
-        }
-    }
-
-    fn each(&mut self, id: ProgramId, gpu: &GpuProgram, bound: &Bound) -> Outcome<()> {
-        bound.work.iter().try_for_each(|w| self.one(id, gpu, bound, w))
-    }
-
-    fn one(&mut self, id: ProgramId, gpu: &GpuProgram, bound: &Bound, w: &Work) -> Outcome<()> {
-        let started = match &w.what {
-            What::Launch(k, extent, args) => {
-                let module = self.programs[id.0].modules[*k];
-                self.device.launch(module, &gpu.kernels[*k].name, *extent, args)
-            }
-            What::Product(x) => self.device.product(x),
-        };
-        started.map_err(|e| blame(gpu, bound, w.describe(gpu), e))
-    }
-
-    /// Every source is there and of the right type.
-    fn check(&self, gpu: &GpuProgram, dims: &Bindings, inputs: &[(&str, &Bytes)]) -> Outcome<()> {
-        for slot in &gpu.program.sources {
-            let expected = slot.ty.bind(dims)?;
-            let kind = slot.kind.name();
-            let given = inputs.iter().find(|(n, _)| slot.kind == SourceKind::Input && *n == slot.name);
-            let found = given.map(|(_, b)| &b.ty).or_else(|| self.ty(&slot.name));
-            let (program, name) = (gpu.program.name.clone(), slot.name.clone());
-            match found {
-                None => return Err(GpuError::Missing { program, kind, name, expected: expected.to_string() }),
-                Some(found) if *found != expected => {
-                    let (expected, found) = (expected.to_string(), found.to_string());
-                    return Err(GpuError::Wrong { program, kind, name, expected, found });
-                }
-                Some(_) => {}
-            }
-        }
-        Ok(())
-    }
-
     /// A buffer for an input that is given.
-    fn input(&mut self, id: ProgramId, name: &str, bytes: usize, temporary: &mut Vec<BufferId>) -> Outcome<BufferId> {
+    pub(super) fn input(
+        &mut self,
+        id: ProgramId,
+        name: &str,
+        bytes: usize,
+        temporary: &mut Vec<BufferId>,
+    ) -> Outcome<BufferId> {
         let program = self.programs[id.0].gpu.program.name.clone();
         let known = self.programs[id.0].inputs.get(name).copied();
         match (self.placement, known) {
@@ -499,17 +359,20 @@ impl<D: Device> Machine<D> {
     }
 
     /// The work of a run, kept where addresses stay.
-    fn bound(
+    pub(super) fn bound(
         &mut self,
         id: ProgramId,
         dims: &Bindings,
         sources: &[BufferId],
         temporary: &mut Vec<BufferId>,
     ) -> Outcome<Arc<Bound>> {
-        if let Some(k) = self.programs[id.0].bound.get(dims)
+        self.tick += 1;
+        let used = self.tick;
+        if let Some(k) = self.programs[id.0].bound.get_mut(dims)
             && k.layout == self.layout
             && k.sources[..] == *sources
         {
+            k.used = used;
             return Ok(k.bound.clone());
         }
         let gpu = self.programs[id.0].gpu.clone();
@@ -545,8 +408,14 @@ impl<D: Device> Machine<D> {
         let bound = Arc::new(bind(&gpu, &forms, dims, &Places { buffers: &buffers, workspace: &workspace })?);
         if self.placement == Placement::Arena {
             let sources = Arc::new(sources.to_vec());
-            let kept = Kept { layout: self.layout, sources, bound: bound.clone(), record: Record::First };
-            let old = self.programs[id.0].bound.insert(dims.clone(), kept);
+            let kept = Kept { layout: self.layout, sources, bound: bound.clone(), record: Record::First, used };
+            let all = &mut self.programs[id.0].bound;
+            let mut old = all.insert(dims.clone(), kept);
+            if all.len() > Self::KEPT
+                && let Some(oldest) = all.iter().min_by_key(|(_, k)| k.used).map(|(d, _)| d.clone())
+            {
+                old = all.remove(&oldest);
+            }
             if let Some(Kept { record: Record::Made(r), .. }) = old {
                 self.device.forget(r).map_err(device(&gpu.program.name, "a record of its steps"))?;
             }
@@ -558,6 +427,12 @@ impl<D: Device> Machine<D> {
 impl<D: Device> Drop for Machine<D> {
     /// What fails now has no one to hear it.
     fn drop(&mut self) {
+        let _ = self.give_up();
+        let _ = self.end_watch();
+        let _ = self.device.synchronise();
+        while let Some(c) = self.chains.pop() {
+            let _ = self.drop_chain(c);
+        }
         for k in self.programs.iter_mut().flat_map(|p| p.bound.drain().map(|(_, k)| k)) {
             if let Record::Made(r) = k.record {
                 let _ = self.device.forget(r);
@@ -568,5 +443,7 @@ impl<D: Device> Drop for Machine<D> {
         for b in values.chain(inputs).chain(self.arena.take().map(|a| a.0)) {
             let _ = self.device.free(b);
         }
+        let _ = self.stage.clear(&mut self.device);
+        let _ = self.pinned.clear(&mut self.device);
     }
 }

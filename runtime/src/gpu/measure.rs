@@ -2,12 +2,13 @@
 
 use super::bytes::Bytes;
 use super::code::Code;
+use super::error::GpuError;
 use super::machine::{Machine, Placement, ProgramId};
 use rambac_codegen::cuda::tune::{Alone, Measure, Trial};
 use rambac_codegen::cuda::{Cache, Form, Target};
 use rambac_codegen::nvrtc::Nvrtc;
 use rambac_codegen::program::Step;
-use rambac_driver::Device;
+use rambac_driver::{Device, Error as DriverError};
 use rambac_ir::{Bindings, DimError, HostArray};
 use std::sync::Arc;
 
@@ -27,16 +28,65 @@ pub struct Measurer<'a, F, C> {
     /// Runs the program on the given operands.  A device without a clock may count instead; that a candidate did something
     /// wrong is an error, and it is refused.
     pub clock: C,
+    /// The device was lost by a candidate.
+    pub lost: bool,
+}
+
+/// Runs that [`clock`] times, and the seconds after which it times no more.
+const RUNS: usize = 10;
+const ENOUGH: f64 = 0.5;
+
+/// Runs a program as often as its time is worth, with operands and results that stay on the device; the seconds of the
+/// shortest run by the device's clock.  A clock for [`Measurer`].
+///
+/// # Errors
+/// The program can't run; the device has no clock.
+pub fn clock<D: Device>(
+    m: &mut Machine<D>,
+    id: ProgramId,
+    dims: &Bindings,
+    inputs: &[(&str, &Bytes)],
+) -> Result<Timed, GpuError> {
+    let out = m.run(id, dims, inputs)?;
+    inputs.iter().try_for_each(|(n, b)| m.set(n, b))?;
+    let names: Vec<String> = out.iter().map(|(n, _)| format!("kept.{n}")).collect();
+    let keep: Vec<(&str, &str)> = out.iter().zip(&names).map(|((n, _), k)| (n.as_str(), k.as_str())).collect();
+    m.watch(RUNS)?;
+    let (mut shortest, mut all) = (f64::INFINITY, 0.0);
+    for _ in 0..RUNS {
+        m.run_keeping(id, dims, &[], &keep)?;
+        for t in m.watched() {
+            if !t.of_device {
+                let error = DriverError::refused("it has no clock, so there is nothing to time");
+                return Err(GpuError::Device {
+                    program: m.device().name().into(),
+                    what: "a measurement".into(),
+                    error,
+                });
+            }
+            let seconds: f64 = t.steps.iter().sum();
+            (shortest, all) = (shortest.min(seconds), all + seconds);
+        }
+        if all > ENOUGH {
+            break;
+        }
+    }
+    m.end_watch()?;
+    Ok((out, shortest))
 }
 
 impl<D, F, C> Measure for Measurer<'_, F, C>
 where
     D: Device,
     F: FnMut() -> Result<D, String>,
-    C: FnMut(&mut Machine<D>, ProgramId, &Bindings, &[(&str, &Bytes)]) -> Result<Timed, String>,
+    C: FnMut(&mut Machine<D>, ProgramId, &Bindings, &[(&str, &Bytes)]) -> Result<Timed, GpuError>,
 {
     fn device(&self) -> String {
         self.name.clone()
+    }
+
+    fn lost(&self) -> bool {
+        self.lost
     }
 
     fn trial(&mut self, step: &Step, form: &Form, dims: &Bindings, operands: &[HostArray]) -> Result<Trial, String> {
@@ -49,7 +99,9 @@ where
         let given = given.collect::<Result<Vec<_>, DimError>>().map_err(|e| e.to_string())?;
         let given: Vec<(String, Bytes)> = given.into_iter().map(|(n, a)| (n, Bytes::from_host(&a))).collect();
         let inputs: Vec<(&str, &Bytes)> = given.iter().map(|(n, b)| (n.as_str(), b)).collect();
-        let (out, seconds) = (self.clock)(&mut machine, id, dims, &inputs)?;
+        let clocked = (self.clock)(&mut machine, id, dims, &inputs);
+        self.lost |= clocked.as_ref().is_err_and(GpuError::lost);
+        let (out, seconds) = clocked.map_err(|e| e.to_string())?;
         let taken = out.iter().enumerate().map(|(i, (_, b))| alone.taken(i, &b.to_host(), dims));
         let results = taken.collect::<Result<Vec<_>, DimError>>().map_err(|e| e.to_string())?;
         Ok(Trial { seconds, results })

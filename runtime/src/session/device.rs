@@ -6,17 +6,20 @@
 //! host      the chunk store of every sequence, in memory or in a file: all chunks            chunk_store
 //! ```
 //! A chunk that becomes whole goes to its store and, if there is a slot for every chunk, to the device; a decoding step then
-//! needs nothing of the host but its token.  Where slots are fewer, the upper half stops before it attends: chosen chunks that
+//! needs nothing of the host but its token: all parts run as one chain (`gpu/chain.rs`), which from the third token on is a
+//! record of the device.  What changes from token to token is on the device: the token, the sequences' positions (`start`, by
+//! which kernels know which chunks are visible), the tables.  What is a size changes rarely: tables have as many entries as the
+//! next power of two of the chunks, and slots and pages of landmarks are doubled when they are full.  Where slots are fewer, the upper half stops before it attends: chosen chunks that
 //! are not there are gathered from the store into slots that the clock gives (`slots.rs`).  A segment whose choices might need
 //! more slots than there are goes through the upper half in parts.
 
-use super::slots::{Place, Slots};
+use super::pools::Pools;
 use super::{Segment, Sequence, SessionError, SessionParts};
-use crate::chunk_store::{ChunkStore, Geometry, Part, Precision};
-use crate::gpu::{Bytes, GpuError, Machine, ProgramId};
+use crate::chunk_store::Geometry;
+use crate::gpu::{Bytes, GpuError, Link, Machine, ProgramId};
 use crate::store::Store;
 use crate::tensor::Tensor;
-use rambac_codegen::cuda::pages::{CHUNK_TABLE, KV_SLOTS, LANDMARK_PAGE, LANDMARK_PAGES, LANDMARK_TABLE};
+use rambac_codegen::cuda::pages::{KV_SLOTS, LANDMARK_PAGE, LANDMARK_PAGES};
 use rambac_ir::ops::{Op, SourceKind};
 use rambac_ir::ty::ConcreteTy;
 use rambac_ir::{Bindings, DType};
@@ -44,10 +47,7 @@ pub struct Residency {
     pub bytes: usize,
 }
 
-/// Parts of 4: what landmarks may take of the memory for chunks.
-const LANDMARK_SHARE: usize = 4;
-
-fn bytes_i32(shape: &[usize], v: &[i32]) -> Bytes {
+pub(super) fn bytes_i32(shape: &[usize], v: &[i32]) -> Bytes {
     let ty = ConcreteTy { dtype: DType::I32, shape: shape.to_vec() };
     Bytes { ty, data: v.iter().flat_map(|x| x.to_le_bytes()).collect() }
 }
@@ -55,11 +55,30 @@ fn bytes_f32(shape: &[usize], v: &[f32]) -> Bytes {
     let ty = ConcreteTy { dtype: DType::F32, shape: shape.to_vec() };
     Bytes { ty, data: v.iter().flat_map(|x| x.to_le_bytes()).collect() }
 }
-fn floats(b: &Bytes, out: &mut Vec<f32>) {
-    out.extend(b.data.as_chunks::<4>().0.iter().map(|x| f32::from_le_bytes(*x)));
+fn floats(b: &[u8], out: &mut Vec<f32>) {
+    out.extend(b.as_chunks::<4>().0.iter().map(|x| f32::from_le_bytes(*x)));
 }
-fn ints(b: &Bytes, out: &mut Vec<i32>) {
-    out.extend(b.data.as_chunks::<4>().0.iter().map(|x| i32::from_le_bytes(*x)));
+fn ints(b: &[u8], out: &mut Vec<i32>) {
+    out.extend(b.as_chunks::<4>().0.iter().map(|x| i32::from_le_bytes(*x)));
+}
+/// What the upper half tells beside its hidden rows.
+fn tell(name: &str, b: &[u8], out: &mut Segment) {
+    match name {
+        "upper" => floats(b, &mut out.hidden),
+        "indices" => ints(b, &mut out.retrieved.indices),
+        "count" => ints(b, &mut out.retrieved.count),
+        "weights" => floats(b, &mut out.retrieved.weights),
+        "query" => floats(b, &mut out.retrieved.query),
+        _ => {}
+    }
+}
+
+/// What a decoding step gives.
+pub(super) enum Wanted<'a> {
+    /// Hidden states and what was retrieved.
+    Hidden(&'a mut Segment),
+    /// `[sequences, V]`
+    Logits(&'a mut Vec<f32>),
 }
 
 /// See the module's comment.
@@ -71,26 +90,6 @@ pub(super) struct OnDevice {
     hidden: Vec<f32>,
     made: [Vec<f32>; 3],
     pools: Option<Pools>,
-}
-
-/// The chunks on the device.
-struct Pools {
-    geometry: Geometry,
-    /// Chunks that a token may choose, over all heads.
-    per_token: usize,
-    slots: Slots,
-    most_slots: usize,
-    /// Pages of landmarks: in the pool, in use, and at most.
-    pages: usize,
-    pages_used: usize,
-    most_pages: usize,
-    /// Of every sequence: the slot of a chunk, -1 if it has none; the page of every LANDMARK_PAGE chunks.
-    tables: Vec<Vec<i32>>,
-    landmark_pages: Vec<Vec<i32>>,
-    /// Sequences and chunks that the tables on the device are for.
-    shown: Option<(Range<usize>, usize)>,
-    gathered: u64,
-    evicted: u64,
 }
 
 impl OnDevice {
@@ -122,51 +121,22 @@ impl OnDevice {
                 _ => usize::MAX / 8,
             };
             let per_token = chosen_per_token(&machine, upper);
-            let (slot, page) = (slot_bytes(geometry), page_bytes(geometry));
-            let (most_slots, most_pages) =
-                (left / LANDMARK_SHARE * (LANDMARK_SHARE - 1) / slot, left / LANDMARK_SHARE / page);
-            let (least_slots, least_pages) = (per_token * sequences, sequences);
-            if most_slots < least_slots || most_pages < least_pages {
-                let chunks =
-                    LANDMARK_SHARE * (least_pages * page).max((least_slots * slot).div_ceil(LANDMARK_SHARE - 1));
-                return Err(SessionError::DeviceMemory {
-                    have: memory.limit.unwrap_or(left),
-                    need: used + arena + chunks,
-                });
-            }
-            pools = Some(Pools {
-                geometry,
-                per_token,
-                slots: Slots::new(0),
-                most_slots: most_slots.min(i32::MAX as usize),
-                pages: 0,
-                pages_used: 0,
-                most_pages: most_pages.min(i32::MAX as usize),
-                tables: vec![vec![]; sequences],
-                landmark_pages: vec![vec![]; sequences],
-                shown: None,
-                gathered: 0,
-                evicted: 0,
-            });
+            let most = Pools::new(geometry, per_token, sequences, left);
+            let too_few = |chunks: usize| SessionError::DeviceMemory {
+                have: memory.limit.unwrap_or(left),
+                need: used + arena + chunks,
+            };
+            pools = Some(most.map_err(too_few)?);
         }
         let mut s = OnDevice { machine, parts, states: vec![], hidden: vec![], made: Default::default(), pools };
         if let Some(p) = &mut s.pools {
-            p.grow_slots(&mut s.machine, (p.per_token * sequences).max(16), &[])?;
-            p.grow_pages(&mut s.machine, sequences, &[])?;
+            p.begin(&mut s.machine)?;
         }
         Ok(s)
     }
 
     pub fn residency(&self) -> Option<Residency> {
-        let p = self.pools.as_ref()?;
-        let tables = p.shown.as_ref().map_or(0, |(s, c)| s.len() * (c + c / LANDMARK_PAGE) * 4);
-        Some(Residency {
-            slots: p.slots.len(),
-            resident: p.slots.resident(),
-            gathered: p.gathered,
-            evicted: p.evicted,
-            bytes: p.slots.len() * slot_bytes(p.geometry) + p.pages * page_bytes(p.geometry) + tables,
-        })
+        self.pools.as_ref().map(Pools::residency)
     }
 
     pub fn set_state(&mut self, name: &str, t: &Tensor) -> Result<(), SessionError> {
@@ -191,11 +161,7 @@ impl OnDevice {
             self.machine.set(name, &Bytes { ty: ty.clone(), data: vec![0; ty.bytes()] })?;
         }
         if let Some(p) = &mut self.pools {
-            let slots = p.slots.len();
-            p.slots = Slots::new(slots);
-            p.pages_used = 0;
-            p.tables.iter_mut().chain(&mut p.landmark_pages).for_each(Vec::clear);
-            p.shown = None;
+            p.clear();
         }
         Ok(())
     }
@@ -227,7 +193,7 @@ impl OnDevice {
         let ids = bytes_i32(&[n, l], ids);
         let out = self.machine.run(self.parts.lower, &Bindings::new([("N", n), ("L", l)]), &[("input_ids", &ids)])?;
         self.hidden.clear();
-        out.iter().filter(|(name, _)| name == "hidden").for_each(|(_, b)| floats(b, &mut self.hidden));
+        out.iter().filter(|(name, _)| name == "hidden").for_each(|(_, b)| floats(&b.data, &mut self.hidden));
         Ok(())
     }
     /// What [`lower`](Self::lower) made.
@@ -242,7 +208,7 @@ impl OnDevice {
             self.machine.run(id, &Bindings::new([("N", 1), ("B", chunks)]), &[("hidden", &bytes_f32(&shape, rows))])?;
         for (name, to) in ["k", "v", "landmarks"].iter().zip(&mut self.made) {
             to.clear();
-            out.iter().filter(|(n, _)| n == name).for_each(|(_, b)| floats(b, to));
+            out.iter().filter(|(n, _)| n == name).for_each(|(_, b)| floats(&b.data, to));
         }
         Ok([0, 1, 2].map(|i| self.made[i].as_slice()))
     }
@@ -272,12 +238,9 @@ impl OnDevice {
         let id = self.parts.upper.expect("BUG: only a model of two halves has an upper one");
         let p = self.pools.as_mut().expect("BUG: halves have chunks");
         let [n, l, d] = shape;
-        let chunks = seqs.clone().map(|s| p.tables[s].len()).max().unwrap_or(0);
-        // Few numbers bind few plans, and whole pages of landmarks.
-        let c = chunks.max(LANDMARK_PAGE).next_power_of_two();
+        let c = p.entries(seqs.clone());
         p.show(&mut self.machine, seqs.clone(), c)?;
-        let all_here = p.slots.resident() == p.tables.iter().map(Vec::len).sum::<usize>();
-        let rows = if all_here { l } else { (p.slots.len() / (p.per_token * n)).clamp(1, l) };
+        let (all_here, rows) = (p.whole(), p.rows(n, l));
         assert!(n == 1 || rows == l, "BUG: several sequences have a token each");
         for first in (0..l).step_by(rows) {
             let rows = rows.min(l - first);
@@ -285,8 +248,7 @@ impl OnDevice {
             let begin: Vec<i32> = start.iter().map(|s| s + first as i32).collect();
             let (hidden, start) = (bytes_f32(&[n, rows, d], part), bytes_i32(&[n], &begin));
             let inputs = [("hidden", &hidden), ("start", &start)];
-            let dims =
-                Bindings::new([("N", n), ("L", rows), ("C", c), (KV_SLOTS, p.slots.len()), (LANDMARK_PAGES, p.pages)]);
+            let dims = Bindings::new(p.sizes(n, rows, c));
             let made = if all_here {
                 self.machine.run(id, &dims, &inputs)?
             } else {
@@ -307,40 +269,93 @@ impl OnDevice {
                 }
                 made
             };
-            for (name, b) in &made {
-                match name.as_str() {
-                    "upper" => floats(b, &mut out.hidden),
-                    "indices" => ints(b, &mut out.retrieved.indices),
-                    "count" => ints(b, &mut out.retrieved.count),
-                    "weights" => floats(b, &mut out.retrieved.weights),
-                    "query" => floats(b, &mut out.retrieved.query),
-                    _ => {}
+            made.iter().for_each(|(name, b)| tell(name, &b.data, out));
+        }
+        Ok(())
+    }
+
+    /// Whether a decoding step needs nothing of the host: every chunk is here.
+    pub fn whole(&self) -> bool {
+        self.pools.as_ref().is_none_or(Pools::whole)
+    }
+
+    /// One token of every sequence through all parts at once, see the module's comment.  Afterwards [`hidden`](Self::hidden) is
+    /// what the lower half made of it, for a model with chunks.
+    pub fn token(&mut self, ids: &[i32], start: &[i32], wanted: Wanted) -> Result<(), SessionError> {
+        let n = ids.len();
+        let (ids, start) = (bytes_i32(&[n, 1], ids), bytes_i32(&[n], start));
+        let halves = self.parts.upper.zip(self.pools.as_mut());
+        let mut upper_dims = Bindings::default();
+        if let Some((_, p)) = halves {
+            let c = p.entries(0..n);
+            p.show(&mut self.machine, 0..n, c)?;
+            upper_dims = Bindings::new(p.sizes(n, 1, c));
+        }
+        let dims = Bindings::new([("N", n), ("L", 1)]);
+        let logits = matches!(wanted, Wanted::Logits(_));
+        // What the lower half makes is what the upper reads, or the head, or nobody.
+        let lower_keeps: &[(&str, &str)] = match (self.parts.upper, logits) {
+            (Some(_), _) => &[("hidden", "hidden")],
+            (None, true) => &[("hidden", "upper")],
+            (None, false) => &[],
+        };
+        let (tokens, starts) = ([("input_ids", &ids)], [("start", &start)]);
+        let lower_gives: &[&str] = if self.parts.upper.is_none() && logits { &[] } else { &["hidden"] };
+        let mut links = vec![Link {
+            program: self.parts.lower,
+            dims: &dims,
+            inputs: &tokens,
+            keep: lower_keeps,
+            wanted: Some(lower_gives),
+        }];
+        if let Some(program) = self.parts.upper {
+            let (keep, wanted): (&[_], Option<&[&str]>) =
+                if logits { (&[("upper", "upper")], Some(&[])) } else { (&[], None) };
+            links.push(Link { program, dims: &upper_dims, inputs: &starts, keep, wanted });
+        }
+        if logits {
+            let program = self.parts.head;
+            links.push(Link { program, dims: &dims, inputs: &[], keep: &[], wanted: Some(&["logits"]) });
+        }
+        let hidden = &mut self.hidden;
+        hidden.clear();
+        match wanted {
+            Wanted::Logits(out) => {
+                out.clear();
+                self.machine.run_chain(&links, &mut |link, _, _, b| floats(b, if link == 0 { hidden } else { out }))?;
+            }
+            Wanted::Hidden(out) => {
+                let mut read = |link: usize, name: &str, _: &ConcreteTy, b: &[u8]| match link {
+                    0 => floats(b, hidden),
+                    _ => tell(name, b, out),
+                };
+                self.machine.run_chain(&links, &mut read)?;
+                if self.parts.upper.is_none() {
+                    out.hidden.extend_from_slice(&self.hidden);
                 }
             }
         }
         Ok(())
     }
 
+    pub fn machine(&mut self) -> &mut Machine {
+        &mut self.machine
+    }
+    pub fn parts(&self) -> &SessionParts<ProgramId> {
+        &self.parts
+    }
+
     pub fn head(&mut self, shape: [usize; 3], hidden: &[f32], out: &mut Vec<f32>) -> Result<(), SessionError> {
         let dims = Bindings::new([("N", 1), ("L", shape[1])]);
         let made = self.machine.run(self.parts.head, &dims, &[("upper", &bytes_f32(&shape, hidden))])?;
         out.clear();
-        made.iter().filter(|(name, _)| name == "logits").for_each(|(_, b)| floats(b, out));
+        made.iter().filter(|(name, _)| name == "logits").for_each(|(_, b)| floats(&b.data, out));
         Ok(())
     }
 }
 
 fn aside(state: &str) -> String {
     format!("{state} of all sequences")
-}
-
-/// Bytes of a slot's keys and values.
-fn slot_bytes(g: Geometry) -> usize {
-    2 * g.heads * g.chunk * g.dim * g.precision.bytes()
-}
-/// Bytes of a page of landmarks.
-fn page_bytes(g: Geometry) -> usize {
-    LANDMARK_PAGE * g.heads * g.landmark_dim * g.precision.bytes()
 }
 
 /// Chunks that a token of one sequence may choose, over all heads of a layer.
@@ -362,175 +377,6 @@ fn arena_bytes(m: &Machine, id: ProgramId, n: usize, segment: usize, chunk: usiz
         most = most.max(plan.arena + plan.inputs);
     }
     Ok(most)
-}
-
-impl Pools {
-    fn dtype(&self) -> DType {
-        match self.geometry.precision {
-            Precision::Bf16 => DType::BF16,
-            Precision::F32 => DType::F32,
-        }
-    }
-
-    /// Makes the pool of slots larger; what was there is gone.
-    fn grow_slots(&mut self, m: &mut Machine, slots: usize, sequences: &[Sequence]) -> Result<(), SessionError> {
-        let Geometry { heads, chunk, dim, .. } = self.geometry;
-        let slots = slots.min(self.most_slots);
-        let ty = ConcreteTy { dtype: self.dtype(), shape: vec![slots, chunk, heads, dim] };
-        for name in ["k", "v"] {
-            m.remove(name)?;
-            m.allocate(name, &ty)?;
-        }
-        self.slots = Slots::new(slots);
-        self.tables.iter_mut().for_each(|t| t.fill(-1));
-        self.shown = None;
-        self.bring_all(m, sequences)
-    }
-
-    /// Brings every chunk, if all have room.
-    fn bring_all(&mut self, m: &mut Machine, sequences: &[Sequence]) -> Result<(), SessionError> {
-        if self.tables.iter().map(Vec::len).sum::<usize>() > self.slots.len() {
-            return Ok(());
-        }
-        self.slots.begin();
-        for seq in 0..self.tables.len() {
-            for chunk in 0..self.tables[seq].len() {
-                if self.tables[seq][chunk] < 0 {
-                    self.bring(m, seq, chunk, sequences)?;
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Makes the pool of landmarks larger and fills it again.
-    fn grow_pages(&mut self, m: &mut Machine, pages: usize, sequences: &[Sequence]) -> Result<(), SessionError> {
-        let Geometry { heads, landmark_dim, .. } = self.geometry;
-        if pages > self.most_pages {
-            let (have, need) = (self.most_pages * page_bytes(self.geometry), pages * page_bytes(self.geometry));
-            return Err(SessionError::Landmarks { have, need });
-        }
-        self.pages = (2 * self.pages).max(pages).min(self.most_pages);
-        m.remove("landmarks")?;
-        let shape = vec![self.pages, LANDMARK_PAGE, heads, landmark_dim];
-        m.allocate("landmarks", &ConcreteTy { dtype: self.dtype(), shape })?;
-        for (seq, x) in sequences.iter().enumerate() {
-            for chunk in 0..self.tables[seq].len() {
-                self.bring_landmark(m, seq, chunk, x)?;
-            }
-        }
-        Ok(())
-    }
-
-    fn bring_landmark(&self, m: &mut Machine, seq: usize, chunk: usize, x: &Sequence) -> Result<(), SessionError> {
-        let store = store_of(x);
-        let mut row = vec![];
-        store.raw(Part::Landmarks, chunk, &mut row);
-        let page = self.landmark_pages[seq][chunk / LANDMARK_PAGE] as usize;
-        m.write("landmarks", (page * LANDMARK_PAGE + chunk % LANDMARK_PAGE) * row.len(), &row)?;
-        store.failure().map_or(Ok(()), |e| Err(e.into()))
-    }
-
-    /// Puts a chunk into a slot.
-    fn bring(&mut self, m: &mut Machine, seq: usize, chunk: usize, sequences: &[Sequence]) -> Result<(), SessionError> {
-        let place = self.slots.take((seq as u32, chunk as u32));
-        let slot = match place.expect("BUG: parts of a segment never choose more chunks than there are slots") {
-            Place::Here(slot) => slot,
-            Place::Free(slot, before) => {
-                if let Some((s, c)) = before {
-                    self.tables[s as usize][c as usize] = -1;
-                    self.evicted += 1;
-                }
-                let store = store_of(&sequences[seq]);
-                let mut rows = vec![];
-                for (name, part) in [("k", Part::Keys), ("v", Part::Values)] {
-                    store.raw(part, chunk, &mut rows);
-                    m.write(name, slot * rows.len(), &rows)?;
-                }
-                self.gathered += 1;
-                if let Some(e) = store.failure() {
-                    return Err(e.into());
-                }
-                slot
-            }
-        };
-        self.tables[seq][chunk] = slot as i32;
-        Ok(())
-    }
-
-    fn appended(&mut self, m: &mut Machine, seq: usize, sequences: &[Sequence]) -> Result<(), SessionError> {
-        let (had, have) = (self.tables[seq].len(), store_of(&sequences[seq]).chunks());
-        while self.landmark_pages[seq].len() * LANDMARK_PAGE < have {
-            if self.pages_used == self.pages {
-                self.grow_pages(m, self.pages + 1, sequences)?;
-            }
-            self.landmark_pages[seq].push(self.pages_used as i32);
-            self.pages_used += 1;
-        }
-        for chunk in had..have {
-            self.tables[seq].push(-1);
-            self.bring_landmark(m, seq, chunk, &sequences[seq])?;
-        }
-        self.shown = None;
-        let all: usize = self.tables.iter().map(Vec::len).sum();
-        if all > self.slots.len() && self.slots.len() < self.most_slots {
-            return self.grow_slots(m, all.next_power_of_two(), sequences);
-        }
-        self.bring_all(m, sequences)
-    }
-
-    /// Gives the device the tables of `seqs`, of `c` chunks each.
-    fn show(&mut self, m: &mut Machine, seqs: Range<usize>, c: usize) -> Result<(), SessionError> {
-        if self.shown.as_ref() == Some(&(seqs.clone(), c)) {
-            return Ok(());
-        }
-        let mut rows = |name: &str, tables: &[Vec<i32>], width: usize| {
-            let mut all = vec![-1; seqs.len() * width];
-            for (row, t) in all.chunks_exact_mut(width).zip(&tables[seqs.clone()]) {
-                row[..t.len()].copy_from_slice(t);
-            }
-            m.set(name, &bytes_i32(&[seqs.len(), width], &all))
-        };
-        rows(CHUNK_TABLE, &self.tables, c)?;
-        rows(LANDMARK_TABLE, &self.landmark_pages, c / LANDMARK_PAGE)?;
-        self.shown = Some((seqs, c));
-        Ok(())
-    }
-
-    /// Brings what was chosen: `indices` `[n, rows, h, K]`, `count` `[n, rows, h]`.
-    fn gather(
-        &mut self,
-        m: &mut Machine,
-        seqs: Range<usize>,
-        c: usize,
-        sequences: &[Sequence],
-        indices: &[i32],
-        count: &[i32],
-    ) -> Result<(), SessionError> {
-        let (k, rows) = (indices.len() / count.len().max(1), count.len() / seqs.len());
-        let mut wanted: Vec<(usize, usize)> = vec![];
-        for (row, n) in count.iter().enumerate() {
-            let chosen = &indices[row * k..][..*n as usize];
-            wanted.extend(chosen.iter().map(|&i| (seqs.start + row / rows, i as usize)));
-        }
-        wanted.sort_unstable();
-        wanted.dedup();
-        self.slots.begin();
-        // What is here first, so that nothing of it goes for what is not.
-        let (here, missing): (Vec<_>, Vec<_>) = wanted.into_iter().partition(|&(s, i)| self.tables[s][i] >= 0);
-        for &(seq, chunk) in here.iter().chain(&missing) {
-            self.bring(m, seq, chunk, sequences)?;
-        }
-        for (seq, chunk) in missing {
-            let at = ((seq - seqs.start) * c + chunk) * 4;
-            m.write(CHUNK_TABLE, at, &self.tables[seq][chunk].to_le_bytes())?;
-        }
-        Ok(())
-    }
-}
-
-fn store_of(x: &Sequence) -> &ChunkStore {
-    x.chunks.as_ref().expect("BUG: halves have stores")
 }
 
 /// Params that a program wants in bf16.

@@ -7,102 +7,37 @@
 //!
 //! Several sequences of different lengths are prefilled one by one and then decoded together.
 //!
-//! `cpu.rs` runs the programs on this machine's cores, `device.rs` on a GPU or the simulator, with `slots.rs` for the chunks that
-//! are there.
+//! `cpu.rs` runs the programs on this machine's cores, `device.rs` on a GPU or the simulator, with `pools.rs` and `slots.rs` for
+//! the chunks that are there; `saved.rs` puts a sequence by.
 
 mod cpu;
 mod device;
+mod parts;
+mod pools;
+mod saved;
 mod slots;
 
 pub use device::{DeviceMemory, Residency};
+pub use parts::{SessionGraphs, SessionParts};
 
-use crate::checkpoint::{TensorFile, TensorRef as Saved, write_safetensors};
 use crate::chunk_store::{ChunkStore, Geometry, Part, Precision, StoreError};
 use crate::executor::{ExecError, Executor};
 use crate::gpu::{GpuError, Machine, ProgramId};
 use crate::store::Store;
-use crate::tensor::{Data, Tensor};
+use crate::tensor::Tensor;
 use cpu::Cpu;
-use device::OnDevice;
+use device::{OnDevice, Wanted};
 use rambac_codegen::cuda::paged;
 use rambac_codegen::cuda::pages::{CHUNK_TABLE, LANDMARK_TABLE};
 use rambac_codegen::program::SourceSlot;
 use rambac_codegen::{Program, lower};
 use rambac_ir::ops::SourceKind;
-use rambac_ir::{Bindings, DType, Graph};
+use rambac_ir::{Bindings, DType};
 use rambac_passes::{Options, optimise};
+use saved::fingerprint;
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
-
-/// The parts of a model, and the sizes that the session itself must know.
-pub struct SessionParts<T> {
-    /// `input_ids` → `hidden`.
-    pub lower: T,
-    /// `hidden` → `k`, `v`, `landmarks`; `None` for a plain Mamba-2.
-    pub chunks: Option<T>,
-    /// `hidden`, `start`, `k`, `v`, `landmarks` → `upper`.
-    pub upper: Option<T>,
-    /// `hidden` → `upper`, without retrieval and attention.
-    pub upper_flash: Option<T>,
-    /// `upper` → `logits`.
-    pub head: T,
-    pub chunk_size: usize,
-    pub hidden_size: usize,
-    /// `[heads, dim]` of keys and values, and of landmarks.
-    pub kv: [usize; 2],
-    pub landmark: [usize; 2],
-}
-
-/// Parts that are not compiled yet.
-pub type SessionGraphs = SessionParts<Graph>;
-
-impl<T> SessionParts<T> {
-    /// The same with every part changed.
-    pub fn map<U>(&self, mut f: impl FnMut(&T) -> U) -> SessionParts<U> {
-        match self.try_map(|p| Ok::<_, std::convert::Infallible>(f(p))) {
-            Ok(parts) => parts,
-            Err(never) => match never {},
-        }
-    }
-    /// As [`map`](Self::map), if every change succeeds.
-    ///
-    /// # Errors
-    /// The first that `f` gives.
-    pub fn try_map<U, E>(&self, mut f: impl FnMut(&T) -> Result<U, E>) -> Result<SessionParts<U>, E> {
-        Ok(SessionParts {
-            lower: f(&self.lower)?,
-            chunks: self.chunks.as_ref().map(&mut f).transpose()?,
-            upper: self.upper.as_ref().map(&mut f).transpose()?,
-            upper_flash: self.upper_flash.as_ref().map(&mut f).transpose()?,
-            head: f(&self.head)?,
-            chunk_size: self.chunk_size,
-            hidden_size: self.hidden_size,
-            kv: self.kv,
-            landmark: self.landmark,
-        })
-    }
-    fn geometry(&self, precision: Precision) -> Geometry {
-        Geometry {
-            heads: self.kv[0],
-            chunk: self.chunk_size,
-            dim: self.kv[1],
-            landmark_dim: self.landmark[1],
-            precision,
-        }
-    }
-    /// The parts that there are, with their names.
-    pub fn named(&self) -> Vec<(&'static str, &T)> {
-        let all = [
-            ("lower", Some(&self.lower)),
-            ("chunks", self.chunks.as_ref()),
-            ("upper", self.upper.as_ref()),
-            ("upper_flash", self.upper_flash.as_ref()),
-            ("head", Some(&self.head)),
-        ];
-        all.into_iter().filter_map(|(name, part)| Some((name, part?))).collect()
-    }
-}
 
 /// Where a session keeps its chunks.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -179,6 +114,8 @@ pub struct Session {
     /// Positions of the sequences that run.
     start: Vec<i32>,
     pool: Arc<rayon::ThreadPool>,
+    /// Of a step whose logits alone are wanted.
+    segment: Segment,
 }
 
 /// Where the programs run.
@@ -269,6 +206,7 @@ impl Session {
             sequences: vec![],
             start: vec![],
             pool,
+            segment: Segment::default(),
         };
         s.open(options, n, geometry, halves)?;
         Ok(s)
@@ -321,6 +259,7 @@ impl Session {
             sequences: vec![],
             start: vec![],
             pool,
+            segment: Segment::default(),
         };
         s.open(options, n, geometry, halves)?;
         Ok(s)
@@ -380,6 +319,16 @@ impl Session {
         match &self.engine {
             Engine::Cpu(_) => None,
             Engine::Device(d) => d.residency(),
+        }
+    }
+    /// The device, and the parts that are loaded there.
+    pub fn device(&mut self) -> Option<(&mut Machine, SessionParts<ProgramId>)> {
+        match &mut self.engine {
+            Engine::Cpu(_) => None,
+            Engine::Device(d) => {
+                let parts = d.parts().map(|p| *p);
+                Some((d.machine(), parts))
+            }
         }
     }
     /// The compiled parts in the order in which a token meets them: `lower`, `chunks` and `upper` where there are any, `head`;
@@ -449,6 +398,72 @@ impl Session {
         self.run_some(0..ids.len(), ids, false, out)
     }
 
+    /// Feeds one token to every sequence; the logits `[sequences, V]` of the next ones.  On a device that holds every chunk this
+    /// is one record of the device, started at once.
+    ///
+    /// # Errors
+    /// As [`feed`](Self::feed).
+    pub fn decode_into(&mut self, ids: &[i32], logits: &mut Vec<f32>) -> Result<(), SessionError> {
+        assert_eq!(ids.len(), self.sequences.len(), "BUG: one token per sequence");
+        if matches!(&self.engine, Engine::Device(d) if d.whole()) {
+            return self.token(ids, Wanted::Logits(logits));
+        }
+        let mut segment = std::mem::take(&mut self.segment);
+        let done = self.step_into(ids, &mut segment).and_then(|()| self.logits_into(&segment.hidden, logits));
+        self.segment = segment;
+        done
+    }
+
+    /// One token of every sequence on a device that holds every chunk.
+    fn token(&mut self, ids: &[i32], wanted: Wanted) -> Result<(), SessionError> {
+        let seqs = 0..self.sequences.len();
+        self.advance(seqs.clone(), 1)?;
+        let Engine::Device(d) = &mut self.engine else { unreachable!("BUG: callers look where it runs") };
+        d.token(ids, &self.start, wanted)?;
+        // A chunk that it completes is not visible to it.
+        self.complete(seqs, 1)
+    }
+
+    /// Where sequences stand, and that they go on by `l` tokens.
+    fn advance(&mut self, seqs: Range<usize>, l: usize) -> Result<(), SessionError> {
+        self.start.clear();
+        self.start.extend(self.sequences[seqs.clone()].iter().map(|x| x.position as i32));
+        for x in &mut self.sequences[seqs] {
+            x.position += l;
+            i32::try_from(x.position).map_err(|_| SessionError::TooLong)?;
+        }
+        Ok(())
+    }
+
+    /// The lower half's rows of `l` tokens of each sequence wait until a chunk is whole, which then becomes memory.
+    fn complete(&mut self, seqs: Range<usize>, l: usize) -> Result<(), SessionError> {
+        if self.sequences.iter().all(|x| x.chunks.is_none()) {
+            return Ok(());
+        }
+        let (s, d) = (self.chunk_size, self.hidden_size);
+        let hidden = match &self.engine {
+            Engine::Cpu(c) => c.hidden(),
+            Engine::Device(d) => d.hidden(),
+        };
+        for (x, rows) in self.sequences[seqs.clone()].iter_mut().zip(hidden.chunks_exact(l * d)) {
+            x.waiting.extend_from_slice(rows);
+        }
+        for seq in seqs {
+            let x = &mut self.sequences[seq];
+            let whole = x.waiting.len() / (s * d);
+            let (Some(chunks), true) = (&mut x.chunks, whole > 0) else { continue };
+            let (shape, rows) = ([1, whole * s, d], &x.waiting[..whole * s * d]);
+            let [k, v, landmarks] = match &mut self.engine {
+                Engine::Cpu(c) => c.chunks(whole, shape, rows)?,
+                Engine::Device(d) => d.chunks(whole, shape, rows)?,
+            };
+            chunks.append(k, v, landmarks)?;
+            x.waiting.drain(..whole * s * d);
+            self.appended(seq)?;
+        }
+        Ok(())
+    }
+
     /// As many tokens of each of `seqs`.
     fn run_some(
         &mut self,
@@ -480,43 +495,23 @@ impl Session {
     fn run(&mut self, seqs: Range<usize>, ids: &[i32], flash: bool, out: &mut Segment) -> Result<(), SessionError> {
         let (n, s, d) = (seqs.len(), self.chunk_size, self.hidden_size);
         let l = ids.len() / n;
-        self.start.clear();
-        self.start.extend(self.sequences[seqs.clone()].iter().map(|x| x.position as i32));
-        for x in &mut self.sequences[seqs.clone()] {
-            x.position += l;
-            i32::try_from(x.position).map_err(|_| SessionError::TooLong)?;
+        let all = seqs.len() == self.sequences.len();
+        if !flash && l == 1 && all && matches!(&self.engine, Engine::Device(d) if d.whole()) {
+            return self.token(ids, Wanted::Hidden(out));
         }
-        let hidden = match &mut self.engine {
-            Engine::Cpu(c) => {
-                c.lower(n, ids)?;
-                c.hidden()
-            }
-            Engine::Device(d) => {
-                d.lower(n, ids)?;
-                d.hidden()
-            }
-        };
+        self.advance(seqs.clone(), l)?;
+        match &mut self.engine {
+            Engine::Cpu(c) => c.lower(n, ids)?,
+            Engine::Device(d) => d.lower(n, ids)?,
+        }
         if self.sequences.iter().all(|x| x.chunks.is_none()) {
-            out.hidden.extend_from_slice(hidden);
+            out.hidden.extend_from_slice(match &self.engine {
+                Engine::Cpu(c) => c.hidden(),
+                Engine::Device(d) => d.hidden(),
+            });
             return Ok(());
         }
-
-        for (x, rows) in self.sequences[seqs.clone()].iter_mut().zip(hidden.chunks_exact(l * d)) {
-            x.waiting.extend_from_slice(rows);
-        }
-        for seq in seqs.clone() {
-            let x = &mut self.sequences[seq];
-            let whole = x.waiting.len() / (s * d);
-            let (Some(chunks), true) = (&mut x.chunks, whole > 0) else { continue };
-            let (shape, rows) = ([1, whole * s, d], &x.waiting[..whole * s * d]);
-            let [k, v, landmarks] = match &mut self.engine {
-                Engine::Cpu(c) => c.chunks(whole, shape, rows)?,
-                Engine::Device(d) => d.chunks(whole, shape, rows)?,
-            };
-            chunks.append(k, v, landmarks)?;
-            x.waiting.drain(..whole * s * d);
-            self.appended(seq)?;
-        }
+        self.complete(seqs.clone(), l)?;
 
         let shape = [n, l, d];
         match (&mut self.engine, flash) {
@@ -573,62 +568,6 @@ impl Session {
         }
         ranks
     }
-
-    /// Writes what a sequence in a file needs to go on later beside its file; whole or not at all.
-    ///
-    /// # Errors
-    /// A full disk, or what else the system refuses.
-    pub fn save(&mut self) -> Result<(), SessionError> {
-        let x = &self.sequences[0];
-        let Some((chunks, path)) = x.chunks.as_ref().and_then(|c| Some((c, c.path()?))) else { return Ok(()) };
-        // The state speaks of chunks: they must be there first.
-        chunks.flush()?;
-        let shape = [x.waiting.len() / self.hidden_size, self.hidden_size];
-        let states = self.engine.states()?;
-        let mut tensors = vec![Saved::f32("waiting", &shape, &x.waiting)];
-        for (name, t) in &states {
-            tensors.push(Saved::f32(name.as_str(), &t.shape, t.as_f32().expect("BUG: states are floats")));
-        }
-        let about = [
-            ("position", x.position.to_string()),
-            ("chunks", chunks.chunks().to_string()),
-            ("weights", self.fingerprint.to_string()),
-        ];
-        let about: Vec<(&str, &str)> = about.iter().map(|(k, v)| (*k, v.as_str())).collect();
-        let (target, new) = (state_path(path), state_path(path).with_extension("state.new"));
-        write_safetensors(&new, &tensors, &about).map_err(StoreError::from)?;
-        std::fs::rename(&new, &target)
-            .map_err(|source| StoreError::Io { path: target.clone(), action: "put the new state here", source }.into())
-    }
-
-    fn resume(&mut self, path: &Path, geometry: Geometry) -> Result<(), SessionError> {
-        let state = state_path(path);
-        let file = TensorFile::open(&state).map_err(StoreError::from)?;
-        let wrong = |reason: &str| StoreError::State { path: state.clone(), reason: reason.into() };
-        let number = |key: &str| -> Result<u64, StoreError> {
-            let value = file.metadata().get(key).and_then(|v| v.parse().ok());
-            value.ok_or_else(|| wrong("it does not say where the sequence stands: it is no state of a chunk store"))
-        };
-        if number("weights")? != self.fingerprint {
-            return Err(StoreError::Weights { path: path.into() }.into());
-        }
-        let (position, stored) = (number("position")? as usize, number("chunks")? as usize);
-        for (name, t) in self.engine.states()? {
-            let (shape, data) = file.get_f32(&name).map_err(StoreError::from)?;
-            if shape != t.shape {
-                return Err(wrong("a state of another shape: it was made by another model").into());
-            }
-            self.engine.set_state(&name, Tensor::f32(&shape, data))?;
-        }
-        let (_, waiting) = file.get_f32("waiting").map_err(StoreError::from)?;
-        let rows = position.checked_sub(stored.saturating_mul(self.chunk_size));
-        if rows.is_none_or(|r| r >= self.chunk_size || r * self.hidden_size != waiting.len()) {
-            return Err(wrong("its position and its chunks contradict each other").into());
-        }
-        let chunks = Some(ChunkStore::open(path, geometry, stored)?);
-        self.sequences.push(Sequence { chunks, waiting, position });
-        Ok(())
-    }
 }
 
 /// Inputs of the upper half that are chunks, and what says on a device where they are.
@@ -672,26 +611,4 @@ fn refuse(options: &SessionOptions, n: usize, halves: bool) -> Result<(), Sessio
         Tier::File(path) | Tier::Resume(path) if !halves => Err(SessionError::NoChunks(path.clone())),
         _ => Ok(()),
     }
-}
-
-/// The file beside a store's that holds the rest of its sequence.
-fn state_path(path: &Path) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(".state");
-    name.into()
-}
-
-/// A number that other weights would hardly have: FNV-1a over names and bits.
-fn fingerprint(params: &Store) -> u64 {
-    let mut h = 0xcbf2_9ce4_8422_2325u64;
-    let mut mix = |x: u64| h = (h ^ x).wrapping_mul(0x0100_0000_01b3);
-    for (name, t) in &params.0 {
-        name.bytes().for_each(|b| mix(b.into()));
-        match &t.data {
-            Data::F32(v) => v.iter().for_each(|x| mix(x.to_bits().into())),
-            Data::Bf16(v) => v.iter().for_each(|x| mix(x.to_bits().into())),
-            Data::I32(_) | Data::Bool(_) => panic!("BUG: {name} is no weight"),
-        }
-    }
-    h
 }

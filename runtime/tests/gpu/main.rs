@@ -3,6 +3,7 @@
 //!
 //! Without NVRTC nothing here can run: every test is then counted as ignored and the reason printed.
 
+mod ahead;
 mod attend;
 mod conv;
 mod elementwise;
@@ -34,6 +35,7 @@ fn main() -> ExitCode {
         products::ALL,
         executables::ALL,
         faults::ALL,
+        ahead::ALL,
         tune::ALL,
         mutants::ALL,
     ])

@@ -36,6 +36,8 @@ const FAMILIES: &[(&str, Check)] = &[
     ("mma.cuh", scan::quick_forward),
     ("scan.cuh", scan::quick_forward),
     ("scan_backward.cuh", scan::quick_grad),
+    ("scan_hopper.cuh", scan::quick_hopper),
+    ("scan_grad_hopper.cuh", scan::quick_grad_hopper),
     ("scan_step.cuh", scan::quick_step),
 ];
 

@@ -14,6 +14,7 @@ use rambac_cuda::{CUBLASLT, CudaDevice};
 use rambac_ir::ops::Op;
 use rambac_ir::testing::Rng;
 use rambac_ir::{Bindings, Builder, DType, Dim, HostArray, Ty, Value};
+use rambac_passes::mixed::halves;
 use rambac_runtime::gpu::{Bytes, Code, Device, Machine, Placement, archs};
 use rambac_simulator::Options as Schedule;
 use rambac_simulator::count::Counts;
@@ -80,6 +81,8 @@ pub struct Check {
     pub form: Option<&'static str>,
     /// Elements of the pages that keys, values or landmarks lie in, if they do.
     pub pages: Option<DType>,
+    /// Results are read in bf16, too, where the op's kernels write them so (`Halves::copies`).
+    pub copies: bool,
 }
 
 /// How the error of a check begins whose code the device does not run: the test is then counted as skipped.
@@ -255,7 +258,19 @@ impl Rig {
         let states: Vec<(String, Bytes)> = states.into_iter().map(|(n, b)| (n.to_string(), b)).collect();
         let (program, code, outputs, counts) =
             self.run(program, &dims, &states, &inputs).map_err(|e| format!("{e}\n{}", c.describe()))?;
-        let worst = c.compare(&outputs, &want)?;
+        let (results, copies) = outputs.split_at(want.len());
+        let worst = c.compare(results, &want)?;
+        for (&i, copy) in c.copied().iter().zip(copies) {
+            let mut rounded = HostArray::float(DType::BF16, &results[i].shape, results[i].f().to_vec());
+            rounded.round_to_dtype();
+            if *copy != rounded {
+                return Err(format!("the copy of result {i} is not what rounding it gives\n{}", c.describe()));
+            }
+        }
+        let steps = &program.program.steps;
+        if c.copies && steps.iter().any(|s| matches!(s.op, Op::Cast(_))) {
+            return Err(format!("a copy is a step of its own\n{}", c.describe()));
+        }
         Ok(Seen { program, code, counts, worst })
     }
 
@@ -317,7 +332,16 @@ impl Check {
             tolerance,
             form: None,
             pages: None,
+            copies: false,
         }
+    }
+    pub fn with_copies(mut self) -> Check {
+        self.copies = true;
+        self
+    }
+    /// Results that are read in bf16, too.
+    fn copied(&self) -> &'static [usize] {
+        if self.copies { halves(&self.op).copies } else { &[] }
     }
     /// With keys and values, or landmarks, in pages of `stored` elements, to which they are rounded.
     pub fn in_pages(mut self, stored: DType) -> Check {
@@ -407,8 +431,13 @@ impl Check {
             a.round_to_dtype();
             given.push((name, Bytes::from_host(&a)));
         }
-        for (i, y) in b.push_all(self.op.clone(), &values).into_iter().enumerate() {
-            b.output(&format!("y{i}"), y);
+        let results = b.push_all(self.op.clone(), &values);
+        for (i, y) in results.iter().enumerate() {
+            b.output(&format!("y{i}"), *y);
+        }
+        for &i in self.copied() {
+            let copy = b.cast(results[i], DType::BF16);
+            b.output(&format!("copy{i}"), copy);
         }
         (b.finish().expect("a check's operands fit its op"), given)
     }

@@ -14,6 +14,7 @@ pub const ALL: &[Case] = &[
     ("scan_large_steps", large_steps),
     ("scan_grad_whole", grad_whole),
     ("scan_grad_segments", grad_segments),
+    ("scan_hopper", hopper),
     ("scan_370m", model),
 ];
 
@@ -87,6 +88,26 @@ pub fn quick_grad(rig: &Rig) -> Result<(), String> {
     Ok(())
 }
 
+/// As [`quick_forward`], of scan_hopper.cuh: every stage is used again, both ways of walking.
+pub fn quick_hopper(rig: &Rig) -> Result<(), String> {
+    let d = Bindings::new([("N", 1), ("L", 300)]);
+    let all = inputs(&mut Rng(11), DType::BF16, (2, 64, 1, 64), &d, false);
+    takes(rig, forward(&all, &d, 8e-3, 1).on(Arch::Sm90a), "selective_scan")?;
+    Ok(())
+}
+
+/// As [`quick_forward`], of scan_grad_hopper.cuh: more heads than stages, a block that is not whole.
+pub fn quick_grad_hopper(rig: &Rig) -> Result<(), String> {
+    let d = Bindings::new([("N", 1), ("L", 100)]);
+    let mut all = inputs(&mut Rng(13), DType::BF16, (4, 64, 1, 64), &d, false);
+    // Slow enough that a block's first state still counts at its end.
+    if let rambac_ir::host::Data::Float(a) = &mut all[2].value.data {
+        a.fill(-0.0625);
+    }
+    takes(rig, backward(&all, &d, 1e-2, 1).on(Arch::Sm90a), "scan_grad")?;
+    Ok(())
+}
+
 /// As [`quick_forward`], of scan_step.cuh.
 pub fn quick_step(rig: &Rig) -> Result<(), String> {
     let d = Bindings::new([("N", 2), ("L", 1)]);
@@ -139,6 +160,36 @@ fn segments(rig: &Rig) -> Result<String, String> {
         let d = Bindings::new([("N", n), ("L", l)]);
         let all = inputs(&mut rng, dtype, (2, 16, 1, 32), &d, false);
         takes(rig, forward(&all, &d, tolerance, 108), "scan_segments")?;
+    }
+    Ok(String::new())
+}
+
+/// Walks of warpgroups: one and two heads a block, one head in two slices, segments, gradients.
+fn hopper(rig: &Rig) -> Result<String, String> {
+    quick_hopper(rig)?;
+    quick_grad_hopper(rig)?;
+    let mut rng = Rng(12);
+    for (dtype, sizes, n, l, sms, tolerance, form) in [
+        (DType::BF16, (3, 64, 1, 128), 1, 65, 1, 8e-3, "selective_scan"),
+        (DType::BF16, (4, 64, 2, 64), 2, 7, 1, 8e-3, "selective_scan"),
+        (DType::BF16, (2, 64, 1, 64), 1, 0, 1, 8e-3, "selective_scan"),
+        (DType::F16, (2, 128, 2, 64), 1, 130, 1, 1e-3, "selective_scan"),
+        (DType::F16, (2, 64, 1, 128), 1, 100, 108, 1e-3, "selective_scan"),
+        (DType::BF16, (2, 64, 1, 64), 1, 530, 108, 8e-3, "scan_segments"),
+    ] {
+        let d = Bindings::new([("N", n), ("L", l)]);
+        let all = inputs(&mut rng, dtype, sizes, &d, true);
+        takes(rig, forward(&all, &d, tolerance, sms).on(Arch::Sm90a), form)?;
+    }
+    for (dtype, sizes, n, l, sms, tolerance, form) in [
+        (DType::BF16, (3, 64, 1, 128), 1, 130, 1, 1e-2, "scan_grad"),
+        (DType::BF16, (2, 64, 1, 64), 2, 0, 1, 1e-2, "scan_grad"),
+        (DType::F16, (2, 64, 2, 64), 1, 64, 108, 2e-3, "scan_grad"),
+        (DType::BF16, (2, 64, 1, 64), 1, 530, 4, 1e-2, "scan_grad_segments"),
+    ] {
+        let d = Bindings::new([("N", n), ("L", l)]);
+        let all = inputs(&mut rng, dtype, sizes, &d, true);
+        takes(rig, backward(&all, &d, tolerance, sms).on(Arch::Sm90a), form)?;
     }
     Ok(String::new())
 }

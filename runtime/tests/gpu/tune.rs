@@ -3,16 +3,21 @@
 use crate::harness::Case;
 use crate::rig::{Rig, cache};
 use rambac_codegen::cuda::choices::Verdict;
-use rambac_codegen::cuda::tune::{measured, tune};
+use rambac_codegen::cuda::tune::{TuneError, measured, tune};
 use rambac_codegen::cuda::{Arch, Cache, Target, emit};
 use rambac_codegen::{Kernels, lower_for};
+use rambac_driver::testing::{Fault, Faulty, Late};
 use rambac_ir::{Bindings, text};
-use rambac_runtime::gpu::{Bytes, Machine, Measurer, Placement, ProgramId};
+use rambac_runtime::gpu::{Bytes, GpuError, Machine, Measurer, Placement, ProgramId, Timed, clock as device_clock};
 use rambac_simulator::Options;
 use rambac_simulator::device::Simulator;
 use tempfile::TempDir;
 
-pub const ALL: &[Case] = &[("measured_choices", measured_choices)];
+pub const ALL: &[Case] = &[
+    ("measured_choices", measured_choices),
+    ("choices_by_a_device's_clock", by_clock),
+    ("choices_of_a_lost_device", lost),
+];
 
 /// An attention and the scan of a strided operand.
 const GRAPHS: [(&str, &[(&str, usize)]); 2] = [
@@ -45,11 +50,11 @@ const GRAPHS: [(&str, &[(&str, usize)]); 2] = [
     ),
 ];
 
-type Clocked = Result<(Vec<(String, Bytes)>, f64), String>;
+type Clocked = Result<Timed, GpuError>;
 
 /// As many seconds as there were instructions of warps.
 fn clock(m: &mut Machine<Simulator>, id: ProgramId, b: &Bindings, inputs: &[(&str, &Bytes)]) -> Clocked {
-    let out = m.run(id, b, inputs).map_err(|e| e.to_string())?;
+    let out = m.run(id, b, inputs)?;
     Ok((out, m.device().take_counts().iter().map(|c| c.warp_instructions as f64).sum()))
 }
 
@@ -70,6 +75,7 @@ fn measured_choices(rig: &Rig) -> Result<String, String> {
             placement: Placement::Apart,
             open: || Ok(Simulator::strict(Options::default())),
             clock,
+            lost: false,
         };
         let step = p.program.steps.last().ok_or("no step")?;
         let c = tune(step, &p.target, &b, &mut device, &kept).map_err(|e| e.to_string())?;
@@ -90,4 +96,90 @@ fn measured_choices(rig: &Rig) -> Result<String, String> {
         said += &format!(", {}: {} of {}", p.program.name, form.name, c.candidates.len());
     }
     Ok(said)
+}
+
+/// What every launch of a device takes that counts launches.
+const TICK: f64 = 1e-3;
+
+/// The conv's candidates on a device whose clock counts launches: all take as long as they have launches.
+fn by_clock(rig: &Rig) -> Result<String, String> {
+    let dir = TempDir::new().map_err(|e| e.to_string())?;
+    let (kept, compiled) = (Cache::at(dir.path()), cache());
+    let (graph, sizes) = GRAPHS[1];
+    let graph = text::parse(graph).map_err(|e| format!("{e:?}"))?;
+    let p = emit(lower_for(&graph, Kernels::Gpu), Target::of(Arch::Sm80)).map_err(|e| e.to_string())?;
+    let b = Bindings::new(sizes.iter().copied());
+    let simulator = Simulator::strict(Options::default());
+    let mut device = Measurer {
+        name: "a clock".into(),
+        target: p.target.clone(),
+        nvrtc: &rig.nvrtc,
+        cache: &compiled,
+        placement: Placement::Arena,
+        open: || Ok(Late::ticking(simulator.like(), TICK)),
+        clock: device_clock,
+        lost: false,
+    };
+    let step = p.program.steps.last().ok_or("no step")?;
+    let c = tune(step, &p.target, &b, &mut device, &kept).map_err(|e| e.to_string())?;
+    for x in &c.candidates {
+        match x.verdict {
+            // Whole launches, whatever was copied before and after.
+            Verdict::Seconds(s) if s > 0.0 && (s / TICK).fract().min(1.0 - (s / TICK).fract()) < 1e-6 => {}
+            _ => return Err(format!("{}: {:?}", x.form, x.verdict)),
+        }
+    }
+    // A device without a clock tells nothing.
+    let mut none = Measurer {
+        name: "none".into(),
+        target: p.target.clone(),
+        nvrtc: &rig.nvrtc,
+        cache: &compiled,
+        placement: Placement::Arena,
+        open: || Ok(Late::new(simulator.like())),
+        clock: device_clock,
+        lost: false,
+    };
+    match tune(step, &p.target, &b, &mut none, &kept) {
+        Err(TuneError::NoneRight { candidates, .. }) if format!("{candidates:?}").contains("no clock") => {}
+        other => return Err(format!("without a clock: {other:?}")),
+    }
+    Ok(format!(", {} in {} launches", c.best().0.form, c.best().1 / TICK))
+}
+
+/// A candidate that takes the device with it is named, and nothing is kept of its step.
+fn lost(rig: &Rig) -> Result<String, String> {
+    let dir = TempDir::new().map_err(|e| e.to_string())?;
+    let (kept, compiled) = (Cache::at(dir.path()), cache());
+    let (graph, sizes) = GRAPHS[1];
+    let graph = text::parse(graph).map_err(|e| format!("{e:?}"))?;
+    let p = emit(lower_for(&graph, Kernels::Gpu), Target::of(Arch::Sm80)).map_err(|e| e.to_string())?;
+    let b = Bindings::new(sizes.iter().copied());
+    let simulator = Simulator::strict(Options::default());
+    // The second candidate's device is lost after a few calls.
+    let mut opened = 0;
+    let open = || {
+        opened += 1;
+        let fails = if opened > 2 { Some((12, Fault::Lost)) } else { None };
+        Ok(Faulty::new(Late::ticking(simulator.like(), TICK), fails))
+    };
+    let mut device = Measurer {
+        name: "a faulty one".into(),
+        target: p.target.clone(),
+        nvrtc: &rig.nvrtc,
+        cache: &compiled,
+        placement: Placement::Arena,
+        open,
+        clock: device_clock,
+        lost: false,
+    };
+    let step = p.program.steps.last().ok_or("no step")?;
+    match tune(step, &p.target, &b, &mut device, &kept) {
+        Err(e @ TuneError::Lost { .. }) if e.to_string().contains("took the device with it") => {}
+        other => return Err(format!("{other:?}")),
+    }
+    match measured(&p, &b, "a faulty one", &kept).map_err(|e| e.to_string())? {
+        None => Ok(String::new()),
+        Some(_) => Err("a choice was kept".into()),
+    }
 }

@@ -4,20 +4,23 @@
 //! machine reads an array of that size; prefill's is its FLOPs over the rate of large products.  Both rates are measured
 //! in the same run.
 
-use super::{Kinds, WARM_UP, add_steps, median, print_work, profile};
-use crate::cli::{Bench, Weights, Work};
+use super::{Kinds, Limits, WARM_UP, add_steps, device, median, print_work, profile};
+use crate::cli::{Bench, PrecisionArg, Weights, Work};
+use crate::device::Inferring;
 use crate::error::{Result, wrap};
 use crate::machine;
 use crate::model;
 use crate::show;
 use crate::work::Sums;
-use rambac_codegen::Program;
+use miette::miette;
+use rambac_codegen::{Kernels, Program, lower_for};
 use rambac_cpu::team;
 use rambac_ir::ops::{Op, SourceKind};
 use rambac_ir::{Bindings, Cost};
 use rambac_models::Config;
 use rambac_models::data::rng;
-use rambac_runtime::session::Segment;
+use rambac_passes::optimise;
+use rambac_runtime::executor::StepTimes;
 use rambac_runtime::{Session, SessionOptions};
 use rand::Rng;
 use serde_json::json;
@@ -33,20 +36,41 @@ const TOKENS: usize = 32;
 
 /// Runs the verb.
 pub fn run(a: &Bench, config: &Config, weights: Option<&Path>, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
+    let on = a.place.device;
+    if on.gpu() && a.profile.is_some() {
+        return Err(miette!("bench prefill and decode time ops on the CPU alone: leave --profile out"));
+    }
+    let precision = if a.weights == Weights::Bf16 { PrecisionArg::Bf16 } else { PrecisionArg::F32 };
+    let limits = on.gpu().then(|| device::limits(on, precision)).transpose()?;
     let graphs = model::session_graphs(config)?;
     let options = SessionOptions { sequences: a.batch, passes: a.weights.options(), ..SessionOptions::default() };
     let params = model::parameters_for(&graphs, &options.passes, config, weights)?;
-    let session = Session::new(&graphs, params, pool.clone(), &options).map_err(wrap)?;
-    let mut b =
-        Infer { a, config, session, rng: rng::stream(0, "bench", &[]), segment: Segment::default(), logits: vec![] };
+    let how = Inferring { on, memory: None, segment: SEGMENT, options: &options };
+    let mut session = crate::device::session(&how, &graphs, params, &pool)?;
+    let programs = match on.gpu() {
+        true => graphs
+            .map(|g| lower_for(&optimise(g, &options.passes), Kernels::Gpu))
+            .named()
+            .into_iter()
+            .map(|p| p.1.clone())
+            .collect(),
+        false => session.parts().into_iter().map(|p| p.program().clone()).collect(),
+    };
+    let rng = rng::stream(0, "bench", &[]);
+    let mut b = Infer { a, config, session, programs, rng, logits: vec![] };
     let r = if a.what == Work::Decode { b.decode()? } else { b.prefill()? };
-    // Before the rates are measured, which takes memory of its own.
+    // Before this machine's rates are measured, which takes memory of its own.
     let rss = machine::peak_rss();
-    let rates = machine::rates(&pool);
-    let read = machine::read_rate(&pool, r.cost.bytes as usize);
-    b.print(&r, rates, read, rss);
+    let (limits, read) = match limits {
+        Some(l) => {
+            let read = l.copy;
+            (l, read)
+        }
+        None => (Limits::of(machine::rates(&pool)), machine::read_rate(&pool, r.cost.bytes as usize)),
+    };
+    b.print(&r, &limits, read, rss);
     if a.profile.is_some() {
-        profile(r.name, r.sums, a.json);
+        profile(r.name, r.sums, &limits, a.json);
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -68,9 +92,9 @@ struct Infer<'a> {
     a: &'a Bench,
     config: &'a Config,
     session: Session,
+    /// Its parts, in the order in which a token meets them.
+    programs: Vec<Program>,
     rng: rand_chacha::ChaCha8Rng,
-    /// Of the last step.
-    segment: Segment,
     logits: Vec<f32>,
 }
 
@@ -94,8 +118,7 @@ impl Infer<'_> {
 
     /// One more token in every sequence; the logits.
     fn step(&mut self, ids: &[i32]) -> Result<&[f32]> {
-        self.session.step_into(ids, &mut self.segment).map_err(wrap)?;
-        self.session.logits_into(&self.segment.hidden, &mut self.logits).map_err(wrap)?;
+        self.session.decode_into(ids, &mut self.logits).map_err(wrap)?;
         Ok(&self.logits)
     }
 
@@ -133,22 +156,23 @@ impl Infer<'_> {
         let done = (tokens * self.a.runs) as f64;
         let n = self.a.batch;
         let chunks = self.session.chunks(0).map_or(0, |c| c.chunks());
-        let (mut cost, mut sums, mut arena) = (Cost::default(), Sums::new(), 0);
-        for part in self.session.parts() {
-            let dims = match part.program().name.as_str() {
+        let (mut cost, mut sums, mut arena) = (Cost::default(), Sums::new(), vec![]);
+        let recorded = self.recorded();
+        for (p, times) in self.programs.iter().zip(&recorded) {
+            let dims = match p.name.as_str() {
                 "chunks" => Bindings::new([("N", 1), ("B", 1)]),
                 "head" => Bindings::new([("N", 1), ("L", n)]),
                 _ => Bindings::new([("N", n), ("L", 1), ("C", chunks)]),
             };
             // A sequence makes a chunk once in `s` tokens.
-            let often = if part.program().name == "chunks" { n as f64 / s as f64 } else { 1.0 };
-            let p = part.program();
+            let often = if p.name == "chunks" { n as f64 / s as f64 } else { 1.0 };
             let costs: Vec<Cost> = p.costs(&dims).map_err(wrap)?.into_iter().map(|c| scaled(c, often)).collect();
-            add_steps(&mut sums, p, part.recorded(), &costs, done);
+            add_steps(&mut sums, p, times, &costs, done);
             cost.flops += costs.iter().map(|c| c.flops).sum::<f64>();
             cost.bytes += weight_bytes(p, &dims)? * often;
-            arena += part.plan(&dims).map_err(wrap)?.arena;
+            arena.push((p.name.clone(), dims));
         }
+        let arena = self.arena(&arena)?;
         Ok(Timed { name: "decode", tokens: n, seconds, cost, arena, memory: self.memory(), sums })
     }
 
@@ -168,30 +192,50 @@ impl Infer<'_> {
         }
         seconds.sort_by(f64::total_cmp);
         let s = if self.config.is_plain() { usize::MAX } else { self.config.chunk_size };
-        let (mut cost, mut sums, mut arena) = (Cost::default(), Sums::new(), 0);
-        for part in self.session.parts() {
-            let mut whole = vec![Cost::default(); part.program().steps.len()];
-            let mut most = 0;
-            let head = part.program().name == "head";
+        let (mut cost, mut sums, mut arena) = (Cost::default(), Sums::new(), vec![]);
+        let recorded = self.recorded();
+        for (p, times) in self.programs.iter().zip(&recorded) {
+            let mut whole = vec![Cost::default(); p.steps.len()];
+            let head = p.name == "head";
             let starts: Vec<usize> = if head { vec![ids.len() - 1] } else { (0..ids.len()).step_by(SEGMENT).collect() };
             for start in starts {
                 let end = (start + SEGMENT).min(ids.len());
                 let (l, done, before) = (if head { n } else { end - start }, end / s, start / s);
                 let dims = Bindings::new([("N", 1), ("L", l), ("B", done - before), ("C", done)]);
-                if part.program().name == "chunks" && done == before {
+                if p.name == "chunks" && done == before {
                     continue;
                 }
-                let costs = part.program().costs(&dims).map_err(wrap)?;
+                let costs = p.costs(&dims).map_err(wrap)?;
                 // Texts are read one after another, their last tokens' logits made together.
                 let often = if head { 1.0 } else { n as f64 };
                 whole.iter_mut().zip(costs).for_each(|(w, c)| *w = *w + scaled(c, often));
-                most = most.max(part.plan(&dims).map_err(wrap)?.arena);
+                arena.push((p.name.clone(), dims));
             }
             cost = cost + whole.iter().copied().sum();
-            arena += most;
-            add_steps(&mut sums, part.program(), part.recorded(), &whole, self.a.runs as f64);
+            add_steps(&mut sums, p, times, &whole, self.a.runs as f64);
         }
+        let arena = self.arena(&arena)?;
         Ok(Timed { name: "prefill", tokens: n * ids.len(), seconds, cost, arena, memory: self.memory(), sums })
+    }
+
+    /// What the parts took since [`record`](Self::record); nothing of a device.
+    fn recorded(&mut self) -> Vec<StepTimes> {
+        let mut all: Vec<_> = self.session.parts().into_iter().map(|p| p.recorded().to_vec()).collect();
+        all.resize(self.programs.len(), StepTimes::new());
+        all
+    }
+
+    /// Bytes of activations: of every part the most at these sizes; a device has one arena for all.
+    fn arena(&mut self, sizes: &[(String, Bindings)]) -> Result<usize> {
+        let (mut sum, gpu) = (0, self.a.place.device.gpu());
+        for (i, p) in self.programs.iter().enumerate().filter(|_| !gpu) {
+            let mut most = 0;
+            for (_, dims) in sizes.iter().filter(|(name, _)| *name == p.name) {
+                most = most.max(self.session.parts()[i].plan(dims).map_err(wrap)?.arena);
+            }
+            sum += most;
+        }
+        Ok(sum)
     }
 
     /// Bytes of the chunk memory.
@@ -199,24 +243,25 @@ impl Infer<'_> {
         (0..self.a.batch).filter_map(|seq| self.session.chunks(seq)).map(|c| c.bytes()).sum()
     }
 
-    fn print(&self, r: &Timed, rates: machine::Rates, read: f64, rss: usize) {
+    fn print(&self, r: &Timed, limits: &Limits, read: f64, rss: usize) {
         let (a, t) = (self.a, median(&r.seconds));
         let persistent = self.session.bytes();
         let peak = persistent + r.arena + r.memory;
         let (tokens_per_s, least, most) = (r.tokens as f64 / t, r.seconds[0], r.seconds[r.seconds.len() - 1]);
-        let (threads, decode) = (rates.threads, r.name == "decode");
+        let (threads, decode) = (self.session.pool().current_num_threads(), r.name == "decode");
         let weights = if a.weights == Weights::Bf16 { "bf16" } else { "f32" };
         if a.json {
             let line = json!({
                 "bench": r.name, "preset": a.preset, "len": a.len, "batch": a.batch, "weights": weights, "threads": threads,
+                "device": a.place.device.to_string(), "on": limits.of,
                 "runs": r.seconds.len(), "tokens_per_s": tokens_per_s,
                 "seconds": t, "seconds_min": least, "seconds_max": most,
                 "flops": r.cost.flops, "bytes": r.cost.bytes,
                 "peak_bytes": peak, "arena_bytes": r.arena, "persistent_bytes": persistent,
                 "memory_bytes": r.memory, "peak_rss_bytes": rss,
                 "gflop_per_s": r.cost.flops / t / 1e9, "gb_per_s": r.cost.bytes / t / 1e9,
-                "machine_gemm_gflop_per_s": rates.gemm / 1e9, "machine_read_gb_per_s": read / 1e9,
-                "gemm_fraction": r.cost.flops / t / rates.gemm, "read_fraction": r.cost.bytes / t / read,
+                "machine_gemm_gflop_per_s": limits.gemm / 1e9, "machine_read_gb_per_s": read / 1e9,
+                "gemm_fraction": r.cost.flops / t / limits.gemm, "read_fraction": r.cost.bytes / t / read,
             });
             println!("{line}");
             return;
@@ -229,7 +274,7 @@ impl Infer<'_> {
             if decode { "after" } else { "of" },
             a.batch,
             show::plural(a.len, "token"),
-            show::plural(threads, "thread")
+            if a.place.device.gpu() { limits.of.clone() } else { show::plural(threads, "thread") }
         );
         println!("  speed     {} tokens/s", show::digits(tokens_per_s));
         println!(
@@ -240,13 +285,15 @@ impl Infer<'_> {
             show::seconds(least),
             show::seconds(most)
         );
-        print_work(r.cost.flops, t, rates.gemm);
+        print_work(r.cost.flops, t, limits);
         println!(
-            "  {}   {}: {}, {} of this machine's fastest reads of as much ({})",
+            "  {}   {}: {}, {} of {} {} ({})",
             if decode { "weights" } else { "traffic" },
             show::si(r.cost.bytes, "B"),
             show::si(r.cost.bytes / t, "B/s"),
             show::share(r.cost.bytes / t, read),
+            limits.whose(),
+            if a.place.device.gpu() { "large copies" } else { "fastest reads of as much" },
             show::si(read, "B/s")
         );
         println!(

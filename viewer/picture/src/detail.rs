@@ -1,7 +1,9 @@
-//! What the viewer tells of one node: its line, types, cost, its other half in a training step, and the kernel it becomes.
+//! What the viewer tells of one node: its line, types, cost, its other half in a training step, and the kernel it becomes; and of a
+//! box: what is in it.
 
+use crate::fold::Item;
 use crate::number::{bytes, si};
-use crate::scene::Scene;
+use crate::scene::{Figures, Scene};
 use rambac_codegen::cuda::few_rows::Joined;
 use rambac_codegen::cuda::ops::{Site, forms};
 use rambac_codegen::cuda::{Arch, Cache, GpuStep, Kernel, Target};
@@ -9,6 +11,7 @@ use rambac_codegen::nvrtc::{Nvrtc, Usage};
 use rambac_codegen::program::Step;
 use rambac_codegen::traits::kernel_traits;
 use rambac_ir::NodeId;
+use std::collections::BTreeMap;
 
 /// See the module's comment.
 #[derive(Clone, Debug)]
@@ -44,15 +47,54 @@ impl Detail {
             scope: n.scope.as_deref().map(str::to_string),
             line: s.lines()[id.index()].clone(),
             types: n.tys.iter().map(|t| (t.to_string(), at(t))).collect(),
-            costs: vec![
-                ("FLOPs", si(f.flops, "FLOP")),
-                ("bytes moved", si(f.bytes, "B")),
-                ("predicted time", si(f.seconds, "s")),
-                ("results", bytes(f.memory as usize)),
-            ],
+            costs: costs(&f),
             counterparts: scene.counterparts(stage, id).into_iter().map(name).collect(),
             operands: operands.into_iter().map(name).collect(),
             users: g.iter().filter(|(_, o)| reads(o)).map(|(i, _)| name(i)).collect(),
+        }
+    }
+}
+
+fn costs(f: &Figures) -> Vec<(&'static str, String)> {
+    vec![
+        ("FLOPs", si(f.flops, "FLOP")),
+        ("bytes moved", si(f.bytes, "B")),
+        ("predicted time", si(f.seconds, "s")),
+        ("results", bytes(f.memory as usize)),
+    ]
+}
+
+/// What is in a box.
+#[derive(Clone, Debug)]
+pub struct Inside {
+    pub layers: usize,
+    pub nodes: usize,
+    pub costs: Vec<(&'static str, String)>,
+    /// Its ops, those first that take longest: name, and number with predicted time.
+    pub ops: Vec<(String, String)>,
+}
+
+impl Inside {
+    /// Of an item of stage `stage`.
+    pub fn of(scene: &Scene, stage: usize, item: &Item) -> Inside {
+        let figures = scene.figures(stage);
+        let g = &scene.stages[stage].graph;
+        let mut kinds: BTreeMap<&str, (usize, f64)> = BTreeMap::new();
+        let mut sum = Figures::default();
+        for id in &item.nodes {
+            let f = figures[id.index()];
+            sum = sum + f;
+            let kind = kinds.entry(g.node(*id).op.mnemonic()).or_default();
+            *kind = (kind.0 + 1, kind.1 + f.seconds);
+        }
+        let mut kinds: Vec<_> = kinds.into_iter().collect();
+        kinds.sort_by(|a, b| b.1.1.total_cmp(&a.1.1));
+        let op = |(name, (n, seconds)): (&str, (usize, f64))| (name.to_string(), format!("{n}, {}", si(seconds, "s")));
+        Inside {
+            layers: item.folded.as_ref().map_or(0, |f| f.count),
+            nodes: item.nodes.len(),
+            costs: costs(&sum),
+            ops: kinds.into_iter().map(op).collect(),
         }
     }
 }

@@ -134,7 +134,9 @@ fn runs<'a>(layers: Vec<Layer<'a>>) -> Vec<Vec<Layer<'a>>> {
         for l in all {
             let follows = |r: &Vec<Layer>| {
                 let last = &r[r.len() - 1];
-                let next = numbered(last.name).zip(numbered(l.name)).is_some_and(|(a, b)| a.0 == b.0 && a.1 + 1 == b.1);
+                let next = numbered(last.name)
+                    .zip(numbered(l.name))
+                    .is_some_and(|(a, b)| a.0 == b.0 && a.1.checked_add(1) == Some(b.1));
                 next && last.signature == l.signature
             };
             match out.last_mut() {

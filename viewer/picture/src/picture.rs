@@ -138,21 +138,23 @@ impl Picture {
 
     /// Items whose label, nodes' names, ops or scopes contain `text`, whatever its case.
     pub fn find(&self, scene: &Scene, text: &str) -> Vec<usize> {
+        let lower = text.to_lowercase();
+        let labelled = |i: usize| !text.is_empty() && self.cards[i].label.to_lowercase().contains(&lower);
+        (0..self.cards.len()).filter(|&i| labelled(i) || self.hits(scene, i, text).next().is_some()).collect()
+    }
+
+    /// Nodes of item `i` whose names, ops or scopes contain `text`, whatever its case.
+    pub fn hits<'a>(&'a self, scene: &'a Scene, i: usize, text: &str) -> impl Iterator<Item = NodeId> + 'a {
         let text = text.to_lowercase();
-        if text.is_empty() {
-            return vec![];
-        }
-        let stage = &scene.stages[self.stage];
-        let hit = |id: &NodeId| {
-            let n = stage.graph.node(*id);
-            n.op.mnemonic().contains(&text)
-                || node_label(n).to_lowercase().contains(&text)
-                || n.scope.as_deref().is_some_and(|s| s.to_lowercase().contains(&text))
-                || (0..n.tys.len()).any(|r| stage.graph.label(id.result(r)).to_lowercase().contains(&text))
-        };
-        (0..self.cards.len())
-            .filter(|&i| self.cards[i].label.to_lowercase().contains(&text) || self.view.items[i].nodes.iter().any(hit))
-            .collect()
+        let g = &scene.stages[self.stage].graph;
+        self.view.items[i].nodes.iter().copied().filter(move |&id| {
+            let n = g.node(id);
+            !text.is_empty()
+                && (n.op.mnemonic().contains(&text)
+                    || node_label(n).to_lowercase().contains(&text)
+                    || n.scope.as_deref().is_some_and(|s| s.to_lowercase().contains(&text))
+                    || (0..n.tys.len()).any(|r| g.label(id.result(r)).to_lowercase().contains(&text)))
+        })
     }
 }
 

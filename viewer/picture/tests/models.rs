@@ -1,13 +1,17 @@
 //! The presets, whole training steps: what is folded, what passes change, what is told of nodes.
 
+mod support;
+
 use rambac_codegen::cuda::Arch;
 use rambac_ir::{Bindings, Graph, NodeId};
 use rambac_models::stack::{self, Carry};
-use rambac_models::{Config, preset};
+use rambac_models::variants::BUILT_IN;
+use rambac_models::{Attention, Config, preset};
 use rambac_passes::train_step::{AdamW, train_step};
-use rambac_picture::detail::{Detail, Runs, runs};
+use rambac_picture::detail::{Detail, Inside, Runs, runs};
 use rambac_picture::fold::{Open, boxes_of, fold};
 use rambac_picture::{ColourBy, Look, Picture, Scene, export, memory, raster};
+use support::picture_holds;
 
 fn step(c: &Config) -> Graph {
     let loss = stack::loss(c, Carry::Zero, false).unwrap();
@@ -67,6 +71,40 @@ fn presets_are_drawn() {
     }
 }
 
+/// Folded and with all open, as written and after the last pass: no overlaps, edges to the right, and twice the same.
+fn lies_well(s: &Scene) {
+    for (stage, open) in [(0, Open::default()), (s.last(), Open::default()), (s.last(), Open::All)] {
+        let look = Look { stage, open, ..Look::default() };
+        let p = Picture::new(s, &look);
+        assert!(!p.cards.is_empty(), "{}", s.title);
+        picture_holds(&p).unwrap_or_else(|e| panic!("{}, stage {stage}: {e}", s.title));
+        let again = Picture::new(s, &look);
+        assert!(p.layout == again.layout && p.cards == again.cards && p.view == again.view, "{}", s.title);
+    }
+}
+
+#[test]
+fn every_preset_lies_well() {
+    for name in ["tiny", "small", "mamba2-130m", "370m", "3b"] {
+        lies_well(&scene(name));
+    }
+}
+
+/// Every variant: its own text, and a model's training step with it.
+#[test]
+fn every_variant_lies_well() {
+    let dims = Bindings::new([("N", 1), ("L", 1024)]);
+    for v in BUILT_IN {
+        let own = rambac_ir::text::parse(v.text).unwrap();
+        lies_well(&Scene::new(v.name, &own, &dims).unwrap());
+        for transformer in [false, true] {
+            let attention = Some(Attention::named(v.name).unwrap());
+            let c = Config { attention, transformer, ..preset("tiny").unwrap() };
+            lies_well(&Scene::new(v.name, &step(&c), &dims).unwrap());
+        }
+    }
+}
+
 /// The pass that fuses attention takes `attend` away and adds `chunk_attention`.
 #[test]
 fn passes_are_compared() {
@@ -123,4 +161,8 @@ fn search_finds_ops_names_and_layers() {
     let p = Picture::new(&s, &look(&s));
     let hits = p.find(&s, "selective_scan");
     assert!(hits.iter().any(|&i| p.cards[i].opens), "{hits:?}");
+    let inside = |i: usize| p.hits(&s, i, "selective_scan").count();
+    assert!(hits.iter().all(|&i| inside(i) > 0), "{hits:?}");
+    let told = Inside::of(&s, p.stage, &p.view.items[hits[0]]);
+    assert!(told.nodes == p.view.items[hits[0]].nodes.len() && told.ops.iter().any(|o| o.0 == "selective_scan"));
 }

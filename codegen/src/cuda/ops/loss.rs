@@ -62,7 +62,8 @@ impl<'a> Parts<'a> {
     }
 
     fn gemm(&self, (m, n, k): (Expr, Expr, Expr), a: GemmOperand, b: GemmOperand, c: GemmOperand, add: bool) -> Call {
-        Call::Gemm(Gemm { batch: Expr::int(1), m, n, k, a, b, c, add })
+        let plus = add.then(|| c.clone());
+        Call::Gemm(Gemm { batch: Expr::int(1), m, n, k, a, b, c, plus })
     }
 
     /// `logits = h·wᵀ` of a part.

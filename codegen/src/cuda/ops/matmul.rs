@@ -37,7 +37,7 @@ fn gemm(op: &MatMul, site: &Site, c: Operand, result: &View) -> Result<Gemm, Uns
         a: operand(a, op.trans_a, shared)?,
         b: operand(b, op.trans_b, false)?,
         c: operand(c, false, shared)?,
-        add: false,
+        plus: None,
     })
 }
 
@@ -52,6 +52,21 @@ impl Cuda for MatMul {
         }
         forms.push(Form::new("gemm", "a dense product of the vendor's library", vec![Call::Gemm(g)]));
         Ok(forms)
+    }
+}
+
+/// What a map only adds to its product, in the product's own shape: the library does that.
+trait Addend {
+    fn addend(&self, site: &Site) -> Result<Option<Operand>, Unsupported>;
+}
+
+impl Addend for MatMulMap {
+    fn addend(&self, site: &Site) -> Result<Option<Operand>, Unsupported> {
+        let [MapInst { f: MapFn::Binary(BinaryFn::Add), args }] = &self.body[..] else { return Ok(None) };
+        let own = site.inputs.len() - site.joined.operands();
+        let sum = matches!(args[..], [0, 1] | [1, 0]) && self.outs == [2] && self.dtypes == [DType::F32] && own == 3;
+        let (x, y) = (site.inputs.get(2), &site.outputs[0]);
+        Ok(x.is_some_and(|x| sum && x.ty == y.ty).then_some(Operand::Input(2)))
     }
 }
 
@@ -73,6 +88,17 @@ impl Cuda for MatMulMap {
             for (when, call, why) in products(site, product, &view) {
                 forms.push(form("few_rows_map", format!("{why}; then one pass over the result"), call).needs(when));
             }
+        }
+        if let Some(plus) = self.addend(site)? {
+            let mut g = gemm(&self.product(), site, Operand::Output(0), &site.outputs[0])?;
+            let step = GemmOperand { at: plus, ld: row_stride(site.view(plus), shape.len() - 1)?, ..g.c.clone() };
+            let rows = Expr::from(&shape[shape.len() - 2]);
+            let shared = g.c.step == Expr::int(0);
+            let step = GemmOperand { step: if shared { Expr::int(0) } else { rows * step.ld.clone() }, ..step };
+            g.plus = Some(step);
+            let why = "a dense product of the vendor's library, which adds to it";
+            forms.push(Form::new("gemm_plus", why, vec![Call::Gemm(g)]));
+            return Ok(forms);
         }
         let why = "a dense product of the vendor's library, then one pass over its result";
         forms.push(form("gemm_map", why.into(), Call::Gemm(g)));

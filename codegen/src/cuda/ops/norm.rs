@@ -122,23 +122,27 @@ struct Backward {
     /// Added to dx.
     base: Option<Operand>,
     dw: Operand,
+    /// dx once more, in bf16.
+    copy: Option<Operand>,
 }
 
 fn backward(site: &Site, eps: f64, b: &Backward) -> Result<Vec<Form>, Unsupported> {
     let (dx, slots) = (Operand::Output(0), Operand::Workspace(0));
     site.contiguous(b.w)?;
     site.contiguous(b.dw)?;
-    let more = b.gate.into_iter().flat_map(|(z, dz)| [z, dz]).chain(b.base);
+    let more = b.gate.into_iter().flat_map(|(z, dz)| [z, dz]).chain(b.base).chain(b.copy);
     let vectors: Vec<Operand> = [X, b.w, b.dy, dx].into_iter().chain(more).collect();
     // Under a gate a lane keeps more of a row: with half as many elements twice as many warps fit, while they are no more
     // than half of what a block may have.
     let width = site.int(X, site.inputs[0].ty.shape.len() - 1)?;
     let most = if b.gate.is_some() && width.div_ceil(8).next_power_of_two() <= 512 { 8 } else { 16 };
     let n = Norm::new(site, eps, &vectors, most)?;
-    let name = match (b.gate, b.base) {
-        (Some(_), _) => "gated_rms_norm_grad",
-        (None, Some(_)) => "rms_norm_grad_add",
-        (None, None) => "rms_norm_grad",
+    let name = match (b.gate, b.base, b.copy) {
+        (Some(_), ..) => "gated_rms_norm_grad",
+        (None, Some(_), None) => "rms_norm_grad_add",
+        (None, Some(_), Some(_)) => "rms_norm_grad_add_copy",
+        (None, None, None) => "rms_norm_grad",
+        (None, None, Some(_)) => "rms_norm_grad_copy",
     };
     // Few slots: a block sums the weights' gradient over many rows.  Twelve of them share evenly whether one, two, three or four are
     // resident at a time.
@@ -154,6 +158,9 @@ fn backward(site: &Site, eps: f64, b: &Backward) -> Result<Vec<Form>, Unsupporte
     stub = n.write(site, stub, "dx", dx)?;
     if let Some((_, dz)) = b.gate {
         stub = n.write(site, stub, "dz", dz)?;
+    }
+    if let Some(copy) = b.copy {
+        stub = n.write(site, stub, "copy", copy)?;
     }
     let grad = stub.write("slots", DType::F32, slots).i64("rows", n.rows.clone()).launch((blocks.clone(), 1, 1));
     let sum = Slots::of_row(slots, blocks.clone(), n.width).sum(site, b.dw, 0, 1);
@@ -172,7 +179,8 @@ impl Cuda for RmsNormGrad {
     fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
         let [w, dy, base] = [1, 2, 3].map(Operand::Input);
         let base = (site.inputs.len() > 3).then_some(base);
-        backward(site, self.eps, &Backward { gate: None, w, dy, base, dw: Operand::Output(1) })
+        let copy = (site.outputs.len() > 2).then_some(Operand::Output(2));
+        backward(site, self.eps, &Backward { gate: None, w, dy, base, dw: Operand::Output(1), copy })
     }
 }
 
@@ -186,7 +194,7 @@ impl Cuda for GatedRmsNormGrad {
     fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
         let [z, w, dy] = [1, 2, 3].map(Operand::Input);
         let gate = Some((z, Operand::Output(1)));
-        backward(site, self.eps, &Backward { gate, w, dy, base: None, dw: Operand::Output(2) })
+        backward(site, self.eps, &Backward { gate, w, dy, base: None, dw: Operand::Output(2), copy: None })
     }
 }
 

@@ -5,7 +5,7 @@ use super::{Cuda, Site, Unsupported, because};
 use crate::cuda::expr::Expr;
 use crate::cuda::form::{Call, Condition, Form, Launch, Operand};
 use crate::cuda::stub::{Stub, c_type};
-use crate::cuda::target::Target;
+use crate::cuda::target::{Arch, Target};
 use rambac_ir::ops::*;
 use rambac_ir::{DType, Dim};
 
@@ -44,6 +44,8 @@ pub(super) struct Tile {
     /// Dynamic shared memory, in bytes; the kernel's `Shared` has the same.
     pub shared: usize,
     pub threads: usize,
+    /// Products of warpgroups, and one more warpgroup that copies ahead: scan_hopper.cuh.
+    pub warpgroups: bool,
 }
 
 impl Tile {
@@ -65,20 +67,44 @@ impl Tile {
         size * (stages * stage + g + warps * out) + heads * 5 * block * 4
     }
 
-    /// The longest block that fits with two stages, else with one.  f32 takes 32 tokens: 64 would leave no registers for
+    /// The tile of scan_hopper.cuh: a warpgroup per 64 rows of a head's state, two of them at most.
+    fn warpgroups(s: &Scan, walk: Walk, heads: usize, target: &Target) -> Option<Tile> {
+        const STAGES: usize = 3;
+        let (p, r) = s.full();
+        let fits = s.whole && s.dtype.size() == 2 && p.is_multiple_of(64) && (r == 64 || r == 128);
+        let groups = heads * p / 64;
+        if target.arch != Arch::Sm90a || !fits || groups > 2 || !(s.heads / s.groups).is_multiple_of(heads) {
+            return None;
+        }
+        // Panels of 64 rows of 128 bytes: x, b and perhaps c of every stage; g and y of every warpgroup.
+        let (panel, outputs) = (64 * 128, walk == Walk::Outputs);
+        let wide = panel * r / 64 * if outputs { 2 } else { 1 };
+        let tiles = STAGES * (groups * panel + wide) + if outputs { 2 * groups * panel } else { 0 };
+        let shared = (tiles + STAGES * (heads * 5 * 64 * 4 + 16)).next_multiple_of(1024);
+        let tile = Tile { block: 64, stages: STAGES, heads, shared, threads: 128 * (groups + 1), warpgroups: true };
+        (shared <= target.shared_per_block).then_some(tile)
+    }
+
+    /// Warpgroups where they do, else the longest block that fits with two stages, else with one.  f32 takes 32 tokens: 64 would leave no registers for
     /// copying ahead.
     fn choose(s: &Scan, walk: Walk, heads: usize, target: &Target) -> Option<Tile> {
+        if let Some(t) = Tile::warpgroups(s, walk, heads, target) {
+            return Some(t);
+        }
         let blocks: &[usize] = if s.dtype.size() == 2 { &[64, 32, 16] } else { &[32, 16] };
+        blocks.iter().find_map(|&block| Tile::warps(s, walk, heads, block, target))
+    }
+    /// A tile of scan.cuh with blocks of so many tokens.
+    fn warps(s: &Scan, walk: Walk, heads: usize, block: usize, target: &Target) -> Option<Tile> {
         let threads = 32 * heads * (s.full().0 / 16);
         if threads > 1024 || !(s.heads / s.groups).is_multiple_of(heads) {
             return None;
         }
-        let all = blocks.iter().flat_map(|&block| [2, 1].map(|stages| (block, stages)));
-        all.map(|(block, stages)| {
+        let all = [2, 1].map(|stages| {
             let shared = Tile::shared(s, walk, block, stages, heads);
-            Tile { block, stages, heads, shared, threads }
-        })
-        .find(|t| t.shared <= target.shared_per_block)
+            Tile { block, stages, heads, shared, threads, warpgroups: false }
+        });
+        all.into_iter().find(|t| t.shared <= target.shared_per_block)
     }
 
     /// Heads side by side share c·bᵀ and copies of b and c; 8 warps are enough.
@@ -139,6 +165,15 @@ impl Scan {
             .tag(if self.whole { "whole" } else { "ragged" })
     }
     pub fn walk(&self, header: &'static str, template: &'static str, t: Tile, reverse: bool) -> Stub {
+        let (header, template) = match template {
+            _ if !t.warpgroups => (header, template),
+            "selective_scan" => ("scan_hopper", "selective_scan_hopper"),
+            "scan_states" => ("scan_hopper", "scan_states_hopper"),
+            "scan_outputs" => ("scan_hopper", "scan_outputs_hopper"),
+            "scan_record" => ("scan_hopper", "scan_record_hopper"),
+            "scan_record_to_start" => ("scan_hopper", "scan_record_to_start_hopper"),
+            _ => panic!("BUG: {template} has no walk of warpgroups"),
+        };
         self.sized(Stub::new(header, template, t.threads))
             .int("block", t.block)
             .tag(format!("q{}", t.block))
@@ -214,11 +249,10 @@ impl Scan {
             .launch(((self.head_dim * self.state).div_ceil(vec * THREADS), self.heads, &self.n));
         Ok([states, combine])
     }
-    /// A tile with blocks of another length.
-    pub fn refit(&self, walk: Walk, t: Tile, block: usize, target: &Target) -> Result<Tile, Unsupported> {
-        let all =
-            [2, 1].map(|stages| Tile { block, stages, shared: Tile::shared(self, walk, block, stages, t.heads), ..t });
-        match all.into_iter().find(|t| t.shared <= target.shared_per_block) {
+    /// A tile with blocks of so many tokens.
+    pub fn tile_of(&self, walk: Walk, heads: usize, block: usize, target: &Target) -> Result<Tile, Unsupported> {
+        let tile = Tile::warpgroups(self, walk, heads, target).filter(|t| t.block == block);
+        match tile.or_else(|| Tile::warps(self, walk, heads, block, target)) {
             Some(t) => Ok(t),
             None => because(format!("walks in blocks of {block} need more than {} bytes", target.shared_per_block)),
         }
@@ -287,8 +321,9 @@ impl Scan {
     fn one_pass(&self, site: &Site, heads: usize) -> Result<Form, Unsupported> {
         let t = self.tile(Walk::Outputs, heads, site.target)?;
         let l = self.outputs(site, t, None)?.launch(self.grid(1, heads));
-        let why =
-            format!("{} blocks keep the states of {heads} heads each in registers{}", self.pairs(heads), self.manner());
+        let by = if t.warpgroups { " of warpgroups" } else { "" };
+        let (blocks, manner) = (self.pairs(heads), self.manner());
+        let why = format!("{blocks} blocks keep the states of {heads} heads each in registers{by}{manner}");
         Ok(Form::new("selective_scan", why, vec![l.into()]))
     }
 
@@ -337,7 +372,6 @@ impl Cuda for SelectiveScan {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cuda::target::Arch;
 
     fn scan(heads: usize, head_dim: usize, state: usize, dtype: DType) -> Scan {
         let (n, l) = (Dim::sym("N"), Dim::sym("L"));
@@ -348,10 +382,11 @@ mod tests {
     fn the_tile_of_the_370m_model() {
         let s = scan(32, 64, 128, DType::BF16);
         assert_eq!(Tile::heads(&s), 2);
-        for arch in Arch::ALL {
-            let t = s.tile(Walk::Outputs, 2, &Target::of(arch)).unwrap();
-            assert_eq!(t, Tile { block: 64, stages: 2, heads: 2, shared: 129_536, threads: 256 });
-        }
+        let tile = |arch| s.tile(Walk::Outputs, 2, &Target::of(arch)).unwrap();
+        let warps = Tile { block: 64, stages: 2, heads: 2, shared: 129_536, threads: 256, warpgroups: false };
+        assert_eq!(tile(Arch::Sm80), warps);
+        let groups = Tile { block: 64, stages: 3, heads: 2, shared: 188_416, threads: 384, warpgroups: true };
+        assert_eq!(tile(Arch::Sm90a), groups);
         let s = scan(32, 64, 128, DType::F32);
         assert_eq!(s.tile(Walk::Outputs, 1, &Target::of(Arch::Sm80)).unwrap().block, 32);
     }

@@ -7,11 +7,11 @@ use super::{Cuda, Site, Unsupported, because};
 use crate::cuda::expr::Expr;
 use crate::cuda::form::{Call, Condition, Form, Launch, Operand};
 use crate::cuda::stub::{Stub, c_type};
-use crate::cuda::target::Target;
+use crate::cuda::target::{Arch, Target};
 use rambac_ir::DType;
 use rambac_ir::ops::*;
 
-/// How a block of scan_backward.cuh works.
+/// How a block of scan_backward.cuh or scan_grad_hopper.cuh works.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Tile {
     /// Tokens.
@@ -24,6 +24,8 @@ struct Tile {
     /// Dynamic shared memory, in bytes; the kernel's `Shared` has the same.
     shared: usize,
     threads: usize,
+    /// scan_grad_hopper.cuh.
+    warpgroups: bool,
 }
 
 impl Tile {
@@ -41,9 +43,30 @@ impl Tile {
         (size * elements + 2 * 4 * (5 * block + partial) + s.exact.size() * block * heads).next_multiple_of(16)
     }
 
-    /// As many tokens as registers and shared memory allow: what gathers over the heads, [block, R] of db and dc, lies in
+    /// The tile of scan_grad_hopper.cuh: a warpgroup per side of the products and one that copies.
+    fn warpgroups(s: &Scan, parts: usize, target: &Target) -> Option<Tile> {
+        const STAGES: usize = 3;
+        let ((p, r), heads) = (s.full(), s.heads / s.groups / parts);
+        let fits = s.whole && s.dtype.size() == 2 && p == 64 && (r == 64 || r == 128);
+        if target.arch != Arch::Sm90a || !fits {
+            return None;
+        }
+        // Panels of 64 rows of 128 bytes: x, dy, states and their gradients of every stage; b, c and E.
+        let (panel, wide) = (64 * 128, 64 * 128 * r / 64);
+        let tiles = STAGES * (2 * panel + 2 * wide) + 2 * wide + panel;
+        let factors = STAGES * 4 * (5 * 64 + 3 * 64 + 8);
+        let steps = s.exact.size() * 64 * (heads | 1) + 4 * 4 * heads;
+        let shared = (tiles + factors + steps + 16 * STAGES).next_multiple_of(1024);
+        let tile = Tile { block: 64, columns: 2, stages: STAGES, parts, shared, threads: 384, warpgroups: true };
+        (shared <= target.shared_per_block).then_some(tile)
+    }
+
+    /// Warpgroups where they do, else as many tokens as registers and shared memory allow: what gathers over the heads, [block, R] of db and dc, lies in
     /// registers, and so more warps side by side share it where R or elements are larger.
     fn choose(s: &Scan, parts: usize, target: &Target) -> Option<Tile> {
+        if let Some(t) = Tile::warpgroups(s, parts, target) {
+            return Some(t);
+        }
         let (narrow, (p, r)) = (s.dtype.size() == 2, s.full());
         let all: &[(usize, usize, usize)] = match (narrow, r <= 128, p * r <= 64 * 128) {
             (true, true, _) => &[(64, 2, 2), (64, 2, 1), (32, 4, 1), (16, 8, 1)],
@@ -54,7 +77,7 @@ impl Tile {
         all.iter()
             .map(|&(block, columns, stages)| {
                 let shared = Tile::shared(s, block, columns, stages, parts);
-                Tile { block, columns, stages, parts, shared, threads: 2 * block * columns }
+                Tile { block, columns, stages, parts, shared, threads: 2 * block * columns, warpgroups: false }
             })
             .find(|t| t.shared <= target.shared_per_block)
     }
@@ -101,11 +124,8 @@ impl Plan<'_> {
     /// `dt` and what it walks over → states before every block, or in reverse gradients behind every block.
     fn record(&self, walks: Walks, ends: (Operand, Operand), reverse: bool) -> Result<Vec<Launch>, Unsupported> {
         let (s, site) = (self.s, self.site);
-        let own = |walk| -> Result<_, Unsupported> {
-            let t = s.tile(walk, 1, site.target)?;
-            // The blocks are those of the gradients' kernel.
-            s.refit(walk, t, self.tile.block, site.target)
-        };
+        // The blocks are those of the gradients' kernel.
+        let own = |walk| s.tile_of(walk, 1, self.tile.block, site.target);
         let t = own(Walk::Record)?;
         let (over, first, last, to) = if reverse { ((DY, C), DH, DH0, GRADIENTS) } else { ((X, B), H0, DH0, STATES) };
         let stub = |template, start: DType| {
@@ -154,8 +174,10 @@ impl Plan<'_> {
             Some(r) => Ok(Expr::int(r)),
             None => site.row_stride(at, 2),
         };
+        let (header, template) =
+            if t.warpgroups { ("scan_grad_hopper", "scan_grad_hopper") } else { ("scan_backward", "scan_grad") };
         let stub = s
-            .sized(Stub::new("scan_backward", "scan_grad", t.threads))
+            .sized(Stub::new(header, template, t.threads))
             .int("block", t.block)
             .tag(format!("q{}", t.block))
             .int("columns", t.columns)
@@ -241,7 +263,8 @@ impl Plan<'_> {
             Walks::Segments(segment) => format!("walks over segments of {segment} tokens write states"),
         };
         let heads = s.heads / s.groups / t.parts;
-        let why = format!("{walk}, then {} tokens a block go through {heads} heads{}", t.block, s.manner());
+        let by = if t.warpgroups { " by warpgroups" } else { "" };
+        let why = format!("{walk}, then {} tokens a block go through {heads} heads{by}{}", t.block, s.manner());
         let calls: Vec<Call> = launches.into_iter().map(Call::from).collect();
         let name = if walks == Walks::Whole { "scan_grad" } else { "scan_grad_segments" };
         Ok(work.into_iter().fold(Form::new(name, why, calls), |f, (name, t, n)| f.with(name, t, n)))
@@ -300,7 +323,7 @@ mod tests {
         };
         let bf16 = s(DType::BF16, 128);
         assert_eq!(parts(&bf16), 8);
-        assert_eq!(tile(&bf16, 1, Arch::Sm90a), Some((64, 2, 2, 256)));
+        assert_eq!(tile(&bf16, 1, Arch::Sm90a), Some((64, 2, 3, 384)));
         assert_eq!(tile(&bf16, 1, Arch::Sm80), Some((64, 2, 2, 256)));
         // 80 heads, as the 3B model has: their steps do not fit beside two stages on an A100.
         let wide = Scan { heads: 80, ..s(DType::BF16, 128) };

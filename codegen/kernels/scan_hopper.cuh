@@ -1,0 +1,354 @@
+// The selective scan on Hopper: the walk of scan.cuh with products of warpgroups.
+//
+// A warpgroup owns 64 rows of a head's state [P, R] and keeps them in registers as results of products (D).  y is made
+// transposed, so that the state is an operand (A) as it lies there, and x needs to be read once, by columns:
+//
+//            R                     t                 t                      s                  R
+//        +-------+              +-----+           +-----+                +----+            +-------+
+//   64 p | state |  ·  cᵀ,  e · |     |  +=  64 p |  xᵀ | · gᵀ       64 p|(wx)ᵀ|  ·  b  +=  | state |
+//        +-------+              +-----+           +-----+                +----+            +-------+
+//
+//   state·cᵀ runs while g is made of c·bᵀ; g goes through shared memory (its lower triangle; the rest is zero from the
+//   beginning); the state's own product runs while y is written.
+//
+// b, c, x and g lie in panels (wgmma.cuh).  A warpgroup of its own copies blocks ahead (cp.async) and makes their factors, so that
+// warpgroups do products alone and each goes at its own pace.  Operands come from shared memory once per 64 rows in place of
+// once per 16, which bounded scan.cuh.
+//
+// C: as for scan.cuh; 16-bit T, Q = 64, P a multiple of 64, R 64 or 128, `whole`.  128 threads per 64 rows of a head and 128 more; 3 stages or more.
+#pragma once
+#include "scan_backward.cuh"
+#include "wgmma.cuh"
+
+namespace rambac {
+
+// A warpgroup copies ROWS rows of 8·PIECES elements; rows from `rows` on become zeros.
+template <int PIECES, int ROWS, class T> __device__ __forceinline__ void copy_panel_rows(Panels<ROWS> tile, const T* from, i64 stride, int rows) {
+    constexpr int STEP = 128 / PIECES;
+    static_assert(STEP % Panels<ROWS>::PERIOD == 0, "pieces of a thread lie a constant apart");
+    const int first = threadIdx.x % 128 / PIECES, piece = threadIdx.x % PIECES;
+    const u32 to = tile.at(first, piece);
+    const T* at = from + first * stride + 8 * piece;
+#pragma unroll
+    for (int i = 0; i < ROWS; i += STEP) {
+        const bool valid = first + i < rows;
+        copy16_async(to + i * Panels<ROWS>::ROW_BYTES, valid ? at : from, valid);
+        at += STEP * stride;
+    }
+}
+
+template <class C, class Way> struct ScanWalkHopper {
+    using T = typename C::T;
+    static constexpr int P = C::head_dim, R = C::state, Q = C::block, HEADS = C::heads_per_cta, STAGES = C::stages;
+    static constexpr int SLICES = P / 64, GROUPS = HEADS * SLICES, THREADS = 128 * GROUPS + 128;
+    static_assert(sizeof(T) == 2 && C::whole && Q == 64 && P % 64 == 0 && (R == 64 || R == 128), "whole tiles of warpgroups");
+    static_assert(STAGES >= 3, "a block is told ready when the next is under way");
+    static_assert(C::heads / C::groups % HEADS == 0, "the heads of a CTA are of one group");
+    using Tile = Panels<Q>;
+
+    // Bytes; all tiles are Q rows in panels.  A stage is x of every group, b, c; then g of every group and y on its way out.
+    static constexpr u32 TILE = Q * 128, WIDE = TILE * R / 64, OF_B = GROUPS * TILE, OF_C = OF_B + WIDE, STAGE = OF_C + (Way::outputs ? WIDE : 0);
+    static constexpr u32 OF_G = STAGES * STAGE, OF_OUT = OF_G + (Way::outputs ? GROUPS * TILE : 0), TILES = OF_OUT + (Way::outputs ? GROUPS * TILE : 0);
+    struct alignas(1024) Shared {
+        u8 tiles[TILES];
+        ScanDecay<Q> decay[STAGES][HEADS];
+        Mbarrier full[STAGES], empty[STAGES];
+    };
+
+    const T *x, *b, *c;
+    const typename C::Exact *dt, *a, *d;
+    i64 x_stride, dt_stride, b_stride, c_stride;
+    T* y;
+    i64 y_stride;
+    T* record;
+    float* decays;
+    int first, end;
+    float h[R / 8][4];
+
+    __device__ __forceinline__ static int head0() { return blockIdx.y * HEADS; }
+    __device__ __forceinline__ static int group() { return warp_id() / 4; }
+    __device__ __forceinline__ static int head() { return head0() + group() / SLICES; }
+    // First of the warp's 16 rows of the head's state.
+    __device__ __forceinline__ static int slice() { return group() % SLICES * 64 + warp_id() % 4 * 16; }
+
+    // Calls f(pair, place in [P, R]) for every pair of neighbouring elements.
+    template <class F> __device__ __forceinline__ void each(F f) {
+        const int at = (slice() + lane_id() / 4) * R + 2 * (lane_id() % 4);
+#pragma unroll
+        for (int j = 0; j < R / 8; j++)
+#pragma unroll
+            for (int e = 0; e < 2; e++) f(h[j] + 2 * e, at + e * 8 * R + 8 * j);
+    }
+    __device__ __forceinline__ void clear() { rambac::clear(h); }
+    template <class S> __device__ __forceinline__ void load_state(const S* from) {
+        each([&](float* pair, int at) {
+            float v[2];
+            load_f32(v, from + at);
+            pair[0] = v[0], pair[1] = v[1];
+        });
+    }
+    template <class S> __device__ __forceinline__ void store_state(S* to) {
+        each([&](float* pair, int at) {
+            const float v[2] = {pair[0], pair[1]};
+            store_f32(to + at, v);
+        });
+    }
+
+    __device__ __forceinline__ int blocks() const { return (end - first + Q - 1) / Q; }
+    __device__ __forceinline__ int begin(int k) const { return first + (Way::reverse ? blocks() - 1 - k : k) * Q; }
+
+    __device__ __forceinline__ void copy(u32 stage, int t0) const {
+        const int rows = min_of(end - t0, Q);
+#pragma unroll
+        for (int g = 0; g < GROUPS; g++) copy_panel_rows<8>(Tile(stage + g * TILE), x + t0 * x_stride + 64 * g, x_stride, rows);
+        copy_panel_rows<R / 8>(Tile(stage + OF_B), b + t0 * b_stride, b_stride, rows);
+        if constexpr (Way::outputs) copy_panel_rows<R / 8>(Tile(stage + OF_C), c + t0 * c_stride, c_stride, rows);
+    }
+
+    // The last warpgroup copies blocks ahead; its warp i makes the factors of head i.
+    __device__ __forceinline__ void produce(Shared& sh) {
+        const int count = blocks(), m = warp_id() % 4;
+        const u32 tiles = shared_address(sh.tiles);
+        ScanSteps<Q> steps;
+        float rate = 0.f;
+        double total = 0.;
+        auto load = [&](int k) {
+            if (m < HEADS && k < count) steps.load(dt + begin(k) * dt_stride + m, dt_stride, end - begin(k));
+        };
+        if (m < HEADS) rate = to_f32(a[m]);
+        load(0);
+        Ring<STAGES> to, done;
+        auto ready = [&] {
+            shared_to_products();
+            sh.full[done.at].arrive();
+            done.next();
+        };
+#pragma unroll 1
+        for (int k = 0; k < count; k++) {
+            if (k >= STAGES) sh.empty[to.at].wait(to.parity ^ 1);
+            // MUT scan_hopper_free: ;
+            copy(tiles + to.at * STAGE, begin(k));
+            copies_commit();
+            if (k > 0) {
+                copies_wait<1>();
+                // MUT scan_hopper_wait: copies_wait<2>();
+                ready();
+            }
+            if (m < HEADS) total += steps.factors(sh.decay[to.at][m], rate);
+            load(k + 1);
+            to.next();
+        }
+        copies_wait<0>();
+        if (count > 0) ready();
+        if (Way::totals && m < HEADS && lane_id() == 0) decays[m] = exp2_fast((float)total);
+    }
+
+    // xᵀ [16, Q] as fragments of A.
+    using Columns = u32[Q / 16][4];
+    // Where a lane's row of [16, 16] lies in a tile whose columns go over the warps: of what is transposed as it is moved.
+    __device__ __forceinline__ static u32 across() {
+        const int lane = lane_id();
+        return Tile(0u).at(lane / 16 * 8 + lane % 8, warp_id() % 4 * 2 + lane / 8 % 2);
+    }
+
+    // The warp's rows of g from those of c·bᵀ, to a tile whose upper triangle is zero.
+    __device__ __forceinline__ static void make_g(u32 tile, const ScanDecay<Q>& decay, const float (&cb)[Q / 8][4]) {
+        const int w = warp_id() % 4, row = lane_id() / 4, q = 2 * (lane_id() % 4);
+        const float now[2] = {decay.hi[16 * w + row], decay.hi[16 * w + row + 8]};
+        const u32 to = Tile(tile).at(16 * w + lane_id() % 16, lane_id() / 16);
+        // 16 columns; `last`: with the diagonal.
+        auto columns = [&](int k, bool last) {
+            u32 out[4];
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                float hi[2], dt[2], g[2][2];
+                load_f32(hi, decay.hi + 16 * k + 8 * j + q);
+                load_f32(dt, decay.dt + 16 * k + 8 * j + q);
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+#pragma unroll
+                    for (int f = 0; f < 2; f++) {
+                        g[e][f] = cb[2 * k + j][2 * e + f] * (exp2_fast(now[e] - hi[f]) * dt[f]);
+                        if (last && 8 * j + q + f > row + 8 * e) g[e][f] = 0.f;
+                        // MUT scan_hopper_diagonal: if (last && 8 * j + q + f >= row + 8 * e) g[e][f] = 0.f;
+                    }
+                    out[2 * j + e] = pack2<T>(g[e][0], g[e][1]);
+                }
+            }
+            stmatrix4(to ^ 32 * k, out);
+        };
+#pragma unroll
+        for (int k = 0; k < Q / 16; k++) {
+            if (k < w) columns(k, false);
+            else if (k == w) columns(k, true);
+        }
+    }
+
+    // yᵀ [64, Q] to rows of y, by way of a tile.
+    __device__ __forceinline__ void write_outputs(u32 tile, const float (&acc)[Q / 8][4], int t0) const {
+        const int thread = threadIdx.x % 128, rows = end - t0 - thread / 8;
+        const u32 to = tile + across(), from = Tile(tile).at(thread / 8, thread % 8);
+#pragma unroll
+        for (int j = 0; j < Q / 8; j += 2) {
+            u32 v[4];
+            a_of_d<T>(v, acc + j);
+            stmatrix4_trans(to + 8 * j * Tile::ROW_BYTES, v);
+        }
+        warpgroup_sync(group());
+        // MUT scan_hopper_out: ;
+        T* out = y + (t0 + thread / 8) * y_stride + 64 * group() + thread % 8 * 8;
+#pragma unroll
+        for (int i = 0; i < Q; i += 16) {
+            const uint4 v = load_shared16(from + i * Tile::ROW_BYTES);
+            const u32 words[4] = {v.x, v.y, v.z, v.w};
+            if (i < rows) store_words<4>(out, words);
+            out += 16 * y_stride;
+        }
+    }
+
+    // Columns of x times what a step adds to the state.
+    __device__ __forceinline__ static void weigh(Columns& out, const Columns& xs, const ScanDecay<Q>& decay) {
+#pragma unroll
+        for (int i = 0; i < Q / 16; i++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int s = 16 * i + 8 * half + 2 * (lane_id() % 4);
+                float by[2];
+                load_f32(by, (Way::reverse ? decay.from_start : decay.to_end) + s);
+                if constexpr (!Way::reverse) {
+                    float dt[2];
+                    load_f32(dt, decay.dt + s);
+                    by[0] *= dt[0], by[1] *= dt[1];
+                }
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    const u32 v = xs[i][2 * half + e];
+                    out[i][2 * half + e] = pack2<T>(to_f32(T{(u16)v}) * by[0], to_f32(T{(u16)(v >> 16)}) * by[1]);
+                }
+            }
+    }
+
+    __device__ __forceinline__ void consume(Shared& sh) {
+        const int count = blocks(), m = group() / SLICES;
+        const u32 tiles = shared_address(sh.tiles), g = tiles + OF_G + group() * TILE, out = tiles + OF_OUT + group() * TILE;
+        const u32 mine = group() * TILE + across();
+        const float skip = Way::outputs ? to_f32(d[m]) : 0.f;
+        if constexpr (Way::outputs) {
+            for (int i = threadIdx.x % 128; i < Q * 32; i += 128) store_shared(g + 4 * i, 0);
+            warpgroup_sync(group());
+        }
+        Ring<STAGES> from;
+#pragma unroll 1
+        for (int k = 0; k < count; k++) {
+            const u32 stage = tiles + from.at * STAGE;
+            const ScanDecay<Q>& decay = sh.decay[from.at][m];
+            const Tile bs(stage + OF_B);
+            u32 state[Way::outputs ? R / 16 : 1][4];
+            Columns xs;
+            float acc[Q / 8][4];
+            if constexpr (Way::outputs) {
+#pragma unroll
+                for (int i = 0; i < R / 16; i++) a_of_d<T>(state[i], h + 2 * i);
+            }
+            sh.full[from.at].wait(from.parity);
+            // MUT scan_hopper_ready: ;
+            if constexpr (Way::record) {
+                T* to = record + (((i64)(begin(k) / Q) * C::heads + head()) * P + slice() + lane_id() / 4) * R;
+                store_d_global(to, to + 8 * R, h);
+            }
+            if constexpr (Way::outputs) {
+                const Tile cs(stage + OF_C);
+                float cb[Q / 8][4];
+                products_begin();
+#pragma unroll
+                for (int i = 0; i < R / 16; i++) Wgmma<T, Q, 0, 0>::run(cb, cs.along_rows(i), bs.along_rows(i), i > 0);
+                products_commit();
+#pragma unroll
+                for (int i = 0; i < R / 16; i++) Wgmma<T, Q, 0, 0>::run(acc, state[i], cs.along_rows(i), i > 0);
+                products_commit();
+#pragma unroll
+                for (int i = 0; i < Q / 16; i++) ldmatrix4_trans(xs[i], stage + mine + 16 * i * Tile::ROW_BYTES);
+                products_wait<1>();
+                in_flight(cb);
+                make_g(g, decay, cb);
+                shared_to_products();
+                products_wait<0>();
+                in_flight(acc);
+#pragma unroll
+                for (int j = 0; j < Q / 8; j++) {
+                    float by[2];
+                    load_f32(by, decay.from_start + 8 * j + 2 * (lane_id() % 4));
+#pragma unroll
+                    for (int e = 0; e < 4; e++) acc[j][e] *= by[e % 2];
+                }
+                warpgroup_sync(group());
+                // MUT scan_hopper_g: ;
+                products_begin();
+                in_flight(acc);
+#pragma unroll
+                for (int i = 0; i < Q / 16; i++) Wgmma<T, Q, 0, 0>::run(acc, xs[i], Tile(g).along_rows(i), true);
+                products_commit();
+            } else {
+#pragma unroll
+                for (int i = 0; i < Q / 16; i++) ldmatrix4_trans(xs[i], stage + mine + 16 * i * Tile::ROW_BYTES);
+            }
+
+            // state = whole·state + (factor·x)ᵀ·b
+            const float whole = decay.from_start[Q - 1];
+#pragma unroll
+            for (int j = 0; j < R / 8; j++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) h[j][i] *= whole;
+            Columns weighted;
+            weigh(weighted, xs, decay);
+            products_begin();
+            in_flight(h);
+#pragma unroll
+            for (int i = 0; i < Q / 16; i++) Wgmma<T, R, 0, 1>::run(h, weighted[i], bs.along_columns(i), true);
+            products_commit();
+            if constexpr (Way::outputs) {
+                products_wait<1>();
+                // MUT scan_hopper_y: ;
+                in_flight(acc);
+#pragma unroll
+                for (int i = 0; i < Q / 16; i++)
+#pragma unroll
+                    for (int j = 0; j < 4; j++) {
+                        float* to = acc[2 * i + j / 2] + j % 2 * 2;
+                        to[0] = fmaf(skip, to_f32(T{(u16)xs[i][j]}), to[0]);
+                        to[1] = fmaf(skip, to_f32(T{(u16)(xs[i][j] >> 16)}), to[1]);
+                    }
+                write_outputs(out, acc, begin(k));
+            }
+            products_wait<0>();
+            in_flight(h);
+            __syncwarp();
+            if (lane_id() == 0) sh.empty[from.at].arrive();
+            from.next();
+        }
+    }
+
+    // As ScanWalk::walk.
+    template <class First, class Last>
+    __device__ __forceinline__ void walk(Shared& sh, const ScanRows&, const ScanAsIs&, const First& first_state, const Last& last_state) {
+        if (threadIdx.x < STAGES) sh.full[threadIdx.x].init(128), sh.empty[threadIdx.x].init(4 * GROUPS);
+        __syncthreads();
+        if (group() == GROUPS) {
+            if constexpr (GROUPS > 1) fewer_registers<40>();
+            produce(sh);
+        } else {
+            if constexpr (GROUPS > 1) more_registers<232>();
+            first_state();
+            consume(sh);
+            last_state();
+        }
+    }
+};
+
+template <class C, class... A> __device__ __forceinline__ void selective_scan_hopper(A... a) { selective_scan<C, ScanWalkHopper>(a...); }
+template <class C, class... A> __device__ __forceinline__ void scan_states_hopper(A... a) { scan_states<C, ScanWalkHopper>(a...); }
+template <class C, class... A> __device__ __forceinline__ void scan_outputs_hopper(A... a) { scan_outputs<C, ScanWalkHopper>(a...); }
+template <class C, class... A> __device__ __forceinline__ void scan_record_hopper(A... a) { scan_record<C, ScanWalkHopper>(a...); }
+template <class C, class... A> __device__ __forceinline__ void scan_record_to_start_hopper(A... a) { scan_record_to_start<C, ScanWalkHopper>(a...); }
+
+}  // namespace rambac

@@ -1,0 +1,447 @@
+//! Running one program, waited for or not.
+//!
+//! A run that is begun ([`Machine::begin`]) goes on by itself: its inputs were copied to memory that the device reads by itself,
+//! its results come to such memory, and [`Machine::finish`] waits for them alone.  So the host can make the next inputs, and
+//! begin the next run, meanwhile; runs happen one after another all the same.  While a program's work is not recorded, its runs
+//! are waited for at once: an error then names the step.
+
+use super::bound::{Bound, Place, What, Work};
+use super::bytes::Bytes;
+use super::error::GpuError;
+use super::machine::{Chosen, Machine, Outcome, Placement, ProgramId, Record, blame, device};
+use super::profile::Ends;
+use super::stage::Pinned;
+use crate::executor::StepTimes;
+use rambac_codegen::cuda::GpuProgram;
+use rambac_codegen::program::SourceSlot;
+use rambac_driver::{BufferId, Device, EventId, HostId};
+use rambac_ir::Bindings;
+use rambac_ir::ops::SourceKind;
+use rambac_ir::ty::ConcreteTy;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Results of a run by name, in the program's order.
+pub type Results = Vec<(String, Bytes)>;
+
+/// A run whose results are still to come.
+#[derive(Debug, PartialEq, Eq, Hash)]
+#[must_use = "results are asked for with `finish`"]
+pub struct Ticket(u64);
+
+/// What a run is asked to do.
+#[derive(Clone, Copy)]
+pub(super) struct Ask<'a> {
+    pub dims: &'a Bindings,
+    pub inputs: &'a [(&'a str, &'a Bytes)],
+    /// Results that become values, and the values' names.
+    pub keep: &'a [(&'a str, &'a str)],
+    /// What is kept is returned, too.
+    pub both: bool,
+}
+
+/// Results on their way to this machine.
+struct Landing {
+    /// Where they come, and how much that holds.
+    to: Option<(HostId, usize)>,
+    /// With the first byte of each.
+    parts: Vec<(String, ConcreteTy, usize)>,
+    /// Results that are too large for that.
+    here: Results,
+    bytes: usize,
+}
+
+/// A run that was begun.
+pub(super) struct Flight {
+    program: String,
+    landing: Landing,
+    end: EventId,
+}
+
+/// A run as far as the host has to do with it.
+struct Begun {
+    gpu: Arc<GpuProgram>,
+    bound: Arc<Bound>,
+    landing: Landing,
+    /// It was started as a whole: what goes wrong can't be told by its step anyway.
+    whole: bool,
+}
+
+impl<D: Device> Machine<D> {
+    /// Runs once: reads `inputs` (those not given are values of their name), updates params and states, returns the
+    /// other outputs in order.
+    ///
+    /// # Errors
+    /// See [`GpuError`].  Params and states may be half updated after an error of the device, not after any other.
+    pub fn run(&mut self, id: ProgramId, dims: &Bindings, inputs: &[(&str, &Bytes)]) -> Outcome<Results> {
+        self.run_keeping(id, dims, inputs, &[])
+    }
+
+    /// As [`run`](Self::run); the outputs named in `keep` become values of the name that stands beside them, and are not
+    /// returned.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    pub fn run_keeping(
+        &mut self,
+        id: ProgramId,
+        dims: &Bindings,
+        inputs: &[(&str, &Bytes)],
+        keep: &[(&str, &str)],
+    ) -> Outcome<Results> {
+        self.run_asked(id, &Ask { dims, inputs, keep, both: false }, None)
+    }
+
+    /// As [`run`](Self::run); before a step attends to chunks in pages, `chosen` hears which: their indices
+    /// `[N, L, h, K]`, of which the first `count` `[N, L, h]` of a row are meant.  It may write values, not move them.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    pub fn run_choosing(
+        &mut self,
+        id: ProgramId,
+        dims: &Bindings,
+        inputs: &[(&str, &Bytes)],
+        chosen: &mut Chosen<D>,
+    ) -> Outcome<Results> {
+        self.run_asked(id, &Ask { dims, inputs, keep: &[], both: false }, Some(chosen))
+    }
+
+    /// As [`run_keeping`](Self::run_keeping); adds the seconds of every step of the program to `times`, by the device's
+    /// clock, see [`watch`](Self::watch).  They stay empty where a device has no clock.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    pub fn run_timed(
+        &mut self,
+        id: ProgramId,
+        dims: &Bindings,
+        inputs: &[(&str, &Bytes)],
+        keep: &[(&str, &str)],
+        times: &mut StepTimes,
+    ) -> Outcome<Results> {
+        let others = self.profiling.take();
+        let result = self.watch(1).and_then(|()| self.run_keeping(id, dims, inputs, keep));
+        let watched = self.watched();
+        let ended = self.end_watch();
+        self.profiling = others;
+        let out = result?;
+        ended?;
+        for t in watched.iter().filter(|t| t.of_device) {
+            times.resize(t.steps.len(), Duration::ZERO);
+            times.iter_mut().zip(&t.steps).for_each(|(sum, s)| *sum += Duration::from_secs_f64(s.max(0.0)));
+        }
+        Ok(out)
+    }
+
+    /// As [`run`](Self::run) without its end, which [`finish`](Self::finish) waits for.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    pub fn begin(&mut self, id: ProgramId, dims: &Bindings, inputs: &[(&str, &Bytes)]) -> Outcome<Ticket> {
+        let mut temporary = vec![];
+        let ask = Ask { dims, inputs, keep: &[], both: false };
+        if self.placement == Placement::Apart || self.watching() {
+            let here = self.run_asked(id, &ask, None)?;
+            let landing = Landing { to: None, parts: vec![], here, bytes: 0 };
+            return self.fly(self.programs[id.0].gpu.program.name.clone(), landing);
+        }
+        let begun = self.run_with(id, &ask, &mut temporary, None)?;
+        assert!(temporary.is_empty(), "BUG: only operands that lie apart are given back after a run");
+        if !begun.whole {
+            let ended = self.device.synchronise();
+            self.landed(ended.map_err(|e| blame(&begun.gpu, &begun.bound, "its end".into(), e)), &begun.landing)?;
+        }
+        self.fly(begun.gpu.program.name.clone(), begun.landing)
+    }
+
+    fn fly(&mut self, program: String, landing: Landing) -> Outcome<Ticket> {
+        let end = self.device.event().map_err(device(&program, "its end"));
+        let end = self.landed(end, &landing)?;
+        self.tick += 1;
+        self.flights.insert(self.tick, Flight { program, landing, end });
+        Ok(Ticket(self.tick))
+    }
+
+    /// Waits for a run that was begun; its results.
+    ///
+    /// # Errors
+    /// The device failed meanwhile.
+    pub fn finish(&mut self, ticket: Ticket) -> Outcome<Results> {
+        let f = self.flights.remove(&ticket.0).expect("BUG: a ticket is of this machine, and finished once");
+        let waited = self.device.wait(f.end);
+        let ended = waited.and(self.device.release(f.end)).map_err(device(&f.program, "its end"));
+        self.landed(ended, &f.landing)?;
+        self.read(&f.program, f.landing)
+    }
+
+    /// Gives up runs whose results nobody wants.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn give_up(&mut self) -> Outcome<()> {
+        let mut first = Ok(());
+        while let Some((&at, _)) = self.flights.first_key_value() {
+            first = first.and(self.finish(Ticket(at)).map(drop));
+        }
+        first
+    }
+
+    pub(super) fn run_asked(&mut self, id: ProgramId, ask: &Ask, chosen: Option<&mut Chosen<D>>) -> Outcome<Results> {
+        let mut temporary = vec![];
+        let name = self.programs[id.0].gpu.program.name.clone();
+        self.device.begin_range(&name);
+        let begun = self.run_with(id, ask, &mut temporary, chosen);
+        let result = begun.and_then(|b| self.end(id, ask, b));
+        self.device.end_range();
+        self.unwatch();
+        let mut freed = Ok(());
+        for b in temporary {
+            freed = freed.and(self.device.free(b).map_err(device(&name, "free")));
+        }
+        result.and_then(|out| freed.map(|()| out))
+    }
+
+    /// Waits for a run and reads its results.
+    fn end(&mut self, id: ProgramId, ask: &Ask, b: Begun) -> Outcome<Results> {
+        let late = |e| blame(&b.gpu, &b.bound, "its end".into(), e);
+        let ended = self.device.synchronise().map_err(late);
+        let ended = ended.and_then(|()| self.note(id, ask.dims, [given(ask), b.landing.bytes]));
+        self.landed(ended, &b.landing)?;
+        self.read(&b.gpu.program.name, b.landing)
+    }
+
+    /// Takes the memory of results back if there will be none.
+    fn landed<T>(&mut self, result: Outcome<T>, landing: &Landing) -> Outcome<T> {
+        if let (Err(_), Some(to)) = (&result, landing.to) {
+            self.pinned.give(to);
+        }
+        result
+    }
+
+    fn read(&mut self, program: &str, l: Landing) -> Outcome<Results> {
+        let Some(to) = l.to else { return Ok(l.here) };
+        let mut out = vec![];
+        let mut read = Ok(());
+        for (name, ty, at) in l.parts {
+            let mut data = vec![0; ty.bytes()];
+            read = read.and(self.device.read_host(to.0, at, &mut data).map_err(device(program, name.as_str())));
+            out.push((name, Bytes { ty, data }));
+        }
+        self.pinned.give(to);
+        read.map(|()| out)
+    }
+
+    fn run_with(
+        &mut self,
+        id: ProgramId,
+        ask: &Ask,
+        temporary: &mut Vec<BufferId>,
+        chosen: Option<&mut Chosen<D>>,
+    ) -> Outcome<Begun> {
+        let gpu = self.programs[id.0].gpu.clone();
+        let name = gpu.program.name.as_str();
+        self.check(&gpu, ask.dims, ask.inputs)?;
+        let sources = self.sources(id, ask, temporary)?;
+        let bound = self.bound(id, ask.dims, &sources, temporary)?;
+        self.busy(bound.work.len())?;
+        self.point(Ends::Before)?;
+        for (slot, b) in gpu.program.sources.iter().zip(&sources) {
+            if let Some(v) = find(ask, slot.kind, &slot.name) {
+                self.bring(&v.data, (*b, 0)).map_err(device(name, &slot.name))?;
+            }
+        }
+        self.point(Ends::Inputs)?;
+        let whole = match chosen {
+            // The host looks in between, so this is never recorded.
+            Some(f) if !bound.choices.is_empty() => {
+                self.choosing(id, &gpu, &bound, f)?;
+                false
+            }
+            _ => self.start(id, ask.dims, &gpu, &bound)?,
+        };
+        let landing = self.land(&gpu, &bound, ask)?;
+        Ok(Begun { gpu, bound, landing, whole })
+    }
+
+    fn choosing(&mut self, id: ProgramId, gpu: &GpuProgram, bound: &Bound, f: &mut Chosen<D>) -> Outcome<()> {
+        let name = gpu.program.name.as_str();
+        for (i, w) in bound.work.iter().enumerate() {
+            if let Some(c) = bound.choices.iter().find(|c| c.work == i) {
+                let (indices, count) = (self.integers(name, &c.indices)?, self.integers(name, &c.count)?);
+                f(self, &indices, &count)?;
+                self.point(Ends::Gathering)?;
+            }
+            self.one(id, gpu, bound, w)?;
+            self.point(Ends::Step(w.step))?;
+        }
+        Ok(())
+    }
+
+    fn integers(&mut self, program: &str, (ty, at): &(ConcreteTy, Place)) -> Outcome<Vec<i32>> {
+        let mut data = vec![0; ty.bytes()];
+        self.device.copy_out(at.0, at.1, &mut data).map_err(device(program, "the choice of chunks"))?;
+        Ok(data.as_chunks::<4>().0.iter().map(|b| i32::from_le_bytes(*b)).collect())
+    }
+
+    /// The buffer of every source: that of its value, or one for an input that is given.
+    pub(super) fn sources(
+        &mut self,
+        id: ProgramId,
+        ask: &Ask,
+        temporary: &mut Vec<BufferId>,
+    ) -> Outcome<Vec<BufferId>> {
+        let gpu = self.programs[id.0].gpu.clone();
+        let one = |slot: &SourceSlot| match find(ask, slot.kind, &slot.name) {
+            None => Ok(self.values[&slot.name].1),
+            Some(v) => self.input(id, &slot.name, v.data.len(), temporary),
+        };
+        gpu.program.sources.iter().map(one).collect()
+    }
+
+    /// Starts the way of results to values and to this machine.
+    fn land(&mut self, gpu: &GpuProgram, bound: &Bound, ask: &Ask) -> Outcome<Landing> {
+        let (mut parts, mut from, mut bytes) = (vec![], vec![], 0usize);
+        for (o, (ty, place)) in gpu.program.outputs.iter().filter(|o| !o.update).zip(&bound.outputs) {
+            if let Some((_, value)) = ask.keep.iter().find(|(output, _)| *output == o.name) {
+                let to = self.room(value, ty)?;
+                let late = |e| blame(gpu, bound, o.name.clone(), e);
+                self.device.copy(*place, (to, 0), ty.bytes()).map_err(late)?;
+                if !ask.both {
+                    continue;
+                }
+            }
+            parts.push((o.name.clone(), ty.clone(), bytes));
+            from.push(*place);
+            bytes += ty.bytes().next_multiple_of(64);
+        }
+        let mut landing = Landing { to: None, parts, here: vec![], bytes };
+        if bytes == 0 || bytes > Pinned::MOST {
+            for ((name, ty, _), place) in std::mem::take(&mut landing.parts).into_iter().zip(from) {
+                let mut data = vec![0; ty.bytes()];
+                let late = |e| blame(gpu, bound, name.clone(), e);
+                self.device.copy_out(place.0, place.1, &mut data).map_err(late)?;
+                landing.here.push((name, Bytes { ty, data }));
+            }
+        } else {
+            let to = self.pinned.take(&mut self.device, bytes).map_err(|e| blame(gpu, bound, "results".into(), e))?;
+            landing.to = Some(to);
+            let mut started = Ok(());
+            for ((name, ty, at), place) in landing.parts.iter().zip(from) {
+                let late = |e| blame(gpu, bound, name.clone(), e);
+                started = started.and_then(|()| self.device.download(place, (to.0, *at), ty.bytes()).map_err(late));
+            }
+            self.landed(started, &landing)?;
+        }
+        let pointed = self.point(Ends::Results);
+        self.landed(pointed, &landing)?;
+        Ok(landing)
+    }
+
+    /// Starts all work of a run; whether it was started as a whole.
+    fn start(&mut self, id: ProgramId, dims: &Bindings, gpu: &GpuProgram, bound: &Bound) -> Outcome<bool> {
+        if self.watching() {
+            for (i, w) in bound.work.iter().enumerate() {
+                let first = i == 0 || bound.work[i - 1].step != w.step;
+                if first {
+                    self.device.begin_range(gpu.program.steps[w.step].op.mnemonic());
+                }
+                let started = self.one(id, gpu, bound, w);
+                let last = bound.work.get(i + 1).is_none_or(|next| next.step != w.step);
+                if last || started.is_err() {
+                    self.device.end_range();
+                }
+                started?;
+                if last {
+                    self.point(Ends::Step(w.step))?;
+                }
+            }
+            return Ok(false);
+        }
+        let record = self.programs[id.0].bound.get(dims).map_or(Record::Never, |k| k.record);
+        let whole = |e| blame(gpu, bound, "its steps".into(), e);
+        let next = match record {
+            Record::Made(r) => return self.device.replay(r).map(|()| true).map_err(whole),
+            Record::First => Record::Second,
+            Record::Second if self.device.begin_record().map_err(whole)? => {
+                let kept = self.each(id, gpu, bound);
+                let record = self.end_record(kept, gpu, bound)?;
+                self.keep_record(id, dims, Record::Made(record));
+                return self.device.replay(record).map(|()| true).map_err(whole);
+            }
+            Record::Second | Record::Never => Record::Never,
+        };
+        self.each(id, gpu, bound)?;
+        self.keep_record(id, dims, next);
+        Ok(false)
+    }
+
+    /// A record that was begun is ended, whatever it holds.
+    pub(super) fn end_record(
+        &mut self,
+        kept: Outcome<()>,
+        gpu: &GpuProgram,
+        bound: &Bound,
+    ) -> Outcome<rambac_driver::RecordId> {
+        let whole = |e| blame(gpu, bound, "its steps".into(), e);
+        let record = self.device.end_record().map_err(whole);
+        if let Err(e) = kept {
+            if let Ok(r) = record {
+                self.device.forget(r).map_err(whole)?;
+            }
+            return Err(e);
+        }
+        record
+    }
+
+    fn keep_record(&mut self, id: ProgramId, dims: &Bindings, record: Record) {
+        if let Some(k) = self.programs[id.0].bound.get_mut(dims) {
+            k.record = record;
+        }
+    }
+
+    pub(super) fn each(&mut self, id: ProgramId, gpu: &GpuProgram, bound: &Bound) -> Outcome<()> {
+        bound.work.iter().try_for_each(|w| self.one(id, gpu, bound, w))
+    }
+
+    fn one(&mut self, id: ProgramId, gpu: &GpuProgram, bound: &Bound, w: &Work) -> Outcome<()> {
+        let started = match &w.what {
+            What::Launch(k, extent, args) => {
+                let module = self.programs[id.0].modules[*k];
+                self.device.launch(module, &gpu.kernels[*k].name, *extent, args)
+            }
+            What::Product(x) => self.device.product(x),
+        };
+        started.map_err(|e| blame(gpu, bound, w.describe(gpu), e))
+    }
+
+    /// Every source is there and of the right type.
+    pub(super) fn check(&self, gpu: &GpuProgram, dims: &Bindings, inputs: &[(&str, &Bytes)]) -> Outcome<()> {
+        for slot in &gpu.program.sources {
+            let expected = slot.ty.bind(dims)?;
+            let kind = slot.kind.name();
+            let given = inputs.iter().find(|(n, _)| slot.kind == SourceKind::Input && *n == slot.name);
+            let found = given.map(|(_, b)| &b.ty).or_else(|| self.ty(&slot.name));
+            let (program, name) = (gpu.program.name.clone(), slot.name.clone());
+            match found {
+                None => return Err(GpuError::Missing { program, kind, name, expected: expected.to_string() }),
+                Some(found) if *found != expected => {
+                    let (expected, found) = (expected.to_string(), found.to_string());
+                    return Err(GpuError::Wrong { program, kind, name, expected, found });
+                }
+                Some(_) => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The value of an input, if it was given.
+pub(super) fn find<'a>(ask: &Ask<'a>, kind: SourceKind, name: &str) -> Option<&'a Bytes> {
+    ask.inputs.iter().find(|(n, _)| kind == SourceKind::Input && *n == name).map(|(_, b)| *b)
+}
+
+/// Bytes of all inputs that were given.
+fn given(ask: &Ask) -> usize {
+    ask.inputs.iter().map(|(_, b)| b.data.len()).sum()
+}
