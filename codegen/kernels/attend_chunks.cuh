@@ -217,12 +217,18 @@ __device__ __forceinline__ void attend_reduce_slots(typename C::T* out, i64 stri
     using T = typename C::T;
     constexpr int D = C::head_dim, G = C::heads_per_kv, PARTS = C::parts, PIECE = 16 / sizeof(T);
     int width = h * G * D / PIECE;
+    auto at_time = [&](int time) { return ((i64)blockIdx.x * C::times + time) * blockDim.x + threadIdx.x; };
+    auto count_of = [&](i64 i) { return i / width < tokens ? count[i / width * h + (int)(i % width) * PIECE / (G * D)] : -1; };
+    // Where all are passed over, none waits for the one before.
+    bool any = false;
+#pragma unroll
+    for (int time = 0; time < C::times; time++) any |= count_of(at_time(time)) >= 0;
+    if (!any) return;
 #pragma unroll 1
     for (int time = 0; time < C::times; time++) {
-        i64 i = ((i64)blockIdx.x * C::times + time) * blockDim.x + threadIdx.x, token = i / width;
+        i64 i = at_time(time), token = i / width;
         int col = (int)(i % width) * PIECE;
-        if (token >= tokens) return;
-        int n = count[token * h + col / (G * D)] * PARTS;
+        int n = count_of(i) * PARTS;
         // MUT chunks_count: int n = C::slots * PARTS;
         if (n < 0) continue;
         // MUT chunks_others: ;

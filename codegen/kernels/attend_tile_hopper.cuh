@@ -91,6 +91,28 @@ template <class C> struct TileHopper {
     } list[3];
 };
 
+// The greatest of a lane's two rows of a D tile, or zero: as integers, of which three are compared at once.  Where nothing is above
+// zero the warp's rows are looked at as numbers.
+template <int TILES> __device__ __forceinline__ void row_top(float (&top)[2], const float (&d)[TILES][4]) {
+    i32 m[2] = {0, 0};
+#pragma unroll
+    for (int i = 0; i < TILES; i++) {
+        m[0] = max_of(max_of(m[0], __float_as_int(d[i][0])), __float_as_int(d[i][1]));
+        m[1] = max_of(max_of(m[1], __float_as_int(d[i][2])), __float_as_int(d[i][3]));
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        m[i] = max_of(m[i], __shfl_xor_sync(ALL_LANES, m[i], 2));
+        m[i] = max_of(m[i], __shfl_xor_sync(ALL_LANES, m[i], 1));
+        top[i] = __int_as_float(m[i]);
+    }
+    if (__any_sync(ALL_LANES, m[0] == 0 || m[1] == 0)) {
+        // MUT tile_below: if (false) {
+        top[0] = top[1] = -3e38f;
+        row_max(top, d);
+    }
+}
+
 // q, o: rows of H·head_dim at their strides; K, V rows of h·head_dim.  Tiles that are not shared are passed over.
 template <class C>
 __device__ __forceinline__ void attend_tiles(typename C::T* o, i64 o_stride, const typename C::T* q, i64 q_stride,
@@ -206,7 +228,7 @@ __device__ __forceinline__ void attend_tiles(typename C::T* o, i64 o_stride, con
             copies_commit();
 #pragma unroll
             for (int t = 0; t < TILES; t++) {
-                float w[2] = {0.f, 0.f}, top[2] = {-3e38f, -3e38f}, sum[2];
+                float w[2] = {0.f, 0.f}, top[2], sum[2];
 #pragma unroll
                 for (int j = 0; j < (G % 16 == 0 ? 1 : 2); j++) {
                     int token = (row + 64 * t + 8 * j) / G;
@@ -217,7 +239,7 @@ __device__ __forceinline__ void attend_tiles(typename C::T* o, i64 o_stride, con
                 products_wait<1>();
                 if (TILES == 1) products_wait<0>();
                 in_flight(logits[t]);
-                row_max(top, logits[t]);
+                row_top(top, logits[t]);
                 row_exp2(sum, logits[t], top, ChunkSoftmax<C>::FACTOR);
 #pragma unroll
                 for (int j = 0; j < 2; j++) {

@@ -214,11 +214,16 @@ fn chunk_major(rig: &Rig) -> Result<String, String> {
     Ok(String::new())
 }
 
-/// Runs a shape whose neighbours choose alike, in a form with tiles for them, few blocks.
-fn attend_alike(rig: &Rig, rng: &mut Rng, s: &Shape, form: &'static str) -> Result<(), String> {
+/// Runs a shape whose neighbours choose alike, in a form with tiles for them, few blocks; `below`: all logits are far below zero.
+fn attend_alike(rig: &Rig, rng: &mut Rng, s: &Shape, below: bool, form: &'static str) -> Result<(), String> {
     let op = ChunkAttention { chunk: s.chunk, scale: (s.d as f64).powf(-0.5), off_by_one: s.off };
     let chosen = alike(rng, s);
-    let x = operands_with(rng, s, chosen, s.n == 1, false);
+    let mut x = operands_with(rng, s, chosen, s.n == 1, false);
+    if below {
+        for (i, low) in [(0, -6.0), (1, 5.0)] {
+            x[i] = Input::new(rng, x[i].ty.clone(), &dims(s), low, low + 1.0);
+        }
+    }
     rig.check(&Check::new(op, x, &dims(s), tolerance(s.dtype)).on(Arch::Sm90a).sms(1).in_form(form)).map(|_| ())
 }
 
@@ -227,7 +232,7 @@ fn neighbours(rig: &Rig) -> Result<String, String> {
     use DType::{BF16, F16};
     for (s, form) in [
         // A tile is eight tokens, in full and in part; some tiles share nothing.
-        (shape(BF16, [1, 101, 5, 0], [1, 16], 64, 64, 4), "shared_tiles"),
+        (shape(BF16, [1, 101, 20, 0], [1, 16], 64, 64, 4), "shared_tiles"),
         // A thread's rows are of two tokens; two sequences, two key heads, zero logits; chunks chosen twice.
         (shape(F16, [2, 37, 6, 1], [2, 8], 64, 64, 8), "shared_tiles"),
         (shape(BF16, [1, 70, 9, 0], [1, 4], 64, 64, 2), "shared_tiles"),
@@ -236,7 +241,7 @@ fn neighbours(rig: &Rig) -> Result<String, String> {
         (shape(F16, [1, 45, 3, 0], [1, 16], 64, 64, 3), "shared_tiles_tokens"),
         (shape(BF16, [3, 30, 3, 0], [1, 16], 64, 64, 3), "shared_tiles_sequences"),
     ] {
-        attend_alike(rig, &mut rng, &s, form)?;
+        attend_alike(rig, &mut rng, &s, false, form)?;
     }
     Ok(String::new())
 }
@@ -505,9 +510,14 @@ pub fn quick_hopper(rig: &Rig) -> Result<(), String> {
 }
 
 pub fn quick_neighbours(rig: &Rig) -> Result<(), String> {
+    use DType::{BF16, F16};
     let mut rng = Rng(19);
-    for s in [shape(DType::BF16, [1, 61, 3, 0], [1, 16], 64, 64, 3), shape(DType::F16, [1, 75, 2, 1], [1, 8], 64, 64, 4)] {
-        attend_alike(rig, &mut rng, &s, "shared_tiles")?;
+    for (s, below) in [
+        (shape(BF16, [1, 61, 14, 0], [1, 16], 64, 64, 3), false),
+        (shape(F16, [2, 37, 3, 1], [2, 8], 64, 64, 4), false),
+        (shape(BF16, [1, 24, 2, 0], [1, 16], 64, 64, 2), true),
+    ] {
+        attend_alike(rig, &mut rng, &s, below, "shared_tiles")?;
     }
     Ok(())
 }

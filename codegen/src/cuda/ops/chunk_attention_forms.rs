@@ -12,7 +12,7 @@ use rambac_ir::{DType, Dim};
 /// Threads of the kernels that add up.
 pub(super) const ADD_THREADS: usize = 128;
 /// Tokens whose slots a block adds up, one after the other.
-const ADD_TOKENS: usize = 4;
+const ADD_TOKENS: usize = 8;
 
 /// Operands of an attending op, by name.
 pub(super) struct Attending<'a> {
@@ -380,9 +380,11 @@ impl<'a> Attending<'a> {
         let (name, manner) = match (cut, tile.is_some()) {
             (Cut::Whole, false) => ("chunk_major", String::new()),
             (Cut::Tokens(parts), false) => ("chunk_major_tokens", format!("; tokens in {parts} parts")),
+            (Cut::Sequences(2), false) => ("chunk_major_halves", "; sequences in 2 parts".into()),
             (Cut::Sequences(parts), false) => ("chunk_major_sequences", format!("; sequences in {parts} parts")),
             (Cut::Whole, true) => ("shared_tiles", String::new()),
             (Cut::Tokens(parts), true) => ("shared_tiles_tokens", format!("; tokens in {parts} parts")),
+            (Cut::Sequences(2), true) => ("shared_tiles_halves", "; sequences in 2 parts".into()),
             (Cut::Sequences(parts), true) => ("shared_tiles_sequences", format!("; sequences in {parts} parts")),
         };
         let mut why = format!(
