@@ -9,7 +9,7 @@ pub use see::{Attend, Colours, Plot, Report, View};
 pub use variants::{Attempt, AttentionArgs, Compare, New, TryArgs};
 
 use crate::device::On;
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use rambac_codegen::Memory;
 use rambac_ir::Bindings;
 use std::path::PathBuf;
@@ -24,7 +24,7 @@ pub struct Cli {
     #[command(subcommand)]
     pub verb: Verb,
     /// Threads; 0 is one per core.  Results do not depend on it.
-    #[arg(long, global = true, default_value_t = 0)]
+    #[arg(long, global = true, default_value_t = 0, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(0..=1024))]
     pub threads: usize,
 }
 
@@ -85,6 +85,32 @@ Each buffer lies by itself, so an index that leaves it is found, and so are read
 that are not waited for and barriers that not all threads come to. The status is 1 if anything was found. With -lineinfo
 findings name lines of the source.")]
     Simulate(Simulate),
+}
+
+/// The command line of this process.  Numbers below zero reach their flag, whose own message says what is wanted, instead of
+/// looking like flags themselves.
+pub fn parse() -> Cli {
+    let matches = with_negative_numbers(Cli::command()).get_matches();
+    Cli::from_arg_matches(&matches).unwrap_or_else(|e| e.exit())
+}
+
+fn with_negative_numbers(c: clap::Command) -> clap::Command {
+    let c = c.mut_args(|a| {
+        if a.get_action().takes_values() && !a.is_positional() { a.allow_negative_numbers(true) } else { a }
+    });
+    let verbs: Vec<String> = c.get_subcommands().map(|s| s.get_name().to_string()).collect();
+    verbs.into_iter().fold(c, |c, verb| c.mut_subcommand(verb, with_negative_numbers))
+}
+
+impl Verb {
+    /// Whether it leaves something behind that is worth more than what it prints.
+    pub fn outlives_reader(&self) -> bool {
+        match self {
+            Verb::Train(_) | Verb::Demo(_) => true,
+            Verb::Generate(a) => a.resume_store.is_some() || a.chunks.store != "ram",
+            _ => false,
+        }
+    }
 }
 
 #[derive(Args)]
@@ -223,23 +249,23 @@ pub struct Train {
     #[arg(long, default_value_t = 1000)]
     pub steps: u64,
     /// Peak learning rate [default: 1e-3]
-    #[arg(long, allow_negative_numbers = true)]
+    #[arg(long)]
     pub lr: Option<f64>,
     /// Final learning rate as a part of the peak
-    #[arg(long, allow_negative_numbers = true, default_value_t = 0.1)]
+    #[arg(long, default_value_t = 0.1)]
     pub lr_floor: f64,
     #[arg(long, default_value_t = 100)]
     pub warmup: u64,
-    #[arg(long, allow_negative_numbers = true, default_value_t = 0.1)]
+    #[arg(long, default_value_t = 0.1)]
     pub weight_decay: f64,
     /// Largest gradient norm; 0: no clipping
-    #[arg(long, allow_negative_numbers = true, default_value_t = 1.0)]
+    #[arg(long, default_value_t = 1.0)]
     pub clip: f64,
     /// Draw fresh weights from N(0, 1/sqrt(fan in)); better for small models
     #[arg(long)]
     pub fan_in: bool,
     /// Share of rows that go on from the scan states of the step before
-    #[arg(long, allow_negative_numbers = true, value_name = "SHARE", default_value_t = 0.0)]
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0)]
     pub state_passing: f64,
     #[command(flatten)]
     pub memory: MemoryArgs,
@@ -316,7 +342,7 @@ pub enum EvalTask {
 /// Where and how the chunks of a context are stored.
 #[derive(Args, Clone, Debug)]
 pub struct Chunks {
-    /// Keep the chunks in this file in place of memory, which then does not grow with the context
+    /// Keep the chunks in this new file in place of memory, which then does not grow with the context
     #[arg(long, value_name = "ram|FILE", default_value = "ram")]
     pub store: String,
     /// How keys, values and landmarks are stored
@@ -355,7 +381,7 @@ pub struct Eval {
     /// Context lengths, e.g. 4096,64K,1M (K = 1024)
     #[arg(long, value_delimiter = ',', value_parser = size, default_value = "1024,4096,16K")]
     pub len: Vec<usize>,
-    #[arg(long, default_value_t = 20)]
+    #[arg(long, default_value_t = 20, value_parser = positive())]
     pub cases: usize,
     /// Tokens per segment of the prefill
     #[arg(long, default_value_t = 4096, value_parser = positive())]
@@ -368,7 +394,7 @@ pub struct Eval {
     pub chunks: Chunks,
     #[command(flatten)]
     pub on: Inference,
-    /// Also a line per case: how far the needle's chunks were from being chosen, their weight, the digits
+    /// Also a line per case: how far the needle's chunks were from being chosen (rank 1 is the best), their weight, the digits
     #[arg(long)]
     pub diagnose: bool,
     #[arg(long, default_value_t = 1)]
@@ -405,13 +431,20 @@ pub fn size(s: &str) -> Result<usize, String> {
         t if t.ends_with('G') => (t[..t.len() - 1].to_string(), 1 << 30),
         t => (t, 1),
     };
-    let n: usize = digits.parse().map_err(|_| format!("{s}: a size such as 4096, 64K or 1M is wanted"))?;
-    n.checked_mul(unit).filter(|&n| n > 0).ok_or_else(|| format!("{s}: too large or zero"))
+    let n: usize = digits.parse().map_err(|_| "a size such as 4096, 64K or 1M is wanted")?;
+    n.checked_mul(unit)
+        .filter(|&n| n > 0)
+        .ok_or_else(|| if n == 0 { "it must be at least 1" } else { "too large" }.into())
+}
+
+/// A [`size`] that any program can be bound to.
+pub fn length(s: &str) -> Result<usize, String> {
+    size(s).and_then(|n| if n < 1 << 40 { Ok(n) } else { Err("too large".into()) })
 }
 
 /// `2GiB`, `800M`, `1.5 GB`: units of 1024 with or without `iB`, of 1000 with `B` alone.
 pub fn bytes(s: &str) -> Result<usize, String> {
-    let wanted = || format!("{s}: a size such as 2GiB, 800M or 1.5GB is wanted");
+    let wanted = || "a size such as 2GiB, 800M or 1.5GB is wanted".to_string();
     let text = s.trim();
     let unit = text.find(|c: char| c.is_ascii_alphabetic()).ok_or_else(wanted)?;
     let (number, unit) = (text[..unit].trim(), text[unit..].to_ascii_lowercase());
@@ -425,7 +458,7 @@ pub fn bytes(s: &str) -> Result<usize, String> {
     };
     let bytes = number * scale;
     if !(1.0..9e18).contains(&bytes) {
-        return Err(format!("{s}: too large or zero"));
+        return Err("too large or zero".into());
     }
     Ok(bytes as usize)
 }
@@ -463,7 +496,7 @@ pub struct Bench {
     pub preset: String,
     /// Tokens of a sequence; decode: of the random text that is read, untimed, before the timed tokens, so that a model
     /// with chunks has that many tokens to choose from
-    #[arg(long, default_value_t = 4096, value_parser = positive())]
+    #[arg(long, default_value = "4096", value_parser = length)]
     pub len: usize,
     /// Sequences
     #[arg(long, default_value_t = 1, value_parser = positive())]
@@ -503,7 +536,7 @@ pub struct Explain {
     #[command(flatten)]
     pub attention: AttentionArgs,
     /// Value of the symbol L: tokens of a sequence
-    #[arg(long, default_value_t = 4096, value_parser = positive())]
+    #[arg(long, default_value = "4096", value_parser = length)]
     pub len: usize,
     /// Value of the symbol N: sequences
     #[arg(long, default_value_t = 1, value_parser = positive())]
@@ -601,7 +634,7 @@ pub struct Generate {
     /// The text to go on from; several are written on together
     #[arg(long)]
     pub prompt: Vec<String>,
-    /// A file that holds it
+    /// A file that holds it; - is standard input
     #[arg(long, value_name = "FILE")]
     pub prompt_file: Option<PathBuf>,
     /// Tokens to write

@@ -2,6 +2,10 @@
 //!
 //! A library so that the viewer's window resolves models and shows errors and numbers as the command does.
 
+// First: what it defines is for all that follow.
+#[macro_use]
+mod out;
+
 mod cli;
 mod cmd;
 mod curves;
@@ -22,16 +26,14 @@ mod workbench;
 pub use cli::View as ViewArgs;
 pub use cmd::view;
 
-use clap::Parser;
-
 /// Runs the command that the process was called with.
 pub fn main() -> std::process::ExitCode {
-    let cli = cli::Cli::parse();
-    // `rambac inspect … | head` ends quietly; a run that trains must not die with its reader.
-    #[cfg(unix)]
-    if !matches!(cli.verb, cli::Verb::Train(_) | cli::Verb::Demo(_)) {
-        // SAFETY: the default action for a signal; nothing else is running yet.
-        unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+    let cli = cli::parse();
+    // `rambac inspect … | head` ends quietly; a run that leaves something behind must not die with its reader.
+    if cli.verb.outlives_reader() {
+        out::outlive();
+    } else {
+        die_with_reader();
     }
     match cmd::run(cli) {
         Ok(code) => code,
@@ -41,3 +43,12 @@ pub fn main() -> std::process::ExitCode {
         }
     }
 }
+
+#[cfg(unix)]
+fn die_with_reader() {
+    // SAFETY: the default action for a signal; nothing else is running yet.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+}
+
+#[cfg(not(unix))]
+fn die_with_reader() {}

@@ -1,5 +1,8 @@
 //! What this machine is and how fast: what `bench` compares with and `doctor` prints.
 
+use crate::error::{Result, warn};
+use crate::show;
+use miette::miette;
 use rambac_cpu::kernels::gemm::{self, matmul};
 use rambac_cpu::kernels::matvec::total;
 use rambac_cpu::{Mat, MatMut, par, team};
@@ -79,15 +82,16 @@ pub fn read_rate(pool: &rayon::ThreadPool, bytes: usize) -> f64 {
     let mut y = vec![0.0f32; rows];
     let mut product =
         || matmul(Mat::new(&x, 1, COLS), false, Mat::new(&data, rows, COLS), true, MatMut::new(&mut y, 1, rows), false);
-    let mut best = shortest(|| team::run(pool, &mut product));
     let read = |ahead| {
         par::for_each(parts, data.len(), |i| {
             black_box(total(&data[i * PART..][..PART], ahead));
         });
     };
-    for ahead in AHEAD {
-        best = best.min(shortest(|| team::run(pool, || read(ahead))));
-    }
+    // As decoding does: little is read in less time than a thread takes to wake.
+    let best = team::awake(pool, || {
+        let first = shortest(&mut product);
+        AHEAD.into_iter().fold(first, |best, ahead| best.min(shortest(|| read(ahead))))
+    });
     size_of_val(&*data) as f64 / best
 }
 
@@ -110,14 +114,47 @@ pub fn rss() -> usize {
     std::fs::read_to_string("/proc/self/statm").ok().and_then(field).unwrap_or(0) * page.max(0) as usize
 }
 
-/// Bytes of memory in all and free for use, where the system tells.
+/// Bytes of memory in all and free for use, where the system tells: of the machine, or of the container if that is less.
 pub fn memory() -> Option<(usize, usize)> {
+    let (total, free) = of_machine()?;
+    let limit = of_container().unwrap_or(usize::MAX);
+    Some((total.min(limit), free.min(limit)))
+}
+
+/// The limit that a control group of version 2 or 1 sets.  A container sees its own as the root.
+fn of_container() -> Option<usize> {
+    let files = ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"];
+    // Without a limit it is no number, or one that no machine has.
+    files.iter().find_map(|f| std::fs::read_to_string(f).ok()?.trim().parse().ok())
+}
+
+fn of_machine() -> Option<(usize, usize)> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let field = |name: &str| -> Option<usize> {
         let line = text.lines().find_map(|l| l.strip_prefix(name)?.strip_prefix(':'))?;
         Some(line.split_whitespace().next()?.parse::<usize>().ok()? * 1024)
     };
     Some((field("MemTotal")?, field("MemAvailable")?))
+}
+
+/// Refuses what needs `bytes` of memory if this machine has not that much in all, with `help`; warns if less is free.
+///
+/// # Errors
+/// `what` needs more than there is.
+pub fn room(what: impl std::fmt::Display, bytes: usize, help: &str) -> Result<()> {
+    let Some((total, free)) = memory() else { return Ok(()) };
+    let need = show::bytes(bytes);
+    if bytes > total {
+        return Err(miette!(
+            help = help.to_string(),
+            "{what} needs {need}, but this machine has {}",
+            show::bytes(total)
+        ));
+    }
+    if bytes > free {
+        warn(format!("{what} needs {need}, but only {} are free", show::bytes(free)));
+    }
+    Ok(())
 }
 
 /// The processor's name, where the system tells.

@@ -39,7 +39,10 @@ pub fn resolve(name: &str) -> Result<Named> {
         return Ok(Named::Model { config: preset(name).map_err(wrap)?, weights: None });
     }
     if path.extension().is_some_and(|e| e == "ir") {
-        let text = std::fs::read_to_string(path).map_err(|e| miette!("{name}: {e}"))?;
+        let text = std::fs::read_to_string(path).map_err(|e| match e.kind() {
+            std::io::ErrorKind::InvalidData => miette!("{name}: this is no text (UTF-8); a graph is one"),
+            _ => miette!("{name}: cannot read this graph: {e}"),
+        })?;
         let graph = rambac_ir::text::parse(&text).map_err(|e| findings(path, &text, e))?;
         rambac_ir::verify::verify(&graph).map_err(|e| findings(path, &text, e))?;
         return Ok(Named::Ir { path: path.into(), text, graph });
@@ -208,7 +211,7 @@ pub fn session_parts<T>(c: &Config, parts: (T, Option<T>, Option<T>, Option<T>, 
     }
 }
 
-/// What the flags say about a session of `sequences` sequences.
+/// What the flags say about a session of `sequences` sequences; a new file is one to go on with.
 pub fn session_options(chunks: &Chunks, resume: Option<&Path>, sequences: usize, weights: Weights) -> SessionOptions {
     let tier = match (resume, chunks.store.as_str()) {
         (Some(path), _) => Tier::Resume(path.into()),

@@ -1,6 +1,8 @@
 //! Numbers and tables for people.
 
+use indicatif::ProgressBar;
 pub use rambac_picture::number::{bytes, digits};
+use std::time::{Duration, Instant};
 
 /// `1,234,567`
 pub fn count(n: u64) -> String {
@@ -40,6 +42,30 @@ pub fn seconds(s: f64) -> String {
 /// `12.3 %` of a whole; a dash where there is none.
 pub fn share(part: f64, whole: f64) -> String {
     if whole > 0.0 { format!("{:.1} %", part / whole * 100.0) } else { "-".into() }
+}
+
+/// `12,345`, `56.6`, of things per second.
+pub fn rate(x: f64) -> String {
+    if x >= 1000.0 { count(x as u64) } else { digits(x) }
+}
+
+/// How often a long run speaks up where no bar can be drawn.
+const BEAT: Duration = Duration::from_secs(10);
+
+/// Lines in place of a progress bar, where standard error is a file or a pipe.
+pub struct Beat(Instant);
+
+impl Beat {
+    pub fn new() -> Self {
+        Self(Instant::now())
+    }
+    /// Prints what `line` says if it is time, and `bar` is drawn nowhere.
+    pub fn tell(&mut self, bar: &ProgressBar, line: impl FnOnce() -> String) {
+        if bar.is_hidden() && self.0.elapsed() >= BEAT {
+            eprintln!("{}", line());
+            self.0 = Instant::now();
+        }
+    }
 }
 
 /// `1 step`, `2 steps`

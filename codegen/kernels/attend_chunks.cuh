@@ -208,31 +208,43 @@ __device__ __forceinline__ void attend_pairs_paged(typename C::T* slots, const t
     attend_pairs_of<C>(slots, q, q_stride, PagedChunks<C>{k, v, k_stride, v_stride, table, chunks}, indices, count, weights, l, h);
 }
 
-// out[N, L, H, D] = the sum of a token's filled slots in [N, L, K · parts, H, D], in order.  16 bytes of a row per thread.
-// C says: T, head_dim, heads_per_kv, slots, parts.
+// out[N, L, H, D] = the sum of a token's filled slots in [N, L, K · parts, H, D], in order; tokens whose count is below zero are
+// passed over.  16 bytes of a row per thread, TIMES of them one after the other.
+// C says: T, head_dim, heads_per_kv, slots, parts, times.
 template <class C>
 __device__ __forceinline__ void attend_reduce_slots(typename C::T* out, i64 stride, const typename C::T* slots,
                                                     const i32* count, i64 tokens, i32 h) {
     using T = typename C::T;
     constexpr int D = C::head_dim, G = C::heads_per_kv, PARTS = C::parts, PIECE = 16 / sizeof(T);
     int width = h * G * D / PIECE;
-    i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x, token = i / width;
-    int col = (int)(i % width) * PIECE;
-    if (token >= tokens) return;
-    int n = count[token * h + col / (G * D)] * PARTS;
-    // MUT chunks_count: int n = C::slots * PARTS;
-    const T* at = slots + token * C::slots * PARTS * h * G * D + col;
-    float sum[PIECE] = {};
+    auto at_time = [&](int time) { return ((i64)blockIdx.x * C::times + time) * blockDim.x + threadIdx.x; };
+    auto count_of = [&](i64 i) { return i / width < tokens ? count[i / width * h + (int)(i % width) * PIECE / (G * D)] : -1; };
+    // Where all are passed over, none waits for the one before.
+    bool any = false;
+#pragma unroll
+    for (int time = 0; time < C::times; time++) any |= count_of(at_time(time)) >= 0;
+    if (!any) return;
+#pragma unroll 1
+    for (int time = 0; time < C::times; time++) {
+        i64 i = at_time(time), token = i / width;
+        int col = (int)(i % width) * PIECE;
+        int n = count_of(i) * PARTS;
+        // MUT chunks_count: int n = C::slots * PARTS;
+        if (n < 0) continue;
+        // MUT chunks_others: ;
+        const T* at = slots + token * C::slots * PARTS * h * G * D + col;
+        float sum[PIECE] = {};
 #pragma unroll 4
-    for (int k = 0; k < n; k++) {
-        auto x = load<T, PIECE>(at + (i64)k * h * G * D);
+        for (int k = 0; k < n; k++) {
+            auto x = load<T, PIECE>(at + (i64)k * h * G * D);
 #pragma unroll
-        for (int j = 0; j < PIECE; j++) sum[j] += to_f32(x[j]);
+            for (int j = 0; j < PIECE; j++) sum[j] += to_f32(x[j]);
+        }
+        Vec<T, PIECE> y;
+#pragma unroll
+        for (int j = 0; j < PIECE; j++) y[j] = from_f32<T>(sum[j]);
+        store_global(out + token * stride + col, y);
     }
-    Vec<T, PIECE> y;
-#pragma unroll
-    for (int j = 0; j < PIECE; j++) y[j] = from_f32<T>(sum[j]);
-    store_global(out + token * stride + col, y);
 }
 
 }  // namespace rambac

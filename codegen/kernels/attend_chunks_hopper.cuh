@@ -14,15 +14,6 @@
 
 namespace rambac {
 
-// ROWS rows of D elements to panels, by THREADS threads.
-template <int THREADS, int ROWS, int D, class T>
-__device__ __forceinline__ void copy_panels_async(Panels<ROWS> to, const T* from, i64 stride) {
-    constexpr u32 PER_ROW = D / 8;
-#pragma unroll
-    for (u32 i = threadIdx.x; i < ROWS * PER_ROW; i += THREADS)
-        copy16_async(to.at(i / PER_ROW, i % PER_ROW), from + i / PER_ROW * stride + i % PER_ROW * 8);
-}
-
 // C says what ChunkMajor wants; warps are four per warpgroup.
 template <class C> struct ChunkMajorHopper {
     using T = typename C::T;

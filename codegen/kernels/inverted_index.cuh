@@ -45,8 +45,10 @@ __device__ __forceinline__ void index_scan(i32* offsets, i32* slab_first, i32* s
     u64 before = 0;
     for (int base = 0; base < chunks; base += THREADS) {
         int c = base + threadIdx.x, total = 0;
-        if (c < chunks)
+        if (c < chunks) {
+#pragma unroll 8
             for (int b = 0; b < blocks; b++) total += table[(i64)b * chunks + c];
+        }
         u64 own = (u64)ceil_div(total, SLAB) << 32 | (u32)total, sum = own;
 #pragma unroll
         for (int d = 1; d < 32; d *= 2) {
@@ -69,11 +71,18 @@ __device__ __forceinline__ void index_scan(i32* offsets, i32* slab_first, i32* s
         i32 pair = (i32)at, slab = (i32)(at >> 32), position = pair;
         offsets[c] = pair, slab_first[c] = slab;
         for (int i = 0; i * SLAB < total; i++) store_global(slabs + 2 * (i64)(slab + i), Vec<i32, 2>{{c, pair + i * SLAB}});
-        for (int b = 0; b < blocks; b++) {
-            i32& cell = table[(i64)b * chunks + c];
-            i32 n = cell;
-            cell = position, position += n;
-            // MUT index_blocks: cell = position;
+        // Several loads are under way at once.
+        constexpr int EACH = 8;
+        for (int b = 0; b < blocks; b += EACH) {
+            i32 n[EACH];
+#pragma unroll
+            for (int i = 0; i < EACH; i++) n[i] = b + i < blocks ? table[(i64)(b + i) * chunks + c] : 0;
+#pragma unroll
+            for (int i = 0; i < EACH; i++) {
+                if (b + i < blocks) table[(i64)(b + i) * chunks + c] = position;
+                position += n[i];
+                // MUT index_blocks: ;
+            }
         }
     }
     if (threadIdx.x == 0) offsets[chunks] = (i32)before, slab_first[chunks] = (i32)(before >> 32);
@@ -91,6 +100,11 @@ __device__ __forceinline__ void index_fill(i32* entries, i32* table, const i32* 
     i32* row = table + work * chunks;
     entries += list * pairs;
     i64 first = (list / h * l + token0) * h + list % h;
+    // Counts at or below zero have none.
+    bool any = false;
+#pragma unroll 8
+    for (int i = lane_id(); i < tokens; i += 32) any |= count[first + (i64)i * h] > 0;
+    if (!__any_sync(ALL_LANES, any)) return;
     for (int i = lane_id(); i - lane_id() < tokens * K; i += 32) {
         i64 at = first + (i64)(i / K) * h;
         bool filled = i < tokens * K && i % K < count[at];

@@ -33,6 +33,16 @@ template <int ROWS> struct Panels {
     // Rows are k, step `s` of 16 rows.
     __device__ __forceinline__ u64 along_columns(int s) const { return descriptor(s * 2048, ROWS * 128); }
 };
+// ROWS rows of D elements to panels, by THREADS threads: each steps down its column.
+template <int THREADS, int ROWS, int D, class T>
+__device__ __forceinline__ void copy_panels_async(Panels<ROWS> to, const T* from, i64 stride) {
+    constexpr u32 PER_ROW = D / 8, STEP = THREADS / PER_ROW;
+    static_assert(STEP % Panels<ROWS>::PERIOD == 0 && ROWS % STEP == 0, "rows of a thread lie evenly");
+    const u32 row = threadIdx.x % THREADS / PER_ROW, piece = threadIdx.x % PER_ROW, at = to.at(row, piece);
+    from += row * stride + piece * 8;
+#pragma unroll
+    for (u32 i = 0; i < ROWS; i += STEP, from += STEP * stride) copy16_async(at + i * Panels<ROWS>::ROW_BYTES, from);
+}
 __device__ __forceinline__ void store_shared(u32 at, u32 x) { asm volatile("st.shared.b32 [%0], %1;" ::"r"(at), "r"(x) : "memory"); }
 
 __device__ __forceinline__ uint4 load_shared16(u32 at) {

@@ -226,31 +226,35 @@ impl Search<'_> {
         Ok(Ok(upper))
     }
 
-    /// Where the inputs of layers are too much even if all else is computed again: sets `held` to the most of them that fit.
-    /// If not even the fewest fit, what they need; `None` if there are none.
+    /// Where the inputs of layers are too much even if all else is computed again: sets `held` to the most of them that fit, in
+    /// as few levels of groups as that takes.  If none do, what needs least, if there are several layers at all.
     fn hold_less(&mut self) -> Result<Option<Tried>, FitError> {
-        let layers = recompute::layers(&self.prepared).len();
-        let (mut enough, mut many) = (recompute::least_held(layers), layers);
-        if enough >= many {
+        let (all, mut many) = (candidates(&self.prepared), recompute::layers(&self.prepared).len());
+        let mut least: Option<Tried> = None;
+        for levels in 1..=recompute::LEVELS {
+            let mut enough = recompute::least_held(many.max(1), levels);
+            if enough >= many {
+                break;
+            }
+            self.held = enough;
+            let t = self.nodes(all.clone())?;
+            if !self.fits(&t) {
+                least = least.filter(|l| l.plan.peak() <= t.plan.peak()).or(Some(t));
+                continue;
+            }
+            while enough + 1 < many {
+                self.held = enough.midpoint(many);
+                if self.fits(&self.nodes(all.clone())?) {
+                    enough = self.held;
+                } else {
+                    many = self.held;
+                }
+            }
+            self.held = enough;
             return Ok(None);
         }
-        let all = candidates(&self.prepared);
-        self.held = enough;
-        let least = self.nodes(all.clone())?;
-        if !self.fits(&least) {
-            self.held = 0;
-            return Ok(Some(least));
-        }
-        while enough + 1 < many {
-            self.held = enough.midpoint(many);
-            if self.fits(&self.nodes(all.clone())?) {
-                enough = self.held;
-            } else {
-                many = self.held;
-            }
-        }
-        self.held = enough;
-        Ok(Some(least))
+        self.held = 0;
+        Ok(least)
     }
 
     fn decided(self, kept: Tried, best: Tried) -> Result<Fit, FitError> {
@@ -311,9 +315,8 @@ pub fn fit(
             Err(t) => least = Some(t),
         }
     }
-    if let Some(t) = s.hold_less()? {
-        least = Some(t);
-    }
+    let held = s.hold_less()?;
+    least = held.into_iter().chain(least).min_by_key(|t| t.plan.peak());
     if s.held > 0
         && let Ok(best) = s.cheapest(&kept, &all)?
     {

@@ -369,7 +369,12 @@ pub fn fuse_map(g: &Graph) -> Graph {
 fn order(regions: &Regions) -> Result<Vec<NodeId>, usize> {
     let g = regions.g;
     let unit = |id: NodeId| regions.of[id.index()].map_or(id, |r| *regions.members[r].last().expect("BUG: not empty"));
+    // Sources keep their order: each waits for the one before it.
+    let sources: Vec<NodeId> = g.sources().map(|(id, _)| id).collect();
     let reads = |u: NodeId| -> Vec<NodeId> {
+        if let Ok(i) = sources.binary_search(&u) {
+            return i.checked_sub(1).map(|i| sources[i]).into_iter().collect();
+        }
         let all = regions.of[u.index()].map_or_else(|| BTreeSet::from([u]), |r| regions.computed(r));
         let read = all.iter().flat_map(|id| &g.node(*id).inputs).filter(|v| !all.contains(&v.node));
         let mut from: Vec<NodeId> = read.flat_map(|v| looked_through(g, *v)).map(unit).collect();

@@ -318,11 +318,11 @@ fn reach(held: usize, times: usize) -> usize {
 }
 
 /// Levels of groups that [`recompute_layers`] makes at most.
-const LEVELS: usize = 2;
+pub const LEVELS: usize = 2;
 
-/// Fewest inputs of layers that [`recompute_layers`] can do with.
-pub fn least_held(layers: usize) -> usize {
-    (0..).find(|m| reach(*m, LEVELS) >= layers).expect("BUG: sums grow")
+/// Fewest inputs of layers that [`recompute_layers`] can do with in so many levels of groups.
+pub fn least_held(layers: usize, levels: usize) -> usize {
+    (0..).find(|m| reach(*m, levels) >= layers).expect("BUG: sums grow")
 }
 
 /// The first layer of every group at every level, the finest first; see [`recompute_layers`].
@@ -369,7 +369,7 @@ pub fn recompute_layers(g: &Graph, held: usize) -> Graph {
     if held == 0 || held >= layers.len() {
         return g.clone();
     }
-    let all = starts(layers.len(), held.max(least_held(layers.len())));
+    let all = starts(layers.len(), held.max(least_held(layers.len(), LEVELS)));
     let group = |starts: &Vec<usize>| -> HashMap<&str, usize> {
         // Layers between those belong to the ones before them.
         let (mut group, mut now) = (HashMap::new(), 0);
@@ -444,7 +444,7 @@ mod tests {
     #[test]
     fn groups_hold_no_more_than_they_may() {
         for layers in 1..80 {
-            for held in least_held(layers)..layers {
+            for held in least_held(layers, LEVELS)..layers {
                 let all = starts(layers, held);
                 let (most, again) = walked(layers, &all);
                 assert!(most <= held, "{layers} layers, {held} held: {most}, {all:?}");
@@ -454,7 +454,8 @@ mod tests {
                 }
             }
         }
-        assert_eq!((least_held(55), least_held(56), least_held(57)), (6, 6, 7));
+        assert_eq!([55, 56, 57].map(|n| least_held(n, 2)), [6, 6, 7]);
+        assert_eq!([55, 56].map(|n| least_held(n, 1)), [10, 11]);
         assert_eq!(starts(10, 4), [vec![0, 4, 7, 9]]);
     }
 }

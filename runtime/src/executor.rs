@@ -180,6 +180,10 @@ impl Executor {
     pub fn program(&self) -> &Program {
         &self.program
     }
+    /// Gives the arena back; the next run takes it again.
+    pub fn rest(&mut self) {
+        self.arena = Arena::default();
+    }
     /// From now on [`run`](Self::run) adds up the time of every step.
     pub fn record(&mut self) {
         self.recorded = Some(StepTimes::new());

@@ -173,6 +173,18 @@ impl Trainer {
         Ok(())
     }
 
+    /// Gives the memory of activations on this machine back until the next step.
+    pub fn rest(&mut self) {
+        match &mut self.programs {
+            Programs::Whole(e) => e.rest(),
+            Programs::Parts { accumulate, apply, .. } => {
+                accumulate.rest();
+                apply.rest();
+            }
+            Programs::Gpu { .. } => {}
+        }
+    }
+
     /// Gives a state a value.
     ///
     /// # Errors

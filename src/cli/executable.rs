@@ -1,6 +1,6 @@
 //! Arguments about executables: making, running, what is kept of them.
 
-use super::{Data, MemoryArgs, PrecisionArg, Weights, binding, positive, size};
+use super::{Data, MemoryArgs, PrecisionArg, Weights, binding, length, positive, size};
 use crate::device::On;
 use clap::{Args, ValueEnum};
 use rambac_codegen::cuda::Arch;
@@ -174,7 +174,7 @@ pub struct Tune {
     #[arg(long, default_value_t = 1, value_name = "N")]
     pub batch: usize,
     /// Tokens of a sequence (the symbol L)
-    #[arg(long, default_value_t = 4096, value_name = "L")]
+    #[arg(long, default_value = "4096", value_name = "L", value_parser = length)]
     pub len: usize,
     /// What activations are kept in
     #[arg(long, value_enum, default_value_t = PrecisionArg::F32)]

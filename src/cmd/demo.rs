@@ -4,6 +4,7 @@
 use super::{eval, train};
 use crate::cli::Demo;
 use crate::error::Result;
+use crate::show;
 use rambac_models::Config;
 use rambac_models::recipe::Recipe;
 use std::process::ExitCode;
@@ -52,7 +53,7 @@ pub fn run(a: &Demo, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
     println!(
         "{} {} tokens in {:.0} s ({:.1}k tokens/s)\n",
         if done { "trained on" } else { "stopped after" },
-        train::grouped(p.tokens),
+        show::count(p.tokens),
         t.elapsed().as_secs_f64(),
         p.tokens as f64 / p.seconds / 1e3
     );

@@ -7,6 +7,7 @@ use crate::cli::{Eval, EvalTask, Weights};
 use crate::device::{self, Inferring, On};
 use crate::error::{Result, warn, wrap};
 use crate::profile::Profile;
+use crate::show::count;
 use crate::workbench::learn::Asker;
 use crate::{machine, metrics, model, show};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -97,7 +98,11 @@ pub fn run(a: &Eval, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
     if config.attention.is_some() {
         return whole(a, &config, &weights, &pool);
     }
-    let session = model::session_options(&a.chunks, None, 1, a.weights);
+    let mut session = model::session_options(&a.chunks, None, 1, a.weights);
+    // Nobody goes on with a case.
+    if let Tier::File(path) = session.tier {
+        session.tier = Tier::Scratch(path);
+    }
     let store = model::parameters_for(&model::session_graphs(&config)?, &session.passes, &config, Some(&weights))?;
     let mut how = How {
         seed: a.seed,
@@ -111,6 +116,9 @@ pub fn run(a: &Eval, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
         progress: !a.json,
         profile: a.on.profile.clone(),
     };
+    for &len in &a.len {
+        possible(&config, len, a.seed)?;
+    }
     if !a.json {
         println!("{HEADER}");
     }
@@ -135,10 +143,21 @@ pub fn run(a: &Eval, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// A model with an attention variant reads every text at once, so lengths are bounded by memory.
-fn whole(a: &Eval, config: &Config, weights: &std::path::Path, pool: &Arc<rayon::ThreadPool>) -> Result<ExitCode> {
+/// Refuses a length that no case has, before others take their time.
+fn possible(config: &Config, len: usize, seed: u64) -> Result<()> {
     if config.vocab_size < 256 {
         return Err(miette!("passkey is a task over bytes; the model's vocab_size is {}", config.vocab_size));
+    }
+    if i32::try_from(len).is_err() {
+        return Err(miette!("--len {len}: a sequence of more than {} tokens cannot be counted", i32::MAX));
+    }
+    PasskeyCase::new(seed, 0, len).map(drop).map_err(wrap)
+}
+
+/// A model with an attention variant reads every text at once, so lengths are bounded by memory.
+fn whole(a: &Eval, config: &Config, weights: &std::path::Path, pool: &Arc<rayon::ThreadPool>) -> Result<ExitCode> {
+    for &len in &a.len {
+        possible(config, len, a.seed)?;
     }
     let segments = a.flash
         || a.chunks.store != "ram"
@@ -169,7 +188,7 @@ fn whole(a: &Eval, config: &Config, weights: &std::path::Path, pool: &Arc<rayon:
                 .map_or(String::new(), |(r, c)| format!(", the needle's rank {r:.1}, chosen {:.0} %", 100.0 * c));
             println!(
                 "{:>9} tokens, {} cases: {:.1} % of digits right{needle}, {:.0}k tokens/s",
-                crate::cmd::train::grouped(len as u64),
+                count(len as u64),
                 a.cases,
                 100.0 * s.accuracy(),
                 rate / 1e3
@@ -198,7 +217,7 @@ pub fn row(s: &Score) -> String {
     let digits = s.digits as f64 / (s.cases * DIGITS).max(1) as f64;
     format!(
         "{:>11} {:>7} {:>6} {:>4.0} % {:>12.1} % {:>13.0} % {:>9.0}k {:>15} {:>10}",
-        crate::cmd::train::grouped(s.len as u64),
+        count(s.len as u64),
         s.cases,
         s.right,
         100.0 * s.accuracy(),
@@ -213,8 +232,8 @@ pub fn row(s: &Score) -> String {
 /// What retrieval did for one digit: over heads, the best of the chunks that hold the digit or the byte before it.
 #[derive(Clone, Copy)]
 struct Found {
-    /// Chunks with better scores.
-    rank: usize,
+    /// 1 is the best score; `None`: they are not stored yet, or nobody asked.
+    rank: Option<usize>,
     weight: f32,
     right: bool,
 }
@@ -228,21 +247,19 @@ pub fn passkey(
     cases: usize,
     how: &How,
 ) -> Result<Score> {
-    if config.vocab_size < 256 {
-        return Err(miette!("passkey is a task over bytes; the model's vocab_size is {}", config.vocab_size));
-    }
+    possible(config, len, how.seed)?;
+    let segment = how.segment.min(len);
     let graphs = model::session_graphs(config)?;
-    let at = Inferring { on: how.on, memory: how.memory, segment: how.segment.min(len), options: &how.session };
+    let at = Inferring { on: how.on, memory: how.memory, segment, options: &how.session };
     let mut session = device::session(&at, &graphs, store.clone(), pool)?;
-    // Only this run's contexts are in it.
-    let _file = if let Tier::File(path) = &how.session.tier { Some(Removed(path)) } else { None };
     let bar = if how.progress { ProgressBar::new((len * cases) as u64) } else { ProgressBar::hidden() };
     let style = "{human_pos}/{human_len} tokens  {per_sec}  {msg}  {eta} left";
     bar.set_style(ProgressStyle::with_template(style).into_diagnostic()?);
     let mut profile = how.profile.as_ref().map(|p| Profile::session(p, &mut session)).transpose()?;
     let t = Instant::now();
     let mut score = Score { len, cases, ..Score::default() };
-    let mut bytes = vec![0u8; how.segment];
+    let mut bytes = vec![0u8; segment];
+    let (mut read, mut beat) = (0, show::Beat::new());
     for index in 0..cases {
         let case = PasskeyCase::new(how.seed, index as u64, len).map_err(wrap)?;
         session.reset().map_err(wrap)?;
@@ -255,7 +272,7 @@ pub fn passkey(
                 break;
             }
             let ids: Vec<i32> = bytes[..n].iter().map(|&b| b.into()).collect();
-            if how.flash && prompt.remaining() >= how.segment {
+            if how.flash && prompt.remaining() >= segment {
                 session.skim(0, &ids).map_err(wrap)?;
             } else {
                 let mut seg = session.feed(0, &ids).map_err(wrap)?;
@@ -263,8 +280,16 @@ pub fn passkey(
                 retrieved = seg.retrieved;
             }
             score.resident = score.resident.max(machine::rss());
+            read += n as u64;
             bar.inc(n as u64);
-            bar.set_message(format!("{}/{index} keys right, {} resident", score.right, show::bytes(machine::rss())));
+            let status = format!("{}/{index} keys right, {} resident", score.right, show::bytes(machine::rss()));
+            if how.progress {
+                let rate = show::rate(read as f64 / t.elapsed().as_secs_f64());
+                beat.tell(&bar, || {
+                    format!("{} of {} tokens, {rate}/s, {status}", count(read), count((len * cases) as u64))
+                });
+            }
+            bar.set_message(status);
         }
         let answer = case.answer();
         let ids: Vec<i32> = answer[..DIGITS - 1].iter().map(|&b| b.into()).collect();
@@ -318,7 +343,7 @@ fn find(session: &Session, r: &Retrieved, chunks: [usize; 2], right: bool, rank:
     let of = |(i, w): (&i32, &f32)| if chunks.contains(&(*i as usize)) { *w } else { 0.0 };
     let weight = r.indices.iter().zip(&r.weights).map(of).fold(0.0, f32::max);
     let ranks = |c: usize| if rank { session.rank(0, &r.query, c) } else { vec![] };
-    let rank = chunks.iter().flat_map(|&c| ranks(c)).min().unwrap_or(0);
+    let rank = chunks.iter().flat_map(|&c| ranks(c)).min().map(|better| better + 1);
     Found { rank, weight, right }
 }
 
@@ -327,7 +352,7 @@ fn diagnosis(index: usize, depth: usize, len: usize, found: &[Found], k: usize, 
     let wrong = found.iter().find(|f| !f.right);
     let verdict = match wrong {
         None => "right",
-        Some(f) if f.rank >= k => "selection: the needle's chunks were not among the best",
+        Some(f) if f.rank.is_none_or(|r| r > k) => "selection: the needle's chunks were not among the best",
         Some(f) if f.weight < 0.05 => "weights: chosen, but the more recent chunks took the weight",
         Some(_) => "attention or recurrent states: chosen and weighed, but the digit is wrong",
     };
@@ -341,7 +366,7 @@ fn diagnosis(index: usize, depth: usize, len: usize, found: &[Found], k: usize, 
         .to_string();
     }
     let digits: String = found.iter().map(|f| if f.right { '+' } else { '-' }).collect();
-    let ranks: Vec<String> = found.iter().map(|f| (f.rank + 1).to_string()).collect();
+    let ranks: Vec<String> = found.iter().map(|f| f.rank.map_or("-".into(), |r| r.to_string())).collect();
     let weights: Vec<String> = found.iter().map(|f| format!("{:.2}", f.weight)).collect();
     format!(
         "  case {index:>3}: needle at {:>4.1} %  digits {digits}  ranks {}  weights {}  {verdict}",
@@ -349,16 +374,6 @@ fn diagnosis(index: usize, depth: usize, len: usize, found: &[Found], k: usize, 
         ranks.join(" "),
         weights.join(" ")
     )
-}
-
-/// A file that goes when its user does.
-struct Removed<'a>(&'a std::path::Path);
-
-impl Drop for Removed<'_> {
-    fn drop(&mut self) {
-        // It may be on the disk no more; there is nobody left to tell.
-        let _ = std::fs::remove_file(self.0);
-    }
 }
 
 /// The first of the largest.

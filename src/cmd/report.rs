@@ -4,7 +4,7 @@
 use crate::cli::MemoryArgs;
 use crate::cli::Report;
 use crate::cmd::explain::{describe, model_step};
-use crate::cmd::train::{RunState, grouped};
+use crate::cmd::train::RunState;
 use crate::curves::{self, Style};
 use crate::error::{self, Result, warn, wrap};
 use crate::metrics::{self, Quantity, RunMetrics};
@@ -95,7 +95,7 @@ fn summary(run: &RunMetrics, config: &Config, state: &RunState) -> String {
     let cards = [
         ("parameters", show::si(config.n_parameters() as f64, "")),
         ("tokens", show::si(p.tokens as f64, "")),
-        ("steps", grouped(p.step)),
+        ("steps", show::count(p.step)),
         ("loss, last 50 steps", if losses.is_empty() { "-".into() } else { format!("{loss:.4}") }),
         ("time in steps", duration(p.seconds)),
         ("tokens/s", show::si(p.tokens as f64 / p.seconds.max(1e-9), "")),
@@ -191,7 +191,7 @@ fn cost(config: &Config, state: &RunState) -> Result<String> {
     let intro = format!(
         "A micro-batch of {} × {} tokens, the largest of the run, as planned: {} in {} steps, {} a token, {} moved.",
         s.rows,
-        grouped(s.len as u64),
+        show::count(s.len as u64),
         show::si(all.flops, "FLOP"),
         program.steps.len(),
         show::si(all.flops / tokens, "FLOP"),
@@ -236,9 +236,9 @@ fn recipe(state: &RunState) -> String {
                 s.mix.iter().map(|(part, rows)| format!("{:.0} % {}", 100.0 * part, name(rows))).collect();
             vec![
                 (i + 1).to_string(),
-                grouped(s.len as u64),
+                show::count(s.len as u64),
                 s.rows.to_string(),
-                grouped(s.steps),
+                show::count(s.steps),
                 mix.join(", "),
                 s.until_loss.map_or("-".into(), |l| format!("loss below {l}")),
             ]

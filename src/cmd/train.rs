@@ -75,6 +75,14 @@ pub struct DataFile {
 impl DataFile {
     fn open(path: &Path) -> Result<Self> {
         let fail = |e: std::io::Error| miette!("{}: cannot read this text: {e}", path.display());
+        let kind = path.metadata().map_err(fail)?.file_type();
+        if !kind.is_file() && !kind.is_dir() {
+            return Err(miette!(
+                help = "save it to a file first: a text is read again when a run goes on",
+                "{}: a text must be a file, not a pipe or a device",
+                path.display()
+            ));
+        }
         let full = path.canonicalize().map_err(fail)?;
         let mut file = std::fs::File::open(&full).map_err(fail)?;
         let (mut bytes, mut hash) = (0, 0xcbf2_9ce4_8422_2325u64);
@@ -222,6 +230,12 @@ fn recipe(a: &Train) -> Result<Recipe> {
     Ok(r)
 }
 
+/// The sizes of the stage with the most tokens a step.
+fn largest(r: &Recipe) -> Option<Bindings> {
+    let s = r.stages.iter().max_by_key(|s| s.len.saturating_mul(s.rows))?;
+    Some(Bindings::new([("N", s.rows), ("L", s.len)]))
+}
+
 fn already(out: &Path) -> Report {
     miette!(
         help = format!("give another --out, or go on with it: rambac train --resume {}", out.display()),
@@ -270,23 +284,16 @@ impl Run {
         on: On,
         pool: Arc<rayon::ThreadPool>,
     ) -> Result<Self> {
-        // Weights, two moments and gradients: before anything is drawn or written.
-        let need = usize::try_from(config.n_parameters()).unwrap_or(usize::MAX).saturating_mul(16);
-        if let Some((total, _)) = machine::memory().filter(|(total, _)| need > *total) {
-            return Err(miette!(
-                help = "train a smaller model",
-                "{} parameters with their gradients and moments need {}, but this machine has {}",
-                grouped(config.n_parameters()),
-                show::bytes(need),
-                show::bytes(total)
-            ));
-        }
-        let folder = CheckpointDir::open(out, Some(3)).map_err(wrap)?;
-        if !folder.steps().map_err(wrap)?.is_empty() {
+        if out.is_dir() && !CheckpointDir::open(out, Some(3)).and_then(|f| f.steps()).map_err(wrap)?.is_empty() {
             return Err(already(out));
         }
+        // Weights, two moments and gradients: before anything is drawn or written.
+        let need = usize::try_from(config.n_parameters()).unwrap_or(usize::MAX).saturating_mul(16);
+        let what = format!("training {} parameters", show::count(config.n_parameters()));
+        machine::room(what, need, "train a smaller model")?;
         let rule = if state.recipe.fan_in { InitRule::FanIn } else { InitRule::Normal };
         let store = model::parameters(&config, weights, rule, state.recipe.seed)?;
+        let folder = || CheckpointDir::open(out, Some(3)).map_err(wrap);
         Self::build(config, state, tokenizer, store, folder, on, pool)
     }
 
@@ -324,15 +331,16 @@ impl Run {
         if other && !folder.steps().map_err(wrap)?.is_empty() {
             return Err(already(folder.path()));
         }
-        Self::build(config, state, tokenizer, store, folder, place.device, pool)
+        Self::build(config, state, tokenizer, store, || Ok(folder), place.device, pool)
     }
 
+    /// Opens the folder last: a run that is refused leaves none.
     fn build(
         config: Config,
         state: RunState,
         tokenizer_file: Option<TokenizerFile>,
         store: Store,
-        folder: CheckpointDir,
+        folder: impl FnOnce() -> Result<CheckpointDir>,
         on: On,
         pool: Arc<rayon::ThreadPool>,
     ) -> Result<Self> {
@@ -376,7 +384,13 @@ impl Run {
         let decays = |name: &str| specs.iter().any(|s| s.name == name && s.decay);
         let dims = r.stages.iter().map(|s| Bindings::new([("N", s.rows), ("L", s.len)])).collect();
         let memory = MemoryArgs { recompute: state.recompute, memory_limit: state.memory_limit }.choice(dims);
-        let trainer = trainer(&loss, &adamw, decays, r.accumulate, &memory, store, (on, state.precision), &pool)?;
+        let mut trainer = trainer(&loss, &adamw, decays, r.accumulate, &memory, store, (on, state.precision), &pool)?;
+        if let (On::Cpu, Some(dims)) = (on, largest(r)) {
+            let plan = trainer.plan(&dims).map_err(error::train)?;
+            let help = "use a smaller model, a shorter --len, a smaller --batch, or --memory-limit";
+            machine::room(format!("a step at {dims}"), plan.peak(), help)?;
+        }
+        let folder = folder()?;
         let metrics = Metrics::open(folder.path(), state.position.step)?;
         Ok(Self {
             config,
@@ -399,6 +413,7 @@ impl Run {
     pub fn folder(&self) -> &Path {
         self.folder.path()
     }
+
     /// The weights as they were at the last checkpoint, or at the end.
     pub fn store(&self) -> &Store {
         &self.trainer.store
@@ -406,20 +421,16 @@ impl Run {
 
     /// Prints what the largest stage needs before anything runs.
     pub fn announce(&mut self) -> Result<()> {
-        let largest = self.state.recipe.stages.iter().max_by_key(|s| s.len * s.rows);
-        let Some(s) = largest else { return Ok(()) };
-        let dims = Bindings::new([("N", s.rows), ("L", s.len)]);
+        let Some(dims) = largest(&self.state.recipe) else { return Ok(()) };
         let plan = self.trainer.plan(&dims).map_err(error::train)?;
         eprintln!(
-            "{} parameters, {} tokens in {} stage(s)\npeak memory {} MiB: {} activations at {} x {}, {} weights and optimiser",
-            grouped(self.config.n_parameters()),
-            grouped(self.state.recipe.tokens()),
-            self.state.recipe.stages.len(),
-            plan.peak() >> 20,
-            plan.arena >> 20,
-            s.rows,
-            s.len,
-            plan.persistent >> 20,
+            "{} parameters, {} tokens in {}\npeak memory {}: {} of activations at {dims}, {} of weights and optimiser",
+            show::count(self.config.n_parameters()),
+            show::count(self.state.recipe.tokens()),
+            show::plural(self.state.recipe.stages.len(), "stage"),
+            show::bytes(plan.peak()),
+            show::bytes(plan.arena),
+            show::bytes(plan.persistent),
         );
         Ok(())
     }
@@ -427,10 +438,9 @@ impl Run {
     fn dashboard(&mut self) -> Result<Dashboard> {
         let r = &self.state.recipe;
         let (stages, tokens) = (r.stages.len(), r.tokens());
-        let largest = r.stages.iter().max_by_key(|s| s.len * s.rows);
-        let dims = largest.map(|s| Bindings::new([("N", s.rows), ("L", s.len)]));
-        let planned = dims.map(|d| self.trainer.plan(&d)).transpose().map_err(error::train)?.map_or(0, |p| p.peak());
-        let parameters = grouped(self.config.n_parameters());
+        let planned =
+            largest(r).map(|d| self.trainer.plan(&d)).transpose().map_err(error::train)?.map_or(0, |p| p.peak());
+        let parameters = show::count(self.config.n_parameters());
         let title = format!("{parameters} parameters into {}", self.folder().display());
         Dashboard::start(About { title, stages, tokens, planned }, interrupt)
     }
@@ -499,9 +509,4 @@ pub fn trainer(
         Trainer::on_gpu(loss, adamw, decays, parts, memory, precision.into(), store, gpu)
     };
     pool.install(make).map_err(error::train)
-}
-
-/// `1234567` as `1,234,567`.
-pub fn grouped(n: u64) -> String {
-    indicatif::HumanCount(n).to_string()
 }

@@ -357,6 +357,55 @@ fn mutated_graphs() {
 }
 
 #[test]
+fn sizes_that_cannot_be() {
+    let dir = TempDir::new().unwrap();
+    let (m, out) = (model(&dir, "whole"), dir.path().join("run"));
+    // A segment is as long as the text at most.
+    succeeds(&["eval", "passkey", text(&m), "--len", "200", "--cases", "1", "--segment", "99999999999"]);
+    refuses(&["eval", "passkey", text(&m), "--len", "4G"], &["cannot be counted"]);
+    // Before the first length takes its time.
+    let r = rambac(&["eval", "passkey", text(&m), "--len", "256,10"]);
+    assert_eq!((r.code, r.out.as_str()), (Some(1), ""), "{}", r.err);
+    for batch in ["1000000000", "100000"] {
+        refuses(&["train", "tiny", "--batch", batch, "--out", text(&out)], &["needs", "this machine has", "--batch"]);
+    }
+    refuses(&["train", "tiny", "--data", "/dev/zero", "--out", text(&out)], &["/dev/zero", "must be a file"]);
+    assert!(!out.exists(), "a run that was refused left a folder");
+    let usage = |args: &[&str], part: &str| {
+        let o = command(args).output().unwrap();
+        let err = String::from_utf8_lossy(&o.stderr).into_owned();
+        assert!(o.status.code() == Some(2) && err.contains(part), "{args:?}: {err}");
+    };
+    usage(&["eval", "passkey", text(&m), "--cases", "0"], "0 is not in");
+    usage(&["train", "tiny", "--seed", "-1", "--out", "x"], "'-1' for '--seed");
+    usage(&["train", "tiny", "--len", "1e3", "--out", "x"], "a size such as 4096, 64K or 1M");
+    let o = std::process::Command::new(env!("CARGO_BIN_EXE_rambac")).args(["doctor", "--threads", "100000"]).output();
+    let o = o.unwrap();
+    assert!(o.status.code() == Some(2) && String::from_utf8_lossy(&o.stderr).contains("100000 is not in"));
+    refuses(
+        &["generate", text(&m), "--prompt", "x", "--temperature", "-1"],
+        &["--temperature -1", "0 (greedy) or more"],
+    );
+    succeeds(&["explain", "tiny", "--len", "4K"]);
+}
+
+/// A model of bytes goes on from any bytes.
+#[test]
+fn prompts_from_files() {
+    let dir = TempDir::new().unwrap();
+    let (m, file) = (model(&dir, "whole"), dir.path().join("prompt"));
+    fs::write(&file, b"caf\xe9 \xff\x00 and so on").unwrap();
+    let written = succeeds(&["generate", text(&m), "--prompt-file", text(&file), "--tokens", "3"]).out;
+    let args = ["generate", text(&m), "--prompt-file", "-", "--tokens", "3"];
+    let piped = command(&args).stdin(fs::File::open(&file).unwrap()).output().unwrap();
+    assert!(piped.status.success() && String::from_utf8_lossy(&piped.stdout) == written);
+    refuses(&["generate", text(&m), "--prompt-file", text(dir.path())], &["cannot read this prompt"]);
+    let graph = dir.path().join("binary.ir");
+    fs::write(&graph, b"graph \xff").unwrap();
+    refuses(&["explain", text(&graph)], &["binary.ir", "no text"]);
+}
+
+#[test]
 fn usage() {
     for args in [
         &["fly"][..],

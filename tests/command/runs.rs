@@ -132,6 +132,66 @@ fn killed_runs_go_on() {
     succeeds(&["eval", "passkey", text(&out), "--len", "256", "--cases", "1"]);
 }
 
+/// Readers who leave and disks that are full: a training goes on and saves, other verbs say what is wrong; nothing panics.
+#[cfg(target_os = "linux")]
+#[test]
+fn nobody_reads_standard_output() {
+    use std::io::Read;
+    let dir = TempDir::new().unwrap();
+    let full = || fs::File::options().write(true).open("/dev/full").unwrap();
+    for (name, json) in [("json", true), ("bar", false), ("full", true)] {
+        let out = dir.path().join(name);
+        let args =
+            ["train", "tiny", "--task", "copy", "--len", "64", "--batch", "1", "--steps", "40", "--save-every", "0"];
+        let mut args = [&args[..], &["--out", text(&out)]].concat();
+        args.extend(json.then_some("--json"));
+        let stdout = if name == "full" { full().into() } else { Stdio::piped() };
+        let mut child = command(&args).stdout(stdout).stderr(Stdio::piped()).spawn().unwrap();
+        if let Some(mut pipe) = child.stdout.take() {
+            // It has begun; a run without --json writes nothing before its end.
+            pipe.read_exact(&mut vec![0; if json { 10 } else { 0 }]).unwrap();
+        }
+        let done = child.wait_with_output().unwrap();
+        let err = String::from_utf8_lossy(&done.stderr).into_owned();
+        assert!(done.status.success() && !err.contains("panicked"), "{name}: {err}");
+        assert!(err.contains("goes on without it"), "{name}: {err}");
+        assert_eq!(Checkpoint::open(&out).unwrap().step, Some(40));
+    }
+    for verb in [&["explain", "tiny"][..], &["doctor"], &["train", "--help"]] {
+        let done = command(verb).stdout(full()).stderr(Stdio::piped()).output().unwrap();
+        let err = String::from_utf8_lossy(&done.stderr).into_owned();
+        assert!(!err.contains("panicked"), "{verb:?}: {err}");
+        assert!(verb.contains(&"--help") || done.status.code() == Some(1) && err.contains("standard output"), "{err}");
+    }
+    // Nobody hears anything at all.
+    let out = dir.path().join("deaf");
+    let args = ["train", "tiny", "--task", "copy", "--len", "64", "--batch", "1", "--steps", "3", "--out", text(&out)];
+    let done = command(&args).stdout(full()).stderr(full()).status().unwrap();
+    assert!(done.success() && Checkpoint::open(&out).unwrap().step == Some(3));
+}
+
+/// A trace that Ctrl-C ends is whole.
+#[cfg(unix)]
+#[test]
+fn a_trace_ends_with_its_run() {
+    let dir = TempDir::new().unwrap();
+    let (out, trace) = (dir.path().join("run"), dir.path().join("trace.json"));
+    let args =
+        ["train", "tiny", "--task", "copy", "--len", "64", "--batch", "1", "--steps", "1000000", "--out", text(&out)];
+    let more = ["--profile", text(&trace), "--profile-steps", "1000000"];
+    let mut child = command(&[&args[..], &more].concat()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let (metrics, began) = (out.join("metrics.jsonl"), Instant::now());
+    while fs::read_to_string(&metrics).map_or(0, |t| t.lines().count()) < 3 {
+        assert!(child.try_wait().unwrap().is_none() && began.elapsed() < Duration::from_secs(180), "no steps");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    // SAFETY: a signal to a child that was not waited for.
+    unsafe { libc::kill(child.id() as i32, libc::SIGINT) };
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    let trace: serde_json::Value = serde_json::from_slice(&fs::read(&trace).unwrap()).unwrap();
+    assert!(trace.as_array().unwrap().len() > 100);
+}
+
 #[cfg(unix)]
 #[test]
 fn ctrl_c_saves() {

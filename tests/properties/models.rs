@@ -2,13 +2,14 @@
 //! large ones is run.
 
 use crate::plan::check;
-use rambac_codegen::{Program, lower, plan};
+use rambac_codegen::cuda::{Arch, Target};
+use rambac_codegen::{Machine, Program, lower, plan};
 use rambac_ir::{Bindings, Dim, Graph, Sym, Ty, verify};
 use rambac_models::presets::PRESETS;
 use rambac_models::stack::{self, Carry};
 use rambac_models::{Config, preset};
 use rambac_passes::train_step::{AdamW, accumulate, apply, train_step};
-use rambac_passes::{Options, Recompute, optimise};
+use rambac_passes::{Options, Precision, Recompute, optimise};
 use rambac_runtime::cpu::scratch;
 use rambac_runtime::executor::slow_steps;
 
@@ -118,6 +119,36 @@ fn other_steps() {
             }
         }
     }
+}
+
+/// A million tokens in one row on a GPU in bf16: what the residual stream, a layer and the weights take, and no more.  Nothing
+/// grows faster than the length.
+#[test]
+fn a_million_tokens_fit_one_gpu() {
+    let c = preset("370m").unwrap();
+    let written = training(&c, Carry::Zero);
+    let machine = Machine::Gpu(Target::of(Arch::Sm90a));
+    let dims = [1usize << 20, 1 << 21].map(|l| Bindings::new([("N", 1), ("L", l)]));
+    let mut flops = vec![];
+    // Layers computed again once more; and twice, which fits 80 GB.
+    for (held, gib) in [(10, 95), (6, 78)] {
+        let options = Options { precision: Precision::Bf16, recompute: Recompute::All, held, ..Options::default() };
+        let (p, plans) = machine.plans(&optimise(&written, &options), &dims).unwrap();
+        let peak = plans[0].peak();
+        assert!(peak <= gib << 30, "{held} inputs of layers held: {} MiB", peak >> 20);
+        assert!(!p.graph.nodes.iter().flat_map(|n| &n.tys).any(is_quadratic));
+        let grows = |a: usize, b: usize| b > 2 * a + 64;
+        let sizes = plans[0].sizes.iter().zip(&plans[1].sizes);
+        let work = plans[0].scratch.iter().map(|s| s.1).zip(plans[1].scratch.iter().map(|s| s.1));
+        assert!(!sizes.map(|(a, b)| (*a, *b)).chain(work).any(|(a, b)| grows(a, b)));
+        flops.push(p.costs(&dims[0]).unwrap().into_iter().map(|c| c.flops).sum::<f64>());
+        println!(
+            "370m at 1M: {} MiB with {held} inputs of layers held, {:.3e} FLOPs",
+            peak >> 20,
+            flops[flops.len() - 1]
+        );
+    }
+    assert!(flops[1] < 1.2 * flops[0], "one more forward costs {flops:?}");
 }
 
 /// What prefill and decoding run: the forward, and the parts of a segment.

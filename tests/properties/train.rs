@@ -122,6 +122,8 @@ fn limits_are_met_and_change_no_bit() {
         let said = within(1).expect("a byte is too little");
         assert!(said <= least, "{said} {least}");
         assert_eq!((within(said), within(said - 1)), (None, Some(said)));
+        let memory = Memory::Within { limit: said, dims: largest() };
+        assert_same_bits("the least", &kept, &three_steps(pool(), parts, carry, &memory));
     }
 }
 

@@ -156,6 +156,10 @@ impl App {
         self.tab = tab;
     }
 
+    pub fn tab(&self) -> Tab {
+        self.tab
+    }
+
     /// Boxes drawn now.
     pub fn boxes(&self) -> usize {
         self.picture.cards.len()

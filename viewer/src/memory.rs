@@ -2,6 +2,7 @@
 
 use crate::canvas::colour;
 use eframe::egui::{self, Align2, Color32, FontId, Pos2, Rect, Sense, Shape, Stroke, StrokeKind, Ui, pos2, vec2};
+use rambac_ir::NodeId;
 use rambac_picture::Scene;
 use rambac_picture::memory::{Block, blocks};
 use rambac_picture::number::bytes;
@@ -19,9 +20,12 @@ impl MemoryTab {
         Self { blocks: blocks(&scene.program, &scene.plan), steps: (0.0, last) }
     }
 
-    pub fn show(&mut self, ui: &mut Ui, scene: &Scene) {
+    /// Shows it; the node whose buffer was clicked.
+    pub fn show(&mut self, ui: &mut Ui, scene: &Scene) -> Option<NodeId> {
         let plan = &scene.plan;
+        ui.add_space(4.0);
         ui.horizontal_wrapped(|ui| {
+            ui.add_space(10.0);
             ui.label(format!(
                 "{} at the peak: {} of activations and scratch (at least {} in this order), {} of weights and states, {} of \
                  inputs.",
@@ -31,12 +35,12 @@ impl MemoryTab {
                 bytes(plan.persistent),
                 bytes(plan.inputs)
             ));
-            ui.weak("Wheel: zoom in time. Drag: move. The line: bytes alive.");
+            ui.weak("Wheel: zoom in time. Drag: move. Click: the node. The line: bytes alive.");
         });
         let (response, painter) = ui.allocate_painter(ui.available_size(), Sense::click_and_drag());
         let area = Rect::from_min_max(response.rect.min + vec2(80.0, 10.0), response.rect.max - vec2(14.0, 30.0));
         if area.width() < 20.0 || area.height() < 20.0 {
-            return;
+            return None;
         }
         self.navigate(ui, &response, area, scene.program.steps.len());
         let (from, to) = self.steps;
@@ -81,12 +85,13 @@ impl MemoryTab {
             let text = format!("{}", s.round() as usize);
             painter.text(at, Align2::CENTER_TOP, text, FontId::proportional(12.0), Color32::DARK_GRAY);
         }
-        let Some(p) = pointer else { return };
+        let p = pointer?;
         let step = (from + (p.x - area.left()) / area.width() * (to - from)) as usize;
         inside.vline(p.x, area.y_range(), Stroke::new(0.6, Color32::GRAY));
         if let Some((_, rect)) = under {
             inside.rect_stroke(rect, 0.0, Stroke::new(1.5, Color32::BLACK), StrokeKind::Outside);
         }
+        let clicked = response.clicked();
         response.on_hover_ui_at_pointer(|ui| {
             if let Some(s) = scene.program.steps.get(step) {
                 let scope =
@@ -99,6 +104,7 @@ impl MemoryTab {
                 ui.label(format!("{} at {}, steps {} to {}", bytes(b.place.1), bytes(b.place.0), b.steps.0, b.steps.1));
             }
         });
+        clicked.then_some(under?.0.node).flatten()
     }
 
     fn navigate(&mut self, ui: &Ui, response: &egui::Response, area: Rect, steps: usize) {

@@ -283,15 +283,10 @@ impl Checkpoint {
 
     fn open_latest(dir: &Path) -> Result<Self, CheckpointError> {
         let mut broken = vec![];
-        let link = dir.join(LATEST);
         // Through the link's target, so that a `latest` that moves on meanwhile does not mix two checkpoints.
-        if let Ok(target) = fs::read_link(&link) {
-            match Self::open_step(&dir.join(target)) {
-                Ok(found) => return Ok(found),
-                Err(e) => broken.push(format!("{LATEST}: {e}")),
-            }
-        }
-        for (_, path) in step_folders(dir)?.into_iter().rev() {
+        let newest = fs::read_link(dir.join(LATEST)).ok().map(|target| dir.join(target));
+        let others = step_folders(dir)?.into_iter().rev().map(|(_, path)| path);
+        for path in newest.iter().cloned().chain(others.filter(|p| Some(p) != newest.as_ref())) {
             match Self::open_step(&path) {
                 Ok(found) => return Ok(found),
                 Err(e) => broken.push(e.to_string()),

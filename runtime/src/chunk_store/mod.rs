@@ -5,7 +5,8 @@
 //! ```
 //! Pages are in memory, or in a file that is read as chunks are chosen, so that the resident memory of a process does
 //! not grow with its context.  Elements are bf16 (rounded to nearest even) or f32.  Invariants: a chunk once appended
-//! never changes; a failed append leaves what was there; nothing ever holds the whole memory as one array.
+//! never changes; a failed append leaves what was there; nothing ever holds the whole memory as one array.  A file is
+//! one process's at a time, and a sum over all that was appended tells whether it is still what it was.
 //!
 //! Deliberately absent: memory maps, under which a full disk or a truncated file kills the process.
 
@@ -14,6 +15,7 @@ mod pages;
 
 pub use error::StoreError;
 use pages::Pages;
+use rayon::prelude::*;
 use std::io;
 use std::path::Path;
 use std::sync::Mutex;
@@ -86,6 +88,8 @@ pub struct ChunkStore {
     geometry: Geometry,
     chunks: usize,
     pages: Pages,
+    /// Of every piece that was appended, see [`piece`].
+    sum: u64,
     /// Bytes on their way to a page.
     buffer: Vec<u8>,
     /// The first failed read since it was last asked for.
@@ -98,24 +102,32 @@ impl ChunkStore {
         Self::over(geometry, Pages::ram(geometry), 0)
     }
 
-    /// An empty store in a new file.
+    /// An empty store in a new file, which goes with the store unless that is [kept](Self::keep).
     ///
     /// # Errors
     /// A file that is there already, or can't be made.
     pub fn create(path: &Path, geometry: Geometry) -> Result<Self, StoreError> {
-        Ok(Self::over(geometry, Pages::create(path, geometry)?, 0))
+        Ok(Self::over(geometry, Pages::create(path, geometry, false)?, 0))
+    }
+
+    /// As [`create`](Self::create), but the file has no name: it goes with its process, however that ends.
+    ///
+    /// # Errors
+    /// As [`create`](Self::create).
+    pub fn scratch(path: &Path, geometry: Geometry) -> Result<Self, StoreError> {
+        Ok(Self::over(geometry, Pages::create(path, geometry, true)?, 0))
     }
 
     /// The first `chunks` chunks of a file; what follows them will be overwritten.
     ///
     /// # Errors
-    /// A file that is no store, of another geometry, or shorter than it must be.
+    /// A file that is no store, of another geometry, shorter than it must be, or in use.
     pub fn open(path: &Path, geometry: Geometry, chunks: usize) -> Result<Self, StoreError> {
         Ok(Self::over(geometry, Pages::open(path, geometry, chunks)?, chunks))
     }
 
     fn over(geometry: Geometry, pages: Pages, chunks: usize) -> Self {
-        Self { geometry, chunks, pages, buffer: vec![], failed: Mutex::new(None) }
+        Self { geometry, chunks, pages, sum: 0, buffer: vec![], failed: Mutex::new(None) }
     }
 
     pub fn geometry(&self) -> Geometry {
@@ -129,9 +141,50 @@ impl ChunkStore {
     pub fn bytes(&self) -> usize {
         self.chunks * self.geometry.chunk_bytes()
     }
-    /// The file, if it is one.
+    /// The file, if it is one with a name.
     pub fn path(&self) -> Option<&Path> {
-        self.pages.path()
+        self.pages.name()
+    }
+    /// A number that other contents of a file would not have.
+    pub fn sum(&self) -> u64 {
+        self.sum
+    }
+
+    /// Reads the whole file and compares it with the [`sum`](Self::sum) that it had, on the threads of the caller's pool.
+    ///
+    /// # Errors
+    /// A file that can't be read, or whose contents have changed.
+    pub fn verify(&mut self, sum: u64) -> Result<(), StoreError> {
+        let path = || self.pages.path().unwrap_or(Path::new("memory"));
+        let sums = (0..self.chunks.div_ceil(PAGE)).into_par_iter().map(|page| self.page_sum(page));
+        let found = sums.try_reduce(|| 0, |a, b| Ok(a.wrapping_add(b)));
+        if found.map_err(StoreError::io(path(), "read chunks of it"))? != sum {
+            return Err(StoreError::Damaged { path: path().into() });
+        }
+        self.sum = sum;
+        Ok(())
+    }
+
+    /// The sum of a page's pieces.
+    fn page_sum(&self, page: usize) -> io::Result<u64> {
+        let g = &self.geometry;
+        let (first, n) = (page * PAGE, PAGE.min(self.chunks - page * PAGE));
+        let landmarks = (0..g.heads).map(|head| (Part::Landmarks, head, n));
+        let runs = landmarks.chain([(Part::Keys, 0, n * g.heads), (Part::Values, 0, n * g.heads)]);
+        let mut sum = 0u64;
+        for (part, head, pieces) in runs {
+            let (at, size) = (self.place(part, head, first), self.piece(part));
+            self.pages
+                .read(page, at, pieces * size, |bytes| sum = sum.wrapping_add(pieces_sum(bytes, size, page, at)))?;
+        }
+        Ok(sum)
+    }
+
+    /// Bytes of a chunk's landmark, keys or values of one head.
+    fn piece(&self, part: Part) -> usize {
+        let g = &self.geometry;
+        let elements = if part == Part::Landmarks { g.landmark_dim } else { g.chunk * g.dim };
+        elements * g.precision.bytes()
     }
 
     /// Forgets everything.
@@ -139,7 +192,7 @@ impl ChunkStore {
     /// # Errors
     /// A file that can't be shortened.
     pub fn clear(&mut self) -> Result<(), StoreError> {
-        self.chunks = 0;
+        (self.chunks, self.sum) = (0, 0);
         self.pages.clear()
     }
 
@@ -151,6 +204,11 @@ impl ChunkStore {
         self.pages.flush()
     }
 
+    /// From now on a file with a name stays when the store goes.
+    pub fn keep(&mut self) {
+        self.pages.keep();
+    }
+
     /// Adds whole chunks: `k`, `v` are `[chunks · S, h, d]`, `landmarks` `[chunks, h, r]`.
     ///
     /// # Errors
@@ -160,43 +218,44 @@ impl ChunkStore {
         let (row, lines) = (heads * dim, heads * chunk * dim);
         let new = landmarks.len() / (heads * landmark_dim);
         assert!(k.len() == new * lines && v.len() == k.len(), "BUG: keys of other chunks than the landmarks");
-        let mut done = 0;
+        let (mut done, mut sum) = (0, self.sum);
         while done < new {
             let first = self.chunks + done;
             let n = (PAGE - first % PAGE).min(new - done);
             for head in 0..heads {
                 let from =
                     (done..done + n).flat_map(|c| &landmarks[(c * heads + head) * landmark_dim..][..landmark_dim]);
-                self.write(Part::Landmarks, head, first, from)?;
+                sum = sum.wrapping_add(self.write(Part::Landmarks, head, first, from)?);
             }
             for (part, x) in [(Part::Keys, k), (Part::Values, v)] {
                 // From token-major to head-major within the chunk.
                 let order = (done..done + n).flat_map(|c| (0..heads).map(move |h| (c, h)));
                 let from =
                     order.flat_map(|(c, h)| (0..chunk).flat_map(move |t| &x[(c * chunk + t) * row + h * dim..][..dim]));
-                self.write(part, 0, first, from)?;
+                sum = sum.wrapping_add(self.write(part, 0, first, from)?);
             }
             done += n;
         }
-        self.chunks += new;
+        (self.chunks, self.sum) = (self.chunks + new, sum);
         Ok(())
     }
 
-    /// Writes consecutive elements from the place of a chunk's head on.
+    /// Writes consecutive elements from the place of a chunk's head on; their sum, where they go to a file.
     fn write<'a>(
         &mut self,
         part: Part,
         head: usize,
         chunk: usize,
         elements: impl Iterator<Item = &'a f32>,
-    ) -> Result<(), StoreError> {
+    ) -> Result<u64, StoreError> {
         self.buffer.clear();
         match self.geometry.precision {
             Precision::F32 => self.buffer.extend(elements.flat_map(|x| x.to_le_bytes())),
             Precision::Bf16 => self.buffer.extend(elements.flat_map(|&x| half::bf16::from_f32(x).to_le_bytes())),
         }
-        let at = self.place(part, head, chunk);
-        self.pages.write(chunk / PAGE, at, &self.buffer)
+        let (page, at) = (chunk / PAGE, self.place(part, head, chunk));
+        self.pages.write(page, at, &self.buffer)?;
+        Ok(self.pages.path().map_or(0, |_| pieces_sum(&self.buffer, self.piece(part), page, at)))
     }
 
     /// Byte of a chunk's head in its page.
@@ -286,8 +345,21 @@ impl ChunkStore {
     /// The first read that failed since the last call.
     pub fn failure(&self) -> Option<StoreError> {
         let e = self.failed.lock().unwrap_or_else(|p| p.into_inner()).take()?;
-        Some(StoreError::io(self.path().unwrap_or(Path::new("memory")), "read chunks of it")(e))
+        Some(StoreError::io(self.pages.path().unwrap_or(Path::new("memory")), "read chunks of it")(e))
     }
+}
+
+/// The sum over pieces of `size` bytes, side by side from byte `at` of a page on: each piece's bytes and place, as FNV-1a
+/// over words.  A change of one piece always changes it, and the order of pieces does not matter.
+fn pieces_sum(bytes: &[u8], size: usize, page: usize, at: usize) -> u64 {
+    let mix = |h: u64, x: u64| (h ^ x).wrapping_mul(0x0100_0000_01b3).rotate_left(29);
+    let piece = |(i, bytes): (usize, &[u8])| {
+        let place = mix(mix(0xcbf2_9ce4_8422_2325, page as u64), (at + i * size) as u64);
+        let (words, rest) = bytes.as_chunks::<8>();
+        let h = words.iter().fold(place, |h, w| mix(h, u64::from_le_bytes(*w)));
+        rest.iter().fold(h, |h, &b| mix(h, b.into()))
+    };
+    bytes.chunks_exact(size.max(1)).enumerate().map(piece).fold(0, u64::wrapping_add)
 }
 
 #[cfg(test)]
@@ -325,10 +397,15 @@ mod tests {
                     at += n;
                 }
                 s.flush().unwrap();
+                s.keep();
             }
-            let again = ChunkStore::open(&path, g, total).unwrap();
+            let [ram, file] = stores;
+            let sum = file.sum();
+            drop(file);
+            let mut again = ChunkStore::open(&path, g, total).unwrap();
+            again.verify(sum).unwrap();
             let round = |x: f32| if f32s { x } else { half::bf16::from_f32(x).to_f32() };
-            for s in stores.iter().chain([&again]) {
+            for s in [&ram, &again] {
                 prop_assert_eq!(s.chunks(), total);
                 for head in 0..heads {
                     let (first, n) = (total / 3, total - total / 3);
@@ -359,9 +436,17 @@ mod tests {
 
     const SMALL: Geometry = Geometry { heads: 1, chunk: 2, dim: 4, landmark_dim: 4, precision: Precision::Bf16 };
 
+    /// 300 chunks in a new file.
     fn filled(path: &Path) -> ChunkStore {
         let mut s = ChunkStore::create(path, SMALL).unwrap();
         s.append(&values(300 * 8, 1), &values(300 * 8, 2), &values(300 * 4, 3)).unwrap();
+        s.flush().unwrap();
+        s
+    }
+
+    fn kept(path: &Path) -> ChunkStore {
+        let mut s = filled(path);
+        s.keep();
         s
     }
 
@@ -369,12 +454,14 @@ mod tests {
     fn bad_files_are_refused_with_what_to_do() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("store");
-        filled(&path).flush().unwrap();
+        drop(kept(&path));
         let message = |r: Result<ChunkStore, StoreError>| match r {
             Ok(_) => panic!("a bad file was taken"),
             Err(e) => e.to_string(),
         };
         assert!(message(ChunkStore::create(&path, SMALL)).contains("is there already"));
+        let exact = Geometry { precision: Precision::F32, ..SMALL };
+        assert!(message(ChunkStore::open(&path, exact, 300)).contains("--store-dtype bf16"), "precision");
         let other = Geometry { dim: 8, ..SMALL };
         assert!(message(ChunkStore::open(&path, other, 300)).contains("another model"), "geometry");
         assert!(message(ChunkStore::open(&path, SMALL, 600)).contains("torn"));
@@ -384,6 +471,57 @@ mod tests {
         std::fs::write(&path, b"nothing").unwrap();
         assert!(message(ChunkStore::open(&path, SMALL, 1)).contains("no chunk store"));
         assert!(message(ChunkStore::open(&dir.path().join("absent"), SMALL, 1)).contains("absent"));
+    }
+
+    /// A byte changed in any part of any page, a page that never reached the disk, and no change at all.
+    #[test]
+    fn damage_is_found() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("store");
+        let s = kept(&path);
+        let (sum, whole) = (s.sum(), std::fs::read(&path).unwrap());
+        drop(s);
+        let verify = || ChunkStore::open(&path, SMALL, 300).unwrap().verify(sum);
+        verify().unwrap();
+        let header = whole.len() - 2 * SMALL.page() * 2 + (PAGE * 2 - 300) * 16;
+        // Landmarks, keys and values of the first page, and of the second.
+        for at in [0, 2047, 2048, 6143, 6144, 10239, 10240, 10240 + 44 * 8 - 1, whole.len() - header - 1] {
+            let mut damaged = whole.clone();
+            damaged[header + at] ^= 0x40;
+            std::fs::write(&path, &damaged).unwrap();
+            assert!(verify().unwrap_err().to_string().contains("damaged"), "byte {at}");
+        }
+        let mut hole = whole.clone();
+        hole[header..header + 4096].fill(0);
+        std::fs::write(&path, &hole).unwrap();
+        assert!(verify().is_err());
+        // What lies behind the last chunk is nobody's.
+        std::fs::write(&path, &whole).unwrap();
+        let mut s = ChunkStore::open(&path, SMALL, 300).unwrap();
+        s.append(&values(8, 1), &values(8, 2), &values(4, 3)).unwrap();
+        drop(s);
+        verify().unwrap();
+    }
+
+    #[test]
+    fn what_is_not_kept_goes_and_one_process_has_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("store");
+        drop(filled(&path));
+        assert!(!path.exists());
+        let s = kept(&path);
+        let locked = ChunkStore::open(&path, SMALL, 300).map(drop).unwrap_err().to_string();
+        assert!(locked.contains("another process"), "{locked}");
+        drop(s);
+        assert!(ChunkStore::open(&path, SMALL, 300).is_ok() && path.exists());
+        std::fs::remove_file(&path).unwrap();
+        let mut s = ChunkStore::scratch(&path, SMALL).unwrap();
+        s.append(&values(8, 1), &values(8, 2), &values(4, 3)).unwrap();
+        assert!(!path.exists() && s.path().is_none());
+        let mut out = vec![0.0; 8];
+        s.read(Part::Values, 0, 0, 1, &mut out);
+        assert_eq!(out[3], half::bf16::from_f32(values(8, 2)[3]).to_f32());
+        assert!(s.failure().is_none());
     }
 
     /// A file that is shortened under a running process is an error of the next read, not a crash.
@@ -406,12 +544,12 @@ mod tests {
     fn a_full_disk_keeps_what_was_stored() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("store");
-        let mut s = filled(&path);
-        let before = s.chunks();
+        let mut s = kept(&path);
+        let (before, sum) = (s.chunks(), s.sum());
         s.pages = Pages::over(Path::new("/dev/full"), SMALL).unwrap();
         let e = s.append(&values(8, 1), &values(8, 2), &values(4, 3)).unwrap_err().to_string();
         assert!(e.contains("/dev/full") && e.contains("space"), "{e}");
-        assert_eq!(s.chunks(), before);
+        assert_eq!((s.chunks(), s.sum()), (before, sum));
         let again = ChunkStore::open(&path, SMALL, before).unwrap();
         let mut out = vec![0.0; 8];
         again.read(Part::Keys, 0, 299, 1, &mut out);

@@ -36,7 +36,7 @@ use rambac_ir::{Bindings, DType};
 use rambac_passes::{Options, optimise};
 use saved::fingerprint;
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// Where a session keeps its chunks.
@@ -44,10 +44,26 @@ use std::sync::Arc;
 pub enum Tier {
     #[default]
     Ram,
-    /// A new file.
+    /// A new file, which goes with the session unless that was [saved](Session::save).
     File(PathBuf),
+    /// A new file that nobody goes on with: it has no name, and goes even with a process that is killed.
+    Scratch(PathBuf),
     /// A file that [`Session::save`] left, with the sequence it belongs to.
     Resume(PathBuf),
+}
+
+impl Tier {
+    /// The file, if it is one.
+    fn path(&self) -> Option<&Path> {
+        match self {
+            Tier::Ram => None,
+            Tier::File(path) | Tier::Scratch(path) | Tier::Resume(path) => Some(path),
+        }
+    }
+    /// A number of the weights, where a later session must have the same.
+    fn fingerprint(&self, params: &Store) -> u64 {
+        if matches!(self, Tier::File(_) | Tier::Resume(_)) { fingerprint(params) } else { 0 }
+    }
 }
 
 /// What a session is to be.
@@ -191,7 +207,7 @@ impl Session {
                 t.narrow();
             }
         }
-        let fingerprint = if options.tier == Tier::Ram { 0 } else { fingerprint(&params) };
+        let fingerprint = options.tier.fingerprint(&params);
         let mut cpu = Cpu::new(g, params, &pool);
         for (name, t) in states {
             cpu.set_state(&name, t);
@@ -245,7 +261,7 @@ impl Session {
         let programs: Vec<_> = g.named().into_iter().map(|(_, &id)| machine.program(id).clone()).collect();
         let sources = programs.iter().flat_map(|p| &p.program.sources).filter(|s| !of_chunks(&s.name));
         let states = states(sources, n)?;
-        let fingerprint = if options.tier == Tier::Ram { 0 } else { fingerprint(&params) };
+        let fingerprint = options.tier.fingerprint(&params);
         let (chunk_size, hidden_size) = (g.chunk_size, g.hidden_size);
         let mut on = OnDevice::new(machine, g, &params, n, geometry, memory)?;
         for (name, t) in &states {
@@ -281,6 +297,7 @@ impl Session {
             let chunks = match &options.tier {
                 _ if !halves => None,
                 Tier::File(path) => Some(ChunkStore::create(path, geometry)?),
+                Tier::Scratch(path) => Some(ChunkStore::scratch(path, geometry)?),
                 _ => Some(ChunkStore::ram(geometry)),
             };
             self.sequences.push(Sequence { chunks, waiting: vec![], position: 0 });
@@ -606,9 +623,9 @@ fn states<'a>(sources: impl Iterator<Item = &'a SourceSlot>, n: usize) -> Result
 
 /// What no session can be.
 fn refuse(options: &SessionOptions, n: usize, halves: bool) -> Result<(), SessionError> {
-    match &options.tier {
-        Tier::File(_) | Tier::Resume(_) if n > 1 => Err(SessionError::OneSequence(n)),
-        Tier::File(path) | Tier::Resume(path) if !halves => Err(SessionError::NoChunks(path.clone())),
+    match options.tier.path() {
+        Some(_) if n > 1 => Err(SessionError::OneSequence(n)),
+        Some(path) if !halves => Err(SessionError::NoChunks(path.into())),
         _ => Ok(()),
     }
 }

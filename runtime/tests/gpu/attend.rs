@@ -11,6 +11,7 @@ pub const ALL: &[Case] = &[
     ("chunk_attention_query_tiles", query_tiles),
     ("chunk_attention_pairs", pairs),
     ("chunk_attention_chunk_major", chunk_major),
+    ("chunk_attention_of_neighbours", neighbours),
     ("chunk_attention_grad", grad),
     ("chunk_attention_at_the_370m_shape", full_shape),
     ("chunk_attention_of_drawn_shapes", drawn),
@@ -72,7 +73,25 @@ pub fn choices(rng: &mut Rng, s: &Shape) -> (Vec<i32>, Vec<i32>) {
     (index, count)
 }
 
+/// Choices of which most are the neighbour's before.
+fn alike(rng: &mut Rng, s: &Shape) -> (Vec<i32>, Vec<i32>) {
+    let (mut index, mut count) = choices(rng, s);
+    for row in s.h..count.len() {
+        // A stretch of tokens goes its own ways.
+        if row / s.h % s.l > 0 && (row / s.h % 64 > 20) && rng.uniform(0.0, 1.0) < 0.9 {
+            count[row] = count[row - s.h];
+            index.copy_within((row - s.h) * s.k..(row - s.h + 1) * s.k, row * s.k);
+        }
+    }
+    (index, count)
+}
+
 pub fn operands(rng: &mut Rng, s: &Shape, wide: bool, dy: bool) -> Vec<Input> {
+    let chosen = choices(rng, s);
+    operands_with(rng, s, chosen, wide, dy)
+}
+
+fn operands_with(rng: &mut Rng, s: &Shape, chosen: (Vec<i32>, Vec<i32>), wide: bool, dy: bool) -> Vec<Input> {
     let (b, heads) = (dims(s), s.h * s.group);
     let [n, l] = [Dim::sym("N"), Dim::sym("L")];
     let tokens = Dim::sym("C").checked_mul(&Dim::int(s.chunk)).unwrap();
@@ -80,7 +99,7 @@ pub fn operands(rng: &mut Rng, s: &Shape, wide: bool, dy: bool) -> Vec<Input> {
         Ty::new(s.dtype, rows.iter().map(|d| (*d).clone()).chain(cols.iter().map(|&c| Dim::int(c))))
     };
     let real = |rng: &mut Rng, t: Ty, low: f64, high: f64| Input::new(rng, t, &b, low, high);
-    let (index, count) = choices(rng, s);
+    let (index, count) = chosen;
     let slots = ty(&[&n, &l], &[s.h, s.k]);
     // Unfilled slots weigh 0.
     let w = random(rng, &slots, &b, 0.0, 1.0);
@@ -191,6 +210,38 @@ fn chunk_major(rig: &Rig) -> Result<String, String> {
         shape(F32, [1, 20, 2, 0], [1, 4], 64, 64, 2),
     ] {
         attend(rig, Arch::Sm90a, &mut rng, &s, s.n == 1, "chunk_major")?;
+    }
+    Ok(String::new())
+}
+
+/// Runs a shape whose neighbours choose alike, in a form with tiles for them, few blocks; `below`: all logits are far below zero.
+fn attend_alike(rig: &Rig, rng: &mut Rng, s: &Shape, below: bool, form: &'static str) -> Result<(), String> {
+    let op = ChunkAttention { chunk: s.chunk, scale: (s.d as f64).powf(-0.5), off_by_one: s.off };
+    let chosen = alike(rng, s);
+    let mut x = operands_with(rng, s, chosen, s.n == 1, false);
+    if below {
+        for (i, low) in [(0, -6.0), (1, 5.0)] {
+            x[i] = Input::new(rng, x[i].ty.clone(), &dims(s), low, low + 1.0);
+        }
+    }
+    rig.check(&Check::new(op, x, &dims(s), tolerance(s.dtype)).on(Arch::Sm90a).sms(1).in_form(form)).map(|_| ())
+}
+
+fn neighbours(rig: &Rig) -> Result<String, String> {
+    let mut rng = Rng(18);
+    use DType::{BF16, F16};
+    for (s, form) in [
+        // A tile is eight tokens, in full and in part; some tiles share nothing.
+        (shape(BF16, [1, 101, 20, 0], [1, 16], 64, 64, 4), "shared_tiles"),
+        // A thread's rows are of two tokens; two sequences, two key heads, zero logits; chunks chosen twice.
+        (shape(F16, [2, 37, 6, 1], [2, 8], 64, 64, 8), "shared_tiles"),
+        (shape(BF16, [1, 70, 9, 0], [1, 4], 64, 64, 2), "shared_tiles"),
+        (shape(BF16, [1, 9, 3, 2], [1, 64], 64, 64, 10), "shared_tiles"),
+        // In parts, some of them empty.
+        (shape(F16, [1, 45, 3, 0], [1, 16], 64, 64, 3), "shared_tiles_tokens"),
+        (shape(BF16, [3, 30, 3, 0], [1, 16], 64, 64, 3), "shared_tiles_sequences"),
+    ] {
+        attend_alike(rig, &mut rng, &s, false, form)?;
     }
     Ok(String::new())
 }
@@ -456,6 +507,19 @@ pub fn quick_hopper(rig: &Rig) -> Result<(), String> {
     let s = shape(DType::BF16, [1, 41, 2, 0], [1, 8], 64, 64, 2);
     attend(rig, Arch::Sm90a, &mut rng, &s, true, "chunk_major")?;
     rig.check(&check_grad(&mut rng, &s).on(Arch::Sm90a)).map(|_| ())
+}
+
+pub fn quick_neighbours(rig: &Rig) -> Result<(), String> {
+    use DType::{BF16, F16};
+    let mut rng = Rng(19);
+    for (s, below) in [
+        (shape(BF16, [1, 61, 14, 0], [1, 16], 64, 64, 3), false),
+        (shape(F16, [2, 37, 3, 1], [2, 8], 64, 64, 4), false),
+        (shape(BF16, [1, 24, 2, 0], [1, 16], 64, 64, 2), true),
+    ] {
+        attend_alike(rig, &mut rng, &s, below, "shared_tiles")?;
+    }
+    Ok(())
 }
 
 pub fn quick_selection(rig: &Rig) -> Result<(), String> {

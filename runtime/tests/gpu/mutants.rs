@@ -13,7 +13,8 @@ pub const ALL: &[Case] = &[("seeded_defects", every_defect)];
 const FAMILIES: &[(&str, Check)] = &[
     ("attend.cuh", quick_attend),
     ("chunk_softmax.cuh", quick_attend),
-    ("attend_chunks.cuh", attend::quick_chunk_major),
+    ("attend_chunks.cuh", quick_chunks),
+    ("attend_tile_hopper.cuh", attend::quick_neighbours),
     ("attend_grad.cuh", quick_grad),
     ("attend_chunks_hopper.cuh", attend::quick_hopper),
     ("inverted_index.cuh", attend::quick_selection_grad),
@@ -46,6 +47,10 @@ const FAMILIES: &[(&str, Check)] = &[
 fn quick_attend(rig: &Rig) -> Result<(), String> {
     attend::quick_query_tiles(rig)?;
     vocabulary::quick_joint(rig)
+}
+fn quick_chunks(rig: &Rig) -> Result<(), String> {
+    attend::quick_chunk_major(rig)?;
+    attend::quick_neighbours(rig)
 }
 fn quick_grad(rig: &Rig) -> Result<(), String> {
     attend::quick_grad(rig)?;

@@ -4,11 +4,12 @@
 //! started, and then the host looks at how the one before went.  It does wait before a checkpoint, at the end of a stage, and
 //! where a loss decides whether a stage goes on: so the same steps are done, with the same numbers, as on the CPU.
 
-use super::{Run, grouped, interrupted};
+use super::{Run, interrupted};
 use crate::dashboard::{Dashboard, Step};
 use crate::error::{self, Result, wrap};
 use crate::loader::Loader;
 use crate::profile::Profile;
+use crate::show::{self, Beat};
 use indicatif::{ProgressBar, ProgressStyle};
 use miette::IntoDiagnostic;
 use rambac_ir::Bindings;
@@ -35,6 +36,8 @@ struct Started {
 struct Shown {
     bar: ProgressBar,
     dashboard: Option<Dashboard>,
+    /// Where there is neither.
+    beat: Beat,
     /// Tokens and seconds since the rate was shown.
     tokens: u64,
     seconds: f64,
@@ -92,7 +95,8 @@ impl Run {
         bar.set_position(self.state.recipe.tokens_before(self.state.position.planned));
         bar.reset_eta();
         let began = Instant::now();
-        let mut shown = Shown { bar, dashboard, tokens: 0, seconds: 0.0, clock: Instant::now() };
+        let beat = Beat::new();
+        let mut shown = Shown { bar, dashboard, beat, tokens: 0, seconds: 0.0, clock: Instant::now() };
         let mut loader = self.loader()?;
         let mut saved = self.state.position.step;
         // The next step to start, and the one that was started and has not told how it went.
@@ -101,8 +105,9 @@ impl Run {
             let out_of_time = self.time_limit.is_some_and(|t| began.elapsed() >= t);
             if interrupted() || out_of_time {
                 self.land(&mut flying, &mut shown)?;
-                self.save()?;
                 shown.bar.finish_and_clear();
+                self.save()?;
+                self.profile.iter_mut().try_for_each(Profile::finish)?;
                 return Ok(false);
             }
             let following = self.state.recipe.stage_at(ahead + 1).map(|(stage, _)| (stage, ahead + 1));
@@ -209,10 +214,12 @@ impl Run {
             // The schedule follows the plan, not the count of steps.
             self.trainer.set(STEP, Tensor::f32(&[], vec![next as f32])).map_err(error::train)?;
             let how = if early { "done early" } else { "done" };
-            let tokens = grouped(p.tokens);
+            let tokens = show::count(p.tokens);
             let news = format!("stage {} {how}: {rows} x {len}, {tokens} tokens so far, loss {smooth:.3}", stage + 1);
             match &shown.dashboard {
                 Some(d) => d.news(news),
+                // A hidden bar says nothing.
+                None if shown.bar.is_hidden() => eprintln!("{news}"),
                 None => shown.bar.println(news),
             }
         }
@@ -224,8 +231,15 @@ impl Run {
         }
         let done = self.state.recipe.tokens_before(self.state.position.planned);
         shown.bar.set_position(done);
+        let step = self.state.position.step;
+        if !self.json && !self.tui {
+            let (done, total) = (show::count(done), show::count(self.state.recipe.tokens()));
+            let rate = show::rate(tokens as f64 / seconds);
+            shown.beat.tell(&shown.bar, || {
+                format!("step {step}: {done} of {total} tokens, loss {smooth:.3}, {rate} tokens/s")
+            });
+        }
         if let Some(d) = &shown.dashboard {
-            let step = self.state.position.step;
             let (loss, grad_norm, lr) = (report.loss, report.grad_norm, report.lr);
             d.step(Step { step, stage, len, rows, done, tokens, seconds, loss, smooth, grad_norm, lr });
         }
@@ -237,6 +251,8 @@ impl Run {
     fn validation_loss(&mut self) -> Result<Option<f32>> {
         let Some(task) = &self.validation else { return Ok(None) };
         let Some(s) = self.state.recipe.stages.last() else { return Ok(None) };
+        // A limit of memory holds for this too, whose forward keeps nothing.
+        self.trainer.rest();
         let g = stack::loss(&self.config, Carry::Zero, false).map_err(wrap)?;
         let program = rambac_codegen::lower(&rambac_passes::optimise(&g, &Options::default()));
         let mut e = rambac_runtime::Executor::new(program, self.pool.clone());

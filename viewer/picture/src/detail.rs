@@ -11,7 +11,7 @@ use rambac_codegen::nvrtc::{Nvrtc, Usage};
 use rambac_codegen::program::Step;
 use rambac_codegen::traits::kernel_traits;
 use rambac_ir::NodeId;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 /// See the module's comment.
 #[derive(Clone, Debug)]
@@ -40,7 +40,8 @@ impl Detail {
         let name = |id: NodeId| (id, format!("{} = {}", g.label(id.result(0)), g.node(id).op.mnemonic()));
         let at = |t: &rambac_ir::Ty| t.bind(&scene.dims).map_or_else(|e| e.to_string(), |c| c.to_string());
         let mut operands: Vec<NodeId> = n.inputs.iter().map(|v| v.node).collect();
-        operands.dedup();
+        let mut seen = HashSet::new();
+        operands.retain(|id| seen.insert(*id));
         let reads = |o: &rambac_ir::Node| o.inputs.iter().any(|v| v.node == id);
         Detail {
             label: name(id).1,

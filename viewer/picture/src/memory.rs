@@ -4,6 +4,7 @@ use crate::export::hex;
 use crate::family::{Colour, Family, family};
 use crate::number::{bytes, escaped};
 use rambac_codegen::{BufferKind, MemoryPlan, Program};
+use rambac_ir::NodeId;
 use std::fmt::Write;
 
 /// A buffer of the arena, or a step's scratch.
@@ -16,6 +17,8 @@ pub struct Block {
     pub colour: Colour,
     /// What made it, and its type.
     pub name: String,
+    /// The node of the program's graph that made it, or whose scratch it is.
+    pub node: Option<NodeId>,
 }
 
 /// All blocks of a plan.
@@ -41,11 +44,13 @@ pub fn blocks(p: &Program, plan: &MemoryPlan) -> Vec<Block> {
         };
         let name = format!("{name} : {}", buffer.ty);
         let last = last.min(p.steps.len().saturating_sub(1));
-        out.push(Block { steps: (first, last), place: (at, plan.sizes[b]), colour, name });
+        let node = makers[b].map(|(s, _)| p.steps[s].node);
+        out.push(Block { steps: (first, last), place: (at, plan.sizes[b]), colour, name, node });
     }
     for (s, &(at, n)) in plan.scratch.iter().enumerate().filter(|(_, s)| s.1 > 0) {
         let name = format!("scratch of {}", p.steps[s].op.mnemonic());
-        out.push(Block { steps: (s, s), place: (at, n), colour: [120, 124, 132], name });
+        let node = Some(p.steps[s].node);
+        out.push(Block { steps: (s, s), place: (at, n), colour: [120, 124, 132], name, node });
     }
     out
 }

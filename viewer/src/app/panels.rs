@@ -43,7 +43,14 @@ impl App {
         let frame = egui::Frame::central_panel(ui.style()).fill(Color32::TRANSPARENT).inner_margin(0.0);
         CentralPanel::default().frame(frame).show(ui, |ui| match self.tab {
             Tab::Graph => self.graph(ui),
-            Tab::Memory => self.memory.show(ui, &self.scene),
+            Tab::Memory => {
+                // Its nodes are those of the last pass.
+                if let Some(id) = self.memory.show(ui, &self.scene) {
+                    self.set_stage(self.scene.last());
+                    self.set_before(false);
+                    self.go_to(id);
+                }
+            }
         });
         self.help_window(&cx);
         self.refusal(&cx);

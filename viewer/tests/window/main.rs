@@ -144,10 +144,12 @@ fn memory() {
     a.show_tab(Tab::Memory);
     let mut h = window(a);
     h.snapshot("memory");
-    h.event(Event::PointerMoved(pos2(640.0, 500.0)));
-    h.run_steps(3);
+    // A click on a buffer leads to the node that makes it.
+    click(&mut h, pos2(500.0, 600.0), PointerButton::Primary);
+    let (label, node) = h.state().selection();
+    assert!(node.is_some() && h.state().place_of("head").is_some(), "{label:?}");
     press(&mut h, Key::M);
-    assert!(h.state().place_of("head").is_some());
+    assert!(h.state().tab() == Tab::Memory);
 }
 
 /// `/` leads to the field; what is found is selected, the next one with Enter.  What is inside a box is listed.

@@ -7,7 +7,7 @@ use rambac_ir::{DType, Dim};
 
 const THREADS: usize = 128;
 /// A block of threads scans all chunks of a list.
-const SCAN_THREADS: usize = 256;
+const SCAN_THREADS: usize = 1024;
 /// Tokens that a warp puts in place one after the other; more where a table of blocks by chunks would outgrow the pairs.
 const BLOCK_TOKENS: usize = 256;
 
@@ -119,10 +119,15 @@ impl InvertedIndex {
 
     /// The parameters by which a kernel reads it, and the sizes that go with them.
     pub fn read(&self, s: Stub) -> Stub {
-        s.read("entries", DType::I32, self.at(4))
-            .read("offsets", DType::I32, self.at(1))
-            .read("slab_first", DType::I32, self.at(2))
-            .read("slabs", DType::I32, self.at(3))
+        self.read_from_list(s, Expr::int(0))
+    }
+    /// The same from a list on.
+    pub fn read_from_list(&self, s: Stub, first: Expr) -> Stub {
+        let per_chunk = first.clone() * (Expr::from(&self.chunks) + 1);
+        s.read_from("entries", DType::I32, self.at(4), first.clone() * self.l.clone() * self.k)
+            .read_from("offsets", DType::I32, self.at(1), per_chunk.clone())
+            .read_from("slab_first", DType::I32, self.at(2), per_chunk)
+            .read_from("slabs", DType::I32, self.at(3), first * self.max_slabs() * 2)
             .i32("l", self.l.clone())
             .i32("h", self.h)
             .i32("chunks", &self.chunks)

@@ -4,6 +4,8 @@ mod any_size;
 mod attention;
 mod choose;
 mod chunk_attention;
+mod chunk_attention_forms;
+mod chunk_attention_sizes;
 mod conv;
 mod few_rows;
 mod inverted_index;

@@ -46,6 +46,8 @@ pub(super) struct Tile {
     pub threads: usize,
     /// Products of warpgroups, and one more warpgroup that copies ahead: scan_hopper.cuh.
     pub warpgroups: bool,
+    /// Blocks that share a multiprocessor, which registers are kept few for.
+    pub per_sm: usize,
 }
 
 impl Tile {
@@ -81,7 +83,10 @@ impl Tile {
         let wide = panel * r / 64 * if outputs { 2 } else { 1 };
         let tiles = STAGES * (groups * panel + wide) + if outputs { 2 * groups * panel } else { 0 };
         let shared = (tiles + STAGES * (heads * 5 * 64 * 4 + 16)).next_multiple_of(1024);
-        let tile = Tile { block: 64, stages: STAGES, heads, shared, threads: 128 * (groups + 1), warpgroups: true };
+        // A walk with one warpgroup, which keeps a state and no more, leaves room for another.
+        let two = groups == 1 && !outputs && 2 * (shared + Target::SHARED_RESERVED) <= target.shared_per_sm;
+        let (threads, per_sm) = (128 * (groups + 1), if two { 2 } else { 1 });
+        let tile = Tile { block: 64, stages: STAGES, heads, shared, threads, warpgroups: true, per_sm };
         (shared <= target.shared_per_block).then_some(tile)
     }
 
@@ -102,7 +107,7 @@ impl Tile {
         }
         let all = [2, 1].map(|stages| {
             let shared = Tile::shared(s, walk, block, stages, heads);
-            Tile { block, stages, heads, shared, threads, warpgroups: false }
+            Tile { block, stages, heads, shared, threads, warpgroups: false, per_sm: 1 }
         });
         all.into_iter().find(|t| t.shared <= target.shared_per_block)
     }
@@ -184,6 +189,7 @@ impl Scan {
             .int("shared", t.shared)
             .flag("reverse", reverse)
             .tag(if reverse { "back" } else { "forth" })
+            .blocks_per_sm(t.per_sm)
             .shared(t.shared)
     }
     /// Parameters (x, dt, a, b) that walks begin with; backward in time dy and c stand for x and b.
@@ -383,10 +389,13 @@ mod tests {
         let s = scan(32, 64, 128, DType::BF16);
         assert_eq!(Tile::heads(&s), 2);
         let tile = |arch| s.tile(Walk::Outputs, 2, &Target::of(arch)).unwrap();
-        let warps = Tile { block: 64, stages: 2, heads: 2, shared: 129_536, threads: 256, warpgroups: false };
+        let warps =
+            Tile { block: 64, stages: 2, heads: 2, shared: 129_536, threads: 256, warpgroups: false, per_sm: 1 };
         assert_eq!(tile(Arch::Sm80), warps);
-        let groups = Tile { block: 64, stages: 3, heads: 2, shared: 188_416, threads: 384, warpgroups: true };
+        let groups =
+            Tile { block: 64, stages: 3, heads: 2, shared: 188_416, threads: 384, warpgroups: true, per_sm: 1 };
         assert_eq!(tile(Arch::Sm90a), groups);
+        assert_eq!(s.tile(Walk::Record, 1, &Target::of(Arch::Sm90a)).unwrap().per_sm, 2);
         let s = scan(32, 64, 128, DType::F32);
         assert_eq!(s.tile(Walk::Outputs, 1, &Target::of(Arch::Sm80)).unwrap().block, 32);
     }
