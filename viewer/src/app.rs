@@ -156,6 +156,11 @@ impl App {
         self.tab = tab;
     }
 
+    /// Nodes that the pass in view changed.
+    pub fn marked(&self) -> usize {
+        self.picture.cards.iter().map(|c| c.marked).sum()
+    }
+
     pub fn tab(&self) -> Tab {
         self.tab
     }

@@ -58,6 +58,9 @@ fn run(a: &ViewArgs, measured: Option<Instant>) -> error::Result<()> {
         }
     };
     eframe::run_native("rambac", options, Box::new(|cx| Ok(create(cx)))).map_err(|e| {
-        miette::miette!(help = "pictures need no window: --export FILE.svg", "the window does not open: {e}")
+        // Less the place in a library's source where it was found.
+        let text = e.to_string();
+        let why = text.rsplit_once(".rs:").and_then(|(_, rest)| rest.split_once(": ")).map_or(text.as_str(), |w| w.1);
+        miette::miette!(help = "pictures need no window: --export FILE.svg", "the window does not open: {why}")
     })
 }

@@ -101,7 +101,7 @@ impl App {
         ui.separator();
         let mut changed = false;
         for (name, value) in &mut self.sizes {
-            ui.label(name.as_str());
+            ui.add(egui::Label::new(name.as_str()).selectable(false));
             let drag = egui::DragValue::new(value).range(1..=1usize << 30).speed(16.0);
             changed |= ui.add(drag).changed();
         }
@@ -172,7 +172,7 @@ impl App {
                 if b != self.look.before {
                     self.set_before(b);
                 }
-                let marked: usize = self.picture.cards.iter().map(|c| c.marked).sum();
+                let marked = self.marked();
                 let (what, c) = if b { ("vanish", VANISHED) } else { ("appeared", APPEARED) };
                 ui.label(format!("{before} nodes before, {nodes} after,"));
                 ui.colored_label(canvas::colour(c), format!("{marked} {what}"));

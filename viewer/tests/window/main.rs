@@ -9,7 +9,7 @@ use eframe::egui::{Context, DroppedFile, Event, Key, Modifiers, PointerButton, P
 use egui_kittest::Harness;
 use rambac::ViewArgs;
 use rambac_codegen::cuda::Arch;
-use rambac_ir::Bindings;
+use rambac_ir::{Bindings, text};
 use rambac_models::preset;
 use rambac_models::stack::{self, Carry};
 use rambac_passes::train_step::{AdamW, train_step};
@@ -25,6 +25,12 @@ fn scene(name: &str) -> Scene {
     let loss = stack::loss(&preset(name).unwrap(), Carry::Zero, false).unwrap();
     let step = train_step(&loss, &AdamW::default(), |_| true).unwrap();
     Scene::new(&format!("{name}, a training step"), &step, &Bindings::new([("N", 1), ("L", 4096)])).unwrap()
+}
+
+/// A training step that was compiled once: pictures of it change with the window alone, and with what ops are said to cost.
+fn stored() -> Scene {
+    let g = text::parse(include_str!("step.ir")).unwrap();
+    Scene::compiled("tiny, a training step", g.clone(), g, &Bindings::new([("N", 1), ("L", 4096)])).unwrap()
 }
 
 fn app(scene: Scene, change: impl FnOnce(&mut Look)) -> App {
@@ -66,14 +72,14 @@ fn place(h: &Harness<'_, App>, label: &str) -> Pos2 {
 
 #[test]
 fn folded() {
-    let mut h = window(app(scene("tiny"), |_| {}));
+    let mut h = window(app(stored(), |_| {}));
     h.snapshot("folded");
 }
 
 /// A click opens a box, a click on a node tells of it, a right click folds around it, Escape lets go.
 #[test]
 fn opened_by_clicks() {
-    let mut h = window(app(scene("tiny"), |_| {}));
+    let mut h = window(app(stored(), |_| {}));
     let before = h.state().boxes();
     let at = place(&h, "layers.0");
     click(&mut h, at, PointerButton::Primary);
@@ -99,7 +105,7 @@ fn opened_by_clicks() {
 /// A click with shift tells of a box without opening it; Enter opens it.
 #[test]
 fn boxes_are_told_of() {
-    let mut h = window(app(scene("tiny"), |_| {}));
+    let mut h = window(app(stored(), |_| {}));
     let before = h.state().boxes();
     let at = place(&h, "layers.0");
     h.event(Event::PointerMoved(at));
@@ -115,11 +121,11 @@ fn boxes_are_told_of() {
 
 #[test]
 fn coloured_by_time() {
-    let mut h = window(app(scene("tiny"), |l| l.colour = ColourBy::Time));
+    let mut h = window(app(stored(), |l| l.colour = ColourBy::Time));
     h.snapshot("time");
 }
 
-/// Keys go from pass to pass, and from after to before.
+/// Keys go from pass to pass.
 #[test]
 fn passes() {
     let s = scene("tiny");
@@ -129,10 +135,15 @@ fn passes() {
     assert_eq!(h.state().pass(), "fuse_selection");
     press(&mut h, Key::CloseBracket);
     assert_eq!(h.state().pass(), "fuse_attention");
-    let at = place(&h, "layers.4");
-    click(&mut h, at, PointerButton::Primary);
-    h.remove_cursor();
-    h.run_steps(3);
+    assert!(h.state().marked() > 0);
+}
+
+/// What appeared is marked in the graph after a pass, what vanished in the one before it.
+#[test]
+fn before_and_after() {
+    let [before, after] = [include_str!("before.ir"), include_str!("after.ir")].map(|t| text::parse(t).unwrap());
+    let s = Scene::compiled("hsa", before, after, &Bindings::new([("N", 1), ("L", 4096)])).unwrap();
+    let mut h = window(app(s, |_| {}));
     h.snapshot("after");
     press(&mut h, Key::B);
     h.snapshot("before");
@@ -140,7 +151,7 @@ fn passes() {
 
 #[test]
 fn memory() {
-    let mut a = app(scene("tiny"), |_| {});
+    let mut a = app(stored(), |_| {});
     a.show_tab(Tab::Memory);
     let mut h = window(a);
     h.snapshot("memory");
@@ -155,7 +166,7 @@ fn memory() {
 /// `/` leads to the field; what is found is selected, the next one with Enter.  What is inside a box is listed.
 #[test]
 fn search() {
-    let mut h = window(app(scene("tiny"), |_| {}));
+    let mut h = window(app(stored(), |_| {}));
     press(&mut h, Key::Slash);
     h.event(Event::Text("selective_scan".into()));
     h.run_steps(3);
@@ -165,7 +176,7 @@ fn search() {
     press(&mut h, Key::Enter);
     let second = h.state().selection().0.map(str::to_string);
     assert!(second.is_some() && second != first, "{second:?}");
-    let mut h = window(app(scene("tiny"), |l| l.open = Open::All));
+    let mut h = window(app(stored(), |l| l.open = Open::All));
     press(&mut h, Key::Slash);
     h.event(Event::Text("selective_scan".into()));
     h.run_steps(3);
@@ -182,7 +193,7 @@ fn dropped_files() {
         view: ViewArgs,
     }
     let given = Cli::parse_from(["viewer", "tiny"]).view;
-    let mut h = window(app(scene("tiny"), |_| {}).with_opener(opener(given)));
+    let mut h = window(app(stored(), |_| {}).with_opener(opener(given)));
     let boxes = h.state().boxes();
     let drop = |h: &mut Harness<'_, App>, path: &str| {
         h.input_mut().dropped_files.push(Arc::new(Dropped(path.into())));
@@ -210,7 +221,7 @@ impl DroppedFile for Dropped {
 
 #[test]
 fn keys_are_listed() {
-    let mut h = window(app(scene("tiny"), |_| {}));
+    let mut h = window(app(stored(), |_| {}));
     press(&mut h, Key::F1);
     h.snapshot("keys");
     press(&mut h, Key::Escape);
