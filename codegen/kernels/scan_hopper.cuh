@@ -206,26 +206,24 @@ template <class C, class Way> struct ScanWalkHopper {
         }
     }
 
-    // Columns of x times what a step adds to the state.
-    __device__ __forceinline__ static void weigh(Columns& out, const Columns& xs, const ScanDecay<Q>& decay) {
+    // 16 columns of xᵀ times what a step adds to the state.
+    __device__ __forceinline__ static void weigh(u32 (&out)[4], const u32 (&xs)[4], int i, const ScanDecay<Q>& decay) {
 #pragma unroll
-        for (int i = 0; i < Q / 16; i++)
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const int s = 16 * i + 8 * half + 2 * (lane_id() % 4);
-                float by[2];
-                load_f32(by, (Way::reverse ? decay.from_start : decay.to_end) + s);
-                if constexpr (!Way::reverse) {
-                    float dt[2];
-                    load_f32(dt, decay.dt + s);
-                    by[0] *= dt[0], by[1] *= dt[1];
-                }
-#pragma unroll
-                for (int e = 0; e < 2; e++) {
-                    const u32 v = xs[i][2 * half + e];
-                    out[i][2 * half + e] = pack2<T>(to_f32(T{(u16)v}) * by[0], to_f32(T{(u16)(v >> 16)}) * by[1]);
-                }
+        for (int half = 0; half < 2; half++) {
+            const int s = 16 * i + 8 * half + 2 * (lane_id() % 4);
+            float by[2];
+            load_f32(by, (Way::reverse ? decay.from_start : decay.to_end) + s);
+            if constexpr (!Way::reverse) {
+                float dt[2];
+                load_f32(dt, decay.dt + s);
+                by[0] *= dt[0], by[1] *= dt[1];
             }
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                const u32 v = xs[2 * half + e];
+                out[2 * half + e] = pack2<T>(to_f32(T{(u16)v}) * by[0], to_f32(T{(u16)(v >> 16)}) * by[1]);
+            }
+        }
     }
 
     __device__ __forceinline__ void consume(Shared& sh) {
@@ -237,6 +235,9 @@ template <class C, class Way> struct ScanWalkHopper {
             for (int i = threadIdx.x % 128; i < Q * 32; i += 128) store_shared(g + 4 * i, 0);
             warpgroup_sync(group());
         }
+        // Where the next state is recorded.
+        T* place = record;
+        if (Way::record && count > 0) place += (((i64)(begin(0) / Q) * C::heads + head()) * P + slice() + lane_id() / 4) * R;
         Ring<STAGES> from;
 #pragma unroll 1
         for (int k = 0; k < count; k++) {
@@ -253,8 +254,8 @@ template <class C, class Way> struct ScanWalkHopper {
             sh.full[from.at].wait(from.parity);
             // MUT scan_hopper_ready: ;
             if constexpr (Way::record) {
-                T* to = record + (((i64)(begin(k) / Q) * C::heads + head()) * P + slice() + lane_id() / 4) * R;
-                store_d_global(to, to + 8 * R, h);
+                store_d_global(place, place + 8 * R, h);
+                place += Way::reverse ? -C::heads * P * R : C::heads * P * R;
             }
             if constexpr (Way::outputs) {
                 const Tile cs(stage + OF_C);
@@ -288,9 +289,6 @@ template <class C, class Way> struct ScanWalkHopper {
 #pragma unroll
                 for (int i = 0; i < Q / 16; i++) Wgmma<T, Q, 0, 0>::run(acc, xs[i], Tile(g).along_rows(i), true);
                 products_commit();
-            } else {
-#pragma unroll
-                for (int i = 0; i < Q / 16; i++) ldmatrix4_trans(xs[i], stage + mine + 16 * i * Tile::ROW_BYTES);
             }
 
             // state = whole·state + (factor·x)ᵀ·b
@@ -299,12 +297,15 @@ template <class C, class Way> struct ScanWalkHopper {
             for (int j = 0; j < R / 8; j++)
 #pragma unroll
                 for (int i = 0; i < 4; i++) h[j][i] *= whole;
-            Columns weighted;
-            weigh(weighted, xs, decay);
             products_begin();
             in_flight(h);
 #pragma unroll
-            for (int i = 0; i < Q / 16; i++) Wgmma<T, R, 0, 1>::run(h, weighted[i], bs.along_columns(i), true);
+            for (int i = 0; i < Q / 16; i++) {
+                if constexpr (!Way::outputs) ldmatrix4_trans(xs[i], stage + mine + 16 * i * Tile::ROW_BYTES);
+                u32 weighted[4];
+                weigh(weighted, xs[i], i, decay);
+                Wgmma<T, R, 0, 1>::run(h, weighted, bs.along_columns(i), true);
+            }
             products_commit();
             if constexpr (Way::outputs) {
                 products_wait<1>();
