@@ -179,7 +179,12 @@ impl Sizes {
     pub fn shared_tile(&self, target: &Target) -> Option<Tile> {
         let fits = target.arch == Arch::Sm90a && self.element == 2 && self.head_dim == 64 && self.chunk == 64;
         let divides = 128usize.is_multiple_of(self.group) && self.shared_tokens() <= 32;
-        if !fits || self.joint || !divides || self.slots > HELD_SLOTS || !(self.slots * self.shared_tokens()).is_multiple_of(4) {
+        if !fits
+            || self.joint
+            || !divides
+            || self.slots > HELD_SLOTS
+            || !(self.slots * self.shared_tokens()).is_multiple_of(4)
+        {
             return None;
         }
         let lists = 3 * (8 * self.shared_most() + 4 * self.slots * self.shared_tokens());
