@@ -12,7 +12,8 @@
 // their way meanwhile, so that a tile begins as the one before ends.  Rows whose token did not choose a chunk have w = 0.  A
 // chunk is one tile: no rescaling, no workspace but the lists.  Deterministic.
 // Traffic: q, o once; K and V once per tile and chunk of its union, from L2.  What limits it: 64 rows of a chunk of 64 by 64 take
-// 256 cycles of the tensor cores, as many of exp2, and 200 issues of a warp's 256.
+// 256 cycles of the tensor cores, as many of exp2, and 200 issues of a warp's 256.  On an H100 they take about 700 with three blocks
+// on a multiprocessor: half of the issue slots are empty for want of warps, and registers have no room for more.
 #pragma once
 #include "attend_chunks.cuh"
 #include "wgmma.cuh"
