@@ -279,11 +279,16 @@ template <class C, class W>
 __device__ __forceinline__ void attend_grad_heads(W* dw, const float* delta, const i32* count, i64 lists_tokens) {
     i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x, row = i / C::slots;
     if (row >= lists_tokens) return;
+    constexpr int G = C::heads_per_kv, EACH = min_of(4, G & -G);
     float sum = 0.f;
     if ((int)(i % C::slots) < count[row])
 #pragma unroll 4
-        for (int g = 0; g < C::heads_per_kv; g++) sum += delta[i * C::heads_per_kv + g];
-        // MUT grad_heads: for (int g = 1; g < C::heads_per_kv; g++) sum += delta[i * C::heads_per_kv + g];
+        for (int g = 0; g < G; g += EACH) {
+        // MUT grad_heads: for (int g = EACH; g < G; g += EACH) {
+            auto x = load<float, EACH>(delta + i * G + g);
+#pragma unroll
+            for (int j = 0; j < EACH; j++) sum += x[j];
+        }
     dw[i] = from_f32<W>(sum);
 }
 

@@ -12,7 +12,8 @@
 // their way meanwhile, so that a tile begins as the one before ends.  Rows whose token did not choose a chunk have w = 0.  A
 // chunk is one tile: no rescaling, no workspace but the lists.  Deterministic.
 // Traffic: q, o once; K and V once per tile and chunk of its union, from L2.  What limits it: 64 rows of a chunk of 64 by 64 take
-// 256 cycles of the tensor cores, as many of exp2, and 200 issues of a warp's 256.
+// 256 cycles of the tensor cores, as many of exp2, and 200 issues of a warp's 256.  On an H100 they take about 700 with three blocks
+// on a multiprocessor: half of the issue slots are empty for want of warps, and registers have no room for more.
 #pragma once
 #include "attend_chunks.cuh"
 #include "wgmma.cuh"
@@ -148,6 +149,7 @@ __device__ __forceinline__ void attend_tiles(typename C::T* o, i64 o_stride, con
     };
     auto fetch_list = [&](int slot, Found f) {
         int pieces = (f.number + 1) / 2;
+#pragma unroll 1
         for (int i = threadIdx.x; i < pieces + K * TOKENS / 4; i += 128) {
             if (i < pieces) copy16_async(s.list[slot].unions[2 * i], unions + ((i64)f.tile * MOST + 2 * i) * 2);
             else copy16_async(s.list[slot].weight[0] + (i - pieces) * 4, ordered + (i64)f.tile * K * TOKENS + (i - pieces) * 4);
@@ -204,6 +206,11 @@ __device__ __forceinline__ void attend_tiles(typename C::T* o, i64 o_stride, con
             // All have done with the chunk before, at a tile's first with the tile before.
             __syncthreads();
             // MUT tile_barrier: ;
+            if (i == 0) {
+                if (then.tile >= 0) fetch_q(q_slot ^ 1, then);
+                if (later.tile >= 0) fetch_list((slot + 2) % 3, later);
+                // MUT tile_list: if (later.tile >= 0) fetch_list((slot + 1) % 3, later);
+            }
             u32 chosen_by = s.list[slot].unions[i][1];
             const Panels<KEYS> keys(s.kv[stage][0]), values(s.kv[stage][1]);
             float logits[TILES][KEYS / 8][4];
@@ -217,11 +224,6 @@ __device__ __forceinline__ void attend_tiles(typename C::T* o, i64 o_stride, con
                 products_commit();
             }
             // What comes next is fetched while the products run.
-            if (i == 0) {
-                if (then.tile >= 0) fetch_q(q_slot ^ 1, then);
-                if (later.tile >= 0) fetch_list((slot + 2) % 3, later);
-                // MUT tile_list: if (later.tile >= 0) fetch_list((slot + 1) % 3, later);
-            }
             if (i + 1 < now.number) fetch_kv(stage ^ 1, now, s.list[slot].unions[i + 1][0]);
             else if (then.tile >= 0) fetch_kv(stage ^ 1, then, s.list[(slot + 1) % 3].unions[0][0]);
             // MUT tile_then: else if (then.tile >= 0) fetch_kv(stage ^ 1, now, s.list[(slot + 1) % 3].unions[0][0]);

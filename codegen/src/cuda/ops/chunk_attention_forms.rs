@@ -294,7 +294,8 @@ impl<'a> Attending<'a> {
     /// Tiles of what neighbours share: which they are, and their launch.  Returns the counts of the others.
     fn shared_tiles(&self, t: &Tile, o_stride: Expr, calls: &mut Vec<Call>, target: &Target) -> Operand {
         let s = &self.sizes;
-        let [scattered, numbers, unions, ordered] = [1, 2, 3, 4].map(|i| Operand::Workspace(InvertedIndex::WORKSPACES + i));
+        let [scattered, numbers, unions, ordered] =
+            [1, 2, 3, 4].map(|i| Operand::Workspace(InvertedIndex::WORKSPACES + i));
         let tiles = Expr::from(&self.l).ceil_div(s.shared_tokens());
         let all = tiles.clone() * self.lists();
         let stub = |template, threads| {
@@ -401,9 +402,11 @@ impl<'a> Attending<'a> {
         }
         let pairs = Expr::from(&self.l) * self.sizes.slots;
         let taken = self.slots_of(parts[0].n.clone() * parts[0].l.clone(), 1);
-        let form = if once { &whole } else { &index }
-            .reserve(Form::new(name, why, calls))
-            .with("slots", self.dtype, taken.clone());
+        let form = if once { &whole } else { &index }.reserve(Form::new(name, why, calls)).with(
+            "slots",
+            self.dtype,
+            taken.clone(),
+        );
         let form = if tile.is_some() { self.reserve_shared(form) } else { form };
         let form = form
             .needs(Condition::Below(taken * self.sizes.element, Expr::int(target.workspace + 1)))

@@ -179,14 +179,19 @@ impl Sizes {
     pub fn shared_tile(&self, target: &Target) -> Option<Tile> {
         let fits = target.arch == Arch::Sm90a && self.element == 2 && self.head_dim == 64 && self.chunk == 64;
         let divides = 128usize.is_multiple_of(self.group) && self.shared_tokens() <= 32;
-        if !fits || self.joint || !divides || self.slots > HELD_SLOTS || !(self.slots * self.shared_tokens()).is_multiple_of(4) {
+        if !fits
+            || self.joint
+            || !divides
+            || self.slots > HELD_SLOTS
+            || !(self.slots * self.shared_tokens()).is_multiple_of(4)
+        {
             return None;
         }
         let lists = 3 * (8 * self.shared_most() + 4 * self.slots * self.shared_tokens());
-        // Two tiles of queries, two of keys and values; 166 registers, more where the two rows of a thread are of two tokens.
+        // Two tiles of queries, two of keys and values; 164 registers, 168 where the two rows of a thread are of two tokens.
         let shared = 2 * 64 * (2 * 128 + 2 * 2 * 64) + lists;
-        let blocks_per_sm = if self.group.is_multiple_of(16) { 3 } else { 2 };
-        Some(Tile { warps: 4, keys: 64, shared, blocks_per_sm })
+        let blocks_per_sm = 3.min(target.shared_per_sm / (shared + Target::SHARED_RESERVED));
+        (blocks_per_sm > 0).then_some(Tile { warps: 4, keys: 64, shared, blocks_per_sm })
     }
     /// Tokens of a shared tile.
     pub fn shared_tokens(&self) -> usize {
