@@ -10,8 +10,9 @@
 //! First by bisection of the price, which brings the two sets together up to ties: equal layers change their mind at
 //! the same price.  Ties are then broken by bisection over nodes in the forward's order, earlier first: what was made
 //! earlier lies longer in memory.  A value has a price only if throwing it away frees memory where the plan is too full;
-//! if that does not lead below the limit, every value has one.  About 30 plans are made, and nothing is measured, so
-//! the same limit gives the same program on every machine.
+//! if that does not lead below the limit, every value has one; where even that is too much, inputs of layers are given up
+//! (`recompute_layers`), as few as it takes, by bisection of how many are held at once.  About 30 plans are made, and nothing
+//! is measured, so the same limit gives the same program on every machine.
 
 use crate::cuda::{self, EmitError, emit};
 use crate::lower::lower_for;
