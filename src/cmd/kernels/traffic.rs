@@ -24,7 +24,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Tokens of a text.
-pub const LEN: usize = 256;
+pub const LEN: usize = 128;
 
 /// What counts as too much: moved bytes as a multiple of the least, conflicts as a part of shared accesses.
 pub const MOST: (f64, f64) = (1.3, 0.02);
