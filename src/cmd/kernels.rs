@@ -80,6 +80,10 @@ impl Row {
     fn text(&self) -> String {
         sha256(kernel(&self.kernel).to_string().as_bytes())[..8].to_string()
     }
+    /// Name and text.
+    fn key(&self) -> String {
+        format!("{} {}", self.kernel.name, self.text())
+    }
 }
 
 /// Where the figures of kernels come from.
@@ -217,6 +221,7 @@ fn report(figures: &Figures) -> Result<String> {
     );
     let all: Vec<_> = PRESETS.into_iter().flat_map(|p| MODES.map(|m| (p, m))).collect();
     let sections = all.into_par_iter().map(|(p, m)| section(p, m)).collect::<Result<Vec<Section>>>()?;
+    let mut counted = BTreeMap::new();
     for arch in Arch::ALL {
         let mut kernels: BTreeMap<String, Row> = BTreeMap::new();
         let mut tables = String::new();
@@ -235,27 +240,32 @@ fn report(figures: &Figures) -> Result<String> {
             let (text, threads) = (k.text(), k.kernel.threads);
             let _ = writeln!(out, "| `{name}` | {text} | {threads} | {cells} | {} |", used.join(", "));
         }
-        moved(&mut out, figures, arch)?;
+        moved(&mut out, figures, arch, &mut counted)?;
     }
     Ok(out)
 }
 
 /// What kernels move and how they meet in shared memory.
-fn moved(out: &mut String, figures: &Figures, arch: Arch) -> Result<()> {
+fn moved(
+    out: &mut String,
+    figures: &Figures,
+    arch: Arch,
+    counted: &mut BTreeMap<String, traffic::Moved>,
+) -> Result<()> {
     let runs = traffic::Runs::new(arch)?;
     let cells: Vec<String> = match figures {
         Figures::Known(k) => k.of(&k.moved, arch, &runs.kernels)?,
         Figures::Compiled { by, cache } => {
-            let counts = runs.count(&by[0], cache)?;
-            let one = |name: &String| {
-                let m = counts[name];
+            runs.count(&by[0], cache, counted)?;
+            let one = |row: &Row| {
+                let m = counted[&row.key()];
                 let (ratio, share) = m.shares();
                 let mark = |bad: bool, text: String| if bad { format!("**{text}**") } else { text };
                 let ratio = mark(ratio > traffic::MOST.0, format!("{ratio:.2}"));
                 let share = mark(share > traffic::MOST.1, format!("{:.1} %", 100.0 * share));
                 format!("{} | {ratio} | {} | {share}", show::si(m.moved as f64, "B"), show::si(m.passes as f64, ""))
             };
-            runs.kernels.keys().map(one).collect()
+            runs.kernels.values().map(one).collect()
         }
     };
     let over = |at: usize| cells.iter().filter(|c| c.split(" | ").nth(at).is_some_and(|c| c.starts_with("**"))).count();

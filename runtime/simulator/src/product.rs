@@ -64,6 +64,19 @@ fn write(x: &Matrix, memory: &mut GlobalMemory, g: usize, n: usize, values: &[f3
     Ok(())
 }
 
+/// In eight sums, so that one need not wait for the one before it.
+fn dot(x: &[f32], y: &[f32]) -> f64 {
+    let (xs, ys) = (x.as_chunks::<8>(), y.as_chunks::<8>());
+    let mut sums = [0f64; 8];
+    for (x, y) in xs.0.iter().zip(ys.0) {
+        for ((s, &x), &y) in sums.iter_mut().zip(x).zip(y) {
+            *s += f64::from(x) * f64::from(y);
+        }
+    }
+    let rest: f64 = xs.1.iter().zip(ys.1).map(|(&x, &y)| f64::from(x) * f64::from(y)).sum();
+    sums.iter().sum::<f64>() + rest
+}
+
 /// Runs `p`.
 pub(crate) fn run(memory: &mut GlobalMemory, p: &Product) -> Result<(), Error> {
     for g in 0..p.batch {
@@ -77,8 +90,7 @@ pub(crate) fn run(memory: &mut GlobalMemory, p: &Product) -> Result<(), Error> {
         c.par_chunks_mut(p.n.max(1)).enumerate().for_each(|(i, row)| {
             let x = &a[i * p.k..][..p.k];
             for (j, c) in row.iter_mut().enumerate() {
-                let sum: f64 = x.iter().zip(&b[j * p.k..][..p.k]).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum();
-                *c = (f64::from(*c) + sum) as f32;
+                *c = (f64::from(*c) + dot(x, &b[j * p.k..][..p.k])) as f32;
             }
         });
         write(&p.c, memory, g, p.n, &c)?;

@@ -34,7 +34,8 @@ pub fn quick_loss(rig: &Rig) -> Result<(), String> {
 pub fn quick_embedding(rig: &Rig) -> Result<(), String> {
     let (mut rng, vocab, cols, tokens) = (Rng(5), 70, 33, 300);
     let d = Bindings::new([("N", 1), ("L", tokens)]);
-    let ids: Vec<i32> = (0..tokens).map(|_| rng.below(vocab) as i32).collect();
+    let mut ids: Vec<i32> = (0..tokens).map(|_| rng.below(vocab) as i32).collect();
+    (ids[3], ids[200]) = (vocab as i32, -1);
     let ids = Input::of(Ty::i32(rows_of(&[])), HostArray::i32(&[1, tokens], ids));
     let mut real = |t: Ty| Input::new(&mut rng, t, &d, -1.0, 1.0);
     let table = real(Ty::f32([Dim::int(vocab), Dim::int(cols)]));

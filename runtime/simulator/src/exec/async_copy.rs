@@ -122,22 +122,23 @@ impl Warp {
 
     /// Completes the copies of lanes in all but their `keep` last groups, or all copies.
     pub fn wait_copies(&mut self, keep: Option<u32>, mask: u32, env: &Env, blocks: &mut [Block]) {
-        let pending = std::mem::take(&mut self.copies.pending);
-        for c in pending {
+        let mut pending = std::mem::take(&mut self.copies.pending);
+        pending.retain(|c| {
             let lane = c.lane as usize;
             let due = match keep {
                 None => true,
                 Some(n) => c.group + n < self.copies.groups[lane],
             };
             if mask >> lane & 1 == 0 || !due {
-                self.copies.pending.push(c);
-                continue;
+                return true;
             }
             if env.options.lazy {
-                fill(&c, env, blocks);
+                fill(c, env, blocks);
             }
             let actor = self.actor(0, c.lane);
             blocks[c.to.unit].shared.end_copy(c.to.at, c.bytes, c.lane, &actor);
-        }
+            false
+        });
+        self.copies.pending = pending;
     }
 }
