@@ -183,9 +183,9 @@ pub fn session_graphs(c: &Config) -> Result<SessionGraphs> {
     use rambac_models::stack;
     if let Some(a) = &c.attention {
         return Err(miette!(
-            help = "rambac train, eval passkey and explain know it, for whole texts, and rambac compile FILE.ir compiles the \
-                    attention itself",
-            "attention {}: it has no form that reads a text segment by segment, which inference needs",
+            help =
+                "rambac generate makes it at the length it needs; rambac compile FILE.ir compiles the attention itself",
+            "attention {}: what it keeps of a text is made for one length, and none is known here",
             a.name
         ));
     }
@@ -193,6 +193,27 @@ pub fn session_graphs(c: &Config) -> Result<SessionGraphs> {
     let (chunks, upper) = (stack::chunks(c).map_err(wrap)?, stack::upper(c).map_err(wrap)?);
     let (flash, head) = (stack::upper_flash(c).map_err(wrap)?, stack::head(c).map_err(wrap)?);
     Ok(session_parts(c, (lower, chunks, upper, flash, head)))
+}
+
+/// As [`session_graphs`], for texts of at most so many tokens: what an attention variant keeps of a text is made for that length.
+///
+/// # Errors
+/// An op of the variant that has no form for segments, and why.
+pub fn session_graphs_for(c: &Config, tokens: usize) -> Result<SessionGraphs> {
+    use rambac_models::stack;
+    let Some(a) = &c.attention else { return session_graphs(c) };
+    let refused = |why: String| {
+        miette!(
+            help = "rambac train, eval passkey and explain know it, for whole texts",
+            "attention {}: it can't read a text segment by segment, which inference needs: {why}",
+            a.name
+        )
+    };
+    let unit = stack::segment_unit(c).map_err(refused)?;
+    let capacity =
+        tokens.max(1).checked_next_multiple_of(unit).ok_or_else(|| miette!("{tokens} tokens are too many"))?;
+    let all = stack::segments(c, capacity).map_err(refused)?;
+    Ok(session_parts(c, (all, None, None, None, stack::head(c).map_err(wrap)?)))
 }
 
 /// Parts in the order of a session, with the sizes that it must know.

@@ -62,12 +62,15 @@ template <class C> struct Units {
 // Keys up to a token: the last `window` of them, and those of its own chunk of `local`; 0 is no bound.
 template <class C> struct Ranged {
     i32 t, h;
+    const i32* start;
     __device__ __forceinline__ int begin(int token) const {
         int first = C::window > 0 ? token + 1 - C::window : 0, own = C::local > 0 ? token / max_of(C::local, 1) * C::local : 0;
         return max_of(max_of(first, own), 0);
     }
     __device__ __forceinline__ int slots(i64) const { return 1; }
-    __device__ __forceinline__ i64 first(i64 row, int) const { return begin((int)(row / h % t)); }
+    __device__ __forceinline__ i64 first(i64 row, int) const {
+        return begin((int)(row / h % t) + (start ? start[row / h / t] : 0));
+    }
     __device__ __forceinline__ int keys(int token) const { return token + 1 - begin(token); }
     __device__ __forceinline__ float weight(i64, int) const { return 1.f; }
     __device__ __forceinline__ i64 since(int key) const { return key; }
@@ -87,6 +90,8 @@ template <class C, class E = typename C::T> struct AnyOperands {
     // Of joint softmaxes, [N, L, H]: the log-sum-exp to write and its gradient, null where there is none.
     T* lse;
     const T* dlse;
+    // Where a sequence's first token stands among its keys, null: at the first.
+    const i32* start;
     i64 q_stride, k_stride, v_stride, dy_stride;
     i32 l, tokens_kv, h, d;
 
@@ -112,7 +117,7 @@ template <class C> struct AnyRow {
     int token, kv_head;
     template <class X> __device__ __forceinline__ AnyRow(i64 row, const X& x) : row(row) {
         i64 place = row / x.heads();
-        token = (int)(place % x.l), kv_head = (int)(row % x.heads()) / C::heads_per_kv;
+        token = (int)(place % x.l) + (x.start ? x.start[place / x.l] : 0), kv_head = (int)(row % x.heads()) / C::heads_per_kv;
         chooser = place * x.h + kv_head, keys = place / x.l * x.tokens_kv;
     }
 };

@@ -47,7 +47,6 @@ template <class C> struct ChunkSoftmax {
             for (int i = 0; i < C::keys / 8; i++)
 #pragma unroll
                 for (int j = 0; j < 4; j++) logits[i][j] = w[j / 2] == 0.f ? -infinity() : logits[i][j];
-                // MUT softmax_joint: ;
         }
         row_max(top, logits);
         row_exp2(more, logits, top, FACTOR);
@@ -74,6 +73,7 @@ template <class C> struct ChunkSoftmax {
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             by[i] = sum[i] > 0.f ? 1.f / sum[i] : 0.f;
+            // MUT softmax_joint: by[i] = 1.f;
             lse[i] = sum[i] > 0.f ? LN2 * fmaf(top[i], FACTOR, __log2f(sum[i])) : -infinity();
         }
 #pragma unroll

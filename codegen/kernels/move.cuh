@@ -21,4 +21,14 @@ __device__ __forceinline__ i64 take_axis(i64& rest, i64 size, i64 n) {
     return position;
 }
 
+// y [N, t, width] = memory with rows [N, l, width] from `start` on.  y may lie over memory: a thread reads and writes its element.
+template <class T>
+__device__ __forceinline__ void append_rows(T* y, const T* memory, const T* rows, const i32* start, i64 n, i64 t, i64 l, i64 width) {
+    i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x, sequence = i / (t * width);
+    if (i >= n) return;
+    i64 row = i / width % t - start[sequence];
+    if (row >= 0 && row < l) y[i] = rows[(sequence * l + row) * width + i % width];
+    else if (y != memory) y[i] = memory[i];
+}
+
 }  // namespace rambac

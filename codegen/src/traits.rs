@@ -109,6 +109,7 @@ traits! {
     WeighGrad: in [], out [];
     Aggregate: in [], out [];
     AggregateGrad: in [], out [];
+    Append: in [], out [], overwrites &[(0, 0)];
     Merge: in [], out [];
     MergeGrad: in [], out [];
     Softmax: in [], out [];

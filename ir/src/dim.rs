@@ -164,6 +164,12 @@ impl Dim {
         self.den
     }
 
+    /// The dim with a value in the place of a symbol; `None` on overflow.
+    pub fn with(&self, sym: &str, value: usize) -> Option<Dim> {
+        let (out, rest): (Vec<Sym>, Vec<Sym>) = self.syms.iter().cloned().partition(|s| s.as_str() == sym);
+        let rest = Self::reduced(self.num, self.den, rest);
+        out.iter().try_fold(rest, |d, _| d.checked_mul(&Dim::int(value)))
+    }
     /// The value under `b`.
     pub fn eval(&self, b: &Bindings) -> Result<usize, DimError> {
         let overflow = || DimError::Overflow { dim: self.to_string(), bindings: b.to_string() };

@@ -57,7 +57,7 @@ pub fn grow(seed: u64, steps: &[(u16, u64)], differentiable: bool) -> Grown {
 /// Whether ops of this mnemonic have a gradient rule.
 pub fn has_gradient(mnemonic: &str) -> bool {
     !(mnemonic.ends_with("_grad")
-        || ["map", "map_each", "matmul_map", "selection", "chunk_attention"].contains(&mnemonic))
+        || ["map", "map_each", "matmul_map", "selection", "chunk_attention", "append"].contains(&mnemonic))
 }
 
 /// SplitMix64.
@@ -493,6 +493,17 @@ impl Grower {
                 let x = self.of(dtype, &[&batch, &t].into_iter().chain(&tail).collect::<Vec<_>>(), 8.0);
                 let mode = self.rng.pick(Summary::ALL);
                 self.push(Summarise { chunk, mode }, &[x], 8.0);
+            }
+            "append" => {
+                let rank = self.rng.below(3);
+                let (tail, dtype, n) = (self.shape(rank, 60), self.float_type(), Dim::sym("N"));
+                // There is room for all rows.
+                let (t, l) = (Dim::int(16 + self.int_below(17)), self.int_below(8));
+                let l = Dim::int(l);
+                let mut of = |rows: &Dim| self.of(dtype, &[&n, rows].into_iter().chain(&tail).collect::<Vec<_>>(), 8.0);
+                let (memory, rows) = (of(&t), of(&l));
+                let start = self.source(Ty::i32([n]), 0.0, 8.0);
+                self.push(Append {}, &[memory, rows, start], 8.0);
             }
             "softmax" => {
                 let x = self.any(1, 8.0);

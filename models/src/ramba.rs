@@ -1,6 +1,7 @@
 //! RAMba's own layers as IR: the chunk memory, retrieval, and hierarchical sparse attention (arXiv 2504.16795).
 
 use crate::config::Config;
+use crate::segment::Around;
 use rambac_ir::ops::*;
 use rambac_ir::{Builder, Dim, Ty, Value};
 
@@ -254,6 +255,43 @@ pub fn variant(b: &mut Builder, c: &Config, p: &str, x: Value) -> (Value, Option
     let (u, qkv) = projected(b, c, p, x);
     let (o, aux) = f.inline(b, &format!("{p}variant."), u, qkv);
     (unprojected(b, c, p, x, o), aux)
+}
+
+/// As [`variant`], of a segment: keys, values and what else the variant keeps of the text come from `memory` by their names.
+///
+/// # Errors
+/// The variant has no form for segments.
+pub fn variant_segment(
+    b: &mut Builder,
+    c: &Config,
+    p: &str,
+    x: Value,
+    (start, capacity): (Value, usize),
+    memory: &mut dyn FnMut(&mut Builder, &str, Value) -> Value,
+) -> Result<Value, String> {
+    let a = c.attention.as_ref().expect("BUG: a variant's layer without a variant");
+    let f = a.fragment(c)?;
+    let (u, [q, k, v]) = projected(b, c, p, x);
+    let around = Around { start, capacity, rows: [u, q, k, v], memory };
+    let o = f.segment(b, &format!("{p}variant."), around)?;
+    Ok(unprojected(b, c, p, x, o))
+}
+
+/// As [`window`], of a segment.
+pub fn window_segment(
+    b: &mut Builder,
+    c: &Config,
+    p: &str,
+    x: Value,
+    start: Value,
+    memory: &mut dyn FnMut(&mut Builder, &str, Value) -> Value,
+) -> Value {
+    let (_, [q, k, v]) = projected(b, c, p, x);
+    let [q, k] = [q, k].map(|x| b.push(Rotary { base: 10000.0, inverse: false }, &[x, start]));
+    let (k, v) = (memory(b, "k", k), memory(b, "v", v));
+    let scale = 1.0 / (c.attention_head_dim() as f64).sqrt();
+    let o = b.push(Attention { window: c.window_size, ..Attention::new(scale, true) }, &[q, k, v, start]);
+    unprojected(b, c, p, x, o)
 }
 
 /// A layer of attention to a sliding window, with rotary positions.

@@ -34,6 +34,10 @@ struct Stack<'a> {
     carry: Carry,
     memory: Option<Memory>,
     landmarks: Landmarks,
+    /// Attention of a segment over the text so far: the tokens that there is room for.
+    capacity: Option<usize>,
+    /// Why the variant has no form for segments.
+    refused: Option<String>,
     /// Leave retrieval and attention out.
     skip_attention: bool,
     chosen: Option<Chosen>,
@@ -54,6 +58,8 @@ impl<'a> Stack<'a> {
             carry,
             memory: None,
             landmarks: Landmarks::Raw,
+            capacity: None,
+            refused: None,
             skip_attention: false,
             chosen: None,
             start: None,
@@ -129,6 +135,7 @@ impl<'a> Stack<'a> {
                 let chosen = self.chosen.expect("BUG: retrieval comes before attention");
                 ramba::attention(&mut self.b, c, &p, x, &memory, &chosen)
             }
+            LayerKind::Variant | LayerKind::Window if self.capacity.is_some() => self.over_text(i, kind, x),
             LayerKind::Variant => {
                 let (y, aux) = ramba::variant(&mut self.b, c, &p, x);
                 self.aux.extend(aux);
@@ -140,6 +147,29 @@ impl<'a> Stack<'a> {
         self.b.leave();
         self.trace.push((format!("trace.{i}"), y));
         y
+    }
+
+    /// A layer that attends over all tokens so far, which it keeps as states.
+    fn over_text(&mut self, i: usize, kind: LayerKind, x: Value) -> Value {
+        let (start, capacity, c) = (self.start(), self.capacity.unwrap_or(0), self.c);
+        let p = format!("backbone.layers.{i}.");
+        let mut memory = |b: &mut Builder, name: &str, rows: Value| {
+            let state = format!("carry.layers.{i}.{name}");
+            let mut ty = b.ty(rows).clone();
+            ty.shape[1] = Dim::int(capacity);
+            let kept = b.state(&state, ty);
+            let all = b.push(rambac_ir::ops::Append {}, &[kept, rows, start]);
+            b.output(&state, all);
+            all
+        };
+        if kind == LayerKind::Window {
+            return ramba::window_segment(&mut self.b, c, &p, x, start, &mut memory);
+        }
+        let y = ramba::variant_segment(&mut self.b, c, &p, x, (start, capacity), &mut memory);
+        y.unwrap_or_else(|why| {
+            self.refused.get_or_insert(why);
+            x
+        })
     }
 
     fn start(&mut self) -> Value {
@@ -289,6 +319,46 @@ pub fn lower(c: &Config) -> Result<Graph, BuildErrors> {
     s.b.output("hidden", x);
     s.b.finish()
 }
+
+/// Tokens that the memory of [`segments`] must be a multiple of.
+///
+/// # Errors
+/// The first thing wrong with the variant.
+pub fn segment_unit(c: &Config) -> Result<usize, String> {
+    let Some(a) = &c.attention else { return Ok(1) };
+    let f = a.fragment(c)?;
+    let divisors = f.graph.nodes.iter().flat_map(|n| &n.tys).flat_map(|t| &t.shape).map(|d| d.divisor() as usize);
+    let lcm = |a: usize, b: usize| (1..=b).map(|i| a * i).find(|m| m.is_multiple_of(b)).unwrap_or(a);
+    Ok(divisors.fold(1, lcm))
+}
+
+/// All layers of a model with an attention variant for a segment, `input_ids: i32[N, L]` → `hidden: [N, L, D]`: scan states, and
+/// of every layer that attends keys, values and what else it needs of the `capacity` tokens that there is room for, are carried
+/// as states, and with them the position.
+///
+/// # Errors
+/// An op of the variant that has no form for segments, and why; a graph that does not build.
+pub fn segments(c: &Config, capacity: usize) -> Result<Graph, String> {
+    let mut s = Stack::new(c, "lower", &["N", "L"], Carry::Kept);
+    s.capacity = Some(capacity);
+    let n = Dim::sym("N");
+    let at = s.b.state(POSITION, Ty::f32([n.clone()]));
+    s.start = Some(s.b.cast(at, DType::I32));
+    let ones = s.b.constant(1.0, Ty::f32([n, Dim::sym("L")]));
+    let len = s.b.sum(ones, vec![1], false);
+    let end = s.b.add(at, len);
+    s.b.output(POSITION, end);
+    let x = s.tokens();
+    let x = s.all_layers(x);
+    s.b.output("hidden", x);
+    match s.refused.take() {
+        Some(why) => Err(why),
+        None => s.b.finish().map_err(|e| e.to_string()),
+    }
+}
+
+/// The state of [`segments`] that counts the tokens so far.
+const POSITION: &str = "carry.position";
 
 /// Whole chunks of lower hidden states, `hidden: [N, S·B, D]` → `k`, `v`, `landmarks`.  `None` for a plain Mamba-2.
 ///

@@ -4,9 +4,10 @@ use crate::support::{pool, session_graphs};
 use proptest::prelude::*;
 use rambac_codegen::lower;
 use rambac_ir::Bindings;
-use rambac_models::{Config, InitRule, init_tensor, stack};
+use rambac_models::{Attention, Config, InitRule, init_tensor, stack, variants};
 use rambac_passes::{Options, optimise};
 use rambac_runtime::chunk_store::Precision;
+use rambac_runtime::session::SessionParts;
 use rambac_runtime::{Executor, Session, SessionOptions, Store, Tensor, Tier};
 use std::path::Path;
 
@@ -32,7 +33,8 @@ fn session(c: &Config) -> Session {
 
 /// Logits of the whole text.  A forward wants whole chunks: the text is padded at its end, which its beginning never sees.
 fn whole(c: &Config, ids: &[i32]) -> Vec<f32> {
-    let l = ids.len().next_multiple_of(if c.is_plain() { 1 } else { c.chunk_size });
+    let unit = stack::segment_unit(c).unwrap();
+    let l = ids.len().next_multiple_of(if c.is_plain() { 1 } else { c.chunk_size }).next_multiple_of(unit);
     let mut padded = ids.to_vec();
     padded.resize(l, 0);
     let mut e = Executor::new(lower(&optimise(&stack::forward(c, false).unwrap(), &Options::default())), pool());
@@ -267,4 +269,122 @@ fn what_cannot_be_resumed_is_refused() {
     assert!(refused(&c, Tier::Resume(at(&path))).contains("torn"));
     let plain = Config { num_upper_groups: 0, num_upper_layers: 0, vocab_size: 32, ..Config::default() };
     assert!(refused(&plain, Tier::File(dir.path().join("x"))).contains("plain Mamba-2"));
+}
+
+/// A small model with an attention variant, a hybrid or a Transformer.
+fn with_variant(a: Attention, transformer: bool) -> Config {
+    let c = Config {
+        vocab_size: 32,
+        num_lower_layers: 1,
+        num_upper_layers: 1,
+        encoder_layers: 0,
+        window_size: if transformer { 9 } else { Config::default().window_size },
+        chunk_size: 4,
+        chunk_topk: 3,
+        transformer,
+        attention: Some(a),
+        ..Config::default()
+    };
+    assert_eq!(c.problems(), []);
+    c
+}
+
+fn variant_session(c: &Config, tokens: usize, sequences: usize) -> Session {
+    let capacity = tokens.next_multiple_of(stack::segment_unit(c).unwrap());
+    let parts = SessionParts {
+        lower: stack::segments(c, capacity).unwrap_or_else(|e| panic!("{:?}: {e}", c.attention)),
+        chunks: None,
+        upper: None,
+        upper_flash: None,
+        head: stack::head(c).unwrap(),
+        chunk_size: c.chunk_size,
+        hidden_size: c.hidden_size,
+        kv: [c.num_kv_heads, c.attention_head_dim()],
+        landmark: [c.num_kv_heads, c.retrieval_head_dim()],
+    };
+    Session::new(&parts, params(c), pool(), &SessionOptions { sequences, ..exact() }).unwrap()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(40))]
+
+    /// Every variant, in either stack: whatever the segments, the whole text's logits.
+    #[test]
+    fn variants_read_segments(
+        which in 0usize..variants::BUILT_IN.len() + 2,
+        transformer: bool,
+        ids in prop::collection::vec(0i32..32, 1..70),
+        lengths in prop::collection::vec(prop_oneof![Just(1usize), 1usize..30], 1..6),
+        more in 0usize..40,
+    ) {
+        let unseen = [include_str!("../fixtures/variants/top_p.ir"), include_str!("../fixtures/variants/two_level.ir")];
+        let a = match variants::BUILT_IN.get(which) {
+            Some(v) => Attention::named(v.name).unwrap(),
+            None => Attention::own(unseen[which - variants::BUILT_IN.len()]).unwrap(),
+        };
+        let name = a.name.clone();
+        let c = with_variant(a, transformer);
+        let want = whole(&c, &ids);
+        let mut s = variant_session(&c, ids.len() + more, 1);
+        let have = in_segments(&mut s, &ids, &lengths);
+        let e = relative_error(&have, &want);
+        prop_assert!(e <= 2e-5, "{name} in segments of {lengths:?}: {e:.2e}");
+        // A session that forgot is a new one, to the bit.
+        s.reset().unwrap();
+        prop_assert_eq!(&have, &in_segments(&mut s, &ids, &lengths));
+        s.reset().unwrap();
+        let e = relative_error(&in_segments(&mut s, &ids, &[1]), &want);
+        prop_assert!(e <= 2e-5, "{name} token by token: {e:.2e}");
+    }
+}
+
+/// Sequences of different lengths go on together, and none goes beyond what there is room for.
+#[test]
+fn variants_of_several_sequences() {
+    for name in ["moba", "hsa", "window"] {
+        let c = with_variant(Attention::named(name).unwrap(), false);
+        let prompts: [Vec<i32>; 2] = [(0..19).map(|i| i * 7 % 32).collect(), (0..6).map(|i| i * 5 % 32).collect()];
+        let mut together = variant_session(&c, 32, 2);
+        let mut texts = prompts.clone();
+        for (i, p) in prompts.iter().enumerate() {
+            together.feed(i, p).unwrap();
+        }
+        for step in 0..8 {
+            let ids = [step, 31 - step];
+            let rows = together.step(&ids).unwrap().hidden;
+            let logits = together.logits(&rows).unwrap();
+            for (i, text) in texts.iter_mut().enumerate() {
+                text.push(ids[i]);
+                let all = whole(&c, text);
+                let e = relative_error(&logits[i * 32..][..32], &all[all.len() - 32..]);
+                assert!(e <= 2e-5, "{name}, sequence {i}, token {step}: {e:.2e}");
+            }
+        }
+        let e = together.feed(0, &[1; 6]).unwrap_err().to_string();
+        assert!(e.contains("do not fit a memory of 32"), "{name}: {e}");
+    }
+}
+
+/// What needs other rows than its own to give a row is refused by its name.
+#[test]
+fn variants_that_mix_rows_are_refused() {
+    let head = "graph mine(N, L) {\n  const heads = 4, kv_heads = 2, dim = 16, chunk = 4, scale = 0.25\n  \
+                %q = input \"q\" : f32[N, L, heads, dim]\n  %k = input \"k\" : f32[N, L, kv_heads, dim]\n  \
+                %v = input \"v\" : f32[N, L, kv_heads, dim]\n";
+    let rest = "  %y = attention %p, %k, %v {scale = scale, causal = true}\n  return \"o\" = %y\n}\n";
+    for (body, why) in [
+        (
+            "  %m = reduce %q {f = max, axes = [1], keep = true}\n  %b = broadcast %m {shape = [N, L, heads, dim]}\n  %p = add %q, %b\n",
+            "%m = reduce goes over the tokens",
+        ),
+        (
+            "  %a = summarise %q {chunk = chunk}\n  %b = reshape %a {shape = [N, L/chunk, 1, heads, dim]}\n  \
+             %c = broadcast %b {shape = [N, L/chunk, chunk, heads, dim]}\n  %d = reshape %c {shape = [N, L, heads, dim]}\n  %p = add %q, %d\n",
+            "%a = summarise mixes tokens of which a segment has only some",
+        ),
+    ] {
+        let c = with_variant(Attention::own(&format!("{head}{body}{rest}")).unwrap(), false);
+        let e = stack::segments(&c, 32).unwrap_err();
+        assert!(e.contains(why), "{e}");
+    }
 }

@@ -8,6 +8,9 @@
 //! - `local = S`: those of `t`'s own chunk, `⌊t/S⌋·S ..= t`;
 //! - `unit = S`: key `c` stands for the chunk `c` of `S` tokens and is seen once that is complete, `t >= (c + 1)·S`.
 //!
+//! A fourth operand `start: i32[N]` says where a sequence's first query stands among keys that came before it: inference.  Then
+//! there may be more keys than queries, and `t` above is `start + t`.
+//!
 //! With `lse` the second result is the log-sum-exp of each row's scaled scores, by which [`Merge`](super::Merge) puts
 //! attentions together.  A row that sees nothing gives 0 and -inf.
 
@@ -16,12 +19,12 @@ use super::{Cost, Gradients, OpDef, OpError, Vjp, arity, exactly, float, mismatc
 use crate::dim::Dim;
 use crate::host::HostArray;
 use crate::op_struct;
-use crate::ty::{ConcreteTy, Ty};
+use crate::ty::{ConcreteTy, DType, Ty};
 use std::ops::Range;
 
 op_struct! {
-    /// `attention q, k, v`: `q: [B, T, H, d]`, `k, v: [B, T, h, d]` (with `unit` `[B, C, h, d]`) → `[B, T, H, d]` and with
-    /// `lse` `[B, T, H]`; query head `i` uses key head `i·h/H`.
+    /// `attention q, k, v[, start]`: `q: [B, T, H, d]`, `k, v: [B, T, h, d]` (with `unit` `[B, C, h, d]`) → `[B, T, H, d]` and
+    /// with `lse` `[B, T, H]`; query head `i` uses key head `i·h/H`.
     Attention = "attention" {
         scale: f64, causal: bool = false, window: usize = 0, local: usize = 0, unit: usize = 0, lse: bool = false,
     }
@@ -57,12 +60,15 @@ impl Attention {
         let Attention { scale, causal, window, local, unit, lse } = *self;
         AttentionGrad { scale, causal, window, local, unit, lse }
     }
-    fn check(&self, x: &[&Ty]) -> Result<(), OpError> {
+    fn check(&self, x: &[&Ty], started: bool) -> Result<(), OpError> {
         float(x, 0)?;
         rank(x, 0, 4)?;
         rank(x, 1, 4)?;
         let (b, t, d) = (&x[0].shape[0], &x[0].shape[1], &x[0].shape[3]);
-        let keys = if self.unit > 0 { &x[1].shape[1] } else { t };
+        let keys = if self.unit > 0 || started { &x[1].shape[1] } else { t };
+        if started && !self.causal && self.unit == 0 {
+            return Err(mismatch("queries that start behind keys see those up to themselves: say causal = true"));
+        }
         let h = &x[1].shape[2];
         exactly(x, 1, x[0].dtype, &[b, keys, h, d])?;
         exactly(x, 2, x[0].dtype, &[b, keys, h, d])?;
@@ -118,13 +124,15 @@ struct Attn<'a> {
     hk: usize,
     d: usize,
     v: Vec<&'a [f64]>,
+    start: Option<&'a [i32]>,
 }
 
 impl<'a> Attn<'a> {
     fn new(x: &[&'a HostArray], op: Attention) -> Self {
         let s = &x[0].shape;
-        let v = x.iter().map(|a| a.f()).collect();
-        Self { op, b: s[0], t: s[1], keys: x[1].shape[1], hq: s[2], hk: x[1].shape[2], d: s[3], v }
+        let v = x.iter().filter(|a| a.dtype.is_float()).map(|a| a.f()).collect();
+        let start = x.iter().find(|a| a.dtype == DType::I32).map(|a| a.i());
+        Self { op, b: s[0], t: s[1], keys: x[1].shape[1], hq: s[2], hk: x[1].shape[2], d: s[3], v, start }
     }
     fn rows(&self) -> impl Iterator<Item = (usize, usize, usize)> + use<> {
         let (b, t, hq) = (self.b, self.t, self.hq);
@@ -139,7 +147,7 @@ impl<'a> Attn<'a> {
     /// Keys, softmax row and log-sum-exp of query `(b, t, h)`.
     fn probs(&self, b: usize, t: usize, h: usize) -> (Range<usize>, Vec<f64>, f64) {
         let q = &self.v[0][self.q(b, t, h)..][..self.d];
-        let keys = self.op.visible(t, self.keys);
+        let keys = self.op.visible(t + self.start.map_or(0, |s| s[b].max(0) as usize), self.keys);
         let dot = |s| q.iter().zip(&self.v[1][self.k(b, s, h)..]).map(|(a, c)| a * c).sum::<f64>();
         let z: Vec<f64> = keys.clone().map(|s| self.op.scale * dot(s)).collect();
         let (p, lse) = softmax(&z);
@@ -149,9 +157,13 @@ impl<'a> Attn<'a> {
 
 impl OpDef for Attention {
     fn infer(&self, x: &[&Ty]) -> Result<Vec<Ty>, OpError> {
-        arity(x, 3)?;
-        self.check(x)?;
+        let started = x.len() == 4;
+        arity(x, if started { 4 } else { 3 })?;
+        self.check(x, started)?;
         let s = &x[0].shape;
+        if started {
+            exactly(x, 3, DType::I32, &[&s[0]])?;
+        }
         let lse = self.lse.then(|| Ty::new(x[0].dtype, [&s[0], &s[1], &s[2]].map(Dim::clone)));
         Ok([x[0].clone()].into_iter().chain(lse).collect())
     }
@@ -172,6 +184,9 @@ impl OpDef for Attention {
         [HostArray::from_f64(&y[0], out)].into_iter().chain(lse).collect()
     }
     fn vjp(&self, cx: &mut Vjp) -> Gradients {
+        if cx.x.len() > 3 {
+            return Err(mismatch("has no gradient where queries start behind keys, which is for inference"));
+        }
         let mut x = vec![cx.x[0], cx.x[1], cx.x[2], cx.dy(0)];
         if self.lse {
             x.push(cx.dy(1));
@@ -183,7 +198,7 @@ impl OpDef for Attention {
 impl OpDef for AttentionGrad {
     fn infer(&self, x: &[&Ty]) -> Result<Vec<Ty>, OpError> {
         arity(x, if self.lse { 5 } else { 4 })?;
-        self.forward().check(x)?;
+        self.forward().check(x, false)?;
         let s = &x[0].shape;
         exactly(x, 3, x[0].dtype, &s.iter().collect::<Vec<_>>())?;
         if self.lse {

@@ -24,12 +24,13 @@ macro_rules! for_each_op {
             CrossEntropy, CrossEntropyGrad, LinearCrossEntropy, LinearCrossEntropyGrad,
             CausalConv1d, CausalConv1dGrad, SelectiveScan, SelectiveScanGrad, Attention, AttentionGrad,
             Summarise, Score, ScoreGrad, Mask, Select, Weigh, WeighGrad, Attend, AttendGrad, Aggregate, AggregateGrad,
-            Merge, MergeGrad, Selection, SelectionGrad, ChunkAttention, ChunkAttentionGrad
+            Append, Merge, MergeGrad, Selection, SelectionGrad, ChunkAttention, ChunkAttentionGrad
         }
     };
 }
 
 mod aggregate;
+mod append;
 mod attend;
 mod attention;
 mod causal_conv1d;
@@ -60,6 +61,7 @@ mod summarise;
 mod weigh;
 
 pub use aggregate::{Aggregate, AggregateGrad};
+pub use append::Append;
 pub use attend::{Attend, AttendGrad};
 pub use attention::{Attention, AttentionGrad};
 pub use causal_conv1d::{CausalConv1d, CausalConv1dGrad};

@@ -532,6 +532,7 @@ fn check_dense_attention(s: DenseAttention) {
 #[test]
 fn dense_attention_matches_reference() {
     let base = DenseAttention {
+        start: 0,
         batch: 3,
         t: 17,
         keys: 17,

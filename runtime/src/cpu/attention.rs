@@ -14,14 +14,47 @@ fn dense(x: &[Arg], op: &Attention) -> da::DenseAttention {
     let (batch, t, heads, dim) = (s[0], s[1], s[2], s[3]);
     let (keys, kv_heads) = (x[1].shape()[1], x[1].shape()[2]);
     let Attention { scale, causal, window, local, unit, .. } = *op;
-    da::DenseAttention { batch, t, keys, heads, kv_heads, dim, scale: scale as f32, causal, window, local, unit }
+    da::DenseAttention {
+        batch,
+        t,
+        keys,
+        start: 0,
+        heads,
+        kv_heads,
+        dim,
+        scale: scale as f32,
+        causal,
+        window,
+        local,
+        unit,
+    }
 }
 
 impl CpuKernel for Attention {
     fn run(&self, x: &[Arg], y: &[Arg]) -> Result<(), KernelError> {
         let (q, kv) = (width(&x[0]), width(&x[1]));
         let lse = y.get(1).map(Arg::f32_mut);
-        dense(x, self).forward(x[0].mat(q), x[1].mat(kv), x[2].mat(kv), y[0].mat_mut(q), lse);
+        let all = dense(x, self);
+        if let Some(starts) = x.get(3) {
+            let rows = all.t * all.heads;
+            let mut lse = lse.map(|l| l.chunks_exact_mut(rows.max(1)));
+            let [q, k, v] = [x[0].mat(q), x[1].mat(kv), x[2].mat(kv)];
+            let y = y[0].mat_mut(q.cols());
+            for (b, &start) in starts.i32().iter().enumerate() {
+                let start = usize::try_from(start).map_err(|_| KernelError::Start { start, at: b })?;
+                if self.unit == 0 && start + all.t > all.keys {
+                    return Err(KernelError::Memory { end: start + all.t, holds: all.keys });
+                }
+                let one = da::DenseAttention { batch: 1, start, ..all };
+                // SAFETY: sequences have rows of their own, and one runs after the other.
+                let out = unsafe { y.block_unchecked(b * all.t, all.t, 0, q.cols()) };
+                let lse = lse.as_mut().and_then(Iterator::next);
+                let [k, v] = [k, v].map(|m| m.block(b * all.keys, all.keys, 0, m.cols()));
+                one.forward(q.block(b * all.t, all.t, 0, q.cols()), k, v, out, lse);
+            }
+            return Ok(());
+        }
+        all.forward(x[0].mat(q), x[1].mat(kv), x[2].mat(kv), y[0].mat_mut(q), lse);
         Ok(())
     }
 }

@@ -23,6 +23,8 @@ pub enum KernelError {
     Id { id: i32, at: usize, rows: usize },
     #[error("start {start} of sequence {at} is negative; positions count from 0")]
     Start { start: i32, at: usize },
+    #[error("tokens up to {end} do not fit a memory of {holds}: open a session for a longer text")]
+    Memory { end: usize, holds: usize },
     #[error("label {label} at position {at} is outside the {classes} classes (and is not the ignored label)")]
     Label { label: i32, at: usize, classes: usize },
 }

@@ -49,6 +49,26 @@ impl CpuKernel for Reshape {
     }
 }
 
+impl CpuKernel for Append {
+    fn run(&self, x: &[Arg], y: &[Arg]) -> Result<(), KernelError> {
+        let (shape, l, size) = (x[0].shape(), x[1].shape()[1], x[0].ty.dtype.size());
+        if !y[0].is(&x[0]) {
+            copy(&x[0], &y[0]);
+        }
+        let width = shape[2..].iter().product::<usize>() * size;
+        for (n, &start) in x[2].i32().iter().enumerate() {
+            let start = usize::try_from(start).map_err(|_| KernelError::Start { start, at: n })?;
+            if start + l > shape[1] {
+                return Err(KernelError::Memory { end: start + l, holds: shape[1] });
+            }
+            let (from, to) = (n * l * width, (n * shape[1] + start) * width);
+            // SAFETY: whole rows of contiguous arrays, inside them as was tested; rows and memory are different buffers.
+            unsafe { std::ptr::copy_nonoverlapping(x[1].ptr().add(from), y[0].ptr().add(to), l * width) };
+        }
+        Ok(())
+    }
+}
+
 impl CpuKernel for Slice {
     fn run(&self, _: &[Arg], _: &[Arg]) -> Result<(), KernelError> {
         panic!("BUG: a slice is a view, not a step")

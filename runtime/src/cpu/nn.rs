@@ -129,12 +129,15 @@ impl CpuKernel for Rotary {
     fn run(&self, x: &[Arg], y: &[Arg]) -> Result<(), KernelError> {
         let s = x[0].shape();
         let (t, h, d) = (s[s.len() - 3], s[s.len() - 2], s[s.len() - 1]);
-        rotary::apply(x[0].mat(h * d), t, d, self.base as f32, &[], self.inverse, y[0].mat_mut(h * d));
+        let start = x.get(1).map_or(&[][..], Arg::i32);
+        rotary::apply(x[0].mat(h * d), t, d, self.base as f32, start, self.inverse, y[0].mat_mut(h * d));
         Ok(())
     }
     fn scratch(&self, x: &[ConcreteTy], _: &[ConcreteTy]) -> usize {
         let s = x[0].shape();
-        rotary::scratch(s[s.len() - 3], s[s.len() - 1])
+        // With starts, every row has a table of its own.
+        let rows = if x.len() > 1 { s[0] * s[1] } else { s[s.len() - 3] };
+        rotary::scratch(rows, s[s.len() - 1])
     }
 }
 

@@ -82,9 +82,13 @@ pub fn family(op: &Op) -> Family {
         Op::Unary(_) | Op::Binary(_) | Op::Where(_) | Op::Cast(_) | Op::FusedMap(_) | Op::MapEach(_) => {
             Family::Elementwise
         }
-        Op::Broadcast(_) | Op::Reshape(_) | Op::Transpose(_) | Op::Slice(_) | Op::Pad(_) | Op::Concat(_) => {
-            Family::Movement
-        }
+        Op::Broadcast(_)
+        | Op::Reshape(_)
+        | Op::Transpose(_)
+        | Op::Slice(_)
+        | Op::Pad(_)
+        | Op::Concat(_)
+        | Op::Append(_) => Family::Movement,
         Op::Reduce(_) | Op::SumSquares(_) | Op::Softmax(_) => Family::Reduction,
         Op::MatMul(_) | Op::MatMulMap(_) => Family::Product,
         Op::RmsNorm(_) | Op::RmsNormGrad(_) | Op::GatedRmsNorm(_) | Op::GatedRmsNormGrad(_) => Family::Norm,

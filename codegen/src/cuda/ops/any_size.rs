@@ -52,6 +52,10 @@ impl AnyAttention<'_> {
     fn slots(&self) -> Result<usize, Unsupported> {
         if self.chunk.is_some() { self.site.int(input(3), 3) } else { Ok(1) }
     }
+    /// Queries stand behind keys that came before.
+    fn started(&self) -> bool {
+        self.chunk.is_none() && self.dy.is_none() && self.site.inputs.len() > 3
+    }
     fn apart(&self) -> bool {
         self.chunk.is_some() && !self.weighed && !self.op.lse
     }
@@ -88,6 +92,12 @@ impl AnyAttention<'_> {
             .i64("k_stride", site.row_stride(input(1), 2)?)
             .read("v", e, input(2))
             .i64("v_stride", site.row_stride(input(2), 2)?);
+        let mut start = "nullptr";
+        if self.started() {
+            site.contiguous(input(3))?;
+            s = s.read("start", DType::I32, input(3));
+            start = "start";
+        }
         let (mut dy, mut lse, mut dlse) = (("nullptr", "0"), "nullptr", "nullptr");
         if let Some(at) = self.dy {
             let stride = if self.apart() { site.contiguous(at).map(|()| Expr::int(0)) } else { site.row_stride(at, 2) };
@@ -112,11 +122,10 @@ impl AnyAttention<'_> {
             .i32("h", &self.shape(1)[2])
             .i32("d", &self.shape(0)[3]);
         let mut from = match &self.op {
-            o if o.unit > 0 => "Units<Config>{tokens_kv}",
-            o if o.is_ranged() => "Ranged<Config>{l, h}",
-            _ => "Whole<Config>{l}",
-        }
-        .to_string();
+            o if o.unit > 0 => "Units<Config>{tokens_kv}".into(),
+            o if o.is_ranged() => format!("Ranged<Config>{{l, h, {start}}}"),
+            _ => "Whole<Config>{l}".into(),
+        };
         let (mut w, mut weights) = ("float", "nullptr");
         if self.chunk.is_some() {
             s = s.read("indices", DType::I32, input(3)).read("count", DType::I32, input(4));
@@ -133,7 +142,7 @@ impl AnyAttention<'_> {
             operands = format!("AnyOperands<Config, {}>", c_type(p.stored));
         }
         let body = format!(
-            "    {operands} x{{q, k, v, {}, {lse}, {dlse}, q_stride, k_stride, v_stride, {}, l, tokens_kv, h, d}};\n    \
+            "    {operands} x{{q, k, v, {}, {lse}, {dlse}, {start}, q_stride, k_stride, v_stride, {}, l, tokens_kv, h, d}};\n    \
              {template}<Config>({own}, x, {from}{rest});\n",
             dy.0, dy.1
         );

@@ -221,6 +221,9 @@ impl Cuda for AttentionGrad {
 
 fn forward(op: &rambac_ir::ops::Attention, site: &Site) -> Result<Vec<Form>, Unsupported> {
     let [o, lse] = [0, 1].map(Operand::Output);
+    if site.inputs.len() > 3 {
+        return because("queries start behind keys, which tiles do not know");
+    }
     let a = Attending::new(site, op, &[0, 1, 2].map(Operand::Input))?;
     if site.vector(&[o], 16 / a.dtype.size()) < 16 / a.dtype.size() {
         return because("rows of the result must begin at multiples of 16 bytes");

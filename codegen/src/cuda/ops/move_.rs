@@ -64,6 +64,30 @@ impl Cuda for Reshape {
     }
 }
 
+impl Cuda for Append {
+    fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
+        let ([memory, rows, start], y) = ([0, 1, 2].map(Operand::Input), Operand::Output(0));
+        [memory, rows, start, y].into_iter().try_for_each(|at| site.contiguous(at))?;
+        let (shape, t) = (&site.outputs[0].ty.shape, site.dtype(y));
+        let n = Expr::product(shape);
+        let launch = Stub::new("move", "append_rows", THREADS)
+            .tag(t)
+            .write("y", t, y)
+            .read("memory", t, memory)
+            .read("rows", t, rows)
+            .read("start", rambac_ir::DType::I32, start)
+            .i64("n", n.clone())
+            .i64("t", &shape[1])
+            .i64("l", &site.inputs[1].ty.shape[1])
+            .i64("width", Expr::product(&shape[2..]))
+            .launch_body(
+                (n.ceil_div(THREADS), 1, 1),
+                "    append_rows(y, memory, rows, start, n, t, l, width);\n".into(),
+            );
+        Ok(vec![Form::new("append", "an element of the memory a thread", vec![launch.into()])])
+    }
+}
+
 impl Cuda for Broadcast {
     fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
         let from = &site.inputs[0].ty.shape;

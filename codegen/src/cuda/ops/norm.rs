@@ -200,6 +200,9 @@ impl Cuda for GatedRmsNormGrad {
 
 impl Cuda for Rotary {
     fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
+        if site.inputs.len() > 1 {
+            return because("positions that start elsewhere than at 0 have no GPU kernel");
+        }
         const THREADS: usize = 128;
         let (x, y) = (Operand::Input(0), Operand::Output(0));
         let shape: &[Dim] = &site.inputs[0].ty.shape;

@@ -26,8 +26,10 @@ pub struct DenseAttention {
     pub batch: usize,
     /// Tokens per sequence.
     pub t: usize,
-    /// Keys per sequence: as many as tokens, or with `unit` whole units.
+    /// Keys per sequence: as many as tokens, or with `unit` whole units, or more of which tokens see those up to themselves.
     pub keys: usize,
+    /// Where the first token stands among the keys.
+    pub start: usize,
     pub heads: usize,
     pub kv_heads: usize,
     pub dim: usize,
@@ -95,7 +97,8 @@ impl DenseAttention {
 
     fn check(&self, q: Mat, k: Mat, v: Mat) {
         let (rows, keys, width) = (self.batch * self.t, self.batch * self.keys, self.kv_heads * self.dim);
-        assert!(self.unit > 0 || self.keys == self.t, "BUG: {} keys", self.keys);
+        let fits = self.keys == self.t || self.causal && self.keys >= self.start + self.t;
+        assert!(self.unit > 0 || fits, "BUG: {} keys", self.keys);
         assert!(self.kv_heads > 0 && self.heads.is_multiple_of(self.kv_heads), "BUG: {} heads", self.heads);
         assert!(q.rows() == rows && q.cols() == self.heads * self.dim, "BUG: q");
         assert!(k.rows() == keys && k.cols() == width && v.rows() == keys && v.cols() == width, "BUG: k, v");
@@ -121,6 +124,7 @@ impl DenseAttention {
 
     /// Keys that token `t` sees.
     fn visible(&self, t: usize) -> Range<usize> {
+        let t = self.start + t;
         if let Some(units) = t.checked_div(self.unit) {
             return 0..self.keys.min(units);
         }
@@ -132,7 +136,7 @@ impl DenseAttention {
 
     /// Whether a tile sees fewer keys than there are, so that it packs its own.
     fn is_ranged(&self) -> bool {
-        self.window > 0 || self.local > 0
+        self.window > 0 || self.local > 0 || (self.unit == 0 && self.keys != self.t)
     }
 
     /// The most keys that a tile sees.
