@@ -90,7 +90,10 @@ mod tests {
     use super::*;
     use std::sync::Mutex;
 
-    fn counted(ahead: bool) -> (Loader<(usize, u64)>, Arc<Mutex<Vec<u64>>>) {
+    /// What a loader was asked to make.
+    type Asked = Arc<Mutex<Vec<u64>>>;
+
+    fn counted(ahead: bool) -> (Loader<(usize, u64)>, Asked) {
         let seen = Arc::new(Mutex::new(vec![]));
         let list = seen.clone();
         let make = move |stage, planned| {

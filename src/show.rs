@@ -56,7 +56,8 @@ const BEAT: Duration = Duration::from_secs(10);
 pub struct Beat(Instant);
 
 impl Beat {
-    pub fn new() -> Self {
+    /// The first line comes after a while.
+    pub fn starts() -> Self {
         Self(Instant::now())
     }
     /// Prints what `line` says if it is time, and `bar` is drawn nowhere.

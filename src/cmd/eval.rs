@@ -259,7 +259,7 @@ pub fn passkey(
     let t = Instant::now();
     let mut score = Score { len, cases, ..Score::default() };
     let mut bytes = vec![0u8; segment];
-    let (mut read, mut beat) = (0, show::Beat::new());
+    let (mut read, mut beat) = (0, show::Beat::starts());
     for index in 0..cases {
         let case = PasskeyCase::new(how.seed, index as u64, len).map_err(wrap)?;
         session.reset().map_err(wrap)?;

@@ -95,7 +95,7 @@ impl Run {
         bar.set_position(self.state.recipe.tokens_before(self.state.position.planned));
         bar.reset_eta();
         let began = Instant::now();
-        let beat = Beat::new();
+        let beat = Beat::starts();
         let mut shown = Shown { bar, dashboard, beat, tokens: 0, seconds: 0.0, clock: Instant::now() };
         let mut loader = self.loader()?;
         let mut saved = self.state.position.step;
