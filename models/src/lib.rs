@@ -11,7 +11,7 @@ pub mod params;
 pub mod presets;
 pub mod ramba;
 pub mod recipe;
-mod segment;
+pub mod segment;
 pub mod stack;
 pub mod tokenizer;
 pub mod variants;

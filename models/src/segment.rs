@@ -20,7 +20,7 @@ use rambac_ir::{Builder, Dim, Node, NodeId, Value};
 
 /// Where an op's operand comes from, wanted for the rows.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum From {
+enum Side {
     Rows,
     Memory,
     /// The place of the first row.
@@ -66,20 +66,20 @@ impl Fragment {
     ///
     /// # Errors
     /// It has no form for a segment, and why.
-    fn sources(&self, id: NodeId, axes: &[Option<usize>]) -> Result<Vec<From>, String> {
+    fn sources(&self, id: NodeId, axes: &[Option<usize>]) -> Result<Vec<Side>, String> {
         let n = self.graph.node(id);
-        let all = |f: From| vec![f; n.inputs.len()];
+        let all = |f: Side| vec![f; n.inputs.len()];
         let row = |i: usize| axes[n.inputs[i].node.index()];
         let mixes = |axis: usize| (0..n.inputs.len()).any(|i| row(i) == Some(axis));
         let refuse = |why: &str| Err(format!("{} {why}", self.label(id)));
         Ok(match &n.op {
-            Op::Attention(a) if a.causal || a.unit > 0 => vec![From::Rows, From::Memory, From::Memory],
+            Op::Attention(a) if a.causal || a.unit > 0 => vec![Side::Rows, Side::Memory, Side::Memory],
             Op::Attention(_) => return refuse("sees all tokens, those that are still to come too"),
-            Op::Score(_) => vec![From::Rows, From::Memory, From::Start],
-            Op::Mask(_) => vec![From::Rows, From::Start],
-            Op::Attend(_) => vec![From::Rows, From::Memory, From::Memory, From::Rows, From::Rows],
+            Op::Score(_) => vec![Side::Rows, Side::Memory, Side::Start],
+            Op::Mask(_) => vec![Side::Rows, Side::Start],
+            Op::Attend(_) => vec![Side::Rows, Side::Memory, Side::Memory, Side::Rows, Side::Rows],
             Op::MatMul(m) if m.trans_a => return refuse("has its rows in columns"),
-            Op::MatMul(_) => vec![From::Rows, From::Memory],
+            Op::MatMul(_) => vec![Side::Rows, Side::Memory],
             Op::Reduce(r) if r.axes.iter().any(|&a| mixes(a)) => return refuse("goes over the tokens"),
             Op::Concat(c) if mixes(c.axis) => return refuse("puts tokens behind each other"),
             Op::Slice(s) if mixes(s.axis) => return refuse("takes some of the tokens"),
@@ -106,7 +106,7 @@ impl Fragment {
             | Op::RmsNorm(_)
             | Op::Constant(_)
             | Op::Iota(_)
-            | Op::Source(_) => all(From::Rows),
+            | Op::Source(_) => all(Side::Rows),
             _ => return refuse("mixes tokens of which a segment has only some"),
         })
     }
@@ -132,9 +132,9 @@ impl Fragment {
             if of_rows {
                 for (v, from) in n.inputs.iter().zip(self.sources(id, &axes)?) {
                     match from {
-                        From::Rows => wanted[v.node.index()][0] = true,
-                        From::Memory => wanted[v.node.index()][1] = true,
-                        From::Start => starts[v.node.index()] = true,
+                        Side::Rows => wanted[v.node.index()][0] = true,
+                        Side::Memory => wanted[v.node.index()][1] = true,
+                        Side::Start => starts[v.node.index()] = true,
                     }
                 }
             }
@@ -161,15 +161,15 @@ impl Fragment {
                         None => vec![b.param(&format!("{prefix}{}", s.name), s.ty.clone())],
                     }
                 } else {
-                    let froms = if side == 0 { self.sources(id, &axes)? } else { vec![From::Memory; n.inputs.len()] };
+                    let froms = if side == 0 { self.sources(id, &axes)? } else { vec![Side::Memory; n.inputs.len()] };
                     let mut inputs: Vec<Value> = n
                         .inputs
                         .iter()
                         .zip(froms)
                         .map(|(v, from)| match from {
-                            From::Rows => made[0][v.node.index()][v.result as usize],
-                            From::Memory => made[1][v.node.index()][v.result as usize],
-                            From::Start => start,
+                            Side::Rows => made[0][v.node.index()][v.result as usize],
+                            Side::Memory => made[1][v.node.index()][v.result as usize],
+                            Side::Start => start,
                         })
                         .collect();
                     if side == 0 && matches!(n.op, Op::Attention(_)) {
