@@ -106,7 +106,8 @@ fn triangle(image: &mut RgbaImage, mut v: [&Vertex; 3], texture: &Texture, clip:
         return;
     }
     if area < 0 {
-        (v.swap(1, 2), c.swap(1, 2));
+        v.swap(1, 2);
+        c.swap(1, 2);
         area = -area;
     }
     let parts = PARTS as i64;
