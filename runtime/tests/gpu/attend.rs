@@ -78,7 +78,7 @@ fn alike(rng: &mut Rng, s: &Shape) -> (Vec<i32>, Vec<i32>) {
     let (mut index, mut count) = choices(rng, s);
     for row in s.h..count.len() {
         // A stretch of tokens goes its own ways.
-        if row / s.h % s.l > 0 && (row / s.h % 64 > 20) && rng.uniform(0.0, 1.0) < 0.9 {
+        if !(row / s.h).is_multiple_of(s.l) && (row / s.h % 64 > 20) && rng.uniform(0.0, 1.0) < 0.9 {
             count[row] = count[row - s.h];
             index.copy_within((row - s.h) * s.k..(row - s.h + 1) * s.k, row * s.k);
         }
@@ -432,7 +432,7 @@ pub fn check_attention_op(
     fixed: bool,
 ) -> Result<(), String> {
     let [b, t, h, group, d] = sizes;
-    let keys = if op.unit > 0 { t / op.unit + 1 } else { t };
+    let keys = t.checked_div(op.unit).map_or(t, |units| units + 1);
     let bindings = Bindings::new([("B", b), ("T", t), ("K", keys)]);
     let len = if fixed { Dim::int(t) } else { Dim::sym("T") };
     let key_len = if op.unit > 0 { if fixed { Dim::int(keys) } else { Dim::sym("K") } } else { len.clone() };
