@@ -86,7 +86,6 @@ __device__ __forceinline__ void cross_entropy_row(L* y, const Z* z, i64 stride, 
         loss = lse - at;
     }
     if (LOSSES && threadIdx.x == 0) y[row] = from_f32<L>(loss);
-    // MUT loss_unwritten: if (LOSSES && threadIdx.x == 0 && label != C::ignore) y[row] = from_f32<L>(loss);
 #pragma unroll 2
     for (int j = threadIdx.x * VEC; j < cols; j += C::threads * VEC) {
         auto x = load<Z, VEC>(zr + j);
