@@ -95,6 +95,9 @@ pub fn run(a: &Bench, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
 /// Refuses places where there is nothing to time, and what the CPU or a GPU alone does.
 fn placed(a: &Bench) -> Result<()> {
     let on = a.place.device;
+    if (a.memory.recompute || a.memory.memory_limit.is_some()) && a.what != Work::Train {
+        return Err(miette!("--recompute and --memory-limit are for bench train: nothing else keeps activations"));
+    }
     if matches!(a.what, Work::Prefill | Work::Decode) && a.place.precision.is_some() {
         return Err(miette!("--precision is for training and single ops: prefill and decode have --weights bf16"));
     }

@@ -356,6 +356,19 @@ fn mutated_graphs() {
     refuses(&["train", text(&path), "--out", "x"], &["layer.ir", "needs a model"]);
 }
 
+/// Nothing that a flag asks for is left out in silence, and no size is taken that cannot be.
+#[test]
+fn flags_that_would_change_nothing() {
+    for what in ["decode", "prefill", "forward", "select"] {
+        refuses(&["bench", what, "--preset", "tiny", "--memory-limit", "1M"], &["--memory-limit", "bench train"]);
+        refuses(&["bench", what, "--preset", "tiny", "--recompute"], &["--recompute", "bench train"]);
+    }
+    for what in ["decode", "prefill"] {
+        refuses(&["bench", what, "--preset", "tiny", "--batch", "1000000000"], &["needs", "a smaller --batch"]);
+        refuses(&["bench", what, "--preset", "tiny", "--len", "4G"], &["cannot be counted"]);
+    }
+}
+
 #[test]
 fn sizes_that_cannot_be() {
     let dir = TempDir::new().unwrap();

@@ -6,23 +6,25 @@
 
 use super::{Kinds, Limits, WARM_UP, add_steps, device, median, print_work, profile};
 use crate::cli::{Bench, PrecisionArg, Weights, Work};
-use crate::device::Inferring;
+use crate::device::{Inferring, On};
 use crate::error::{Result, wrap};
 use crate::machine;
 use crate::model;
 use crate::show;
 use crate::work::Sums;
+use miette::miette;
 use rambac_codegen::{Kernels, Program, lower_for};
 use rambac_cpu::team;
 use rambac_ir::ops::{Op, SourceKind};
-use rambac_ir::{Bindings, Cost};
+use rambac_ir::{Bindings, Cost, Ty};
 use rambac_models::Config;
 use rambac_models::data::rng;
 use rambac_passes::optimise;
 use rambac_runtime::executor::StepTimes;
-use rambac_runtime::{Session, SessionOptions};
+use rambac_runtime::{Session, SessionGraphs, SessionOptions};
 use rand::Rng;
 use serde_json::json;
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -39,6 +41,9 @@ pub fn run(a: &Bench, config: &Config, weights: Option<&Path>, pool: Arc<rayon::
     let precision = if a.weights == Weights::Bf16 { PrecisionArg::Bf16 } else { PrecisionArg::F32 };
     let limits = on.gpu().then(|| device::limits(on, precision)).transpose()?;
     let graphs = model::session_graphs(config)?;
+    if on == On::Cpu {
+        fits(a, config, &graphs)?;
+    }
     let options = SessionOptions { sequences: a.batch, passes: a.weights.options(), ..SessionOptions::default() };
     let params = model::parameters_for(&graphs, &options.passes, config, weights)?;
     let how = Inferring { on, memory: None, segment: SEGMENT, options: &options };
@@ -71,6 +76,27 @@ pub fn run(a: &Bench, config: &Config, weights: Option<&Path>, pool: Arc<rayon::
         profile(r.name, r.sums, &limits, a.json);
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Refuses what no session can hold, before it is allocated.
+fn fits(a: &Bench, config: &Config, graphs: &SessionGraphs) -> Result<()> {
+    if i32::try_from(a.len).is_err() {
+        return Err(miette!("--len {}: a sequence of more than {} tokens cannot be counted", a.len, i32::MAX));
+    }
+    let dims = Bindings::new([("N", a.batch)]);
+    let sources = graphs.named().into_iter().flat_map(|(_, g)| g.sources()).map(|(_, s)| s);
+    // Parts share their states by name.
+    let states: BTreeMap<&str, &Ty> =
+        sources.filter(|s| s.kind == SourceKind::State).map(|s| (s.name.as_str(), &s.ty)).collect();
+    let mut bytes = usize::try_from(config.n_parameters()).unwrap_or(usize::MAX).saturating_mul(4);
+    for ty in states.values() {
+        bytes = bytes.saturating_add(ty.bind(&dims).map_err(wrap)?.bytes());
+    }
+    machine::room(
+        format!("{} with {} sequences", a.preset, show::count(a.batch as u64)),
+        bytes,
+        "use a smaller --batch",
+    )
 }
 
 /// What was timed; everything for one token of every sequence (decode), or for all their texts (prefill).
@@ -302,7 +328,7 @@ impl Infer<'_> {
             show::plural(a.len, "token"),
             if a.place.device.gpu() { limits.of.clone() } else { show::plural(threads, "thread") }
         );
-        println!("  speed     {} tokens/s", show::digits(tokens_per_s));
+        println!("  speed     {} tokens/s", show::rate(tokens_per_s));
         println!(
             "  time      {}{} (median of {}; {} to {})",
             show::seconds(t),
