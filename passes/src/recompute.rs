@@ -30,7 +30,7 @@ use crate::min_cut::{INFINITE, Network};
 use crate::mixed::widens;
 use rambac_ir::ops::{Op, traffic};
 use rambac_ir::ty::ConcreteTy;
-use rambac_ir::{Bindings, Builder, DimError, Graph, Node, NodeId, Output, Value};
+use rambac_ir::{Bindings, Builder, DType, DimError, Graph, Node, NodeId, Output, Value};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 /// What is computed again.
@@ -87,6 +87,11 @@ fn kept_by(g: &Graph, v: Value) -> impl Iterator<Item = NodeId> {
     })
 }
 
+/// Whether a node rounds an f32 value to half its bytes.
+fn narrows(g: &Graph, n: &Node) -> bool {
+    matches!(&n.op, Op::Cast(c) if c.to.size() == 2) && g.ty(n.inputs[0]).dtype == DType::F32
+}
+
 /// As [`candidates`], with other parts of a model in place of layers.
 fn within<'g, K: PartialEq>(g: &'g Graph, part: impl Fn(&'g Node) -> Option<K>) -> BTreeSet<NodeId> {
     let (mut fixed, mut late) = (vec![false; g.nodes.len()], vec![false; g.nodes.len()]);
@@ -98,6 +103,12 @@ fn within<'g, K: PartialEq>(g: &'g Graph, part: impl Fn(&'g Node) -> Option<K>) 
         }
     }
     g.outputs.iter().for_each(|o| fixed[o.value.node.index()] = true);
+    // A value that is not made again and that nothing reads but rounded is kept rounded.
+    let mut plain: BTreeSet<Value> = g.outputs.iter().map(|o| o.value).collect();
+    plain.extend(g.nodes.iter().filter(|n| !narrows(g, n)).flat_map(|n| n.inputs.iter().copied()));
+    for (id, n) in g.iter().filter(|(_, n)| narrows(g, n) && !plain.contains(&n.inputs[0])) {
+        fixed[id.index()] |= fixed[n.inputs[0].node.index()];
+    }
     g.iter().map(|(id, _)| id).filter(|id| !fixed[id.index()]).collect()
 }
 

@@ -130,24 +130,23 @@ fn graphs_in_text_form() {
 #[test]
 fn what_a_gpu_cannot_run() {
     let dir = TempDir::new().unwrap();
-    let (ir, file) = (at(&dir, "scores.ir"), at(&dir, "scores"));
-    let text = "graph scores(N, L) {
-  %q = input \"q\" : f32[N, L, 1, 64]
-  %lm = input \"lm\" : f32[N, L/64, 1, 64]
-  %t = constant 0 : i32[N]
-  %s = score %q, %lm, %t {chunk = 64, scale = 0.125}
-  return \"s\" = %s
+    let (ir, file) = (at(&dir, "wide.ir"), at(&dir, "wide"));
+    let text = "graph wide(N) {
+  %x = input \"x\" : f32[N, 262144]
+  %w = input \"w\" : f32[262144]
+  %y = rms_norm %x, %w {eps = 1e-5}
+  return \"y\" = %y
 }
 ";
     fs::write(&ir, text).unwrap();
     refuses(
         &["compile", &ir, "-o", &file, "--target", "cpu,sm_80"],
-        &["(score, ", "can't run on sm_80", "no GPU kernel", "--target cpu", "rambac explain"],
+        &["(rms_norm, ", "can't run on sm_80", "wider than", "--target cpu", "rambac explain"],
     );
     assert!(!Path::new(&file).exists());
     succeeds(&["compile", &ir, "-o", &file]);
-    let text = succeeds(&["explain", &ir, "--len", "128", "--target", "sm_80"]).out;
-    assert!(text.contains("Can't run on sm_80") && text.contains("1 score: there is no GPU kernel"), "{text}");
+    let text = succeeds(&["explain", &ir, "--dims", "N=2", "--target", "sm_80"]).out;
+    assert!(text.contains("Can't run on sm_80") && text.contains("1 rms_norm: rows of"), "{text}");
     fs::write(&ir, LAYER).unwrap();
     let lines = json(&succeeds(&["explain", &ir, "--train", "--target", "sm_90a", "--json"]).out);
     let forms: Vec<&Value> = lines.iter().filter(|l| l["section"] == "form").collect();

@@ -52,7 +52,8 @@ fn draws_graphs() {
         succeeds(&["view", preset, "--export", &svg]);
         assert!(fs::read_to_string(&svg).unwrap().contains("layers.0"), "{preset}");
     }
-    succeeds(&["view", "nsa", "--train", "--export", &svg]);
+    succeeds(&["view", "nsa", "--export", &svg]);
+    refuses(&["view", "nsa", "--train", "--export", &svg], &["nsa", "\"loss\"", "leave --train out"]);
     succeeds(&["view", "tiny", "--attention", "moba", "--train", "--open", "--export", &svg]);
     assert!(fs::read_to_string(&svg).unwrap().contains("tiny with moba, a training step"));
     refuses(&["view", "nsa", "--attention", "moba", "--export", &svg], &["--attention", "nsa"]);

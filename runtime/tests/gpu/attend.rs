@@ -236,7 +236,7 @@ fn neighbours(rig: &Rig) -> Result<String, String> {
         // A thread's rows are of two tokens; two sequences, two key heads, zero logits; chunks chosen twice.
         (shape(F16, [2, 37, 6, 1], [2, 8], 64, 64, 8), "shared_tiles"),
         (shape(BF16, [1, 70, 9, 0], [1, 4], 64, 64, 2), "shared_tiles"),
-        (shape(BF16, [1, 9, 3, 2], [1, 64], 64, 64, 10), "shared_tiles"),
+        (shape(BF16, [1, 33, 3, 2], [1, 8], 64, 64, 10), "shared_tiles"),
         // In parts, some of them empty.
         (shape(F16, [1, 45, 3, 0], [1, 16], 64, 64, 3), "shared_tiles_tokens"),
         (shape(BF16, [3, 30, 3, 0], [1, 16], 64, 64, 3), "shared_tiles_sequences"),
