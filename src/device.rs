@@ -7,11 +7,10 @@ use rambac_codegen::libraries::installed;
 use rambac_codegen::nvrtc::Nvrtc;
 use rambac_codegen::{Kernels, Program, lower_for};
 use rambac_cuda::{CUBLASLT, CudaDevice};
-use rambac_passes::optimise;
+use rambac_passes::{Options, Precision, optimise};
 use rambac_runtime::gpu::{Code, Device, Machine, Placement, ProgramId, archs};
-use rambac_runtime::session::DeviceMemory;
+use rambac_runtime::session::{DeviceMemory, SessionParts};
 use rambac_runtime::{Session, SessionGraphs, SessionOptions, Store};
-use rambac_simulator::Options;
 use rambac_simulator::device::Simulator;
 use std::fmt;
 use std::path::PathBuf;
@@ -72,7 +71,7 @@ impl On {
     pub fn open(self) -> Result<Box<dyn Device>> {
         Ok(match self {
             On::Cpu | On::Reference => return Err(miette!("{self} runs no GPU programs")),
-            On::Simulator => Box::new(Simulator::strict(Options::default())),
+            On::Simulator => Box::new(Simulator::strict(rambac_simulator::Options::default())),
             On::Cuda(i) => Box::new(CudaDevice::open(i, &cublaslt()).map_err(wrap)?),
         })
     }
@@ -93,6 +92,14 @@ pub struct Inferring<'a> {
     pub options: &'a SessionOptions,
 }
 
+/// The parts of a session as programs for a GPU.  Where weights are bf16 activations are too, for products have operands of
+/// one type: else all weights would be made f32 again for every token.
+pub fn gpu_programs(graphs: &SessionGraphs, passes: &Options) -> SessionParts<Program> {
+    let precision = if passes.bf16_weights { Precision::Bf16 } else { passes.precision };
+    let passes = Options { precision, ..passes.clone() };
+    graphs.map(|g| lower_for(&optimise(g, &passes), Kernels::Gpu))
+}
+
 /// A session where it is to run.
 ///
 /// # Errors
@@ -109,7 +116,7 @@ pub fn session(
         On::Reference => Err(miette!("inference runs on cpu, simulator and cuda:0, not by the ops' definitions")),
         On::Simulator | On::Cuda(_) => pool.install(|| {
             let mut gpu = Gpu::open(how.on)?;
-            let programs = graphs.map(|g| lower_for(&optimise(g, &how.options.passes), Kernels::Gpu));
+            let programs = gpu_programs(graphs, &how.options.passes);
             let programs = Session::device_programs(&programs, how.options.precision);
             let parts = programs.try_map(|p| gpu.compile(p.clone()))?;
             let memory = DeviceMemory { limit: how.memory, segment: how.segment };
@@ -190,5 +197,28 @@ impl rambac_runtime::trainer_gpu::Gpu for Gpu {
     }
     fn load(&mut self, program: Program) -> std::result::Result<ProgramId, String> {
         self.compile(program).map_err(|e| e.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::Weights;
+    use crate::model;
+    use rambac_ir::ops::{Op, SourceKind};
+
+    #[test]
+    fn weights_in_bf16_are_read_as_they_lie() {
+        for preset in ["tiny", "mamba2-130m", "370m"] {
+            let graphs = model::session_graphs(&model::config(preset).unwrap().0).unwrap();
+            for (part, p) in gpu_programs(&graphs, &Weights::Bf16.options()).named() {
+                let params: Vec<_> =
+                    p.sources.iter().filter(|s| s.kind == SourceKind::Param).map(|s| s.buffer).collect();
+                for s in p.steps.iter().filter(|s| matches!(s.op, Op::Cast(_) | Op::FusedMap(_))) {
+                    let whole = s.inputs.iter().find(|v| params.contains(&v.buffer) && v.ty.shape.len() == 2);
+                    assert!(whole.is_none(), "{preset}, {part}: {} of {whole:?}", s.op.mnemonic());
+                }
+            }
+        }
     }
 }

@@ -8,17 +8,20 @@
 
 namespace rambac {
 
-// C: T, threads, w.  A thread moves w elements; an id outside the table gives zeros.
+// C: T, Table (of its elements), threads, w.  A thread moves w elements; an id outside the table gives zeros.
 template <class C>
-__device__ __forceinline__ void embedding(const i32* ids, const typename C::T* table, typename C::T* y, i64 y_stride, i64 n,
+__device__ __forceinline__ void embedding(const i32* ids, const typename C::Table* table, typename C::T* y, i64 y_stride, i64 n,
                                           i32 cols, i32 vocab) {
     i64 i = ((i64)blockIdx.x * C::threads + threadIdx.x) * C::w;
     if (i >= n * cols) return;
     i64 token = i / cols, col = i - token * cols;
     i32 id = ids[token];
-    Vec<typename C::T, C::w> v{};
-    if (id >= 0 && id < vocab) v = load<typename C::T, C::w>(table + (i64)id * cols + col);
-    // MUT embedding_bound: if (id <= vocab) v = load<typename C::T, C::w>(table + (i64)id * cols + col);
+    Vec<typename C::Table, C::w> x{};
+    if (id >= 0 && id < vocab) x = load<typename C::Table, C::w>(table + (i64)id * cols + col);
+    // MUT embedding_bound: if (id <= vocab) x = load<typename C::Table, C::w>(table + (i64)id * cols + col);
+    Vec<typename C::T, C::w> v;
+#pragma unroll
+    for (int k = 0; k < C::w; k++) v[k] = from_f32<typename C::T>(to_f32(x[k]));
     store<typename C::T, C::w>(y + token * y_stride + col, v);
 }
 

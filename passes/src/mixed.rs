@@ -71,6 +71,7 @@ halves! {
     SelectiveScan: operands [0, 3, 4], results [0];
     SelectiveScanGrad: operands [0, 3, 4, 7], results [0, 3, 4];
     Rotary: operands [0], results [0];
+    Embedding: takes [1];
     Attention: operands [0, 1, 2], results [0];
     AttentionGrad: operands [0, 1, 2, 3], results [0, 1, 2];
     Selection: operands [0, 1];
@@ -293,6 +294,11 @@ impl Pass<'_> {
                 self.r.set(id, out);
                 return;
             }
+        }
+        if widens(g, n) {
+            // It is bf16 already.
+            self.half.insert(id.result(0), self.r.get(n.inputs[0]));
+            return self.r.copy(id);
         }
         let h = halves(&n.op);
         let mut x = vec![];

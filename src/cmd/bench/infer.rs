@@ -13,13 +13,12 @@ use crate::model;
 use crate::show;
 use crate::work::Sums;
 use miette::miette;
-use rambac_codegen::{Kernels, Program, lower_for};
+use rambac_codegen::Program;
 use rambac_cpu::team;
 use rambac_ir::ops::{Op, SourceKind};
 use rambac_ir::{Bindings, Cost, Ty};
 use rambac_models::Config;
 use rambac_models::data::rng;
-use rambac_passes::optimise;
 use rambac_runtime::executor::StepTimes;
 use rambac_runtime::{Session, SessionGraphs, SessionOptions};
 use rand::Rng;
@@ -49,8 +48,7 @@ pub fn run(a: &Bench, config: &Config, weights: Option<&Path>, pool: Arc<rayon::
     let how = Inferring { on, memory: None, segment: SEGMENT, options: &options };
     let mut session = crate::device::session(&how, &graphs, params, &pool)?;
     let programs = match on.gpu() {
-        true => graphs
-            .map(|g| lower_for(&optimise(g, &options.passes), Kernels::Gpu))
+        true => crate::device::gpu_programs(&graphs, &options.passes)
             .named()
             .into_iter()
             // Another way to run the upper half.

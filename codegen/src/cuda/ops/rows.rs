@@ -92,15 +92,13 @@ impl Cuda for Embedding {
         const THREADS: usize = 256;
         let (ids, table, y) = (Operand::Input(0), Operand::Input(1), Operand::Output(0));
         [ids, table].into_iter().try_for_each(|at| site.contiguous(at))?;
-        if site.dtype(table) != site.dtype(y) {
-            return because("the table and the result must have one type");
-        }
         let (vocab, cols) = (&site.inputs[1].ty.shape[0], &site.inputs[1].ty.shape[1]);
-        let most = site.vector(&[table, y], 16 / site.dtype(y).size());
+        let most = site.vector(&[table, y], 16 / site.dtype(y).size().max(site.dtype(table).size()));
         let w = (0..).map(|k| most >> k).find(|&w| w <= 1 || cols.is_multiple_of(w as u64)).unwrap_or(1);
         let n = Expr::product(&site.inputs[0].ty.shape);
         let l = Stub::new("embedding", "embedding", THREADS)
             .element("T", site.dtype(y))
+            .element("Table", site.dtype(table))
             .int("threads", THREADS)
             .int("w", w)
             .tag(w)
