@@ -37,7 +37,7 @@ tests() {
     "$binary" --list | sed -n 's/: test$//p' >"$out/$name.names"
     mkdir -p "$out/$name"
     # shellcheck disable=SC2016
-    xargs -P 8 -I{} bash -c 'timeout -k 5 "$3" "$1" {} >"$2/{}.log" 2>&1; echo "{} rc $?"' _ "$binary" "$out/$name" "$limit" \
+    xargs -d '\n' -P 8 -I{} bash -c 'timeout -k 5 "$3" "$1" {} >"$2/{}.log" 2>&1; echo "{} rc $?"' _ "$binary" "$out/$name" "$limit" \
         <"$out/$name.names" | sort >"$out/$name.results"
     cat "$out/$name.results"
     ! grep -qv 'rc 0$' "$out/$name.results"
