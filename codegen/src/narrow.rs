@@ -5,7 +5,7 @@
 use crate::traits::{Kernels, reads_bf16};
 use rambac_ir::ops::Op;
 use rambac_ir::{DType, Graph, NodeId, Ty, Value};
-use rambac_passes::mixed::{halves, widens};
+use rambac_passes::mixed::{halves, narrows, widens};
 use std::collections::HashMap;
 
 /// See the module's comment.
@@ -36,15 +36,13 @@ impl Narrow {
             }
             match (all.next(), all.next()) {
                 (None, _) => Readers::Nobody,
-                (Some(u), None) if matches!(&g.node(*u).op, Op::Cast(c) if c.to == DType::BF16) => {
-                    Readers::Cast(u.result(0))
-                }
+                (Some(u), None) if narrows(g, g.node(*u)) => Readers::Cast(u.result(0)),
                 _ => Readers::Others,
             }
         };
         let rounded = |v: Value| {
             let mut all = users[v.node.index()].iter().filter(|u| g.node(**u).inputs.contains(&v));
-            all.find(|u| matches!(&g.node(**u).op, Op::Cast(c) if c.to == DType::BF16)).map(|u| u.result(0))
+            all.find(|u| narrows(g, g.node(**u))).map(|u| u.result(0))
         };
         let mut n = Narrow { reads: vec![], writes: HashMap::new(), copies: HashMap::new() };
         for (id, node) in g.iter() {

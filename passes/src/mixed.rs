@@ -103,6 +103,11 @@ pub fn widens(g: &Graph, n: &Node) -> bool {
     matches!(&n.op, Op::Cast(c) if c.to == DType::F32) && g.ty(n.inputs[0]).dtype == DType::BF16
 }
 
+/// Whether a node is a cast of an f32 value to bf16: what rounds it.
+pub fn narrows(g: &Graph, n: &Node) -> bool {
+    matches!(&n.op, Op::Cast(c) if c.to == DType::BF16) && g.ty(n.inputs[0]).dtype == DType::F32
+}
+
 /// Ops that move elements, whatever their type: what is rounded before and after is the same.
 fn moves(op: &Op) -> bool {
     matches!(op, Op::Reshape(_) | Op::Slice(_) | Op::Concat(_) | Op::Transpose(_) | Op::Pad(_))

@@ -27,10 +27,10 @@
 
 use crate::cse::is_backward;
 use crate::min_cut::{INFINITE, Network};
-use crate::mixed::widens;
+use crate::mixed::{narrows, widens};
 use rambac_ir::ops::{Op, traffic};
 use rambac_ir::ty::ConcreteTy;
-use rambac_ir::{Bindings, Builder, DType, DimError, Graph, Node, NodeId, Output, Value};
+use rambac_ir::{Bindings, Builder, DimError, Graph, Node, NodeId, Output, Value};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 /// What is computed again.
@@ -85,11 +85,6 @@ fn kept_by(g: &Graph, v: Value) -> impl Iterator<Item = NodeId> {
         let n = g.node(*id);
         is_view(g, n).then(|| n.inputs[0].node)
     })
-}
-
-/// Whether a node rounds an f32 value to half its bytes.
-fn narrows(g: &Graph, n: &Node) -> bool {
-    matches!(&n.op, Op::Cast(c) if c.to.size() == 2) && g.ty(n.inputs[0]).dtype == DType::F32
 }
 
 /// As [`candidates`], with other parts of a model in place of layers.

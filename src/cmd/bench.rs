@@ -116,8 +116,9 @@ fn placed(a: &Bench) -> Result<()> {
 
 /// What a machine or a device reaches in plain work.
 struct Limits {
-    /// Whose rates they are.
+    /// Whose rates they are, and whether that is a GPU.
     of: String,
+    gpu: bool,
     /// What `gemm` is the rate of.
     products: String,
     /// FLOP/s.
@@ -128,12 +129,12 @@ struct Limits {
 
 impl Limits {
     fn of(r: Rates) -> Limits {
-        Limits { of: "this machine".into(), products: "large products".into(), gemm: r.gemm, copy: r.copy }
+        Limits { of: "this machine".into(), gpu: false, products: "large products".into(), gemm: r.gemm, copy: r.copy }
     }
 
     /// `this machine's`
-    fn whose(&self) -> String {
-        if self.products == "large products" { "this machine's".into() } else { "this GPU's".into() }
+    fn whose(&self) -> &'static str {
+        if self.gpu { "this GPU's" } else { "this machine's" }
     }
 
     /// Seconds that work takes at least at these rates.
@@ -401,9 +402,9 @@ impl Bencher<'_> {
             self.a.preset,
             show::si(self.config.n_parameters() as f64, ""),
             self.dims,
-            match r.device {
-                Some(_) => format!("in {} on {}", self.precision(), limits.of),
-                None => show::plural(self.pool.current_num_threads(), "thread"),
+            match limits.gpu {
+                true => format!("in {} on {}", self.precision(), limits.of),
+                false => show::plural(self.pool.current_num_threads(), "thread"),
             }
         );
         println!("  speed     {} tokens/s", show::count(self.tokens_per_s(r) as u64));
@@ -434,7 +435,11 @@ impl Bencher<'_> {
             show::bytes(r.plan.peak()),
             show::bytes(r.plan.arena),
             show::bytes(r.device.unwrap_or(rss)),
-            if r.device.is_some() { "in use on the device" } else { "resident at its peak" }
+            match r.device {
+                Some(_) => "in use on the device",
+                None if limits.gpu => "resident on the host at its peak",
+                None => "resident at its peak",
+            }
         );
     }
 }

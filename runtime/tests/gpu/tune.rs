@@ -4,7 +4,7 @@ use crate::harness::Case;
 use crate::rig::{Rig, cache};
 use rambac_codegen::cuda::choices::Verdict;
 use rambac_codegen::cuda::tune::{TuneError, measured, tune};
-use rambac_codegen::cuda::{Arch, Cache, Target, emit};
+use rambac_codegen::cuda::{Arch, Cache, GpuProgram, Target, emit};
 use rambac_codegen::{Kernels, lower_for};
 use rambac_driver::testing::{Fault, Faulty, Late};
 use rambac_ir::{Bindings, text};
@@ -58,15 +58,19 @@ fn clock(m: &mut Machine<Simulator>, id: ProgramId, b: &Bindings, inputs: &[(&st
     Ok((out, m.device().take_counts().iter().map(|c| c.warp_instructions as f64).sum()))
 }
 
+/// A graph as a program, and its sizes.
+fn program((graph, sizes): (&str, &[(&str, usize)])) -> Result<(GpuProgram, Bindings), String> {
+    let graph = text::parse(graph).map_err(|e| format!("{e:?}"))?;
+    let p = emit(lower_for(&graph, Kernels::Gpu), Target::of(Arch::Sm80)).map_err(|e| e.to_string())?;
+    Ok((p, Bindings::new(sizes.iter().copied())))
+}
+
 fn measured_choices(rig: &Rig) -> Result<String, String> {
     let dir = TempDir::new().map_err(|e| e.to_string())?;
     let (kept, compiled) = (Cache::at(dir.path()), cache());
     let mut said = String::new();
-    for (graph, sizes) in GRAPHS {
-        let graph = text::parse(graph).map_err(|e| format!("{e:?}"))?;
-        let (p, b) =
-            (emit(lower_for(&graph, Kernels::Gpu), Target::of(Arch::Sm80)), Bindings::new(sizes.iter().copied()));
-        let p = p.map_err(|e| e.to_string())?;
+    for graph in GRAPHS {
+        let (p, b) = program(graph)?;
         let mut device = Measurer {
             name: "the simulator".into(),
             target: p.target.clone(),
@@ -105,10 +109,7 @@ const TICK: f64 = 1e-3;
 fn by_clock(rig: &Rig) -> Result<String, String> {
     let dir = TempDir::new().map_err(|e| e.to_string())?;
     let (kept, compiled) = (Cache::at(dir.path()), cache());
-    let (graph, sizes) = GRAPHS[1];
-    let graph = text::parse(graph).map_err(|e| format!("{e:?}"))?;
-    let p = emit(lower_for(&graph, Kernels::Gpu), Target::of(Arch::Sm80)).map_err(|e| e.to_string())?;
-    let b = Bindings::new(sizes.iter().copied());
+    let (p, b) = program(GRAPHS[1])?;
     let simulator = Simulator::strict(Options::default());
     let mut device = Measurer {
         name: "a clock".into(),
@@ -151,10 +152,7 @@ fn by_clock(rig: &Rig) -> Result<String, String> {
 fn lost(rig: &Rig) -> Result<String, String> {
     let dir = TempDir::new().map_err(|e| e.to_string())?;
     let (kept, compiled) = (Cache::at(dir.path()), cache());
-    let (graph, sizes) = GRAPHS[1];
-    let graph = text::parse(graph).map_err(|e| format!("{e:?}"))?;
-    let p = emit(lower_for(&graph, Kernels::Gpu), Target::of(Arch::Sm80)).map_err(|e| e.to_string())?;
-    let b = Bindings::new(sizes.iter().copied());
+    let (p, b) = program(GRAPHS[1])?;
     let simulator = Simulator::strict(Options::default());
     // The second candidate's device is lost after a few calls.
     let mut opened = 0;

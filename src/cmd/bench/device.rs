@@ -37,7 +37,7 @@ pub fn limits(on: On, precision: PrecisionArg) -> Result<Limits> {
         PrecisionArg::Bf16 => (rates.bf16, "bf16"),
         PrecisionArg::F32 => (rates.f32, "f32"),
     };
-    Ok(Limits { of, products: format!("large products in {name}"), gemm, copy: rates.copy })
+    Ok(Limits { of, gpu: true, products: format!("large products in {name}"), gemm, copy: rates.copy })
 }
 
 /// Random floats in a range, of which only the first [`RANDOM`] are made.

@@ -8,8 +8,8 @@ use crate::{BufferId, View};
 use rambac_ir::ops::*;
 use rambac_ir::{DType, Dim, Ty};
 
-/// The product of the step's first two operands into `c`, which is `result`.
-fn gemm(op: &MatMul, site: &Site, c: Operand, result: &View) -> Result<Gemm, Unsupported> {
+/// The product of the step's first two operands, and `plus`, into `c`, which is `result`.
+fn gemm(op: &MatMul, site: &Site, c: Operand, result: &View, plus: Option<Operand>) -> Result<Gemm, Unsupported> {
     let (a, b) = (Operand::Input(0), Operand::Input(1));
     let view = |at| if at == c { result } else { site.view(at) };
     let shape = |at| &view(at).ty.shape;
@@ -37,13 +37,13 @@ fn gemm(op: &MatMul, site: &Site, c: Operand, result: &View) -> Result<Gemm, Uns
         a: operand(a, op.trans_a, shared)?,
         b: operand(b, op.trans_b, false)?,
         c: operand(c, false, shared)?,
-        plus: None,
+        plus: plus.map(|at| operand(at, false, shared)).transpose()?,
     })
 }
 
 impl Cuda for MatMul {
     fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
-        let g = gemm(self, site, Operand::Output(0), &site.outputs[0])?;
+        let g = gemm(self, site, Operand::Output(0), &site.outputs[0], None)?;
         let mut forms = vec![];
         if !self.trans_a && self.trans_b {
             for (when, call, why) in products(site, Operand::Output(0), &site.outputs[0]) {
@@ -56,18 +56,11 @@ impl Cuda for MatMul {
 }
 
 /// What a map only adds to its product, in the product's own shape: the library does that.
-trait Addend {
-    fn addend(&self, site: &Site) -> Result<Option<Operand>, Unsupported>;
-}
-
-impl Addend for MatMulMap {
-    fn addend(&self, site: &Site) -> Result<Option<Operand>, Unsupported> {
-        let [MapInst { f: MapFn::Binary(BinaryFn::Add), args }] = &self.body[..] else { return Ok(None) };
-        let own = site.inputs.len() - site.joined.operands();
-        let sum = matches!(args[..], [0, 1] | [1, 0]) && self.outs == [2] && self.dtypes == [DType::F32] && own == 3;
-        let (x, y) = (site.inputs.get(2), &site.outputs[0]);
-        Ok(x.is_some_and(|x| sum && x.ty == y.ty).then_some(Operand::Input(2)))
-    }
+fn addend(op: &MatMulMap, site: &Site) -> Option<Operand> {
+    let [MapInst { f: MapFn::Binary(BinaryFn::Add), args }] = &op.body[..] else { return None };
+    let own = site.inputs.len() - site.joined.operands();
+    let sum = matches!(args[..], [0, 1] | [1, 0]) && op.outs == [2] && op.dtypes == [DType::F32] && own == 3;
+    (sum && site.inputs[2].ty == site.outputs[0].ty).then_some(Operand::Input(2))
 }
 
 impl Cuda for MatMulMap {
@@ -77,7 +70,7 @@ impl Cuda for MatMulMap {
         let ty = Ty::new(DType::F32, shape.iter().cloned());
         // A view of workspace: its buffer is never asked for.
         let view = View { buffer: BufferId(u32::MAX), offset: Dim::int(0), ty, strided: None };
-        let g = gemm(&self.product(), site, product, &view)?;
+        let g = gemm(&self.product(), site, product, &view, None)?;
         let map = super::map::of_product(&self.map(shape.clone()), &view, product, site)?;
         let form = |name, why: String, first| {
             let calls = std::iter::once(first).chain(map.iter().cloned()).collect();
@@ -89,13 +82,8 @@ impl Cuda for MatMulMap {
                 forms.push(form("few_rows_map", format!("{why}; then one pass over the result"), call).needs(when));
             }
         }
-        if let Some(plus) = self.addend(site)? {
-            let mut g = gemm(&self.product(), site, Operand::Output(0), &site.outputs[0])?;
-            let step = GemmOperand { at: plus, ld: row_stride(site.view(plus), shape.len() - 1)?, ..g.c.clone() };
-            let rows = Expr::from(&shape[shape.len() - 2]);
-            let shared = g.c.step == Expr::int(0);
-            let step = GemmOperand { step: if shared { Expr::int(0) } else { rows * step.ld.clone() }, ..step };
-            g.plus = Some(step);
+        if let Some(plus) = addend(self, site) {
+            let g = gemm(&self.product(), site, Operand::Output(0), &site.outputs[0], Some(plus))?;
             let why = "a dense product of the vendor's library, which adds to it";
             forms.push(Form::new("gemm_plus", why, vec![Call::Gemm(g)]));
             return Ok(forms);

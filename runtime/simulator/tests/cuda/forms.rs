@@ -203,23 +203,20 @@ impl Form {
         self.sign * (0..self.k).map(|i| a[row * self.k + i] * b[col * self.k + i]).sum::<f32>()
     }
 
+    /// What the kernels take: operands with their words, what sums begin with, and whether they do.
+    fn args(&self, y: Arg, a: (Arg, &[u32]), b: (Arg, &[u32]), first: Arg, scale: i32) -> [Arg; 9] {
+        let bits = self.a.as_ref().map_or(0, Layout::bits);
+        let words = |x: &[u32]| Arg::from(x.len() as i32);
+        [y, a.0, words(a.1), b.0, words(b.1), bits.into(), self.b.bits().into(), first, scale.into()]
+    }
+
     fn run(&self, b: &mut Bench) -> Result {
         let (a, w, wa, wb) = self.operands();
         let regs = self.n / 2;
         for scale in [0i32, 1] {
             let y = b.output::<f32>("y", 128 * regs);
             let (ba, bb) = (b.input("a", &wa), b.input("b", &wb));
-            let args = [
-                y.into(),
-                ba.into(),
-                Arg::from(wa.len() as i32),
-                bb.into(),
-                Arg::from(wb.len() as i32),
-                Arg::from(self.a.as_ref().map_or(0, Layout::bits)),
-                Arg::from(self.b.bits()),
-                Arg::from(7f32),
-                Arg::from(scale),
-            ];
+            let args = self.args(y.into(), (ba.into(), &wa), (bb.into(), &wb), 7f32.into(), scale);
             b.launch(Extent::line(1, 128), &args)?;
             let want = (0..128 * regs).map(|i| {
                 let (t, reg) = (i / regs, i % regs);
@@ -276,17 +273,7 @@ fn wgmma_f16_sums(b: &mut Bench) -> Result {
     let (a, w, wa, wb) = f.operands();
     let (y, ba, bb) = (b.output::<u32>("y", 128 * 4), b.input("a", &wa), b.input("b", &wb));
     let half = bits16(3.0);
-    let args = [
-        y.into(),
-        ba.into(),
-        Arg::from(wa.len() as i32),
-        bb.into(),
-        Arg::from(wb.len() as i32),
-        Arg::from(f.a.as_ref().map_or(0, Layout::bits)),
-        Arg::from(f.b.bits()),
-        Arg::from(half | half << 16),
-        Arg::from(1i32),
-    ];
+    let args = f.args(y.into(), (ba.into(), &wa), (bb.into(), &wb), (half | half << 16).into(), 1);
     b.launch(Extent::line(1, 128), &args)?;
     let want = (0..128 * 4).map(|i| {
         let (t, reg) = (i / 4, i % 4);
