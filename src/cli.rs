@@ -494,6 +494,8 @@ pub struct Bench {
     /// Model whose sizes to use: a preset, a folder with config.json, or a config
     #[arg(long, value_name = "MODEL", default_value = "small")]
     pub preset: String,
+    #[command(flatten)]
+    pub attention: AttentionArgs,
     /// Tokens of a sequence; decode: of the random text that is read, untimed, before the timed tokens, so that a model
     /// with chunks has that many tokens to choose from
     #[arg(long, default_value = "4096", value_parser = length)]

@@ -210,7 +210,7 @@ mod tests {
     #[test]
     fn weights_in_bf16_are_read_as_they_lie() {
         for preset in ["tiny", "mamba2-130m", "370m"] {
-            let graphs = model::session_graphs(&model::config(preset).unwrap().0).unwrap();
+            let graphs = model::session_graphs(&model::config(preset).unwrap().0, 0).unwrap();
             for (part, p) in gpu_programs(&graphs, &Weights::Bf16.options()).named() {
                 let params: Vec<_> =
                     p.sources.iter().filter(|s| s.kind == SourceKind::Param).map(|s| s.buffer).collect();

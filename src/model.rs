@@ -1,11 +1,11 @@
 //! What MODEL means on the command line: a preset, a folder, a config, a checkpoint or an IR file.
 
-use crate::cli::{Chunks, StorePrecision, Weights};
+use crate::cli::{AttentionArgs, Chunks, StorePrecision, Weights};
 use crate::error::{Result, findings, warn, wrap};
 use miette::miette;
 use rambac_ir::Graph;
 use rambac_models::recipe::Recipe;
-use rambac_models::{Config, InitRule, canonical_name, init_tensor, preset};
+use rambac_models::{Attention, Config, InitRule, canonical_name, init_tensor, preset};
 use rambac_passes::train_step::AdamW;
 use rambac_passes::{Options, narrow};
 use rambac_runtime::checkpoint::{self, WeightsFolder};
@@ -58,6 +58,20 @@ pub fn resolve(name: &str) -> Result<Named> {
         config.tie_word_embeddings = !WeightsFolder::open(w).map_err(wrap)?.contains("lm_head.weight");
     }
     Ok(Named::Model { config, weights })
+}
+
+/// As [`resolve`], with another attention in the model's stack.
+///
+/// # Errors
+/// As [`resolve`]; a variant that is none; a graph, which has no stack.
+pub fn resolve_with(name: &str, attention: &AttentionArgs) -> Result<Named> {
+    match resolve(name)? {
+        Named::Model { config, weights } => Ok(Named::Model { config: attention.apply(config)?, weights }),
+        Named::Ir { .. } if attention.attention.is_some() => {
+            Err(miette!("{name}: --attention changes a model's stack, not a graph"))
+        }
+        ir => Ok(ir),
+    }
 }
 
 /// The folder that holds config.json: `dir` itself, or the latest checkpoint of a training run.
@@ -175,19 +189,15 @@ pub fn load(config: &Config, weights: Option<&Path>, rule: InitRule, seed: u64, 
     Ok(store)
 }
 
-/// The graphs that a [`Session`](rambac_runtime::Session) runs.
+/// The graphs that a [`Session`](rambac_runtime::Session) runs.  An attention variant keeps keys, values and what else it needs of
+/// `room` tokens, prompt and answer together; every other model reads any text.
 ///
 /// # Errors
-/// A graph that does not build, which a checked config excludes.
-pub fn session_graphs(c: &Config) -> Result<SessionGraphs> {
+/// An op of the variant that has no form for segments, and why; no room.
+pub fn session_graphs(c: &Config, room: usize) -> Result<SessionGraphs> {
     use rambac_models::stack;
     if let Some(a) = &c.attention {
-        return Err(miette!(
-            help =
-                "rambac generate makes it at the length it needs; rambac compile FILE.ir compiles the attention itself",
-            "attention {}: what it keeps of a text is made for one length, and none is known here",
-            a.name
-        ));
+        return variant_graphs(c, a, room);
     }
     let lower = stack::lower(c).map_err(wrap)?;
     let (chunks, upper) = (stack::chunks(c).map_err(wrap)?, stack::upper(c).map_err(wrap)?);
@@ -195,23 +205,18 @@ pub fn session_graphs(c: &Config) -> Result<SessionGraphs> {
     Ok(session_parts(c, (lower, chunks, upper, flash, head)))
 }
 
-/// As [`session_graphs`], for texts of at most so many tokens: what an attention variant keeps of a text is made for that length.
-///
-/// # Errors
-/// An op of the variant that has no form for segments, and why.
-pub fn session_graphs_for(c: &Config, tokens: usize) -> Result<SessionGraphs> {
+fn variant_graphs(c: &Config, a: &Attention, room: usize) -> Result<SessionGraphs> {
     use rambac_models::stack;
-    let Some(a) = &c.attention else { return session_graphs(c) };
     let refused = |why: String| {
         miette!(
-            help = "rambac train, eval passkey and explain know it, for whole texts",
+            help = "rambac train, compile --train, eval passkey and explain take it, for they read whole texts",
             "attention {}: it can't read a text segment by segment, which inference needs: {why}",
             a.name
         )
     };
     let unit = stack::segment_unit(c).map_err(refused)?;
-    let capacity =
-        tokens.max(1).checked_next_multiple_of(unit).ok_or_else(|| miette!("{tokens} tokens are too many"))?;
+    let capacity = room.max(1).checked_next_multiple_of(unit).filter(|&t| i32::try_from(t).is_ok());
+    let capacity = capacity.ok_or_else(|| miette!("there can't be room for {room} tokens: no position counts so far"))?;
     let all = stack::segments(c, capacity).map_err(refused)?;
     Ok(session_parts(c, (all, None, None, None, stack::head(c).map_err(wrap)?)))
 }

@@ -42,7 +42,7 @@ template <class C> struct Whole {
     i32 t;
     __device__ __forceinline__ int slots(i64) const { return 1; }
     __device__ __forceinline__ i64 first(i64, int) const { return 0; }
-    __device__ __forceinline__ int keys(int token) const { return C::causal ? token + 1 : t; }
+    __device__ __forceinline__ int keys(int token) const { return C::causal ? min_of(token + 1, t) : t; }
     __device__ __forceinline__ float weight(i64, int) const { return 1.f; }
     // Tokens that see a key: from .. until.
     __device__ __forceinline__ i64 since(int key) const { return C::causal ? key : 0; }
@@ -61,7 +61,7 @@ template <class C> struct Units {
 };
 // Keys up to a token: the last `window` of them, and those of its own chunk of `local`; 0 is no bound.
 template <class C> struct Ranged {
-    i32 t, h;
+    i32 t, all_keys, h;
     const i32* start;
     __device__ __forceinline__ int begin(int token) const {
         int first = C::window > 0 ? token + 1 - C::window : 0, own = C::local > 0 ? token / max_of(C::local, 1) * C::local : 0;
@@ -69,9 +69,10 @@ template <class C> struct Ranged {
     }
     __device__ __forceinline__ int slots(i64) const { return 1; }
     __device__ __forceinline__ i64 first(i64 row, int) const {
-        return begin((int)(row / h % t) + (start ? start[row / h / t] : 0));
+        return begin((int)(row / h % t) + (start ? max_of(start[row / h / t], 0) : 0));
+        // MUT ranged_start: return begin((int)(row / h % t));
     }
-    __device__ __forceinline__ int keys(int token) const { return token + 1 - begin(token); }
+    __device__ __forceinline__ int keys(int token) const { return min_of(token + 1, all_keys) - begin(token); }
     __device__ __forceinline__ float weight(i64, int) const { return 1.f; }
     __device__ __forceinline__ i64 since(int key) const { return key; }
     // The first token after a key that does not see it.
@@ -117,7 +118,7 @@ template <class C> struct AnyRow {
     int token, kv_head;
     template <class X> __device__ __forceinline__ AnyRow(i64 row, const X& x) : row(row) {
         i64 place = row / x.heads();
-        token = (int)(place % x.l) + (x.start ? x.start[place / x.l] : 0), kv_head = (int)(row % x.heads()) / C::heads_per_kv;
+        token = (int)(place % x.l) + (x.start ? max_of(x.start[place / x.l], 0) : 0), kv_head = (int)(row % x.heads()) / C::heads_per_kv;
         chooser = place * x.h + kv_head, keys = place / x.l * x.tokens_kv;
     }
 };

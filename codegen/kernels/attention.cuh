@@ -5,7 +5,8 @@
 //   dq = Σ_j ds_j·k_j                   dk_j = Σ ds_j·q           dv_j = Σ p_j·dy
 //
 // Which keys a token sees is a range whose ends only grow from token to token (`Sight`): a block walks from the first key that its
-// first token sees to the last that its last one does.  The log-sum-exp can be a result; its gradient is taken from δ.
+// first token sees to the last that its last one does.  The log-sum-exp can be a result; its gradient is taken from δ.  Of the
+// forward, a sequence's queries may stand behind keys that came before (`attention_from`).
 //
 // A row is a (token, query head of one key head), token-major.  Forward and dq: a block owns 16 rows per warp and walks the
 // keys, KEYS at a time, with the output in registers:
@@ -114,9 +115,9 @@ struct Part {
         : sequence(blockIdx.x / tiles / h), kv_head(blockIdx.x / tiles % h), tile(blockIdx.x % tiles) {}
 };
 
-// lse: [B, T, H], or null.
+// lse: [B, T, H], or null.  start: where a sequence's first query stands among its keys, null: at the first.
 template <class C>
-__device__ __forceinline__ void attention_of(typename C::T* lse, typename C::T* o, i64 o_stride, const typename C::T* q,
+__device__ __forceinline__ void attention_of(const i32* start, typename C::T* lse, typename C::T* o, i64 o_stride, const typename C::T* q,
                                              i64 q_stride, const typename C::T* k, i64 k_stride, const typename C::T* v,
                                              i64 v_stride, i32 all_rows, i32 t, i32 all_keys, i32 h) {
     using A = Attention<C>;
@@ -128,7 +129,11 @@ __device__ __forceinline__ void attention_of(typename C::T* lse, typename C::T* 
     S& s = *reinterpret_cast<S*>(shared);
     Part at((int)ceil_div(all_rows, A::ROWS), h);
     int row0 = at.tile * A::ROWS, own = row0 + 16 * warp_id(), row = own + lane_id() / 4;
-    int from = A::from(row0), keys = A::seen(min_of(row0 + A::ROWS, all_rows) - 1, all_keys);
+    // What rows see is that of rows so many further on.
+    int ahead = start ? max_of(start[at.sequence], 0) * A::G : 0;
+    // MUT attention_start: int ahead = start ? max_of(start[0], 0) * A::G : 0;
+    int from = A::from(row0 + ahead), keys = A::seen(min_of(row0 + A::ROWS, all_rows) - 1 + ahead, all_keys);
+    // MUT attention_seen: int from = A::from(row0 + ahead), keys = A::seen(min_of(row0 + A::ROWS, all_rows) - 1, all_keys);
     i64 heads = (i64)at.kv_head * A::G * D, token = at.sequence * t, key_row = at.sequence * all_keys;
     A::gather(s.q, q + token * q_stride + heads, q_stride, row0, all_rows);
     auto fetch = [&](int stage, int key) {
@@ -148,11 +153,11 @@ __device__ __forceinline__ void attention_of(typename C::T* lse, typename C::T* 
         __syncthreads();
         if (!C::whole && key + KEYS < keys) fetch(stage ^ 1, key + KEYS);
         copies_commit();
-        if (!A::meets(own, own + 15, key, all_keys)) continue;
+        if (!A::meets(own + ahead, own + 15 + ahead, key, all_keys)) continue;
         float logits[KEYS / 8][4], before[2] = {top[0], top[1]}, more[2], shrink[2];
         clear(logits);
         add_product_nt<T, D, KEYS>(logits, RowsA<T>{s.q + 16 * warp_id() * P, P}, s.kv[stage][0], P);
-        A::mask(logits, row, key, all_keys);
+        A::mask(logits, row + ahead, key, all_keys);
         row_max(top, logits);
         row_exp2(more, logits, top, A::FACTOR);
 #pragma unroll
@@ -183,13 +188,25 @@ template <class C>
 __device__ __forceinline__ void attention(typename C::T* o, i64 o_stride, const typename C::T* q, i64 q_stride,
                                           const typename C::T* k, i64 k_stride, const typename C::T* v, i64 v_stride,
                                           i32 all_rows, i32 t, i32 all_keys, i32 h) {
-    attention_of<C>(nullptr, o, o_stride, q, q_stride, k, k_stride, v, v_stride, all_rows, t, all_keys, h);
+    attention_of<C>(nullptr, nullptr, o, o_stride, q, q_stride, k, k_stride, v, v_stride, all_rows, t, all_keys, h);
 }
 template <class C>
 __device__ __forceinline__ void attention_lse(typename C::T* lse, typename C::T* o, i64 o_stride, const typename C::T* q,
                                               i64 q_stride, const typename C::T* k, i64 k_stride, const typename C::T* v,
                                               i64 v_stride, i32 all_rows, i32 t, i32 all_keys, i32 h) {
-    attention_of<C>(lse, o, o_stride, q, q_stride, k, k_stride, v, v_stride, all_rows, t, all_keys, h);
+    attention_of<C>(nullptr, lse, o, o_stride, q, q_stride, k, k_stride, v, v_stride, all_rows, t, all_keys, h);
+}
+template <class C>
+__device__ __forceinline__ void attention_from(const i32* start, typename C::T* o, i64 o_stride, const typename C::T* q, i64 q_stride,
+                                               const typename C::T* k, i64 k_stride, const typename C::T* v, i64 v_stride,
+                                               i32 all_rows, i32 t, i32 all_keys, i32 h) {
+    attention_of<C>(start, nullptr, o, o_stride, q, q_stride, k, k_stride, v, v_stride, all_rows, t, all_keys, h);
+}
+template <class C>
+__device__ __forceinline__ void attention_lse_from(const i32* start, typename C::T* lse, typename C::T* o, i64 o_stride,
+                                                   const typename C::T* q, i64 q_stride, const typename C::T* k, i64 k_stride,
+                                                   const typename C::T* v, i64 v_stride, i32 all_rows, i32 t, i32 all_keys, i32 h) {
+    attention_of<C>(start, lse, o, o_stride, q, q_stride, k, k_stride, v, v_stride, all_rows, t, all_keys, h);
 }
 
 // dq, and for the other kernel log2 of each row's denominator and its δ, less dlse if there is one: [B, h, T·G].

@@ -26,9 +26,11 @@ template <class T>
 __device__ __forceinline__ void append_rows(T* y, const T* memory, const T* rows, const i32* start, i64 n, i64 t, i64 l, i64 width) {
     i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x, sequence = i / (t * width);
     if (i >= n) return;
-    i64 row = i / width % t - start[sequence];
+    i64 row = i / width % t - max_of(start[sequence], 0);
+    // MUT append_start: i64 row = i / width % t - max_of(start[0], 0);
     if (row >= 0 && row < l) y[i] = rows[(sequence * l + row) * width + i % width];
     else if (y != memory) y[i] = memory[i];
+    // MUT append_rest: ;
 }
 
 }  // namespace rambac

@@ -1,6 +1,6 @@
 //! Arguments about executables: making, running, what is kept of them.
 
-use super::{Data, MemoryArgs, PrecisionArg, Weights, binding, length, positive, size};
+use super::{AttentionArgs, Data, MemoryArgs, PrecisionArg, Weights, binding, length, positive, size};
 use crate::device::On;
 use clap::{Args, ValueEnum};
 use rambac_codegen::cuda::Arch;
@@ -54,6 +54,12 @@ impl GpuTarget {
 pub struct Compile {
     /// A preset, a folder with config.json (and weights), a training run, a config, or an .ir file
     pub model: String,
+    #[command(flatten)]
+    pub attention: AttentionArgs,
+    /// Inference with an attention variant: tokens that there is room for, prompt and answer together, for what it keeps of a
+    /// text has its place in the file's programs; other models read any text
+    #[arg(long, value_name = "TOKENS", value_parser = size, default_value = "4096", conflicts_with = "train")]
+    pub context: usize,
     /// The file to write
     #[arg(short, long, value_name = "FILE")]
     pub out: PathBuf,
@@ -164,6 +170,8 @@ pub struct Run {
 pub struct Tune {
     /// Preset, folder, training run, config.json or .ir file
     pub model: String,
+    #[command(flatten)]
+    pub attention: AttentionArgs,
     /// GPU to measure on
     #[arg(long, default_value = "cuda:0")]
     pub device: On,

@@ -38,6 +38,13 @@ const WARM_UP: usize = 2;
 /// Runs the verb.
 pub fn run(a: &Bench, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
     let (config, weights) = model::config(&a.preset)?;
+    let config = a.attention.apply(config)?;
+    if config.attention.is_some() && matches!(a.what, Work::Select | Work::Attend) {
+        return Err(miette!(
+            help = "rambac bench train --attention VARIANT --profile times every op of the stack",
+            "bench select and attend are about hierarchical sparse attention: leave --attention out"
+        ));
+    }
     placed(a)?;
     if matches!(a.what, Work::Prefill | Work::Decode) {
         no_trace(a)?;

@@ -39,7 +39,7 @@ pub fn run(a: &Compile, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
 
 fn compile(a: &Compile) -> Result<ExitCode> {
     let began = Instant::now();
-    let named = model::resolve(&a.model)?;
+    let named = model::resolve_with(&a.model, &a.attention)?;
     let mut targets: Vec<Arch> = a.target.iter().filter_map(|t| t.arch()).collect();
     targets.sort();
     targets.dedup();
@@ -157,7 +157,7 @@ fn graphs(a: &Compile, named: &Named, adamw: &AdamW) -> Result<(Mode, Vec<(&'sta
     Ok(match named {
         Named::Model { config, .. } if a.train => (Mode::Train, vec![("step", model_step(config, adamw)?)]),
         Named::Model { config, .. } => {
-            let graphs = model::session_graphs(config)?;
+            let graphs = model::session_graphs(config, a.context)?;
             (Mode::Infer, graphs.named().into_iter().map(|(name, g)| (name, g.clone())).collect())
         }
         Named::Ir { graph, .. } if a.train => (Mode::Train, vec![("step", ir_step(graph, adamw)?)]),

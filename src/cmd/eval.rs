@@ -96,14 +96,29 @@ pub fn run(a: &Eval, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
         )
     })?;
     if config.attention.is_some() {
-        return whole(a, &config, &weights, &pool);
+        if a.flash || a.chunks.store != "ram" {
+            return Err(miette!(
+                "--flash and --store are about chunks that a model keeps of a text: with an attention variant it keeps all tokens"
+            ));
+        }
+        if a.diagnose {
+            return Err(miette!(
+                help = "without --device and --weights, eval tells the needle's rank among the units that are chosen",
+                "--diagnose is about the chunks of hierarchical sparse attention, which this model has not"
+            ));
+        }
+        // By segments only where that is asked for: whole texts tell the needle's rank.
+        let placed = a.on.device != On::Cpu || a.on.device_memory.is_some() || a.on.profile.is_some();
+        if !placed && a.weights == Weights::F32 {
+            return whole(a, &config, &weights, &pool);
+        }
     }
     let mut session = model::session_options(&a.chunks, None, 1, a.weights);
     // Nobody goes on with a case.
     if let Tier::File(path) = session.tier {
         session.tier = Tier::Scratch(path);
     }
-    let store = model::parameters_for(&model::session_graphs(&config)?, &session.passes, &config, Some(&weights))?;
+    let store = model::parameters_for(&model::session_graphs(&config, 1)?, &session.passes, &config, Some(&weights))?;
     let mut how = How {
         seed: a.seed,
         segment: a.segment,
@@ -158,16 +173,6 @@ fn possible(config: &Config, len: usize, seed: u64) -> Result<()> {
 fn whole(a: &Eval, config: &Config, weights: &std::path::Path, pool: &Arc<rayon::ThreadPool>) -> Result<ExitCode> {
     for &len in &a.len {
         possible(config, len, a.seed)?;
-    }
-    let segments = a.flash
-        || a.chunks.store != "ram"
-        || a.weights != Weights::F32
-        || a.on.device != On::Cpu
-        || a.on.profile.is_some();
-    if segments {
-        return Err(miette!(
-            "this model reads whole texts, in f32: --flash, --store, --weights, --device and --profile are for those that read by segments"
-        ));
     }
     let store = model::parameters(config, Some(weights), rambac_models::InitRule::Normal, 0)?;
     let mut asker = Asker::new(config, store, pool)?;
@@ -249,7 +254,7 @@ pub fn passkey(
 ) -> Result<Score> {
     possible(config, len, how.seed)?;
     let segment = how.segment.min(len);
-    let graphs = model::session_graphs(config)?;
+    let graphs = model::session_graphs(config, len + DIGITS)?;
     let at = Inferring { on: how.on, memory: how.memory, segment, options: &how.session };
     let mut session = device::session(&at, &graphs, store.clone(), pool)?;
     let bar = if how.progress { ProgressBar::new((len * cases) as u64) } else { ProgressBar::hidden() };

@@ -32,13 +32,7 @@ const WIDTH: usize = 98;
 
 /// Runs the verb.
 pub fn run(a: &Explain, pool: &rayon::ThreadPool) -> Result<ExitCode> {
-    let named = match model::resolve(&a.model)? {
-        Named::Model { config, weights } => Named::Model { config: a.attention.apply(config)?, weights },
-        Named::Ir { .. } if a.attention.attention.is_some() => {
-            return Err(miette!("{}: --attention changes a model's stack, not a graph", a.model));
-        }
-        ir => ir,
-    };
+    let named = model::resolve_with(&a.model, &a.attention)?;
     let (graph, config) = match &named {
         Named::Model { config, .. } if a.train => (model_step(config, &AdamW::default())?, Some(config)),
         Named::Model { config, .. } => (stack::loss(config, Carry::Zero, false).map_err(wrap)?, Some(config)),

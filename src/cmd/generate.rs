@@ -48,7 +48,7 @@ pub fn run(a: &Generate, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
     }
     let options = model::session_options(&a.chunks, a.resume_store.as_deref(), prompts.len(), a.weights);
     let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
-    let graphs = model::session_graphs_for(&config, longest.saturating_add(a.tokens))?;
+    let graphs = model::session_graphs(&config, longest.saturating_add(a.tokens))?;
     let params = model::parameters_for(&graphs, &options.passes, &config, Some(&weights))?;
     let how = Inferring { on: a.on.device, memory: a.on.device_memory, segment: a.segment, options: &options };
     let mut session = device::session(&how, &graphs, params, &pool)?;

@@ -299,7 +299,7 @@ fn graphs(c: &Config, mode: &str, len: usize) -> Result<Vec<(Graph, Bindings)>> 
     let chunks = len / c.chunk_size;
     let prefill = mode.starts_with(MODES[1]);
     let (l, b) = if prefill { (len, chunks) } else { (1, 1) };
-    let parts = model::session_graphs(c)?;
+    let parts = model::session_graphs(c, len)?;
     // A token in `chunk_size` makes a chunk, and nothing here skims.
     let run = |name: &str| name != "upper_flash" && (name != "chunks" || prefill);
     let all = parts.named().into_iter().filter(|(name, _)| run(name));

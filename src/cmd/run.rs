@@ -269,6 +269,11 @@ fn infer(
     } else {
         Session::compiled(&parts.map(|p| (*p.program).clone()), store, pool, &options).map_err(wrap)?
     };
+    let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
+    session.fits(longest.saturating_add(a.tokens)).map_err(|why| {
+        let model = &e.model;
+        miette!(help = format!("ask for fewer --tokens, or compile {model} again with a larger --context"), "{name}: {why}")
+    })?;
     let w = Writing {
         from: &name,
         ids: !a.ids.is_empty(),

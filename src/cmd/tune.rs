@@ -28,7 +28,7 @@ pub fn run(a: &Tune, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
 }
 
 fn graph(a: &Tune) -> Result<Graph> {
-    Ok(match model::resolve(&a.model)? {
+    Ok(match model::resolve_with(&a.model, &a.attention)? {
         Named::Model { config, .. } if a.train => model_step(&config, &AdamW::default())?,
         Named::Model { config, .. } => stack::loss(&config, Carry::Zero, false).map_err(wrap)?,
         Named::Ir { graph, .. } => graph,

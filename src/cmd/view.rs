@@ -58,19 +58,11 @@ pub fn scene(a: &View) -> Result<Scene> {
             let graph = text::parse(v.text).map_err(|e| findings(path, v.text, e))?;
             Named::Ir { path: path.into(), text: v.text.into(), graph }
         }
-        None => model::resolve(&a.model)?,
+        None => model::resolve_with(&a.model, &a.attention)?,
     };
     let (graph, what) = match named {
-        Named::Model { config, .. } => {
-            let config = a.attention.apply(config)?;
-            match a.train {
-                true => (model_step(&config, &AdamW::default())?, ", a training step"),
-                false => (stack::loss(&config, Carry::Zero, false).map_err(wrap)?, ""),
-            }
-        }
-        Named::Ir { .. } if a.attention.attention.is_some() => {
-            return Err(miette!("--attention: {} is a graph of its own, not a model with layers", a.model));
-        }
+        Named::Model { config, .. } if a.train => (model_step(&config, &AdamW::default())?, ", a training step"),
+        Named::Model { config, .. } => (stack::loss(&config, Carry::Zero, false).map_err(wrap)?, ""),
         Named::Ir { graph, .. } if a.train => (ir_step(&graph, &AdamW::default())?, ", a training step"),
         Named::Ir { graph, .. } => (graph, ""),
     };

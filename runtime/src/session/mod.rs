@@ -31,7 +31,7 @@ use rambac_codegen::cuda::paged;
 use rambac_codegen::cuda::pages::{CHUNK_TABLE, LANDMARK_TABLE};
 use rambac_codegen::program::SourceSlot;
 use rambac_codegen::{Program, lower};
-use rambac_ir::ops::SourceKind;
+use rambac_ir::ops::{Op, SourceKind};
 use rambac_ir::{Bindings, DType};
 use rambac_passes::{Options, optimise};
 use saved::fingerprint;
@@ -93,10 +93,12 @@ pub enum SessionError {
     Store(#[from] StoreError),
     #[error("a chunk store in a file holds one sequence, not {0}; give one prompt, or keep the chunks in memory")]
     OneSequence(usize),
-    #[error("this model has no chunks to store in {}: it is a plain Mamba-2", .0.display())]
+    #[error("{}: this model keeps no chunks that could be stored; leave --store out", .0.display())]
     NoChunks(PathBuf),
     #[error("a sequence of more than {} tokens cannot be counted", i32::MAX)]
     TooLong,
+    #[error("there is room for {room} tokens of a text, and {need} are wanted")]
+    Full { room: usize, need: usize },
     #[error(transparent)]
     Gpu(#[from] GpuError),
     #[error(
@@ -126,6 +128,8 @@ pub struct Session {
     hidden_size: usize,
     /// Of the weights.
     fingerprint: u64,
+    /// Tokens of a text that its parts can keep.
+    room: usize,
     sequences: Vec<Sequence>,
     /// Positions of the sequences that run.
     start: Vec<i32>,
@@ -219,6 +223,7 @@ impl Session {
             chunk_size: g.chunk_size,
             hidden_size: g.hidden_size,
             fingerprint,
+            room: room(g.named().into_iter().map(|(_, p)| p)),
             sequences: vec![],
             start: vec![],
             pool,
@@ -262,6 +267,7 @@ impl Session {
         let sources = programs.iter().flat_map(|p| &p.program.sources).filter(|s| !of_chunks(&s.name));
         let states = states(sources, n)?;
         let fingerprint = options.tier.fingerprint(&params);
+        let room = room(programs.iter().map(|p| &*p.program));
         let (chunk_size, hidden_size) = (g.chunk_size, g.hidden_size);
         let mut on = OnDevice::new(machine, g, &params, n, geometry, memory)?;
         for (name, t) in &states {
@@ -272,6 +278,7 @@ impl Session {
             chunk_size,
             hidden_size,
             fingerprint,
+            room,
             sequences: vec![],
             start: vec![],
             pool,
@@ -319,6 +326,13 @@ impl Session {
     /// The chunks of sequence `seq`; `None` for a plain Mamba-2.
     pub fn chunks(&self, seq: usize) -> Option<&ChunkStore> {
         self.sequences[seq].chunks.as_ref()
+    }
+    /// Tokens of a text, prompt and answer together, that there is room for: attention variants keep a memory of one size.
+    ///
+    /// # Errors
+    /// [`SessionError::Full`]: `tokens` are more.
+    pub fn fits(&self, tokens: usize) -> Result<(), SessionError> {
+        if tokens > self.room { Err(SessionError::Full { room: self.room, need: tokens }) } else { Ok(()) }
     }
     /// Bytes of weights and carried states on this machine; 0 where a device has them.
     pub fn bytes(&self) -> usize {
@@ -445,6 +459,8 @@ impl Session {
     fn advance(&mut self, seqs: Range<usize>, l: usize) -> Result<(), SessionError> {
         self.start.clear();
         self.start.extend(self.sequences[seqs.clone()].iter().map(|x| x.position as i32));
+        let furthest = self.sequences[seqs.clone()].iter().map(|x| x.position).max().unwrap_or(0);
+        self.fits(furthest.saturating_add(l))?;
         for x in &mut self.sequences[seqs] {
             x.position += l;
             i32::try_from(x.position).map_err(|_| SessionError::TooLong)?;
@@ -619,6 +635,12 @@ fn states<'a>(sources: impl Iterator<Item = &'a SourceSlot>, n: usize) -> Result
         }
     }
     Ok(out)
+}
+
+/// Tokens that the memories to which programs append have room for.
+fn room<'a>(programs: impl Iterator<Item = &'a Program>) -> usize {
+    let memories = programs.flat_map(|p| &p.steps).filter(|s| matches!(s.op, Op::Append(_)));
+    memories.filter_map(|s| s.outputs[0].ty.shape[1].as_int()).min().unwrap_or(usize::MAX)
 }
 
 /// What no session can be.

@@ -2,9 +2,14 @@
 
 use crate::harness::Case;
 use crate::rig::{Check, Input, Rig};
+use rambac_codegen::cuda::{Target, emit};
+use rambac_codegen::{Kernels, lower_for};
+use rambac_ir::interp::{Precision, outputs};
 use rambac_ir::ops::*;
 use rambac_ir::testing::Rng;
-use rambac_ir::{Bindings, DType, Dim, Ty};
+use rambac_ir::{Bindings, Builder, DType, Dim, HostArray, Ty};
+use rambac_runtime::gpu::Bytes;
+use std::collections::HashMap;
 
 pub const ALL: &[Case] = &[
     ("map_functions", functions),
@@ -12,6 +17,7 @@ pub const ALL: &[Case] = &[
     ("map_broadcasts", broadcasts),
     ("map_integers", integers),
     ("moves", moves),
+    ("rows_appended_to_a_memory", appended),
     ("reductions", reductions),
     ("products", products),
     ("many_tensors", many_tensors),
@@ -223,6 +229,68 @@ fn moves(rig: &Rig) -> Result<String, String> {
         rig.check(&Check::new(Pad { axis: 2, before: 2, after: 3 }, vec![a], &d, 0.0))?;
         let a = x(&cube).wide(2);
         rig.check(&Check::new(Reshape { shape: vec![sym("N"), Dim::int(6), sym("L")] }, vec![a], &d, 0.0))?;
+    }
+    Ok(String::new())
+}
+
+/// Rows behind what a memory holds; sizes are sequences, room, rows, width; sequences hold different numbers.
+fn check_append(rig: &Rig, rng: &mut Rng, dtype: DType, sizes: [usize; 4], first: i32) -> Result<(), String> {
+    let [n, t, l, width] = sizes;
+    let d = Bindings::new([("N", n), ("T", t), ("L", l)]);
+    let rows = |axis: &str| ty(dtype, &[sym("N"), sym(axis), Dim::int(2), Dim::int(width)]);
+    let memory = Input::new(rng, rows("T"), &d, -1.0, 1.0);
+    let new = Input::new(rng, rows("L"), &d, -1.0, 1.0);
+    let start = HostArray::i32(&[n], (0..n as i32).map(|i| first + 2 * i).collect());
+    let start = Input::of(ty(DType::I32, &[sym("N")]), start);
+    let check = Check::new(Append {}, vec![memory, new, start], &d, 0.0);
+    rig.check(&check)?;
+    in_place(rig, &check)
+}
+
+/// The same where the memory is kept: it is written where it lies, and what was there stays.
+fn in_place(rig: &Rig, c: &Check) -> Result<(), String> {
+    let mut b = Builder::new("kept", &["N", "T", "L"]);
+    let memory = b.state("memory", c.inputs[0].ty.clone());
+    let (rows, start) = (b.input("rows", c.inputs[1].ty.clone()), b.input("start", c.inputs[2].ty.clone()));
+    let all = b.push(Append {}, &[memory, rows, start]);
+    b.output("memory", all);
+    // What reads the memory then sees the rows.
+    let sum = b.sum(all, vec![1], false);
+    b.output("sum", sum);
+    let g = b.finish().map_err(|e| e.to_string())?;
+    let program = emit(lower_for(&g, Kernels::Gpu), Target::of(c.arch)).map_err(|e| e.to_string())?;
+    let steps: Vec<&str> = program.program.steps.iter().map(|s| s.op.mnemonic()).collect();
+    if steps != ["append", "reduce"] {
+        return Err(format!("a kept memory is copied: {steps:?}"));
+    }
+    let bytes = |i: usize| Bytes::from_host(&c.inputs[i].value);
+    let inputs = [("rows".to_string(), bytes(1)), ("start".to_string(), bytes(2))];
+    let (.., out, _) = rig.run(program, &c.dims, &[("memory".to_string(), bytes(0))], &inputs)?;
+    let given: HashMap<String, HostArray> =
+        ["memory", "rows", "start"].into_iter().zip(&c.inputs).map(|(n, x)| (n.into(), x.value.clone())).collect();
+    let want = outputs(&g, &c.dims, &given, Precision::Typed).map_err(|e| e.to_string())?;
+    let sum = want.iter().find(|(n, _)| n == "sum").map(|(_, v)| v).ok_or("the sum is lost")?;
+    let got = out.last().ok_or("nothing came out")?;
+    let off = (0..sum.len()).map(|i| (got.get(i) - sum.get(i)).abs()).fold(0.0, f64::max);
+    let allowed = if sum.dtype == DType::F32 { 1e-5 } else { 0.1 };
+    if off <= allowed { Ok(()) } else { Err(format!("a kept memory is off by {off:.1e}")) }
+}
+
+/// What finds defects of `append_rows`.
+pub fn quick_append(rig: &Rig) -> Result<(), String> {
+    check_append(rig, &mut Rng(8), DType::F32, [2, 9, 3, 4], 1)
+}
+
+/// One row, many, all; a memory that is full before they are in.
+fn appended(rig: &Rig) -> Result<String, String> {
+    quick_append(rig)?;
+    let mut rng = Rng(9);
+    for dtype in [DType::F32, DType::BF16] {
+        for (sizes, first) in
+            [([3, 40, 1, 16], 0), ([1, 300, 17, 5], 200), ([2, 8, 8, 1], 0), ([3, 10, 4, 8], 5), ([1, 6, 0, 4], 2)]
+        {
+            check_append(rig, &mut rng, dtype, sizes, first)?;
+        }
     }
     Ok(String::new())
 }

@@ -29,6 +29,7 @@ const FAMILIES: &[(&str, Check)] = &[
     ("mix.cuh", vocabulary::quick_mix),
     ("any_size.cuh", vocabulary::quick_any),
     ("map_each.cuh", elementwise::quick_each),
+    ("move.cuh", elementwise::quick_append),
     ("embedding.cuh", rows::quick_embedding),
     ("cross_entropy.cuh", rows::quick_loss),
     ("conv.cuh", conv::quick),

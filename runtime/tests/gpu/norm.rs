@@ -4,7 +4,7 @@ use crate::harness::Case;
 use crate::rig::{Check, Input, Rig};
 use rambac_ir::ops::*;
 use rambac_ir::testing::Rng;
-use rambac_ir::{Bindings, DType, Dim, Ty};
+use rambac_ir::{Bindings, DType, Dim, HostArray, Ty};
 
 pub const ALL: &[Case] = &[("rms_norm", rms_norm), ("rotary", rotary)];
 
@@ -74,6 +74,20 @@ pub fn quick_rotary(rig: &Rig) -> Result<(), String> {
     let ty = Ty::new(DType::F32, [Dim::sym("N"), Dim::sym("L"), Dim::int(1), Dim::int(8)]);
     let x = Input::new(&mut Rng(4), ty, &d, -1.0, 1.0).wide(2);
     rig.check(&Check::new(Rotary { base: 10000.0, inverse: false }, vec![x], &d, 1e-6))?;
+    started(rig, &mut Rng(5), DType::F32, [2, 3, 1, 8], 1e-6)
+}
+
+/// Sequences that go on at different places; sizes are tokens, sequences, heads, width.
+fn started(rig: &Rig, rng: &mut Rng, dtype: DType, sizes: [usize; 4], tolerance: f64) -> Result<(), String> {
+    let [l, n, heads, width] = sizes;
+    let d = Bindings::new([("N", n), ("L", l)]);
+    let ty = Ty::new(dtype, [Dim::sym("N"), Dim::sym("L"), Dim::int(heads), Dim::int(width)]);
+    let start = HostArray::i32(&[n], (0..n as i32).map(|i| 5000 * i + i % 2).collect());
+    let start = Input::of(Ty::i32([Dim::sym("N")]), start);
+    for inverse in [false, true] {
+        let x = Input::new(rng, ty.clone(), &d, -1.0, 1.0).wide(2);
+        rig.check(&Check::new(Rotary { base: 10000.0, inverse }, vec![x, start.clone()], &d, tolerance))?;
+    }
     Ok(())
 }
 
@@ -92,6 +106,8 @@ fn rotary(rig: &Rig) -> Result<String, String> {
             let x = Input::new(&mut rng, ty.clone(), &d, -1.0, 1.0).wide(2);
             rig.check(&Check::new(Rotary { base: 10000.0, inverse }, vec![x], &d, tolerance))?;
         }
+        started(rig, &mut rng, dtype, [l, 3, heads, width], tolerance)?;
+        started(rig, &mut rng, dtype, [1, 2, heads, width], tolerance)?;
     }
     Ok(String::new())
 }

@@ -18,6 +18,7 @@ pub const ALL: &[Case] = &[
     ("merges_of_attentions", merges),
     ("sums_of_slots", slots),
     ("attention_to_ranges_of_keys", ranges),
+    ("attention_behind_keys_that_came_before", behind),
     ("joint_softmax_over_chosen_chunks", joint),
     ("a_softmax_per_chunk_unfused", apart),
 ];
@@ -240,6 +241,66 @@ fn ranges(rig: &Rig) -> Result<String, String> {
     Ok(String::new())
 }
 
+/// Queries behind a memory of keys: sizes are sequences, rows, keys that there is room for, key heads, query heads per key head,
+/// head_dim; sequences are at different places.
+fn check_behind(
+    rig: &Rig,
+    rng: &mut Rng,
+    dtype: DType,
+    sizes: [usize; 6],
+    op: Attention,
+    (first, fixed): (usize, bool),
+    form: &'static str,
+) -> Result<(), String> {
+    let [n, l, room, h, group, d] = sizes;
+    let b = Bindings::new([("N", n), ("L", l), ("K", room)]);
+    let keys = if fixed { Dim::int(room) } else { sym("K") };
+    let of = |t: Dim, heads: usize| Ty::new(dtype, [sym("N"), t, Dim::int(heads), Dim::int(d)]);
+    let start = (0..n).map(|i| (first + 7 * i) as i32).collect();
+    let x = vec![
+        Input::new(rng, of(sym("L"), h * group), &b, -1.5, 1.5).wide(2),
+        Input::new(rng, of(keys.clone(), h), &b, -1.5, 1.5),
+        Input::new(rng, of(keys, h), &b, -1.5, 1.5),
+        Input::of(ty(DType::I32, &["N"], &[]), HostArray::i32(&[n], start)),
+    ];
+    rig.check(&Check::new(op, x, &b, tolerance(dtype)).in_form(form)).map(|_| ())
+}
+
+fn behind(rig: &Rig) -> Result<String, String> {
+    let mut rng = Rng(19);
+    let causal = |scale: f64| Attention::new(scale, true);
+    for (dtype, sizes, op, at, form) in [
+        // A token, as decoding has it; a segment; the first; one at the end of the room, and beyond it.
+        (F32, [2, 1, 90, 2, 2, 16], causal(0.25), (40, false), "attention"),
+        (BF16, [1, 70, 200, 1, 2, 64], causal(0.125), (100, true), "attention"),
+        (F32, [1, 40, 64, 1, 1, 32], causal(0.2), (0, true), "attention"),
+        (F32, [2, 5, 30, 1, 3, 16], causal(0.25), (20, false), "attention"),
+        (BF16, [2, 9, 96, 2, 1, 32], Attention { window: 12, ..causal(0.2) }, (33, true), "attention"),
+        (F32, [1, 130, 300, 1, 1, 16], Attention { window: 40, local: 32, ..causal(0.25) }, (150, false), "attention"),
+        (
+            BF16,
+            [2, 3, 40, 1, 4, 16],
+            Attention { unit: 4, lse: true, ..Attention::new(0.25, false) },
+            (60, false),
+            "attention",
+        ),
+        (F32, [2, 33, 100, 1, 2, 16], Attention { local: 16, lse: true, ..causal(0.25) }, (50, false), "attention"),
+        // Sizes that no tile takes.
+        (F32, [2, 3, 20, 2, 2, 7], Attention { lse: true, ..causal(0.3) }, (4, false), "any_size"),
+        (BF16, [2, 4, 20, 1, 1, 5], Attention { window: 6, ..causal(0.3) }, (12, false), "any_size"),
+        (
+            F32,
+            [1, 6, 9, 1, 3, 40],
+            Attention { unit: 3, lse: true, ..Attention::new(0.3, false) },
+            (14, false),
+            "any_size",
+        ),
+    ] {
+        check_behind(rig, &mut rng, dtype, sizes, op, at, form)?;
+    }
+    Ok(String::new())
+}
+
 /// `attend` and `attend_grad` with one softmax over all chunks, the gradient with what the forward gave.
 fn check_joint(rig: &Rig, rng: &mut Rng, s: &Shape, arch: Arch, form: [&'static str; 2]) -> Result<(), String> {
     let (op, x) = (
@@ -332,6 +393,8 @@ pub fn quick_ranges(rig: &Rig) -> Result<(), String> {
         let op = Attention { window, local, unit, lse: true, ..Attention::new(0.25, unit == 0) };
         check_attention_op(rig, &mut rng, F32, [1, 100, 1, 2, 16], op, false)?;
     }
+    let op = Attention { window: 34, ..Attention::new(0.25, true) };
+    check_behind(rig, &mut rng, F32, [2, 20, 130, 1, 2, 16], op, (50, false), "attention")?;
     crate::attend::quick_attention(rig)
 }
 pub fn quick_joint(rig: &Rig) -> Result<(), String> {
@@ -341,6 +404,8 @@ pub fn quick_joint(rig: &Rig) -> Result<(), String> {
 pub fn quick_any(rig: &Rig) -> Result<(), String> {
     let mut rng = Rng(17);
     check_joint(rig, &mut rng, &shape(F32, [2, 5, 3, 0], [2, 3], 7, 3, 4), Arch::Sm80, ["any_size", "any_size"])?;
+    let op = Attention { window: 3, ..Attention::new(0.25, true) };
+    check_behind(rig, &mut rng, F32, [2, 3, 12, 1, 2, 7], op, (4, false), "any_size")?;
     let op = Attention { unit: 3, lse: true, ..Attention::new(0.25, false) };
     check_attention_op(rig, &mut rng, F32, [2, 11, 2, 2, 8], op, false)
 }

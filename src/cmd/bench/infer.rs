@@ -39,7 +39,10 @@ pub fn run(a: &Bench, config: &Config, weights: Option<&Path>, pool: Arc<rayon::
     let on = a.place.device;
     let precision = if a.weights == Weights::Bf16 { PrecisionArg::Bf16 } else { PrecisionArg::F32 };
     let limits = on.gpu().then(|| device::limits(on, precision)).transpose()?;
-    let graphs = model::session_graphs(config)?;
+    // Runs of decoding go on behind each other, and one more is watched.
+    let more = if a.what == Work::Decode { (a.runs + 2).saturating_mul(tokens(config)) } else { 0 };
+    let room = a.len.saturating_add(more);
+    let graphs = model::session_graphs(config, room)?;
     if on == On::Cpu {
         fits(a, config, &graphs)?;
     }
@@ -74,6 +77,11 @@ pub fn run(a: &Bench, config: &Config, weights: Option<&Path>, pool: Arc<rayon::
         profile(r.name, r.sums, &limits, a.json);
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Tokens of a timed run of decoding: whole chunks, so that every run completes as many of them.
+fn tokens(config: &Config) -> usize {
+    TOKENS.next_multiple_of(if config.is_plain() { 1 } else { config.chunk_size })
 }
 
 /// Refuses what no session can hold, before it is allocated.
@@ -151,9 +159,8 @@ impl Infer<'_> {
     fn decode(&mut self) -> Result<Timed> {
         let context = self.ids(self.a.len);
         self.read(&context)?;
-        // Whole chunks, so that every run completes as many of them.
         let s = if self.config.is_plain() { 1 } else { self.config.chunk_size };
-        let tokens = TOKENS.next_multiple_of(s);
+        let tokens = tokens(self.config);
         let mut seconds = vec![];
         let pool = self.session.pool().clone();
         // As `generate` does.

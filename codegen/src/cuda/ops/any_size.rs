@@ -123,7 +123,8 @@ impl AnyAttention<'_> {
             .i32("d", &self.shape(0)[3]);
         let mut from = match &self.op {
             o if o.unit > 0 => "Units<Config>{tokens_kv}".into(),
-            o if o.is_ranged() => format!("Ranged<Config>{{l, h, {start}}}"),
+            o if o.is_ranged() => format!("Ranged<Config>{{l, tokens_kv, h, {start}}}"),
+            _ if self.started() => "Whole<Config>{tokens_kv}".into(),
             _ => "Whole<Config>{l}".into(),
         };
         let (mut w, mut weights) = ("float", "nullptr");

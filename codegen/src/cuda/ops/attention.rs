@@ -221,20 +221,30 @@ impl Cuda for AttentionGrad {
 
 fn forward(op: &rambac_ir::ops::Attention, site: &Site) -> Result<Vec<Form>, Unsupported> {
     let [o, lse] = [0, 1].map(Operand::Output);
-    if site.inputs.len() > 3 {
-        return because("queries start behind keys, which tiles do not know");
-    }
     let a = Attending::new(site, op, &[0, 1, 2].map(Operand::Input))?;
     if site.vector(&[o], 16 / a.dtype.size()) < 16 / a.dtype.size() {
         return because("rows of the result must begin at multiples of 16 bytes");
     }
     let t = a.tile(site.target, Pass::Forward)?;
-    let stub = if op.lse {
+    let started = site.inputs.len() > 3;
+    let mut stub = a.stub(
+        match (op.lse, started) {
+            (false, false) => "attention",
+            (true, false) => "attention_lse",
+            (false, true) => "attention_from",
+            (true, true) => "attention_lse_from",
+        },
+        &t,
+    );
+    if started {
+        let start = Operand::Input(3);
+        site.contiguous(start)?;
+        stub = stub.read("start", DType::I32, start);
+    }
+    if op.lse {
         site.contiguous(lse)?;
-        a.stub("attention_lse", &t).write("lse", a.dtype, lse)
-    } else {
-        a.stub("attention", &t)
-    };
+        stub = stub.write("lse", a.dtype, lse);
+    }
     let stub = stub.write("o", a.dtype, o).i64("o_stride", site.row_stride(o, 2)?);
     let launch = a.sized(a.read_qkv(stub)).launch((a.by_rows(&t), 1, 1));
     Ok(vec![Form::new("attention", cut(&t), vec![launch.into()])])

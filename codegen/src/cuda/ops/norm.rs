@@ -200,9 +200,6 @@ impl Cuda for GatedRmsNormGrad {
 
 impl Cuda for Rotary {
     fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
-        if site.inputs.len() > 1 {
-            return because("positions that start elsewhere than at 0 have no GPU kernel");
-        }
         const THREADS: usize = 128;
         let (x, y) = (Operand::Input(0), Operand::Output(0));
         let shape: &[Dim] = &site.inputs[0].ty.shape;
@@ -216,7 +213,14 @@ impl Cuda for Rotary {
             return because(format!("heads of {d} are wider than 8192"));
         }
         let all = Expr::product(&shape[..axis]);
-        let l = Stub::new("rotary", "rotary", THREADS)
+        let stub = if site.inputs.len() > 1 {
+            let start = Operand::Input(1);
+            site.contiguous(start)?;
+            Stub::new("rotary", "rotary_from", THREADS).read("start", DType::I32, start)
+        } else {
+            Stub::new("rotary", "rotary", THREADS)
+        };
+        let l = stub
             .element("T", dtype)
             .int("heads", heads)
             .tag(format!("h{heads}"))
