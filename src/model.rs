@@ -216,7 +216,8 @@ fn variant_graphs(c: &Config, a: &Attention, room: usize) -> Result<SessionGraph
     };
     let unit = stack::segment_unit(c).map_err(refused)?;
     let capacity = room.max(1).checked_next_multiple_of(unit).filter(|&t| i32::try_from(t).is_ok());
-    let capacity = capacity.ok_or_else(|| miette!("there can't be room for {room} tokens: no position counts so far"))?;
+    let capacity =
+        capacity.ok_or_else(|| miette!("there can't be room for {room} tokens: no position counts so far"))?;
     let all = stack::segments(c, capacity).map_err(refused)?;
     Ok(session_parts(c, (all, None, None, None, stack::head(c).map_err(wrap)?)))
 }

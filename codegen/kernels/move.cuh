@@ -21,16 +21,23 @@ __device__ __forceinline__ i64 take_axis(i64& rest, i64 size, i64 n) {
     return position;
 }
 
-// y [N, t, width] = memory with rows [N, l, width] from `start` on.  y may lie over memory: a thread reads and writes its element.
+// y [N, t, width] = memory with rows [N, l, width] from `start` on; n elements of y.
 template <class T>
 __device__ __forceinline__ void append_rows(T* y, const T* memory, const T* rows, const i32* start, i64 n, i64 t, i64 l, i64 width) {
     i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x, sequence = i / (t * width);
     if (i >= n) return;
     i64 row = i / width % t - max_of(start[sequence], 0);
     // MUT append_start: i64 row = i / width % t - max_of(start[0], 0);
-    if (row >= 0 && row < l) y[i] = rows[(sequence * l + row) * width + i % width];
-    else if (y != memory) y[i] = memory[i];
-    // MUT append_rest: ;
+    y[i] = row >= 0 && row < l ? rows[(sequence * l + row) * width + i % width] : memory[i];
+}
+// The same where y is the memory: n elements of rows, those beyond its end left out.
+template <class T>
+__device__ __forceinline__ void append_in_place(T* y, const T* rows, const i32* start, i64 n, i64 t, i64 l, i64 width) {
+    i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x, sequence = i / (l * width);
+    if (i >= n) return;
+    i64 row = i / width % l + max_of(start[sequence], 0);
+    if (row < t) y[(sequence * t + row) * width + i % width] = rows[i];
+    // MUT append_end: y[(sequence * t + row) * width + i % width] = rows[i];
 }
 
 }  // namespace rambac

@@ -272,7 +272,10 @@ fn infer(
     let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
     session.fits(longest.saturating_add(a.tokens)).map_err(|why| {
         let model = &e.model;
-        miette!(help = format!("ask for fewer --tokens, or compile {model} again with a larger --context"), "{name}: {why}")
+        miette!(
+            help = format!("ask for fewer --tokens, or compile {model} again with a larger --context"),
+            "{name}: {why}"
+        )
     })?;
     let w = Writing {
         from: &name,

@@ -67,6 +67,43 @@ fn an_executable_writes_on_as_its_model_does() {
     refuses(&["run", &file, "--prompt", "a"], &["truncated"]);
 }
 
+/// Another attention in a model's stack: trained, compiled for training and for inference, run.
+#[test]
+fn executables_of_attention_variants() {
+    let dir = TempDir::new().unwrap();
+    let (run, file, step) = (at(&dir, "run"), at(&dir, "infer.rambac"), at(&dir, "step.rambac"));
+    succeeds(&["train", "tiny", "--attention", "moba", "--len", "128", "--batch", "1", "--steps", "2", "--out", &run]);
+    let made = succeeds(&["compile", &run, "-o", &file, "--context", "100"]).out;
+    assert!(made.contains("inference of") && made.contains("lower"), "{made}");
+    let text = "The quick brown fox jumps over the lazy dog.";
+    let wanted = succeeds(&["generate", &run, "--prompt", text, "--tokens", "9"]).out;
+    assert_eq!(succeeds(&["run", &file, "--prompt", text, "--tokens", "9", "--segment", "10"]).out, wanted);
+    let wanted = succeeds(&["generate", &run, "--prompt", text, "--prompt", "Once", "--tokens", "5"]).out;
+    assert_eq!(succeeds(&["run", &file, "--prompt", text, "--prompt", "Once", "--tokens", "5"]).out, wanted);
+    assert!(succeeds(&["inspect", &file]).out.contains("every byte is what was written"));
+    refuses(
+        &["run", &file, "--prompt", text, "--tokens", "200"],
+        &["there is room for", "244 are wanted", "--context"],
+    );
+    refuses(&["generate", &run, "--prompt", "a", "--store", &at(&dir, "x")], &["keeps no chunks", "leave --store out"]);
+
+    let train = ["compile", "tiny", "--attention", "nsa", "--transformer", "--train", "-o", &step];
+    assert!(succeeds(&train).out.contains("a training step of tiny"));
+    assert_eq!(succeeds(&["run", &step, "--steps", "2", "--len", "128"]).out.matches("loss").count(), 2);
+    refuses(
+        &["compile", "tiny", "--attention", "mobba", "-o", &step],
+        &["no attention \"mobba\"", "did you mean moba"],
+    );
+    for whole in [&["--device", "simulator", "--diagnose"][..], &["--flash"]] {
+        refuses(&[&["eval", "passkey", &run][..], whole].concat(), &["chunks"]);
+    }
+    let halves = succeeds(&["eval", "passkey", &run, "--len", "256", "--cases", "1", "--weights", "bf16"]).out;
+    assert!(halves.contains("256"), "{halves}");
+    let speed =
+        succeeds(&["bench", "decode", "--preset", "tiny", "--attention", "moba", "--len", "64", "--runs", "1"]).out;
+    assert!(speed.contains("decode of tiny"), "{speed}");
+}
+
 #[test]
 fn bf16_weights_halve_the_file() {
     let dir = TempDir::new().unwrap();

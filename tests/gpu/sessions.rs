@@ -6,7 +6,7 @@ use crate::support::{pool, session_graphs};
 use rambac_codegen::cuda::{Target, emit};
 use rambac_codegen::{Kernels, lower_for};
 use rambac_driver::testing::{Faulty, Late};
-use rambac_models::{Config, InitRule, ModelType, init_tensor, preset};
+use rambac_models::{Attention, Config, InitRule, ModelType, init_tensor, preset};
 use rambac_passes::optimise;
 use rambac_runtime::chunk_store::Precision;
 use rambac_runtime::gpu::{Device, Machine, Placement, archs};
@@ -23,6 +23,7 @@ pub const ALL: &[Case] = &[
     ("sessions_of_unlike_lengths_decode_together", together),
     ("session_in_a_file_goes_on", file),
     ("tokens_are_decoded_by_a_record", recorded),
+    ("sessions_of_attention_variants", variants),
 ];
 
 fn params(c: &Config) -> Store {
@@ -150,6 +151,37 @@ fn mamba2(rig: &Rig) -> Result<String, String> {
     let (a, b) = pair(rig, &c, &options(1, Precision::F32), None)?;
     let (worst, _) = compare(a, b, &[19], 32)?;
     Ok(format!(": 32 tokens, logits within {worst:.1e} of the CPU's"))
+}
+
+/// Models with another attention, in both stacks: what they keep of a text lies on the device, and sequences go on apart.
+fn variants(rig: &Rig) -> Result<String, String> {
+    let mut worst = 0f64;
+    for (name, transformer) in [("moba", false), ("nsa", true), ("dsa", false), ("stick_breaking", true), ("hsa", true)]
+    {
+        let attention = Some(Attention::named(name)?);
+        let c = Config { attention, transformer, chunk_size: 16, chunk_topk: 2, encoder_layers: 0, ..small()? };
+        let (mut a, mut b) = pair(rig, &c, &options(2, Precision::F32), None)?;
+        let told = |e: String| format!("{name}: {e}");
+        for (seq, segments) in [&[21, 18][..], &[7]].into_iter().enumerate() {
+            for &n in segments {
+                let part = ids(n, seq);
+                let (x, y) = (text(a.feed(seq, &part)).map_err(told)?, text(b.feed(seq, &part))?);
+                worst = worst.max(near("a segment", &x.hidden, &y.hidden).map_err(told)?);
+            }
+        }
+        let (mut x, mut y) = (vec![], vec![]);
+        for i in 0..5 {
+            let next = ids(2, 40 + i);
+            text(a.decode_into(&next, &mut x)).map_err(told)?;
+            text(b.decode_into(&next, &mut y))?;
+            worst = worst.max(near(&format!("token {i}"), &x, &y).map_err(told)?);
+        }
+        match a.feed(0, &[1; 128]) {
+            Err(SessionError::Full { room: 128, need: 172 }) => {}
+            other => return Err(format!("{name}: more than there is room for: {:?}", other.map(|s| s.hidden.len()))),
+        }
+    }
+    Ok(format!(": within {worst:.1e}"))
 }
 
 fn few_slots(rig: &Rig) -> Result<String, String> {

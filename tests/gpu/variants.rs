@@ -94,9 +94,9 @@ fn compile(_: &Rig) -> Result<String, String> {
             let loss = stack::loss(&c, Carry::Zero, false).map_err(|e| format!("{e:?}"))?;
             let step = train_step(&loss, &AdamW::default(), |_| true).map_err(|e| e.to_string())?;
             let forward = stack::forward(&c, false).map_err(|e| format!("{e:?}"))?;
-            for (g, precision) in
-                [&step, &forward].into_iter().flat_map(|g| [Precision::F32, Precision::Bf16].map(|p| (g, p)))
-            {
+            let segments = stack::segments(&c, 4096).map_err(|e| format!("{}: {e}", v.name))?;
+            let all = [&step, &forward, &segments].into_iter();
+            for (g, precision) in all.flat_map(|g| [Precision::F32, Precision::Bf16].map(|p| (g, p))) {
                 let g = optimise(g, &Options { precision, ..Options::default() });
                 let program = std::sync::Arc::new(lower_for(&g, Kernels::Gpu));
                 for arch in Arch::ALL {

@@ -1,13 +1,12 @@
 //! A text fed to a session in any segments gives the logits of the whole text at once.
 
-use crate::support::{pool, session_graphs};
+use crate::support::{pool, session_graphs, session_graphs_for};
 use proptest::prelude::*;
 use rambac_codegen::lower;
 use rambac_ir::Bindings;
 use rambac_models::{Attention, Config, InitRule, init_tensor, stack, variants};
 use rambac_passes::{Options, optimise};
 use rambac_runtime::chunk_store::Precision;
-use rambac_runtime::session::SessionParts;
 use rambac_runtime::{Executor, Session, SessionOptions, Store, Tensor, Tier};
 use std::path::Path;
 
@@ -290,19 +289,7 @@ fn with_variant(a: Attention, transformer: bool) -> Config {
 }
 
 fn variant_session(c: &Config, tokens: usize, sequences: usize) -> Session {
-    let capacity = tokens.next_multiple_of(stack::segment_unit(c).unwrap());
-    let parts = SessionParts {
-        lower: stack::segments(c, capacity).unwrap_or_else(|e| panic!("{:?}: {e}", c.attention)),
-        chunks: None,
-        upper: None,
-        upper_flash: None,
-        head: stack::head(c).unwrap(),
-        chunk_size: c.chunk_size,
-        hidden_size: c.hidden_size,
-        kv: [c.num_kv_heads, c.attention_head_dim()],
-        landmark: [c.num_kv_heads, c.retrieval_head_dim()],
-    };
-    Session::new(&parts, params(c), pool(), &SessionOptions { sequences, ..exact() }).unwrap()
+    Session::new(&session_graphs_for(c, tokens), params(c), pool(), &SessionOptions { sequences, ..exact() }).unwrap()
 }
 
 proptest! {
@@ -361,7 +348,7 @@ fn variants_of_several_sequences() {
             }
         }
         let e = together.feed(0, &[1; 6]).unwrap_err().to_string();
-        assert!(e.contains("do not fit a memory of 32"), "{name}: {e}");
+        assert!(e.contains("there is room for 32 tokens"), "{name}: {e}");
     }
 }
 

@@ -35,11 +35,22 @@ pub fn threads(n: usize) -> Arc<rayon::ThreadPool> {
 
 /// The parts that a session runs.
 pub fn session_graphs(c: &rambac_models::Config) -> SessionGraphs {
+    session_graphs_for(c, 128)
+}
+
+/// With room for so many tokens, where an attention variant keeps a memory of them.
+pub fn session_graphs_for(c: &rambac_models::Config, room: usize) -> SessionGraphs {
+    let variant = c.attention.as_ref().map(|a| {
+        let room = room.next_multiple_of(stack::segment_unit(c).unwrap());
+        stack::segments(c, room).unwrap_or_else(|e| panic!("{}: {e}", a.name))
+    });
+    let half =
+        |part: Result<Option<Graph>, rambac_ir::BuildErrors>| if variant.is_none() { part.unwrap() } else { None };
     SessionGraphs {
-        lower: stack::lower(c).unwrap(),
-        chunks: stack::chunks(c).unwrap(),
-        upper: stack::upper(c).unwrap(),
-        upper_flash: stack::upper_flash(c).unwrap(),
+        chunks: half(stack::chunks(c)),
+        upper: half(stack::upper(c)),
+        upper_flash: half(stack::upper_flash(c)),
+        lower: variant.unwrap_or_else(|| stack::lower(c).unwrap()),
         head: stack::head(c).unwrap(),
         chunk_size: c.chunk_size,
         hidden_size: c.hidden_size,

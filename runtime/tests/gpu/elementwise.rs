@@ -278,7 +278,9 @@ fn in_place(rig: &Rig, c: &Check) -> Result<(), String> {
 
 /// What finds defects of `append_rows`.
 pub fn quick_append(rig: &Rig) -> Result<(), String> {
-    check_append(rig, &mut Rng(8), DType::F32, [2, 9, 3, 4], 1)
+    check_append(rig, &mut Rng(8), DType::F32, [2, 9, 3, 4], 1)?;
+    // The last rows have no room.
+    check_append(rig, &mut Rng(8), DType::F32, [2, 9, 3, 4], 6)
 }
 
 /// One row, many, all; a memory that is full before they are in.

@@ -69,11 +69,12 @@ impl Cuda for Append {
         let ([memory, rows, start], y) = ([0, 1, 2].map(Operand::Input), Operand::Output(0));
         [memory, rows, start, y].into_iter().try_for_each(|at| site.contiguous(at))?;
         let (shape, t) = (&site.outputs[0].ty.shape, site.dtype(y));
-        let n = Expr::product(shape);
-        let launch = Stub::new("move", "append_rows", THREADS)
-            .tag(t)
-            .write("y", t, y)
-            .read("memory", t, memory)
+        let place = |at: Operand| (site.view(at).buffer, &site.view(at).offset);
+        let kept = place(memory) == place(y);
+        let n = Expr::product(if kept { &site.inputs[1].ty.shape } else { shape });
+        let stub =
+            Stub::new("move", if kept { "append_in_place" } else { "append_rows" }, THREADS).tag(t).write("y", t, y);
+        let launch = if kept { stub } else { stub.read("memory", t, memory) }
             .read("rows", t, rows)
             .read("start", rambac_ir::DType::I32, start)
             .i64("n", n.clone())
@@ -82,9 +83,13 @@ impl Cuda for Append {
             .i64("width", Expr::product(&shape[2..]))
             .launch_body(
                 (n.ceil_div(THREADS), 1, 1),
-                "    append_rows(y, memory, rows, start, n, t, l, width);\n".into(),
+                match kept {
+                    true => "    append_in_place(y, rows, start, n, t, l, width);\n".into(),
+                    false => "    append_rows(y, memory, rows, start, n, t, l, width);\n".into(),
+                },
             );
-        Ok(vec![Form::new("append", "an element of the memory a thread", vec![launch.into()])])
+        let why = if kept { "an element of the new rows a thread" } else { "an element of the memory a thread" };
+        Ok(vec![Form::new("append", why, vec![launch.into()])])
     }
 }
 
