@@ -168,6 +168,21 @@ impl Fragment {
                 SourceKind::Param => {}
             }
         }
+        for (id, n) in g.iter() {
+            let start = match n.op {
+                Op::Score(_) => n.inputs[2],
+                Op::Mask(_) => n.inputs[1],
+                _ => continue,
+            };
+            if !matches!(&g.node(start.node).op, Op::Constant(c) if c.value == 0.0) {
+                let (label, what) = (g.label(id.result(0)), n.op.mnemonic());
+                let d = Diagnostic::error(format!(
+                    "{label} = {what}: a text begins at token 0, but it starts at {}, so that chunks are seen before they are complete",
+                    g.label(start)
+                ));
+                out.push(d.on(id, &n.loc).help("%t0 = constant 0 : i32[N]"));
+            }
+        }
         for o in &g.outputs {
             let at = |d: Diagnostic| d.on(o.value.node, &g.node(o.value.node).loc);
             match &*o.name {

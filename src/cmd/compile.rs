@@ -17,6 +17,7 @@ use rambac_passes::train_step::AdamW;
 use rambac_runtime::cpu::scratch;
 use rambac_runtime::executable::{Contents, ExecutableError, Mode, Part, write};
 use rambac_runtime::gpu::Code;
+use rambac_runtime::session::room;
 use rambac_runtime::{Store, Tensor};
 use serde_json::json;
 use std::path::Path;
@@ -70,6 +71,10 @@ fn compile(a: &Compile) -> Result<ExitCode> {
     if a.train {
         settings = json!({ "recompute": a.memory.recompute, "memory_limit": a.memory.memory_limit, "lr": a.lr, "steps": a.steps, "warmup": adamw.warmup });
     }
+    let room = room(parts.iter().map(|p| &*p.program));
+    if let Some(room) = room {
+        settings["context"] = json!(room);
+    }
     let json = config.map(Config::to_json);
     let contents = Contents {
         mode,
@@ -113,6 +118,9 @@ fn compile(a: &Compile) -> Result<ExitCode> {
         t.row([p.name.clone()].into_iter().chain(counts).chain([kernels]));
     }
     t.print();
+    if let Some(room) = room {
+        println!("  room for {} tokens of a text, prompt and answer together", show::count(room as u64));
+    }
     for (arch, code, compiler) in &targets {
         let spills = match spilling(code) {
             0 => "none spills registers".to_string(),

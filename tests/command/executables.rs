@@ -73,14 +73,15 @@ fn executables_of_attention_variants() {
     let dir = TempDir::new().unwrap();
     let (run, file, step) = (at(&dir, "run"), at(&dir, "infer.rambac"), at(&dir, "step.rambac"));
     succeeds(&["train", "tiny", "--attention", "moba", "--len", "128", "--batch", "1", "--steps", "2", "--out", &run]);
-    let made = succeeds(&["compile", &run, "-o", &file, "--context", "100"]).out;
-    assert!(made.contains("inference of") && made.contains("lower"), "{made}");
+    let made = succeeds(&["compile", &run, "-o", &file, "--context", "128"]).out;
+    assert!(made.contains("inference of") && made.contains("room for 128 tokens"), "{made}");
     let text = "The quick brown fox jumps over the lazy dog.";
     let wanted = succeeds(&["generate", &run, "--prompt", text, "--tokens", "9"]).out;
     assert_eq!(succeeds(&["run", &file, "--prompt", text, "--tokens", "9", "--segment", "10"]).out, wanted);
     let wanted = succeeds(&["generate", &run, "--prompt", text, "--prompt", "Once", "--tokens", "5"]).out;
     assert_eq!(succeeds(&["run", &file, "--prompt", text, "--prompt", "Once", "--tokens", "5"]).out, wanted);
-    assert!(succeeds(&["inspect", &file]).out.contains("every byte is what was written"));
+    let inside = succeeds(&["inspect", &file]).out;
+    assert!(inside.contains("every byte is what was written") && inside.contains("context 128"), "{inside}");
     refuses(
         &["run", &file, "--prompt", text, "--tokens", "200"],
         &["there is room for", "244 are wanted", "--context"],

@@ -71,6 +71,16 @@ fn mistakes_are_told_with_line_and_remedy() {
         &["its chunk is 16, but %s = score has chunk 8", "make them equal", "mine.ir:13:3"],
     );
 
+    // A text that is said to begin later.
+    let later = format!(
+        "{POOLED}  %t1 = constant 15 : i32[N]\n  %s = score %qs, %kc, %t1 {{chunk = chunk, scale = scale}}\n  %i, %n = select %s {{k = k}}\n{attend}"
+    );
+    let text = told(dir.path(), &later, &[]);
+    expect(
+        &text,
+        &["%s = score: a text begins at token 0, but it starts at %t1", "%t0 = constant 0 : i32[N]", "mine.ir:12:3"],
+    );
+
     // A mask undone.
     let undone = format!(
         "{POOLED}  %s = score %qs, %kc, %t0 {{chunk = chunk, scale = scale}}\n  %e = exp %s\n  %i, %n = select %e {{k = k}}\n{attend}"
@@ -105,6 +115,13 @@ fn mistakes_are_told_with_line_and_remedy() {
         &["--set", "kv_heads=3"],
     );
     expect(&text, &["query heads 4 must be a multiple of key heads 3", "mine.ir:8:3"]);
+
+    // Every query head chooses for itself, though two share a key head.
+    let own = format!(
+        "  %kc = summarise %k {{chunk = chunk}}\n  %s = score %q, %kc, %t0 {{chunk = chunk, scale = scale}}\n  %i, %n = select %s {{k = k}}\n{attend}"
+    );
+    let text = told(dir.path(), &own, &[]);
+    expect(&text, &["chosen for 4 heads, but there are 2 key heads", "reduce {f = sum, axes = [3]}", "mine.ir:11:3"]);
 
     // More to choose than there is.
     let many = format!(

@@ -28,7 +28,8 @@ fn like(want: &str, have: &str) -> bool {
     rest.is_empty() || want.ends_with('…')
 }
 
-fn command(dir: &Path, line: &str, expected: &[&str]) {
+/// Whether it could run: a GPU's kernels need a compiler that need not be here.
+fn command(dir: &Path, line: &str, expected: &[&str]) -> bool {
     let words: Vec<&str> = line.split_whitespace().collect();
     assert_eq!(words[0], "rambac", "{line}");
     let out = Command::new(env!("CARGO_BIN_EXE_rambac"))
@@ -39,6 +40,9 @@ fn command(dir: &Path, line: &str, expected: &[&str]) {
         .output()
         .unwrap();
     let text = String::from_utf8_lossy(&[out.stdout, out.stderr].concat()).into_owned();
+    if text.contains("NVRTC, the CUDA compiler library, is not here") {
+        return false;
+    }
     let fails = expected.iter().any(|l| l.contains('×') || l.contains('✗'));
     assert_eq!(out.status.success(), !fails, "{line}\n{text}");
     let mut lines = text.lines().map(plain);
@@ -48,6 +52,7 @@ fn command(dir: &Path, line: &str, expected: &[&str]) {
             "{line}\nprints no line (after those before) like\n{want}\nin\n{text}"
         );
     }
+    true
 }
 
 #[test]
@@ -66,7 +71,9 @@ fn the_tutorial_runs() {
                 let starts: Vec<usize> = (0..lines.len()).filter(|&i| lines[i].starts_with("$ ")).collect();
                 for (i, &at) in starts.iter().enumerate() {
                     let end = starts.get(i + 1).copied().unwrap_or(lines.len());
-                    command(dir.path(), &lines[at][2..], &lines[at + 1..end]);
+                    if !command(dir.path(), &lines[at][2..], &lines[at + 1..end]) {
+                        break;
+                    }
                     commands += 1;
                 }
             }

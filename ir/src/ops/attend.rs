@@ -33,6 +33,13 @@ pub(super) fn check(x: &[&Ty], chunk: usize) -> Result<(), OpError> {
     let (q, k, i) = (&x[0].shape, &x[1].shape, &x[3].shape);
     exactly(x, 1, x[0].dtype, &[&q[0], &k[1], &k[2], &q[3]])?;
     exactly(x, 2, x[0].dtype, &[&q[0], &k[1], &k[2], &q[3]])?;
+    if i[2] != k[2] {
+        return Err(mismatch(format!(
+            "chunks were chosen for {} heads, but there are {} key heads, and query heads that share one attend the same chunks: \
+             score by the sum of their queries, reshape {{shape = [N, L, kv_heads, heads/kv_heads, dim]}}, reduce {{f = sum, axes = [3]}}",
+            i[2], k[2]
+        )));
+    }
     exactly(x, 3, DType::I32, &[&q[0], &q[1], &k[2], &i[3]])?;
     exactly(x, 4, DType::I32, &[&q[0], &q[1], &k[2]])?;
     div(&k[1], chunk, "chunk")?;

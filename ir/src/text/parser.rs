@@ -169,22 +169,21 @@ impl<'t> Line<'t> {
             };
             self.at += 1;
             d = d.checked_mul(&factor).ok_or_else(|| overflow(&here))?;
-            if !self.eat('*') {
-                break;
-            }
-        }
-        while self.eat('/') {
-            let here = self.span();
-            match self.next() {
-                Some(Tok::Int(0)) => return Err(Diagnostic::error("a dim divided by 0").at(here)),
-                Some(Tok::Int(v)) => d = d.checked_div(*v).ok_or_else(|| overflow(&here))?,
-                _ => {
-                    let d = Diagnostic::error("dims are divided by integers only").at(here);
-                    return Err(d.help("write it as a product over one integer: N*L/64"));
+            while self.eat('/') {
+                let here = self.span();
+                match self.next() {
+                    Some(Tok::Int(0)) => return Err(Diagnostic::error("a dim divided by 0").at(here)),
+                    Some(Tok::Int(v)) => d = d.checked_div(*v).ok_or_else(|| overflow(&here))?,
+                    _ => {
+                        let d = Diagnostic::error("dims are divided by integers only").at(here);
+                        return Err(d.help("write it as a product over one integer: N*L/64"));
+                    }
                 }
             }
+            if !self.eat('*') {
+                return Ok(d);
+            }
         }
-        Ok(d)
     }
 
     /// `f32[N, L]`

@@ -129,7 +129,7 @@ pub struct Session {
     /// Of the weights.
     fingerprint: u64,
     /// Tokens of a text that its parts can keep.
-    room: usize,
+    room: Option<usize>,
     sequences: Vec<Sequence>,
     /// Positions of the sequences that run.
     start: Vec<i32>,
@@ -332,7 +332,10 @@ impl Session {
     /// # Errors
     /// [`SessionError::Full`]: `tokens` are more.
     pub fn fits(&self, tokens: usize) -> Result<(), SessionError> {
-        if tokens > self.room { Err(SessionError::Full { room: self.room, need: tokens }) } else { Ok(()) }
+        match self.room {
+            Some(room) if tokens > room => Err(SessionError::Full { room, need: tokens }),
+            _ => Ok(()),
+        }
     }
     /// Bytes of weights and carried states on this machine; 0 where a device has them.
     pub fn bytes(&self) -> usize {
@@ -637,10 +640,10 @@ fn states<'a>(sources: impl Iterator<Item = &'a SourceSlot>, n: usize) -> Result
     Ok(out)
 }
 
-/// Tokens that the memories to which programs append have room for.
-fn room<'a>(programs: impl Iterator<Item = &'a Program>) -> usize {
+/// Tokens that the memories to which programs append have room for; `None`: they keep none.
+pub fn room<'a>(programs: impl Iterator<Item = &'a Program>) -> Option<usize> {
     let memories = programs.flat_map(|p| &p.steps).filter(|s| matches!(s.op, Op::Append(_)));
-    memories.filter_map(|s| s.outputs[0].ty.shape[1].as_int()).min().unwrap_or(usize::MAX)
+    memories.filter_map(|s| s.outputs[0].ty.shape[1].as_int()).min()
 }
 
 /// What no session can be.
