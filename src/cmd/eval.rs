@@ -82,6 +82,10 @@ impl Score {
     pub fn accuracy(&self) -> f64 {
         self.right as f64 / self.cases.max(1) as f64
     }
+    /// Of the cases, those in which the needle was chosen; `None`: there are no chunks to choose.
+    pub fn chosen_part(&self) -> Option<f64> {
+        (self.stored > 0).then(|| self.chosen as f64 / self.cases.max(1) as f64)
+    }
 }
 
 /// Runs the verb.
@@ -220,14 +224,14 @@ pub const HEADER: &str =
 /// A line of the table.
 pub fn row(s: &Score) -> String {
     let digits = s.digits as f64 / (s.cases * DIGITS).max(1) as f64;
+    let chosen = s.chosen_part().map_or("-  ".into(), |part| format!("{:.0} %", 100.0 * part));
     format!(
-        "{:>11} {:>7} {:>6} {:>4.0} % {:>12.1} % {:>13.0} % {:>9.0}k {:>15} {:>10}",
+        "{:>11} {:>7} {:>6} {:>4.0} % {:>12.1} % {chosen:>15} {:>9.0}k {:>15} {:>10}",
         count(s.len as u64),
         s.cases,
         s.right,
         100.0 * s.accuracy(),
         100.0 * digits,
-        100.0 * s.chosen as f64 / s.cases.max(1) as f64,
         (s.len * s.cases) as f64 / s.seconds / 1e3,
         show::bytes(s.stored),
         show::bytes(s.resident),
