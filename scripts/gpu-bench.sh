@@ -45,7 +45,7 @@ for part in ${parts//,/ }; do
     case $part in
         ops)
             # Sequences and tokens: as many as fit.
-            for at in "8 4096" "8 16384" "8 65536" "2 262144" "1 1048576"; do
+            for at in "8 4096" "8 16384" "8 65536" "8 262144" "1 1048576"; do
                 set -- $at
                 shape="--preset 370m --batch $1 --len $2 --runs 21 --precision bf16"
                 for selections in clustered uniform; do

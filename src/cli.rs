@@ -121,12 +121,15 @@ pub struct Check {
     /// cuda:1, …: a GPU
     #[arg(long, value_name = "DEVICE", default_value_t)]
     pub device: On,
-    /// Largest relative error ‖a-b‖/‖b‖ of values
-    #[arg(long, default_value_t = 1e-5)]
-    pub tolerance: f64,
-    /// Largest relative error of gradients
-    #[arg(long, default_value_t = 1e-4)]
-    pub grad_tolerance: f64,
+    /// What activations are kept in; bf16 is for GPUs, and compared with the ops' definitions on values rounded alike
+    #[arg(long, value_enum, default_value_t = PrecisionArg::F32)]
+    pub precision: PrecisionArg,
+    /// Largest relative error ‖a-b‖/‖b‖ of values [default: 1e-5; in bf16 0.01]
+    #[arg(long)]
+    pub tolerance: Option<f64>,
+    /// Largest relative error of gradients [default: 1e-4; in bf16 0.03]
+    #[arg(long)]
+    pub grad_tolerance: Option<f64>,
     /// Only fixtures whose name contains this
     #[arg(long)]
     pub only: Option<String>,

@@ -25,20 +25,22 @@ pub fn rates(pool: &rayon::ThreadPool) -> Rates {
     pool.install(|| Rates { gemm: gemm_rate(), copy: copy_rate() })
 }
 
-/// Shortest of the runs of `f` that fit in a quarter of a second, three at least, after one to warm up.
-fn shortest(mut f: impl FnMut()) -> f64 {
+/// Seconds of the runs of `f` that fit in a quarter of a second, three at least, after one to warm up; ascending.
+fn timed(mut f: impl FnMut()) -> Vec<f64> {
     f();
     let begin = Instant::now();
-    let mut best = f64::INFINITY;
-    for run in 0.. {
-        if run >= 3 && begin.elapsed() > Duration::from_millis(250) {
-            break;
-        }
+    let mut all = vec![];
+    while all.len() < 3 || begin.elapsed() < Duration::from_millis(250) {
         let t = Instant::now();
         f();
-        best = best.min(t.elapsed().as_secs_f64());
+        all.push(t.elapsed().as_secs_f64().max(1e-9));
     }
-    best.max(1e-9)
+    all.sort_by(f64::total_cmp);
+    all
+}
+
+fn shortest(f: impl FnMut()) -> f64 {
+    timed(f)[0]
 }
 
 fn gemm_rate() -> f64 {
@@ -67,10 +69,18 @@ fn copy_rate() -> f64 {
 /// Bytes ahead at which a stream asks for memory; which is best differs from machine to machine.
 const AHEAD: [usize; 4] = [256, 512, 1024, 2048];
 
-/// Bytes per second at which all threads of a pool read `bytes` of memory again and again, in large pages: the shortest of
-/// many runs, as one stream a thread, asked for ahead by several distances, and as decoding reads a weight, whatever is
-/// fastest.  At most 1 GiB, more than caches hold, and half of the free memory.  Takes about two seconds.
-pub fn read_rate(pool: &rayon::ThreadPool, bytes: usize) -> f64 {
+/// Bytes per second of reads.
+#[derive(Clone, Copy, Debug)]
+pub struct ReadRate {
+    /// What a median is compared with.
+    pub median: f64,
+    pub best: f64,
+}
+
+/// How fast all threads of a pool read `bytes` of memory again and again, in large pages: as one stream a thread, asked for
+/// ahead by several distances, and as decoding reads a weight, whatever is fastest.  At most 1 GiB, more than caches hold,
+/// and half of the free memory.  Takes about two seconds.
+pub fn read_rate(pool: &rayon::ThreadPool, bytes: usize) -> ReadRate {
     const PART: usize = 1 << 14;
     const COLS: usize = 1 << 10;
     let most = memory().map_or(1 << 30, |(_, free)| (free / 2).min(1 << 30));
@@ -88,11 +98,14 @@ pub fn read_rate(pool: &rayon::ThreadPool, bytes: usize) -> f64 {
         });
     };
     // As decoding does: little is read in less time than a thread takes to wake.
-    let best = team::awake(pool, || {
-        let first = shortest(&mut product);
-        AHEAD.into_iter().fold(first, |best, ahead| best.min(shortest(|| read(ahead))))
+    let ways: Vec<Vec<f64>> = team::awake(pool, || {
+        let first = timed(&mut product);
+        [first].into_iter().chain(AHEAD.map(|ahead| timed(|| read(ahead)))).collect()
     });
-    size_of_val(&*data) as f64 / best
+    let rate = |t: &dyn Fn(&[f64]) -> f64| {
+        size_of_val(&*data) as f64 / ways.iter().map(|w| t(w)).fold(f64::INFINITY, f64::min)
+    };
+    ReadRate { median: rate(&|w| w[w.len() / 2]), best: rate(&|w| w[0]) }
 }
 
 /// Largest resident memory of this process so far, in bytes; 0 if the system does not tell.

@@ -12,7 +12,7 @@ use rambac_codegen::program::SourceSlot;
 use rambac_codegen::traits::{kernel_traits, reads_bf16};
 use rambac_codegen::{BufferId, BufferKind, MemoryPlan, Program, Step, View, plan};
 use rambac_cpu::{ChunkRows, par};
-use rambac_ir::ops::{Op, SourceKind};
+use rambac_ir::ops::{MatMul, MatMulMap, Op, SourceKind};
 use rambac_ir::ty::ConcreteTy;
 use rambac_ir::{Bindings, DType, DimError, Ty};
 use std::collections::HashMap;
@@ -85,6 +85,8 @@ struct Bound {
     short: bool,
     plan: MemoryPlan,
     steps: Vec<(Vec<BoundView>, Vec<BoundView>)>,
+    /// Per step of a short program the weights that the next product reads as one stream: buffer and bytes.
+    streams: Vec<Option<(usize, usize)>>,
     outputs: Vec<BoundView>,
     sources: Vec<ConcreteTy>,
 }
@@ -123,6 +125,32 @@ impl<'p> Bases<'p> {
         // SAFETY: the plan gives these bytes to nothing else that lives during the step.
         unsafe { par::lend(self.arena.add(at).cast(), bytes / size_of::<f32>(), f) }
     }
+}
+
+/// See [`Bound::streams`].
+fn streams(p: &Program, steps: &[(Vec<BoundView>, Vec<BoundView>)]) -> Vec<Option<(usize, usize)>> {
+    let mut next = None;
+    let mut all: Vec<_> = p
+        .steps
+        .iter()
+        .zip(steps)
+        .rev()
+        .map(|(step, (x, _))| {
+            let after = next;
+            if matches!(
+                &step.op,
+                Op::MatMul(MatMul { trans_b: true, .. }) | Op::MatMulMap(MatMulMap { trans_b: true, .. })
+            ) && let BufferKind::Source(_) = p.buffers[x[1].buffer].kind
+                && x[1].offset == 0
+                && x[1].strided.is_none()
+            {
+                next = Some((x[1].buffer, x[1].ty.bytes()));
+            }
+            after
+        })
+        .collect();
+    all.reverse();
+    all
 }
 
 /// Time spent per step, for profiles.
@@ -211,13 +239,17 @@ impl Executor {
             })
         };
         let views = |vs: &[View]| vs.iter().map(view).collect::<Result<Vec<_>, _>>();
-        let steps =
-            p.steps.iter().map(|s| Ok((views(&s.inputs)?, views(&s.outputs)?))).collect::<Result<_, DimError>>()?;
+        let steps = p
+            .steps
+            .iter()
+            .map(|s| Ok((views(&s.inputs)?, views(&s.outputs)?)))
+            .collect::<Result<Vec<_>, DimError>>()?;
         let outputs = p.outputs.iter().map(|o| view(&o.view)).collect::<Result<_, _>>()?;
         let sources = p.sources.iter().map(|s| s.ty.bind(dims)).collect::<Result<_, _>>()?;
         let flops: f64 = p.costs(dims)?.iter().map(|c| c.flops).sum();
         let short = flops < SHORT_STEP * p.steps.len() as f64;
-        let b = Arc::new(Bound { short, plan, steps, outputs, sources });
+        let streams = if short { streams(p, &steps) } else { vec![None; p.steps.len()] };
+        let b = Arc::new(Bound { short, plan, steps, streams, outputs, sources });
         // Decoding binds ever new lengths; old bindings must not pile up.
         if self.bound.len() >= 64 {
             self.bound.clear();
@@ -377,6 +409,9 @@ impl Executor {
                 x.extend(ins.iter().map(|v| bases.arg(v)));
                 y.clear();
                 y.extend(outs.iter().map(|v| bases.arg(v)));
+                if let Some((weights, bytes)) = bound.streams[i] {
+                    rambac_cpu::team::ahead(bases.at[weights], bytes);
+                }
                 let t = std::time::Instant::now();
                 let done = bases.with_scratch(bound.plan.scratch[i], || run_kernel(&step.op, &x, &y));
                 done.map_err(|error| ExecError::Kernel { program: name(), step: i, op: step.op.mnemonic(), error })?;

@@ -4,9 +4,10 @@
 //! virtual machine.  Linux gives pages of 2 MiB to who asks; other systems are left alone.  It is a request: what
 //! is not granted stays as it was.
 
-/// Addresses nearer to each other than this are seen as one range: allocations lie side by side.
+/// Addresses nearer to each other than this, a large page, are seen as one range: allocations lie side by side, and a
+/// smaller hole would leave both its neighbours without the page that it lies in.
 #[cfg(target_os = "linux")]
-const NEAR: usize = 1 << 16;
+const NEAR: usize = 1 << 21;
 
 /// Asks for large pages under `parts`, (first byte, bytes).  Only pages that lie wholly in a range of neighbouring parts
 /// can be large; what else lies in the gaps between them is asked for too, which changes nothing but its pages.

@@ -3,21 +3,23 @@
 //! An op fixture is a safetensors file with inputs, upstream gradients, expected results and `grad.<input>`; which op it
 //! is follows from the tensors it holds.  A model fixture is a folder with config.json, weights and expected.safetensors; where that
 //! has the gradient of every parameter, a whole training step is run: clipping and the update must be what these give ([`update`]).
+//! In bf16 what is compared with is not stored: it is what the ops' definitions give with values rounded where the graph says.
 
 mod update;
 
-use crate::cli::Check;
+use crate::cli::{Check, PrecisionArg};
 use crate::device::{Gpu, On};
 use crate::error::{Result, report, wrap};
 use crate::model;
 use miette::{IntoDiagnostic, miette};
-use rambac_codegen::{Program, lower};
-use rambac_ir::interp::{self, Precision};
+use rambac_codegen::{Kernels, Program, lower, lower_for};
+use rambac_ir::interp;
 use rambac_ir::ops::*;
-use rambac_ir::{Bindings, Builder, Graph, HostArray, Ty, Value};
+use rambac_ir::{Bindings, Builder, DType, Graph, HostArray, Ty, Value};
 use rambac_models::stack::{self, Carry};
+use rambac_passes::mixed::{shadow_name, shadowed};
 use rambac_passes::train_step::{gradient_graph, train_step_with_gradients};
-use rambac_passes::{Options, gradients, optimise};
+use rambac_passes::{Options, Precision, gradients, optimise};
 use rambac_runtime::checkpoint::{Dtype, TensorFile};
 use rambac_runtime::gpu::Bytes;
 use rambac_runtime::{Executor, Store, Tensor};
@@ -43,9 +45,23 @@ pub fn run(a: &Check, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
             a.dir.display()
         ));
     }
+    if a.precision == PrecisionArg::Bf16 && !a.device.gpu() {
+        return Err(miette!(
+            help = "use --device cuda:0 or --device simulator",
+            "--precision bf16 is about GPUs: the CPU's kernels compute in f32 alone, and the definitions are what is compared with"
+        ));
+    }
+    let (values, gradients) = match a.precision {
+        PrecisionArg::F32 => (1e-5, 1e-4),
+        // A value has 8 bits, and may be rounded to either of two neighbours.
+        PrecisionArg::Bf16 => (0.01, 0.03),
+    };
+    let (values, gradients) = (a.tolerance.unwrap_or(values), a.grad_tolerance.unwrap_or(gradients));
     let (mut tensors, mut failed, mut unable, mut worst) = (0, 0, 0, 0.0f64);
     for p in &paths {
-        let case = if p.is_dir() { model_case(p)? } else { op_case(p)? };
+        let precision = a.precision.into();
+        let mut case = if p.is_dir() { model_case(p, precision)? } else { op_case(p, precision)? };
+        case.expect_rounded()?;
         let name = p.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
         let got = match case.run(a.device, &pool) {
             Ok(mut got) => {
@@ -66,7 +82,7 @@ pub fn run(a: &Check, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
                 return Err(miette!("{name}: the program computes no {tensor}, which the fixture expects"));
             };
             let of_gradients = ["grad.", update::UPDATE, "optim."].iter().any(|p| tensor.starts_with(p));
-            let limit = if of_gradients { a.grad_tolerance } else { a.tolerance };
+            let limit = if of_gradients { gradients } else { values };
             rows.push((tensor.clone(), error(have, want)?, limit));
         }
         rows.sort_by(|x, y| (y.1 / y.2).total_cmp(&(x.1 / x.2)));
@@ -132,23 +148,58 @@ fn trimmed(have: &HostArray, shape: &[usize]) -> Result<HostArray> {
 /// A graph, what goes in and what must come out.
 struct Case {
     graph: Graph,
+    /// As it runs in this precision; `None` in f32, where the graph is its own definition.
+    narrowed: Option<Graph>,
     dims: Bindings,
     given: HashMap<String, HostArray>,
     expected: BTreeMap<String, HostArray>,
 }
 
 impl Case {
+    fn new(
+        graph: Graph,
+        precision: Precision,
+        dims: Bindings,
+        mut given: HashMap<String, HostArray>,
+        expected: BTreeMap<String, HostArray>,
+    ) -> Case {
+        let narrowed =
+            (precision == Precision::Bf16).then(|| optimise(&graph, &Options { precision, ..Options::default() }));
+        // What products read of parameters are rounded copies, which a run keeps.
+        for name in narrowed.iter().flat_map(shadowed) {
+            let mut half = HostArray { dtype: DType::BF16, ..given[name].clone() };
+            half.round_to_dtype();
+            given.insert(shadow_name(name), half);
+        }
+        Case { graph, narrowed, dims, given, expected }
+    }
+
+    /// In bf16 stored values are no measure: a choice that falls otherwise by a rounding changes all behind it.  What the
+    /// ops' definitions give with the same roundings takes their place.
+    fn expect_rounded(&mut self) -> Result<()> {
+        if let Some(g) = &self.narrowed {
+            let all = interp::outputs(g, &self.dims, &self.given, interp::Precision::Typed).map_err(wrap)?;
+            let mut all: BTreeMap<String, HostArray> = all.into_iter().collect();
+            self.differences(&mut all);
+            self.expected.retain(|name, _| all.contains_key(name));
+            self.expected.iter_mut().for_each(|(name, a)| *a = all.remove(name).unwrap_or_else(|| a.clone()));
+        }
+        Ok(())
+    }
+
     fn run(&self, on: On, pool: &Arc<rayon::ThreadPool>) -> Result<BTreeMap<String, HostArray>> {
         if on == On::Reference {
-            return Ok(interp::outputs(&self.graph, &self.dims, &self.given, Precision::Exact)
+            return Ok(interp::outputs(&self.graph, &self.dims, &self.given, interp::Precision::Exact)
                 .map_err(wrap)?
                 .into_iter()
                 .collect());
         }
-        let program = lower(&optimise(&self.graph, &Options::default()));
+        let graph = self.narrowed.clone().unwrap_or_else(|| optimise(&self.graph, &Options::default()));
         if on.gpu() {
+            let program = lower_for(&graph, Kernels::Gpu);
             return pool.install(|| self.run_on(Gpu::open(on)?, program));
         }
+        let program = lower(&graph);
         let mut e = Executor::new(program, pool.clone());
         let mut store = Store::default();
         let mut inputs: Vec<(String, Tensor)> = vec![];
@@ -200,7 +251,7 @@ fn read(file: &TensorFile, name: &str) -> Result<HostArray> {
     Ok(HostArray::f32(&shape, v.into_iter().map(f64::from)))
 }
 
-fn model_case(dir: &Path) -> Result<Case> {
+fn model_case(dir: &Path, precision: Precision) -> Result<Case> {
     let (config, weights) = model::config(&dir.to_string_lossy())?;
     let weights = weights.ok_or_else(|| miette!("{}: there are no weights beside config.json", dir.display()))?;
     let store = model::parameters(&config, Some(&weights), Default::default(), 0)?;
@@ -235,12 +286,16 @@ fn model_case(dir: &Path) -> Result<Case> {
         }
         None => gradient_graph(&loss).map_err(wrap)?,
     };
-    Ok(Case { graph, dims: Bindings::new([("N", n), ("L", l)]), given, expected })
+    Ok(Case::new(graph, precision, Bindings::new([("N", n), ("L", l)]), given, expected))
 }
+
+/// Tensors of op fixtures that stay in f32: steps, decays, states and weights.
+const EXACT: &[&str] = &["dt", "A", "D", "h0", "dh", "weight", "bias"];
 
 /// Builds the graph of an op fixture.
 struct OpCase<'f> {
     file: &'f TensorFile,
+    precision: Precision,
     b: Builder,
     given: HashMap<String, HostArray>,
 }
@@ -248,9 +303,18 @@ struct OpCase<'f> {
 impl OpCase<'_> {
     fn input(&mut self, name: &str) -> Result<Value> {
         let a = read(self.file, name)?;
+        let float = a.dtype.is_float();
         let v = self.b.input(name, Ty::new(a.dtype, a.shape.iter().copied()));
         self.given.insert(name.into(), a);
-        Ok(v)
+        Ok(if EXACT.contains(&name) || !float { v } else { self.rounded(v) })
+    }
+    /// What activations are: in bf16 rounded, in f32 as they are.
+    fn rounded(&mut self, v: Value) -> Value {
+        if self.precision == Precision::F32 {
+            return v;
+        }
+        let half = self.b.cast(v, DType::BF16);
+        self.b.cast(half, DType::F32)
     }
     fn inputs(&mut self, names: &[&str]) -> Result<Vec<Value>> {
         names.iter().map(|n| self.input(n)).collect()
@@ -268,10 +332,12 @@ impl OpCase<'_> {
     fn finish(mut self, outputs: &[(&str, Value, Option<&str>)], wrt: &[(&str, Value)]) -> Result<Case> {
         let mut loss: Option<Value> = None;
         for (name, y, dy) in outputs {
-            self.b.output(name, *y);
+            let exact = EXACT.contains(&dy.unwrap_or_default()) || dy.is_none();
+            let y = if exact { *y } else { self.rounded(*y) };
+            self.b.output(name, y);
             if let Some(dy) = dy {
                 let dy = self.input(dy)?;
-                let part = self.b.mul(*y, dy);
+                let part = self.b.mul(y, dy);
                 let part = self.b.sum_all(part);
                 loss = Some(loss.map_or(part, |l| self.b.add(l, part)));
             }
@@ -288,7 +354,8 @@ impl OpCase<'_> {
         for name in self.file.names().filter(|n| !self.given.contains_key(*n)) {
             expected.insert(name.to_string(), read(self.file, name)?);
         }
-        Ok(Case { graph: b.finish().map_err(wrap)?, dims: Bindings::default(), given: self.given, expected })
+        let graph = b.finish().map_err(wrap)?;
+        Ok(Case::new(graph, self.precision, Bindings::default(), self.given, expected))
     }
 }
 
@@ -299,12 +366,12 @@ fn clear_unfilled(g: &mut HostArray, chunk: usize) {
     *g = HostArray::f32(&g.shape, (0..g.len()).map(|i| if filled(i) { g.get(i) } else { 0.0 }).collect::<Vec<_>>());
 }
 
-fn op_case(path: &Path) -> Result<Case> {
+fn op_case(path: &Path, precision: Precision) -> Result<Case> {
     let file = TensorFile::open(path).map_err(wrap)?;
     let has = |names: &[&str]| names.iter().all(|n| file.info(n).is_some());
     let shape = |name: &str| file.info(name).map(|i| i.shape.clone()).unwrap_or_default();
     let stem = path.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
-    let mut c = OpCase { file: &file, b: Builder::new(&stem, &[]), given: HashMap::new() };
+    let mut c = OpCase { file: &file, precision, b: Builder::new(&stem, &[]), given: HashMap::new() };
     if has(&["x", "dt", "A", "B", "C", "D", "h0"]) {
         let names = ["x", "dt", "A", "B", "C", "D", "h0"];
         let x = c.inputs(&names)?;

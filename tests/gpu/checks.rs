@@ -44,10 +44,11 @@ fn executable(_: &Rig) -> Result<String, String> {
     Ok(String::new())
 }
 
-fn check(only: &str, fixtures: usize) -> Result<String, String> {
+fn check(only: &str, fixtures: usize, precision: &str) -> Result<String, String> {
     let dir = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures");
     let mut c = Command::new(env!("CARGO_BIN_EXE_rambac"));
-    let out = c.args(["check", dir, "--device", "simulator", "--only", only, "--threads", "2"]).output();
+    c.args(["check", dir, "--device", "simulator", "--only", only, "--precision", precision, "--threads", "2"]);
+    let out = c.output();
     let out = out.map_err(|e| e.to_string())?;
     let said = String::from_utf8_lossy(&out.stdout);
     let summary = said.lines().last().unwrap_or_default().to_string();
@@ -59,12 +60,14 @@ fn check(only: &str, fixtures: usize) -> Result<String, String> {
 }
 
 fn ops(_: &Rig) -> Result<String, String> {
-    Ok([check("hsa_", 4)?, check("scan_", 3)?, check("causal_conv1d", 1)?].concat())
+    let in_f32 = [check("hsa_", 4, "f32")?, check("scan_", 3, "f32")?, check("causal_conv1d", 1, "f32")?];
+    let in_bf16 = [check("hsa_gqa", 1, "bf16")?, check("scan_small", 1, "bf16")?, check("causal_conv1d", 1, "bf16")?];
+    Ok([in_f32.concat(), in_bf16.concat()].concat())
 }
 
 /// Values, gradients and the update of a whole training step.
 fn model(_: &Rig) -> Result<String, String> {
-    let said = check("ramba_tiny", 1)?;
+    let said = check("ramba_tiny", 1, "f32")?;
     let tensors = said.trim_start_matches(": ").split(' ').next().and_then(|n| n.parse().ok()).unwrap_or(0);
     // 17 values, 65 gradients, and of each parameter two moments and what was added to it.
     if tensors < 17 + 4 * 65 { Err(format!("no whole training step was compared{said}")) } else { Ok(said) }

@@ -212,6 +212,12 @@ impl Form {
     pub fn workspace_bytes(&self, b: &Bindings) -> Result<usize, DimError> {
         Ok(self.workspace_places(b)?.1)
     }
+    /// Whether it can run at these sizes: they divide as its grids and workspace want, and what it needs holds.
+    pub fn has_sizes(&self, b: &Bindings) -> bool {
+        self.needs.iter().all(|c| matches!(c.holds(b), Ok(true)))
+            && self.workspace_places(b).is_ok()
+            && self.launches().all(|l| l.grid.iter().all(|e| e.eval(b).is_ok()))
+    }
     pub fn launches(&self) -> impl Iterator<Item = &Launch> {
         self.calls.iter().filter_map(|c| match c {
             Call::Launch(l) => Some(l),

@@ -105,11 +105,16 @@ fn ways(step: &Step, target: &Target, dims: &Bindings) -> Result<Vec<Form>, DimE
     Ok(ways)
 }
 
-/// Sizes at which the definition can be evaluated: each symbol's value halved as long as all types have sizes and more than
-/// `most` elements are left.
-fn small(step: &Step, dims: &Bindings, most: usize) -> Bindings {
+/// Sizes at which the definition can be evaluated: each symbol's value halved as long as more than `most` elements are left,
+/// all types and forms have sizes, and there are chunks to choose from.
+fn small(step: &Step, forms: &[Form], dims: &Bindings, most: usize) -> Bindings {
     let elements = |b: &Bindings| -> Option<usize> {
         step.inputs.iter().chain(&step.outputs).try_fold(0, |n, v| Some(n + v.ty.bind(b).ok()?.elements()))
+    };
+    let fits = |b: &Bindings| {
+        elements(b).is_some()
+            && chunks(&step.op, &step.inputs, b).is_none_or(|c| c >= CHUNKS)
+            && forms.iter().all(|f| f.has_sizes(b) || !f.has_sizes(dims))
     };
     let mut b = dims.clone();
     while elements(&b).is_none_or(|n| n > most) {
@@ -118,7 +123,7 @@ fn small(step: &Step, dims: &Bindings, most: usize) -> Bindings {
         let next = all.into_iter().filter(|(v, _)| *v > 1).find_map(|(v, s)| {
             let mut half = b.clone();
             half.set(s, v / 2);
-            elements(&half).map(|_| half)
+            fits(&half).then_some(half)
         });
         match next {
             Some(n) => b = n,
@@ -126,6 +131,20 @@ fn small(step: &Step, dims: &Bindings, most: usize) -> Bindings {
         }
     }
     b
+}
+
+/// Chunks where the definition is evaluated, at least: with fewer no token sees enough of them to tell forms apart.
+const CHUNKS: usize = 4;
+
+/// Chunks that tokens of an op with choices among its operands choose from.
+fn chunks(op: &Op, inputs: &[View], b: &Bindings) -> Option<usize> {
+    let axis = |i: usize| inputs[i].ty.shape[1].eval(b).ok();
+    match op {
+        Op::ChunkAttention(o) => Some(axis(1)? / o.chunk.max(1)),
+        Op::ChunkAttentionGrad(o) => Some(axis(1)? / o.chunk.max(1)),
+        Op::SelectionGrad(_) => axis(1),
+        _ => None,
+    }
 }
 
 /// Elements of all operands and results where the definition is evaluated.
@@ -147,7 +166,7 @@ pub fn tune(
     if let Some(c) = cache.choice(&name, target, &words, &forms) {
         return Ok(c);
     }
-    let proof = small(step, dims, PROOF);
+    let proof = small(step, &forms, dims, PROOF);
     let (few, many) = (operands(step, &proof, 1)?, operands(step, dims, 2)?);
     let tys = step.outputs.iter().map(|v| v.ty.bind(&proof)).collect::<Result<Vec<ConcreteTy>, _>>()?;
     let want = step.op.def().eval(&few.iter().collect::<Vec<_>>(), &tys);
@@ -361,13 +380,9 @@ impl Draw {
 fn operands(step: &Step, dims: &Bindings, seed: u64) -> Result<Vec<HostArray>, DimError> {
     let tys = step.inputs.iter().map(|v| v.ty.bind(dims)).collect::<Result<Vec<ConcreteTy>, _>>()?;
     let mut draw = Draw(seed);
-    // Where choices are, which operand tells the number of chunks, and how.
-    let slots = match &step.op {
-        Op::ChunkAttention(o) => Some((3, tys[1].shape[1] / o.chunk.max(1))),
-        Op::ChunkAttentionGrad(o) => Some((3, tys[1].shape[1] / o.chunk.max(1))),
-        Op::SelectionGrad(_) => Some((2, tys[1].shape[1])),
-        _ => None,
-    };
+    // Where choices are.
+    let at = if matches!(step.op, Op::SelectionGrad(_)) { 2 } else { 3 };
+    let slots = chunks(&step.op, &step.inputs, dims).map(|chunks| (at, chunks));
     let chosen = slots.map(|(at, chunks)| (at, choices(&mut draw, &tys[at].shape, chunks)));
     let mut out = vec![];
     for (i, ty) in tys.iter().enumerate() {

@@ -6,14 +6,17 @@
 //! another's run.  A thread that does not come at once is not waited for, and not let in later: it might be inside a task
 //! that the program itself waits for.  Who has waited long sleeps until the next loop.  A program of many runs, such as
 //! the tokens of a text, gathers its team once, with [`awake`]: the runs inside are then its loops.
+//! Who waits asks memory for what the program says it reads [next](ahead): steps between two products of decoding leave
+//! memory idle, and their weights are too many for any cache to keep.
 //! Invariants: as in `par`, what a task computes depends on its index alone.  A loop inside a task is no business of the
 //! team: it runs on the pool as ever.
 
+use crate::kernels::matvec::prefetch_far;
 use std::any::Any;
 use std::cell::{Cell, UnsafeCell};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::ptr::null;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::*};
+use std::ptr::{null, null_mut};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering::*};
 use std::sync::{Condvar, Mutex};
 
 /// Looks at the next loop before a waiting thread lets others run: about 100 µs.
@@ -24,6 +27,11 @@ const ASLEEP: usize = PATIENCE + 500;
 /// Looks for helpers that are missing, before a run and before many of them: a tenth of a millisecond and some.
 const RUN: usize = PATIENCE;
 const MANY_RUNS: usize = 20 * PATIENCE;
+
+/// Bytes of what is read next that a thread asks its own cache (L2) for, at most and at a time.
+const AHEAD: usize = 768 << 10;
+const ASKED: usize = 16 * LINE;
+const LINE: usize = 64;
 
 /// Threads that a team can have.
 const MOST: usize = 128;
@@ -72,6 +80,10 @@ pub(crate) struct Team {
     /// Threads that are, or may be, inside the open loop.
     helping: AtomicUsize,
     over: AtomicBool,
+    /// Memory that a loop after this one reads in the order of its tasks, and its bytes.  The two need not belong together:
+    /// what is asked for in vain does no harm.
+    next: AtomicPtr<u8>,
+    next_bytes: AtomicUsize,
     /// Threads that sleep, or are about to; changed under `bed`.
     sleepers: AtomicUsize,
     bed: Mutex<()>,
@@ -164,6 +176,8 @@ fn gathered<R: Send>(pool: &rayon::ThreadPool, patience: usize, f: impl FnOnce()
         door: AtomicUsize::new(0),
         helping: AtomicUsize::new(0),
         over: AtomicBool::new(false),
+        next: AtomicPtr::new(null_mut()),
+        next_bytes: AtomicUsize::new(0),
         sleepers: AtomicUsize::new(0),
         bed: Mutex::new(()),
         call: Condvar::new(),
@@ -180,9 +194,31 @@ fn gathered<R: Send>(pool: &rayon::ThreadPool, patience: usize, f: impl FnOnce()
     pool.install(|| rayon::join(program, || team.gather(1)).0)
 }
 
+/// Tells this thread's team, if it has one, that a loop will soon read these bytes, task after task.
+pub fn ahead(at: *const u8, bytes: usize) {
+    with_current(|team| {
+        if let Some(team) = team {
+            team.next_bytes.store(bytes, Relaxed);
+            team.next.store(at.cast_mut(), Relaxed);
+        }
+    });
+}
+
+/// What a thread has asked for of the memory that is read next.
+struct Asked {
+    of: *mut u8,
+    bytes: usize,
+}
+
 /// A panic while one of these is held is passed on elsewhere.
 fn lock<T>(m: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     m.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+impl Default for Asked {
+    fn default() -> Self {
+        Self { of: null_mut(), bytes: 0 }
+    }
 }
 
 impl Team {
@@ -229,9 +265,11 @@ impl Team {
         }));
         // No task is left, or this thread panicked; the tasks of others may still run.
         self.epoch.fetch_add(1, SeqCst);
-        let mut looks = 0;
+        let (mut looks, mut asked) = (0, Asked::default());
         while self.helping.load(SeqCst) > 0 {
-            wait(&mut looks);
+            if !self.ask(0, &mut asked) {
+                wait(&mut looks);
+            }
         }
         if let Err(panic) = mine {
             resume_unwind(panic);
@@ -253,6 +291,22 @@ impl Team {
                 f(t);
             }
         }
+    }
+
+    /// Asks for a little more of the memory that member `me` will read next; false where it has asked for enough.
+    fn ask(&self, me: usize, asked: &mut Asked) -> bool {
+        let (of, bytes) = (self.next.load(Relaxed), self.next_bytes.load(Relaxed));
+        if of != asked.of {
+            *asked = Asked { of, bytes: 0 };
+        }
+        let share = bytes / self.threads;
+        if of.is_null() || asked.bytes >= share.min(AHEAD) {
+            return false;
+        }
+        let at = of.wrapping_add(share.wrapping_mul(me).wrapping_add(asked.bytes));
+        (0..ASKED).step_by(LINE).for_each(|line| prefetch_far(at.wrapping_add(line)));
+        asked.bytes += ASKED;
+        true
     }
 
     /// Until a loop is open that is not `done`, or the program is over.
@@ -284,10 +338,13 @@ impl Team {
         if !self.enter() {
             return;
         }
-        let (mut done, mut looks) = (0, 0);
+        let (mut done, mut looks, mut asked) = (0, 0, Asked::default());
         while !self.over.load(SeqCst) {
             let epoch = self.epoch.load(SeqCst);
             if epoch.is_multiple_of(2) || epoch == done {
+                if self.ask(me, &mut asked) {
+                    continue;
+                }
                 wait(&mut looks);
                 if looks > ASLEEP {
                     self.sleep(done);
@@ -387,6 +444,27 @@ mod tests {
             let sum: usize = run(&p, || (0..64usize).into_par_iter().with_max_len(1).map(|i| i + 1).sum());
             assert_eq!(sum, 65 * 32);
         }
+    }
+
+    /// Whatever is said to be read next, even what no memory is at, loops give what they give without.
+    #[test]
+    fn team_asks_ahead_of_any_memory() {
+        let data = vec![1u8; 3 << 20];
+        let count = AtomicUsize::new(0);
+        run(&pool(3), || {
+            for (at, bytes) in
+                [(data.as_ptr(), data.len()), (null(), 100), (std::ptr::without_provenance(usize::MAX), usize::MAX)]
+            {
+                ahead(at, bytes);
+                for _ in 0..50 {
+                    par::for_each(7, usize::MAX, |_| {
+                        count.fetch_add(1, Relaxed);
+                    });
+                }
+            }
+        });
+        ahead(data.as_ptr(), data.len());
+        assert_eq!(count.into_inner(), 3 * 50 * 7);
     }
 
     /// Loops come so seldom that helpers sleep in between.

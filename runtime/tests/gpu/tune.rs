@@ -19,8 +19,8 @@ pub const ALL: &[Case] = &[
     ("choices_of_a_lost_device", lost),
 ];
 
-/// An attention and the scan of a strided operand.
-const GRAPHS: [(&str, &[(&str, usize)]); 2] = [
+/// An attention, the conv of a strided operand, and a text's attention to itself, whose chunks must stay whole.
+const GRAPHS: [(&str, &[(&str, usize)]); 3] = [
     (
         "graph attend(N, L, C) {
   %q = input \"q\" : bf16[N, L, 4, 32]
@@ -47,6 +47,20 @@ const GRAPHS: [(&str, &[(&str, usize)]); 2] = [
 }
 ",
         &[("N", 1), ("L", 70)],
+    ),
+    (
+        "graph chunks(N, L) {
+  %q = input \"q\" : bf16[N, L, 4, 32]
+  %k = input \"k\" : bf16[N, L, 1, 32]
+  %v = input \"v\" : bf16[N, L, 1, 32]
+  %i = input \"i\" : i32[N, L, 1, 2]
+  %n = input \"n\" : i32[N, L, 1]
+  %w = input \"w\" : bf16[N, L, 1, 2]
+  %y = chunk_attention %q, %k, %v, %i, %n, %w {chunk = 32, scale = 0.25}
+  return \"y\" = %y
+}
+",
+        &[("N", 4), ("L", 256)],
     ),
 ];
 

@@ -8,7 +8,7 @@ use super::{Kinds, Limits, WARM_UP, add_steps, device, median, print_work, profi
 use crate::cli::{Bench, PrecisionArg, Weights, Work};
 use crate::device::{Inferring, On};
 use crate::error::{Result, wrap};
-use crate::machine;
+use crate::machine::{self, ReadRate};
 use crate::model;
 use crate::show;
 use crate::work::Sums;
@@ -67,7 +67,7 @@ pub fn run(a: &Bench, config: &Config, weights: Option<&Path>, pool: Arc<rayon::
     let rss = machine::peak_rss();
     let (limits, read) = match limits {
         Some(l) => {
-            let read = l.copy;
+            let read = ReadRate { median: l.copy, best: l.copy };
             (l, read)
         }
         None => (Limits::of(machine::rates(&pool)), machine::read_rate(&pool, r.cost.bytes as usize)),
@@ -300,7 +300,7 @@ impl Infer<'_> {
         (0..self.a.batch).filter_map(|seq| self.session.chunks(seq)).map(|c| c.bytes()).sum()
     }
 
-    fn print(&self, r: &Timed, limits: &Limits, read: f64, rss: usize) {
+    fn print(&self, r: &Timed, limits: &Limits, read: ReadRate, rss: usize) {
         let (a, t) = (self.a, median(&r.seconds));
         let persistent = self.session.bytes();
         let peak = persistent + r.arena + r.memory;
@@ -317,8 +317,9 @@ impl Infer<'_> {
                 "peak_bytes": peak, "arena_bytes": r.arena, "persistent_bytes": persistent,
                 "memory_bytes": r.memory, "peak_rss_bytes": rss,
                 "gflop_per_s": r.cost.flops / t / 1e9, "gb_per_s": r.cost.bytes / t / 1e9,
-                "machine_gemm_gflop_per_s": limits.gemm / 1e9, "machine_read_gb_per_s": read / 1e9,
-                "gemm_fraction": r.cost.flops / t / limits.gemm, "read_fraction": r.cost.bytes / t / read,
+                "machine_gemm_gflop_per_s": limits.gemm / 1e9, "machine_read_gb_per_s": read.median / 1e9,
+                "machine_read_best_gb_per_s": read.best / 1e9,
+                "gemm_fraction": r.cost.flops / t / limits.gemm, "read_fraction": r.cost.bytes / t / read.median,
             });
             println!("{line}");
             return;
@@ -344,14 +345,20 @@ impl Infer<'_> {
         );
         print_work(r.cost.flops, t, limits);
         println!(
-            "  {}   {}: {}, {} of {} {} ({})",
+            "  {}   {}: {}, {} of {} {}",
             if decode { "weights" } else { "traffic" },
             show::si(r.cost.bytes, "B"),
             show::si(r.cost.bytes / t, "B/s"),
-            show::share(r.cost.bytes / t, read),
+            show::share(r.cost.bytes / t, read.median),
             limits.whose(),
-            if a.place.device.gpu() { "large copies" } else { "fastest reads of as much" },
-            show::si(read, "B/s")
+            match a.place.device.gpu() {
+                true => format!("large copies ({})", show::si(read.median, "B/s")),
+                false => format!(
+                    "reads of as much ({}, the median; {} at best)",
+                    show::si(read.median, "B/s"),
+                    show::si(read.best, "B/s")
+                ),
+            }
         );
         println!(
             "  memory    {} planned ({} of weights and states, {} of activations, {} of chunks), {} resident at its peak",

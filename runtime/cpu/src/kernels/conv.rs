@@ -17,6 +17,8 @@ const BLOCK: usize = 64;
 
 /// Up to this many steps of all sequences the taps are used as they are stored.
 const FEW_STEPS: usize = 6;
+/// What a channel of such a step costs, in scalar operations: as a block of channels that two threads share counts.
+const FEW_COST: usize = 32;
 
 /// Sizes of a convolution: `n` sequences of `l` steps, `channels` wide, `kernel` taps.
 #[derive(Clone, Copy, Debug)]
@@ -202,11 +204,16 @@ impl CausalConv1d {
         let &Self { n, l, channels: c, kernel, silu } = self;
         self.check(x, w, bias, s0, (y.rows(), y.cols()));
         if kernel == 4 && n * l <= FEW_STEPS {
-            for i in 0..n * l {
-                let rows = [0, 1, 2, 3].map(|j| self.input(x, s0, i / l, (i % l + j) as isize - 3));
-                // SAFETY: one row after another.
-                step_of_four(rows, w.as_chunks().0, bias, silu, unsafe { y.row_unchecked(i) });
-            }
+            let w = w.as_chunks().0;
+            // What a step reads comes from memory: two threads wait for it half as long.
+            par::for_blocks(c, par::rows_per_task(FEW_COST), FEW_COST * n * l * c, |_, start, end| {
+                for i in 0..n * l {
+                    let rows = [0, 1, 2, 3].map(|j| &self.input(x, s0, i / l, (i % l + j) as isize - 3)[start..end]);
+                    // SAFETY: one block of channels per task, one row after another.
+                    let mut out = unsafe { y.block_unchecked(i, 1, start, end - start) };
+                    step_of_four(rows, &w[start..end], &bias[start..end], silu, out.row_mut(0));
+                }
+            });
             return;
         }
         self.with_taps(w, |taps| {

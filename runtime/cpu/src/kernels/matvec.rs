@@ -258,7 +258,7 @@ pub(super) fn prefetch<T>(at: *const T) {
 
 /// As [`prefetch`], into L2 alone.
 #[inline(always)]
-pub(super) fn prefetch_far<T>(at: *const T) {
+pub(crate) fn prefetch_far<T>(at: *const T) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: a hint; it reads nothing.
     unsafe {
