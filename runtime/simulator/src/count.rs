@@ -12,6 +12,8 @@ pub struct PcCount {
     pub threads: u64,
     /// 32-byte sectors of global memory.
     pub sectors: u64,
+    /// Of those that were moved: the ones that the block had moved before.  Counted with [`Traffic::moved_sectors`].
+    pub again: u64,
     /// Passes through shared memory, and those that conflicts added.
     pub passes: u64,
     pub conflicts: u64,
@@ -39,43 +41,118 @@ pub struct Traffic {
     pub write_bytes: u64,
     pub write_sectors: u64,
     pub atomics: u64,
-    /// The least that the blocks could do with: every sector that a cluster of blocks reads or writes counts once for it.
-    /// Counted if [`Options::footprint`](crate::Options) says so.
+    /// Sectors that go to or come from beyond the caches next to a block, see [`Footprint`]; and the least that the blocks could
+    /// do with: every sector that a cluster of blocks reads or writes counts once for it.
+    /// Both are counted if [`Options::footprint`](crate::Options) says so.
+    pub moved_sectors: u64,
     pub least_sectors: u64,
 }
 
-/// Sectors that a cluster of blocks has read and written, by buffer.
-#[derive(Default)]
+/// How a sector is accessed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    Load,
+    /// A load that the first cache doesn't answer: asynchronous copies, volatile and ordered loads.
+    Past,
+    Store,
+    /// Happens where all blocks meet, each by itself.
+    Atomic,
+}
+
+impl Way {
+    pub fn stores(self) -> bool {
+        matches!(self, Way::Store | Way::Atomic)
+    }
+    /// Whether a cache next to the block, or what gathers stores, may spare the way.
+    fn kept(self) -> bool {
+        matches!(self, Way::Load | Way::Store)
+    }
+}
+
+/// Sectors that a cluster of blocks has read and written, by buffer, and which of them are still near.
+///
+/// A sector is near while no more others were moved since than a block's share of the first cache holds: so two instructions that
+/// take half a sector each move it once, as on a device, where the first cache has it or the second one merges what is written.
+/// The share is that of a multiprocessor of sm_80 with as many such blocks as threads and shared memory allow.
 pub struct Footprint {
-    /// Bits by sector; of buffer `b` reads at `2·b`, writes after it.
-    maps: Vec<Vec<u64>>,
-    /// Words that are not 0.
-    dirty: Vec<(u32, u32)>,
+    /// When a sector was last moved, 0 for never; of buffer `b` reads at `2·b`, writes after it.
+    maps: Vec<Vec<u32>>,
+    /// Sectors that were.
+    touched: Vec<(u32, u32)>,
+    moved: u32,
+    near: u32,
+}
+
+/// What became of an access to a sector.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Move {
+    First,
+    Again,
+    /// Not moved: it was near.
+    Near,
 }
 
 impl Footprint {
-    /// Whether this is the first time.
-    pub fn first(&mut self, buffer: usize, sector: usize, store: bool) -> bool {
-        let map = 2 * buffer + usize::from(store);
+    /// Of a cluster of `blocks` of so many warps and bytes of shared memory each.
+    pub fn new(blocks: usize, warps: usize, shared: usize) -> Footprint {
+        // Of a multiprocessor: warps, blocks, shared memory (1 KiB of it a block's overhead), which is taken from the cache.
+        const KIB: usize = 1024;
+        let shared = shared + KIB;
+        let resident = (64 / warps.max(1)).min(32).min(164 * KIB / shared).max(1);
+        let near = blocks * (192 * KIB / resident).saturating_sub(shared) / 32;
+        Footprint { maps: vec![], touched: vec![], moved: 0, near: near as u32 }
+    }
+
+    pub fn access(&mut self, buffer: usize, sector: usize, way: Way) -> Move {
+        let map = 2 * buffer + usize::from(way.stores());
         if self.maps.len() <= map {
             self.maps.resize_with(map + 1, Vec::new);
         }
-        let (bits, word) = (&mut self.maps[map], sector / 64);
-        if bits.len() <= word {
-            bits.resize(word + 1, 0);
+        let times = &mut self.maps[map];
+        if times.len() <= sector {
+            times.resize(sector + 1, 0);
         }
-        let old = bits[word];
-        if old == 0 {
-            self.dirty.push((map as u32, word as u32));
+        let before = times[sector];
+        if before != 0 && way.kept() && self.moved - before < self.near {
+            return Move::Near;
         }
-        bits[word] |= 1 << (sector % 64);
-        old >> (sector % 64) & 1 == 0
+        if before == 0 {
+            self.touched.push((map as u32, sector as u32));
+        }
+        self.moved += 1;
+        times[sector] = self.moved;
+        if before == 0 { Move::First } else { Move::Again }
     }
 
     pub fn clear(&mut self) {
-        for (map, word) in self.dirty.drain(..) {
-            self.maps[map as usize][word as usize] = 0;
+        for (map, sector) in self.touched.drain(..) {
+            self.maps[map as usize][sector as usize] = 0;
         }
+        self.moved = 0;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn near_sectors_move_once() {
+        // 8 warps without shared memory: 8 blocks, 23 KiB each.
+        let mut f = Footprint::new(1, 8, 0);
+        assert_eq!(f.near, 736);
+        let moved: Vec<Move> = [Way::Load, Way::Load, Way::Past, Way::Store, Way::Store, Way::Atomic]
+            .map(|way| f.access(3, 7, way))
+            .to_vec();
+        assert_eq!(moved, [Move::First, Move::Near, Move::Again, Move::First, Move::Near, Move::Again]);
+        // As many others drive it out.
+        (0..736).for_each(|s| assert_eq!(f.access(0, s, Way::Load), Move::First));
+        assert_eq!((f.access(3, 7, Way::Load), f.access(0, 735, Way::Load)), (Move::Again, Move::Near));
+        f.clear();
+        assert_eq!(f.access(3, 7, Way::Load), Move::First);
+        // One block with all of the shared memory there is; a cluster of two has twice as much.
+        assert_eq!(Footprint::new(1, 8, 163 * 1024).near, 896);
+        assert_eq!(Footprint::new(2, 8, 163 * 1024).near, 1792);
     }
 }
 
@@ -95,8 +172,9 @@ pub struct Counts {
     pub shared_conflicts: u64,
     /// By buffer's name, in order of allocation.
     pub buffers: Vec<(String, Traffic)>,
-    /// Where most conflicts come from, worst first.
+    /// Where most conflicts come from, worst first; and where most is moved that was moved before.
     pub conflicting: Vec<Hot>,
+    pub moved_again: Vec<Hot>,
 }
 
 impl Counts {
@@ -121,16 +199,19 @@ impl Counts {
                 _ => {}
             }
         }
-        let mut worst: Vec<usize> = (0..pcs.len()).filter(|&i| pcs[i].conflicts > 0).collect();
-        worst.sort_by_key(|&i| (std::cmp::Reverse(pcs[i].conflicts), i));
-        worst.truncate(HOT);
         let hot = |i: usize| Hot {
             place: program.places[i],
             at: String::new(),
             mnemonic: program.mnemonics[i].clone(),
             count: pcs[i],
         };
-        c.conflicting = worst.into_iter().map(hot).collect();
+        let worst = |by: fn(&PcCount) -> u64| {
+            let mut worst: Vec<usize> = (0..pcs.len()).filter(|&i| by(&pcs[i]) > 0).collect();
+            worst.sort_by_key(|&i| (std::cmp::Reverse(by(&pcs[i])), i));
+            worst.into_iter().take(HOT).map(hot).collect()
+        };
+        c.conflicting = worst(|p| p.conflicts);
+        c.moved_again = worst(|p| p.again);
         c.buffers = names.iter().cloned().zip(traffic.iter().copied()).collect();
         c
     }

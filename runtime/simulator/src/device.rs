@@ -291,7 +291,7 @@ impl Simulator {
         for f in &mut outcome.findings {
             f.at = f.source(&self.modules[module.0].text.ast.files);
         }
-        for h in &mut outcome.counts.conflicting {
+        for h in outcome.counts.conflicting.iter_mut().chain(&mut outcome.counts.moved_again) {
             h.at = place_name(&h.place, &self.modules[module.0].text.ast.files);
         }
         match &self.log {

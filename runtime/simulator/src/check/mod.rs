@@ -18,13 +18,13 @@ pub enum Kind {
     ReadOnlyWrite,
     SharedRace,
     GlobalRace,
-    /// An asynchronous copy's destination was touched before its wait.
+    /// A copy's destination, a product's result or its operands were touched before its wait.
     AsyncUnwaited,
     DivergentBarrier,
     /// A warp-wide instruction whose lanes didn't come together.
     DivergentWarp,
     Deadlock,
-    /// Memory written by ordinary stores is read by the asynchronous engine without a proxy fence.
+    /// Memory written by ordinary stores or `cp.async` is read by the asynchronous engine without a proxy fence.
     ProxyFence,
     /// An mbarrier that isn't one, or counts wrongly.
     Mbarrier,
@@ -44,7 +44,7 @@ impl Kind {
             Kind::ReadOnlyWrite => "write to an input",
             Kind::SharedRace => "race in shared memory",
             Kind::GlobalRace => "race in global memory",
-            Kind::AsyncUnwaited => "asynchronous copy not waited for",
+            Kind::AsyncUnwaited => "not waited for",
             Kind::DivergentBarrier => "divergent barrier",
             Kind::DivergentWarp => "divergent warp",
             Kind::Deadlock => "deadlock",

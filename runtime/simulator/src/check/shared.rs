@@ -45,8 +45,13 @@ pub enum Clash {
         thread: u32,
         pc: u32,
     },
-    /// Written by an ordinary store of (thread, pc); the asynchronous engine can't see it yet.
+    /// Written by an ordinary store or `cp.async` of (thread, pc); the asynchronous engine can't see it yet.
     Proxy {
+        thread: u32,
+        pc: u32,
+    },
+    /// A product issued by (thread, pc) still reads it.
+    Product {
         thread: u32,
         pc: u32,
     },
@@ -72,6 +77,8 @@ pub struct SharedMemory {
     /// Per grain and warp: clock and pc of the last read, 0 if none, and the lanes that read at this clock.
     readers: Vec<u64>,
     reader_lanes: Vec<u32>,
+    /// Per grain: how many products under way read it, and the stamp of the last that began to.  Empty where there was none.
+    products: Vec<(u16, u64)>,
     races: bool,
     initialised: bool,
 }
@@ -87,6 +94,7 @@ impl SharedMemory {
             writers: vec![0; grains],
             readers: if races { vec![0; grains * n_warps] } else { vec![] },
             reader_lanes: if races { vec![0; grains * n_warps] } else { vec![] },
+            products: vec![],
             races,
             initialised,
         }
@@ -94,6 +102,7 @@ impl SharedMemory {
 
     /// As new.
     pub fn clear(&mut self) {
+        self.products.clear();
         self.bytes.fill(0);
         self.writers.fill(0);
         self.readers.fill(0);
@@ -142,10 +151,13 @@ impl SharedMemory {
         if w & PENDING != 0 {
             return Some(Clash::Pending { thread: thread(w), pc: pc(w) });
         }
-        if !self.races {
+        if same {
             return None;
         }
-        if same {
+        if let Some(&(1.., by)) = self.products.get(g) {
+            return Some(Clash::Product { thread: thread(by), pc: pc(by) });
+        }
+        if !self.races {
             return None;
         }
         if w & VALID != 0 && !Self::ordered(w, lane, a) && !(strong && w & STRONG != 0) {
@@ -191,13 +203,32 @@ impl SharedMemory {
         clash
     }
 
-    /// An asynchronous copy is complete for `a`, who waited for it.
-    pub fn end_copy(&mut self, at: usize, size: usize, lane: u32, a: &Actor) {
+    /// An asynchronous copy is complete for `a`, who waited for it.  What the asynchronous engine copied (`bulk`) it sees itself;
+    /// `cp.async` is a thread's own.
+    pub fn end_copy(&mut self, at: usize, size: usize, lane: u32, bulk: bool, a: &Actor) {
         for g in self.grains(at, size) {
             let issued = self.writers[g];
             let keep_pc = issued & (((1 << PC) - 1) << (CLOCK + THREAD));
-            self.writers[g] = Self::stamp(lane, &Actor { pc: 0, ..*a }) | keep_pc | ASYNC;
+            self.writers[g] = Self::stamp(lane, &Actor { pc: 0, ..*a }) | keep_pc | if bulk { ASYNC } else { 0 };
         }
+    }
+
+    /// A product that reads a place begins: until it is waited for, nobody may write there.
+    pub fn begin_product(&mut self, at: usize, size: usize, lane: u32, a: &Actor) {
+        if self.products.is_empty() {
+            self.products.resize(self.writers.len(), (0, 0));
+        }
+        for g in self.grains(at, size) {
+            self.products[g] = (self.products[g].0 + 1, Self::stamp(lane, a));
+        }
+    }
+
+    /// It is over: the place counts as read now.
+    pub fn end_product(&mut self, at: usize, size: usize, lane: u32, a: &Actor) {
+        for g in self.grains(at, size) {
+            self.products[g].0 -= 1;
+        }
+        self.read(at, size, lane, false, a);
     }
 
     /// A read by the asynchronous engine on behalf of a lane.

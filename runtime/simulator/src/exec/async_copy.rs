@@ -8,6 +8,7 @@ use super::memory::Spot;
 use super::warp::Warp;
 use super::{Env, Sink, lanes};
 use crate::check::global::{Clash as GlobalClash, Side};
+use crate::count::Way;
 use crate::isa::CpAsync;
 
 struct Copy {
@@ -84,7 +85,7 @@ impl Warp {
             self.count_shared(&to, bytes, pc, good, sink);
         }
         if read != 0 {
-            self.count_global(&from, bytes, pc, read, false, env, sink, common);
+            self.count_global(&from, bytes, pc, read, Way::Past, env, sink, common);
         }
         for lane in lanes(good) {
             let source = (read >> lane & 1 == 1).then_some(sources[lane]);
@@ -136,7 +137,7 @@ impl Warp {
                 fill(c, env, blocks);
             }
             let actor = self.actor(0, c.lane);
-            blocks[c.to.unit].shared.end_copy(c.to.at, c.bytes, c.lane, &actor);
+            blocks[c.to.unit].shared.end_copy(c.to.at, c.bytes, c.lane, false, &actor);
             false
         });
         self.copies.pending = pending;

@@ -5,6 +5,7 @@ use super::memory::{Spot, window_of};
 use super::warp::Warp;
 use super::{Env, Sink, lanes};
 use crate::check::global::Side;
+use crate::count::Way;
 use crate::isa::{Atom, AtomOp, Ty};
 use crate::math::lanes::{Lane, flush};
 use crate::parse::ast::Space;
@@ -110,7 +111,7 @@ impl Warp {
             good |= self.global_spots(&a, size, pc, global, true, env, sink, blocks, common, &mut spots);
             let counted = good & global;
             if counted != 0 {
-                self.count_global(&a, size, pc, counted, true, env, sink, common);
+                self.count_global(&a, size, pc, counted, Way::Atomic, env, sink, common);
                 sink.traffic[spots[counted.trailing_zeros() as usize].unit].atomics += u64::from(counted.count_ones());
                 self.publish(x.release, &a, counted, env, common);
             }

@@ -16,6 +16,7 @@ use crate::check::Kind;
 use crate::check::global::{Clash as GlobalClash, Side};
 use crate::check::past::Past;
 use crate::check::shared::Actor;
+use crate::count::Way;
 use crate::isa::{Bulk, BulkKind};
 use crate::memory::locate;
 use crate::parse::ast::Space;
@@ -61,7 +62,7 @@ fn land(c: &BulkCopy, env: &Env, blocks: &mut [Block], events: &mut u64) {
         let shared = &mut blocks[p.shared.unit].shared;
         shared.bytes[p.shared.at..p.shared.at + p.bytes].copy_from_slice(&data);
         let actor = Actor { warp: c.warp, clock: c.clock, pc: 0, past: &c.past };
-        shared.end_copy(p.shared.at, p.bytes, c.lane, &actor);
+        shared.end_copy(p.shared.at, p.bytes, c.lane, true, &actor);
     }
     for &(place, bytes) in &c.mbarriers {
         mbarrier::complete(blocks, place, bytes, &c.past, events);
@@ -300,12 +301,13 @@ impl Warp {
         if let Some(c) = clash.filter(|&c| env.options.uninitialised || c != GlobalClash::Uninitialised) {
             self.global_clash(c, g, !load, pc, lane, env, sink, blocks, common);
         }
-        let t = &mut sink.traffic[g.unit];
         // Neighbouring pieces share a sector: count it with its first.
         let sector = u64::from(g.at.is_multiple_of(32));
-        if env.options.footprint {
-            t.least_sectors += u64::from(common.footprint.first(g.unit, g.at / 32, !load));
+        if env.options.footprint && sector == 1 {
+            let way = if load { Way::Past } else { Way::Store };
+            sink.moves(common.footprint.access(g.unit, g.at / 32, way), g.unit, pc);
         }
+        let t = &mut sink.traffic[g.unit];
         if load {
             t.read_bytes += bytes as u64;
             t.read_sectors += sector;

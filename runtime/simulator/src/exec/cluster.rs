@@ -98,7 +98,7 @@ impl Cluster {
                 warps_per_block: per,
                 proxied: Past::new(n_warps),
                 flags: HashMap::new(),
-                footprint: Footprint::default(),
+                footprint: Footprint::new(size as usize, per as usize, bytes),
                 barrier: Barrier::new(n_warps),
                 copies: vec![],
                 random: Random(0),

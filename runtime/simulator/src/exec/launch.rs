@@ -133,6 +133,7 @@ pub fn run(
             a.warps += b.warps;
             a.threads += b.threads;
             a.sectors += b.sectors;
+            a.again += b.again;
             a.passes += b.passes;
             a.conflicts += b.conflicts;
         }
@@ -142,6 +143,7 @@ pub fn run(
             a.write_bytes += b.write_bytes;
             a.write_sectors += b.write_sectors;
             a.atomics += b.atomics;
+            a.moved_sectors += b.moved_sectors;
             a.least_sectors += b.least_sectors;
         }
         findings.merge(sink.findings);

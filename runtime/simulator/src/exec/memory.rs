@@ -6,7 +6,7 @@ use super::warp::Warp;
 use super::{Env, Sink, lanes};
 use crate::check::Kind;
 use crate::check::global::{Clash as GlobalClash, Side};
-use crate::count;
+use crate::count::{self, Way};
 use crate::isa::{Access, Lanes, window};
 use crate::memory::locate;
 use crate::parse::ast::Space;
@@ -89,17 +89,17 @@ impl Warp {
         size: usize,
         pc: u32,
         mask: u32,
-        store: bool,
+        way: Way,
         env: &Env,
         sink: &mut Sink,
         common: &mut Common,
     ) {
         let (sectors, n) = count::sectors(a, mask);
+        let store = way.stores();
         if env.options.footprint {
             for s in &sectors[..n] {
                 let (unit, at) = locate(s << 5);
-                let first = common.footprint.first(unit, at as usize / 32, store);
-                sink.traffic[unit].least_sectors += u64::from(first);
+                sink.moves(common.footprint.access(unit, at as usize / 32, way), unit, pc);
             }
         }
         sink.pcs[pc as usize].sectors += n as u64;
@@ -235,7 +235,8 @@ impl Warp {
             Space::Global | Space::Generic => {
                 good = self.global_spots(a, size, pc, mask, false, env, sink, blocks, common, &mut spots);
                 if good != 0 {
-                    self.count_global(a, size, pc, good, false, env, sink, common);
+                    let way = if x.strong { Way::Past } else { Way::Load };
+                    self.count_global(a, size, pc, good, way, env, sink, common);
                 }
                 for lane in lanes(good) {
                     let s = spots[lane];
@@ -432,7 +433,7 @@ impl Warp {
             Space::Global | Space::Generic => {
                 let good = self.global_spots(a, size, pc, mask, true, env, sink, blocks, common, &mut spots);
                 if good != 0 {
-                    self.count_global(a, size, pc, good, true, env, sink, common);
+                    self.count_global(a, size, pc, good, Way::Store, env, sink, common);
                 }
                 if x.strong {
                     self.publish(x.release, a, good, env, common);

@@ -23,7 +23,7 @@ mod wgmma;
 
 use crate::check::Findings;
 use crate::check::global::{Releases, Shadows};
-use crate::count::{PcCount, Traffic};
+use crate::count::{Move, PcCount, Traffic};
 use crate::isa::Program;
 use crate::memory::GlobalMemory;
 
@@ -36,7 +36,7 @@ pub struct Options {
     pub lazy: bool,
     pub races: bool,
     pub uninitialised: bool,
-    /// Counts what blocks could do with, too.
+    /// Counts what blocks move beyond their caches and what they could do with, too.
     pub footprint: bool,
     /// Instructions of warps after which a cluster of blocks is stopped.
     pub limit: u64,
@@ -68,6 +68,16 @@ pub(crate) struct Sink {
     pub pcs: Vec<PcCount>,
     pub traffic: Vec<Traffic>,
     pub findings: Findings,
+}
+
+impl Sink {
+    /// Notes what an access to a sector of a buffer moved.
+    pub fn moves(&mut self, m: Move, unit: usize, pc: u32) {
+        let t = &mut self.traffic[unit];
+        t.moved_sectors += u64::from(m != Move::Near);
+        t.least_sectors += u64::from(m == Move::First);
+        self.pcs[pc as usize].again += u64::from(m == Move::Again);
+    }
 }
 
 /// Numbers that look random: SplitMix64 (Steele, Lea, Flood 2014).

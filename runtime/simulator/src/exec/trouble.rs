@@ -121,6 +121,10 @@ impl Warp {
                 );
                 (Kind::ProxyFence, Some(pc), text)
             }
+            Clash::Product { thread, pc } => {
+                let text = format!("{what} of {place}, which a product of {} still reads", other(thread));
+                (Kind::AsyncUnwaited, Some(pc), text)
+            }
         };
         let _ = lane;
         sink.findings.add(env.program, kind, pc, at, who, Some(spot.at as u64), || text);

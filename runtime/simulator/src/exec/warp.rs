@@ -260,6 +260,9 @@ impl Warp {
                 let count = &mut sink.pcs[pc as usize];
                 count.warps += 1;
                 count.threads += u64::from(mask.count_ones());
+                if self.wgmma.any() {
+                    self.look_at_products(&inst.op, pc, mask, env, sink, blocks, common);
+                }
                 let flow = match &inst.op {
                     Op::Alu { f, dst, a, b, c } => {
                         let mut out = [0u64; 32];

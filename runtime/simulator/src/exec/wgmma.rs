@@ -1,7 +1,8 @@
 //! `wgmma`: products of a warp group of four warps with operands in shared memory.
 //!
 //! Every warp makes its own 16 of the 64 rows, so the four need not meet.  A product happens when it is issued (eager) or
-//! when its group is waited for (lazy); then D holds NaN until the wait.  Sums are made as those of `mma`.
+//! when its group is waited for (lazy); then D holds NaN until the wait.  Either way, until then reading D and writing what the
+//! product reads are findings.  Sums are made as those of `mma`.
 //!
 //! A descriptor's element lies, for operands whose k is contiguous, in rows of the swizzle's width (8 rows to a block,
 //! blocks of rows `stride` apart); without swizzle in blocks of 8 rows by 16 bytes, `leading` apart along k.  Transposed
@@ -15,24 +16,41 @@ use super::tensor_map::Swizzle;
 use super::warp::{Flow, Warp};
 use super::{Env, Sink};
 use crate::check::Kind;
-use crate::isa::{Lanes, MmaTy, Op, Wgmma};
+use crate::check::shared::{Actor, SharedMemory};
+use crate::isa::{Lanes, MmaTy, Op, Slot, Wgmma};
 use half::f16;
 
 #[derive(Default)]
 pub(crate) struct Pending {
-    /// Instructions issued and not waited for: (pc, A's registers, descriptors, scale of D, group).
+    /// Instructions issued and not waited for.
     issued: Vec<Issue>,
     group: u32,
-    /// D's registers as they were before the first pending product wrote them.
-    saved: Vec<(u32, Lanes)>,
+    /// Lazily: what D's registers hold but don't show.
+    hidden: Vec<(Slot, Lanes)>,
+    /// By register: whether a pending product writes it.
+    written: Vec<bool>,
+}
+
+impl Pending {
+    pub fn any(&self) -> bool {
+        !self.issued.is_empty()
+    }
 }
 
 struct Issue {
     pc: u32,
+    /// A's registers, or its descriptor.
     a: Vec<Lanes>,
     b: u64,
     keep_d: bool,
     group: u32,
+}
+
+fn product<'a>(env: &'a Env, i: &Issue) -> &'a Wgmma {
+    match &env.program.code[i.pc as usize].op {
+        Op::Wgmma(w) => w,
+        _ => unreachable!("BUG: an issue is of a product"),
+    }
 }
 
 /// A matrix in shared memory.
@@ -88,6 +106,11 @@ impl Operand {
     }
 }
 
+/// Bytes of an operand's element.
+fn operand_size(w: &Wgmma) -> usize {
+    if w.a_ty == MmaTy::Tf32 { 4 } else { 2 }
+}
+
 impl Warp {
     #[allow(clippy::too_many_arguments)]
     pub fn wgmma(
@@ -118,37 +141,99 @@ impl Warp {
                     keep_d: w.scale_d.mask(&self.preds) & 1 == 1,
                     group: self.wgmma.group,
                 };
-                if env.options.lazy {
-                    for r in &w.d {
-                        if self.wgmma.saved.iter().all(|s| s.0 != *r) {
-                            self.wgmma.saved.push((*r, self.regs[*r as usize]));
-                            self.regs[*r as usize] = [u64::from(u32::MAX); 32];
-                        }
-                    }
-                    self.wgmma.issued.push(issue);
-                } else {
+                if !env.options.lazy {
                     self.multiply(w, &issue, env, sink, blocks, common);
                 }
+                self.each_operand(w, &issue, blocks, |s, at, n, a| s.begin_product(at, n, 0, a));
+                self.wgmma.issued.push(issue);
+                self.hide(env);
             }
             Op::WgmmaCommit => self.wgmma.group += 1,
             Op::WgmmaWait { keep } => {
-                let due = |i: &Issue, group: u32| i.group + keep < group;
-                if self.wgmma.issued.iter().any(|i| due(i, self.wgmma.group)) {
-                    // All that is pending goes on in order; what is not due becomes unreadable again only if it is
-                    // issued anew: a wait for some groups shows their D.
-                    for (r, old) in std::mem::take(&mut self.wgmma.saved) {
-                        self.regs[r as usize] = old;
-                    }
-                    for i in std::mem::take(&mut self.wgmma.issued) {
-                        if let Op::Wgmma(w) = &env.program.code[i.pc as usize].op {
-                            self.multiply(w, &i, env, sink, blocks, common);
-                        }
+                let group = self.wgmma.group;
+                let (due, rest): (Vec<_>, Vec<_>) =
+                    std::mem::take(&mut self.wgmma.issued).into_iter().partition(|i| i.group + keep < group);
+                for (r, held) in std::mem::take(&mut self.wgmma.hidden) {
+                    self.regs[r as usize] = held;
+                }
+                for i in &due {
+                    let w = product(env, i);
+                    self.each_operand(w, i, blocks, |s, at, n, a| s.end_product(at, n, 0, a));
+                    if env.options.lazy {
+                        self.multiply(w, i, env, sink, blocks, common);
                     }
                 }
+                self.wgmma.issued = rest;
+                self.hide(env);
             }
             _ => {}
         }
         Flow::Next
+    }
+
+    /// Notes which registers pending products write; lazily, these show NaN.
+    fn hide(&mut self, env: &Env) {
+        self.wgmma.written.clear();
+        self.wgmma.written.resize(self.regs.len(), false);
+        for i in &self.wgmma.issued {
+            for &r in &product(env, i).d {
+                if std::mem::replace(&mut self.wgmma.written[r as usize], true) || !env.options.lazy {
+                    continue;
+                }
+                if self.wgmma.hidden.iter().all(|h| h.0 != r) {
+                    self.wgmma.hidden.push((r, self.regs[r as usize]));
+                    self.regs[r as usize] = [u64::from(u32::MAX); 32];
+                }
+            }
+        }
+    }
+
+    /// An instruction that reads a register which a pending product writes is a finding.
+    #[cold]
+    pub fn look_at_products(
+        &self,
+        op: &Op,
+        pc: u32,
+        mask: u32,
+        env: &Env,
+        sink: &mut Sink,
+        blocks: &[Block],
+        common: &Common,
+    ) {
+        let mut early = false;
+        op.reads(&mut |r| early |= self.wgmma.written.get(r as usize).is_some_and(|w| *w));
+        if early && mask != 0 {
+            let text = || "a register that a product still writes is read before wgmma.wait_group".into();
+            self.find(env, sink, blocks, common, Kind::AsyncUnwaited, pc, mask.trailing_zeros(), None, text);
+        }
+    }
+
+    /// Calls `f` for all that a product reads of shared memory: (memory, place, bytes, who).
+    fn each_operand(
+        &self,
+        w: &Wgmma,
+        issue: &Issue,
+        blocks: &mut [Block],
+        f: impl Fn(&mut SharedMemory, usize, usize, &Actor),
+    ) {
+        let (rank, size, k) = (self.block as usize, operand_size(w), w.k as usize);
+        let actor = self.actor(issue.pc, 0);
+        let mut all = |from: Operand, rows: std::ops::Range<usize>| {
+            let bytes = blocks[from.unit].shared.bytes.len();
+            for r in rows {
+                for i in 0..k {
+                    let (_, at) = shared_place(from.place(r, i) as u64);
+                    if at + size <= bytes {
+                        f(&mut blocks[from.unit].shared, at, size, &actor);
+                    }
+                }
+            }
+        };
+        if w.a_in_shared {
+            let first = 16 * (self.within as usize % 4);
+            all(Operand::new(issue.a[0][0], rank, w.transpose_a, size), first..first + 16);
+        }
+        all(Operand::new(issue.b, rank, w.transpose_b, size), 0..w.n as usize);
     }
 
     fn multiply(
@@ -161,7 +246,7 @@ impl Warp {
         common: &mut Common,
     ) {
         let (n, k) = (w.n as usize, w.k as usize);
-        let size = if w.a_ty == MmaTy::Tf32 { 4 } else { 2 };
+        let size = operand_size(w);
         let rank = self.block as usize;
         let mut a = vec![0f32; 16 * k];
         if w.a_in_shared {

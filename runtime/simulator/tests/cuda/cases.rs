@@ -2,7 +2,7 @@
 
 use crate::support::{Bench, Case, close, same};
 use half::{bf16, f16};
-use rambac_simulator::device::{Arg, Extent};
+use rambac_simulator::device::{Arg, BufferId, Extent};
 use rambac_simulator::exec::tensor_map::{Swizzle, TensorMap};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -50,6 +50,7 @@ cases! {
     bulk_copies: "hopper.cu", "sm_90a", "bulk";
     cluster_pair: "hopper.cu", "sm_90a", "pair";
     gemm_wgmma: "hopper.cu", "sm_90a", "gemm";
+    gemm_copied: "hopper.cu", "sm_90a", "gemm_copied";
 }
 
 pub fn rng() -> ChaCha8Rng {
@@ -437,20 +438,35 @@ fn cluster_pair(b: &mut Bench) -> Result {
     same("y", &b.get(y), &want)
 }
 
-fn gemm_wgmma(b: &mut Bench) -> Result {
+/// C[64, 64] = A[64, 192] · B[64, 192]ᵀ in bf16; `args` are C's, A's and B's.
+fn gemm_64(
+    b: &mut Bench,
+    args: impl Fn(&Bench, [BufferId; 3], usize) -> std::result::Result<Vec<Arg>, String>,
+) -> Result {
     let (m, n, k) = (64, 64, 192);
     let half = |v: Vec<f32>| v.into_iter().map(|x| bf16::from_f32(x).to_bits()).collect::<Vec<u16>>();
     let (x, z) = (half(real(m * k, -1.0, 1.0)), half(real(n * k + 5, -1.0, 1.0)[5..].to_vec()));
     let (c, a, w) = (b.output::<f32>("c", m * n), b.input("a", &x), b.input("b", &z));
-    let map = |address: u64, rows: usize| -> std::result::Result<Arg, String> {
-        let map = TensorMap::new(address, 2, &[k as u32, rows as u32], &[2 * k as u64], &[64, 64], Swizzle::B128)?;
-        Ok(Arg::Bytes(map.encode().to_vec()))
-    };
-    let (ma, mb) = (map(b.sim.address(a), m)?, map(b.sim.address(w), n)?);
-    b.launch(Extent::line(1, 128), &[c.into(), ma, mb, Arg::from(k as i32)])?;
+    let args = args(b, [c, a, w], k)?;
+    b.launch(Extent::line(1, 128), &args)?;
     let at = |v: &[u16], i: usize| bf16::from_bits(v[i]).to_f64();
     let want: Vec<f64> =
         (0..m * n).map(|i| (0..k).map(|j| at(&x, i / n * k + j) * at(&z, i % n * k + j)).sum()).collect();
     close("c", &b.get::<f32>(c), &want, 1e-5)?;
     same("FLOPs", &[b.counts().tensor_flops], &[2 * (m * n * k) as u64])
+}
+
+fn gemm_wgmma(b: &mut Bench) -> Result {
+    gemm_64(b, |b, [c, a, w], k| {
+        let map = |id: BufferId| {
+            let at = b.sim.address(id);
+            let map = TensorMap::new(at, 2, &[k as u32, 64], &[2 * k as u64], &[64, 64], Swizzle::B128)?;
+            Ok::<_, String>(Arg::Bytes(map.encode().to_vec()))
+        };
+        Ok(vec![c.into(), map(a)?, map(w)?, Arg::from(k as i32)])
+    })
+}
+
+fn gemm_copied(b: &mut Bench) -> Result {
+    gemm_64(b, |_, all, _| Ok(all.map(Arg::from).to_vec()))
 }

@@ -153,3 +153,58 @@ extern "C" __global__ void __launch_bounds__(128) gemm(float* c, const __grid_co
     for (int j = 0; j < 8; j++)
         for (int i = 0; i < 4; i++) c[(row + 8 * (i / 2)) * 64 + 8 * j + col + i % 2] = d[4 * j + i];
 }
+
+// 64 rows of 128 bytes from column `at` on of an array [64, k], swizzled by 128 bytes: pieces of 16 bytes, asynchronously.
+__device__ __forceinline__ void copy_tile(unsigned short* to, const unsigned short* from, int k, int at0) {
+    for (int i = threadIdx.x; i < 64 * 8; i += 128) {
+        int row = i / 8, piece = i % 8;
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at(to) + row * 128 + (piece ^ row & 7) * 16), "l"(from + row * k + at0 + 8 * piece)
+                     : "memory");
+    }
+}
+
+// As gemm, with K = 192 in two stages that threads fill themselves: a step's product still runs while the next step's begins.
+extern "C" __global__ void __launch_bounds__(128) gemm_copied(float* c, const unsigned short* a, const unsigned short* b) {
+    __shared__ __align__(1024) unsigned short s[2][2][64 * 64];
+    int t = threadIdx.x;
+    float d[32] = {};
+    copy_tile(s[0][0], a, 192, 0);
+    copy_tile(s[0][1], b, 192, 0);
+#pragma unroll
+    for (int step = 0; step < 3; step++) {
+        asm volatile("cp.async.wait_all;" ::: "memory");
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        // MUT copies_fence: ;
+        __syncthreads();
+        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            u64 base = (u64)1 << 62 | (u64)(1024 >> 4) << 32 | (u64)1 << 16;
+            u64 da = base | (at(s[step & 1][0]) + 32 * i) >> 4, db = base | (at(s[step & 1][1]) + 32 * i) >> 4;
+            asm volatile(
+                "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+                "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+                "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, 1, 1, 1, 0, 0;"
+                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]),
+                  "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]),
+                  "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]),
+                  "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+                : "l"(da), "l"(db));
+        }
+        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+        // The product before this one is over, so its stage may be filled.
+        asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+        // MUT stage_wait: asm volatile("wgmma.wait_group.sync.aligned 2;" ::: "memory");
+        __syncthreads();
+        // MUT stage_free: ;
+        if (step < 2) {
+            copy_tile(s[~step & 1][0], a, 192, 64 * (step + 1));
+            copy_tile(s[~step & 1][1], b, 192, 64 * (step + 1));
+        }
+    }
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    // MUT last_wait: asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+    int row = t / 32 * 16 + t % 32 / 4, col = t % 4 * 2;
+    for (int j = 0; j < 8; j++)
+        for (int i = 0; i < 4; i++) c[(row + 8 * (i / 2)) * 64 + 8 * j + col + i % 2] = d[4 * j + i];
+}
