@@ -92,11 +92,9 @@ pub struct Inferring<'a> {
     pub options: &'a SessionOptions,
 }
 
-/// The parts of a session as programs for a GPU.  Where weights are bf16 activations are too, for products have operands of
-/// one type: else all weights would be made f32 again for every token.
+/// The parts of a session as programs for a GPU.
 pub fn gpu_programs(graphs: &SessionGraphs, passes: &Options) -> SessionParts<Program> {
-    let precision = if passes.bf16_weights { Precision::Bf16 } else { passes.precision };
-    let passes = Options { precision, ..passes.clone() };
+    let passes = passes.on_gpu();
     graphs.map(|g| lower_for(&optimise(g, &passes), Kernels::Gpu))
 }
 

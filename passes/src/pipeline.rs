@@ -30,6 +30,15 @@ pub struct Options {
     pub precision: Precision,
 }
 
+impl Options {
+    /// As these, for a GPU.  Where weights are bf16 activations are too, for products have operands of one type: else all weights
+    /// would be made f32 again in every run.
+    pub fn on_gpu(&self) -> Options {
+        let precision = if self.bf16_weights { Precision::Bf16 } else { self.precision };
+        Options { precision, ..self.clone() }
+    }
+}
+
 /// A pass and its name.
 pub type Pass = (&'static str, fn(&Graph, &Options) -> Graph);
 

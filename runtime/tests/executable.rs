@@ -55,7 +55,11 @@ fn code(part: &Part, target: usize) -> Code {
 }
 
 fn write_to(path: &Path, targets: &[Arch], weights: Option<&Store>) {
-    let part = Part::compile("graph", &graph(), &Options::default(), targets).unwrap();
+    write_with(path, targets, weights, &Options::default());
+}
+
+fn write_with(path: &Path, targets: &[Arch], weights: Option<&Store>, options: &Options) {
+    let part = Part::compile("graph", &graph(), options, targets).unwrap();
     let all: Vec<_> = targets.iter().enumerate().map(|(i, a)| (*a, code(&part, i), "a compiler".into())).collect();
     let parts = [part];
     let contents = Contents {
@@ -133,6 +137,26 @@ fn other_tools_open_it() {
     assert_eq!(program["symbols"], serde_json::json!(["N", "L"]));
     let gpu: serde_json::Value = serde_json::from_str(&meta["gpu.graph.sm_80"]).unwrap();
     assert_eq!(gpu.as_array().unwrap().len(), program["steps"].as_array().unwrap().len());
+}
+
+/// Weights in bf16 are made f32 on the CPU; on a GPU what they are multiplied with is made bf16, and they are read as they are.
+#[test]
+fn gpus_have_a_graph_of_their_own() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("half.rambac");
+    let options = Options { bf16_weights: true, ..Options::default() };
+    write_with(&path, &[Arch::Sm80, Arch::Sm90a], None, &options);
+    let e = Executable::open(&path).unwrap();
+    let part = &e.parts[0];
+    let gpu = part.after_gpu.as_ref().unwrap();
+    assert!(part.after.contains("cast %w") && !gpu.contains("cast %w"), "{}\n{gpu}", part.after);
+    assert_eq!(part.gpu.len(), 2);
+    for p in &part.gpu {
+        assert_eq!(rambac_ir::text::print(&p.program.graph), *gpu);
+    }
+    // Without a GPU there is one graph.
+    write_with(&path, &[], None, &options);
+    assert!(Executable::open(&path).unwrap().parts[0].after_gpu.is_none());
 }
 
 #[test]

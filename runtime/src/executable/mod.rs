@@ -11,6 +11,7 @@
 //! | `config`  | config.json of the model, where it is one |
 //! | `parts`, `targets` | JSON lists of names: `["step"]`, `["sm_80"]` |
 //! | `ir.PART.before`, `ir.PART.after` | the graph before and after the passes, as text |
+//! | `ir.PART.gpu` | after the passes for GPUs, where these give another graph |
 //! | `program.PART` | the Program as JSON, see [`rambac_codegen::describe`] |
 //! | `gpu.PART.ARCH` | the GPU program as JSON, see [`rambac_codegen::cuda::describe`] |
 //! | `kernels.ARCH` | JSON: per kernel threads, shared memory, stub, registers and spills |
@@ -82,8 +83,9 @@ pub struct Part {
     pub name: String,
     /// The graph before the passes, as text.
     pub before: String,
-    /// The graph after the passes, as text.
+    /// The graph after the passes, as text; and after those for GPUs, if there is a target that wants another.
     pub after: String,
+    pub after_gpu: Option<String>,
     pub program: Arc<Program>,
     /// One per GPU target, in their order.
     pub gpu: Vec<Arc<GpuProgram>>,
@@ -95,24 +97,31 @@ impl Part {
     /// # Errors
     /// A step that can't run on one of the targets.
     pub fn compile(name: &str, graph: &Graph, options: &Options, targets: &[Arch]) -> Result<Part, ExecutableError> {
-        let (before, after) = rayon::join(|| text::print(graph), || text::print(&optimise(graph, options)));
+        let passed = |o: &Options| text::print(&optimise(graph, o));
+        let on_gpu = Some(options.on_gpu()).filter(|o| !targets.is_empty() && o.precision != options.precision);
+        let (before, (after, after_gpu)) =
+            rayon::join(|| text::print(graph), || rayon::join(|| passed(options), || on_gpu.as_ref().map(passed)));
+        let after_gpu = after_gpu.filter(|g| *g != after);
         // From the text, as the reader will.
-        let graph = text::parse(&after).map_err(|e| ExecutableError::unprintable(name, &e))?;
-        Part::lowered(name, before, after, &graph, targets)
+        let parse = |t: &String| text::parse(t).map_err(|e| ExecutableError::unprintable(name, &e));
+        let (graph, gpu) = (parse(&after)?, after_gpu.as_ref().map(parse).transpose()?);
+        Part::lowered(name, before, (after, &graph), after_gpu.zip(gpu.as_ref()), targets)
     }
 
+    /// Of graphs after the passes, as texts and read; the second is that of GPUs if theirs is another.
     fn lowered(
         name: &str,
         before: String,
-        after: String,
-        graph: &Graph,
+        (after, graph): (String, &Graph),
+        gpu: Option<(String, &Graph)>,
         targets: &[Arch],
     ) -> Result<Part, ExecutableError> {
+        let (after_gpu, gpu_graph) = gpu.map_or((None, graph), |(text, g)| (Some(text), g));
         // The GPUs' program has other copies, and is lowered once for all of them.  Where the upper half of a model's inference
         // runs on a GPU, its memory lies in pages.
         let gpus = || {
             let lowered = || {
-                let p = lower_for(graph, Kernels::Gpu);
+                let p = lower_for(gpu_graph, Kernels::Gpu);
                 match name {
                     "upper" => paged(p.clone(), crate::session::PAGED, DType::BF16).unwrap_or(p),
                     _ => p,
@@ -123,7 +132,7 @@ impl Part {
             targets.par_iter().map(one).collect::<Result<Vec<_>, ExecutableError>>()
         };
         let (program, gpu) = rayon::join(|| Arc::new(lower(graph)), gpus);
-        Ok(Part { name: name.into(), before, after, program, gpu: gpu? })
+        Ok(Part { name: name.into(), before, after, after_gpu, program, gpu: gpu? })
     }
 }
 

@@ -356,7 +356,10 @@ fn part(path: &Path, m: &mut Metadata, name: &str, targets: &[Arch], compiler: &
         Ok::<_, ExecutableError>(g)
     };
     graph(before)?;
-    let p = Part::lowered(name, before.into(), after.into(), &graph(after)?, targets)?;
+    let after_gpu = m.optional(&format!("ir.{name}.gpu"));
+    let gpu = after_gpu.map(graph).transpose()?;
+    let gpu = after_gpu.map(String::from).zip(gpu.as_ref());
+    let p = Part::lowered(name, before.into(), (after.into(), &graph(after)?), gpu, targets)?;
     let key = format!("program.{name}");
     compare(path, compiler, key.clone(), m.take(&key)?, &program(&p.program).to_string())?;
     for (gpu, arch) in p.gpu.iter().zip(targets) {

@@ -223,6 +223,9 @@ fn metadata<'a>(c: &'a Contents) -> Vec<Text<'a>> {
     for p in c.parts {
         put(format!("ir.{}.before", p.name), Box::new(|| p.before.clone()));
         put(format!("ir.{}.after", p.name), Box::new(|| p.after.clone()));
+        if let Some(text) = &p.after_gpu {
+            put(format!("ir.{}.gpu", p.name), Box::new(|| text.clone()));
+        }
         put(format!("program.{}", p.name), Box::new(|| program(&p.program).to_string()));
         for (gpu, (arch, ..)) in p.gpu.iter().zip(c.targets) {
             put(format!("gpu.{}.{arch}", p.name), Box::new(|| describe(gpu)));
