@@ -71,11 +71,11 @@ impl Way {
 
 /// Sectors that a cluster of blocks has read and written, by buffer, and which of them are still near.
 ///
-/// A sector is near while no more others were moved since than a block's share of the first cache holds: so two instructions that
+/// A sector is near while no more others were moved since its last use than a block's share of the first cache holds: so two instructions that
 /// take half a sector each move it once, as on a device, where the first cache has it or the second one merges what is written.
 /// The share is that of a multiprocessor of sm_80 with as many such blocks as threads and shared memory allow.
 pub struct Footprint {
-    /// When a sector was last moved, 0 for never; of buffer `b` reads at `2·b`, writes after it.
+    /// When a sector was last used (in sectors moved), 0 for never; of buffer `b` reads at `2·b`, writes after it.
     maps: Vec<Vec<u32>>,
     /// Sectors that were.
     touched: Vec<(u32, u32)>,
@@ -114,6 +114,8 @@ impl Footprint {
         }
         let before = times[sector];
         if before != 0 && way.kept() && self.moved - before < self.near {
+            // Used again, it stays the longer.
+            times[sector] = self.moved;
             return Move::Near;
         }
         if before == 0 {

@@ -171,7 +171,12 @@ impl Cluster {
                     continue;
                 }
                 alive = true;
-                let turn = if mixed { 1 + self.random.below(64) } else { 256 };
+                let turn = match (mixed, env.options.footprint) {
+                    (true, _) => 1 + self.random.below(64),
+                    // What is near depends on warps going on together.
+                    (_, true) => 16,
+                    _ => 256,
+                };
                 let warp = &mut self.warps[w];
                 let before = warp.retired;
                 let stop = warp.run(env, sink, &mut self.blocks, &mut self.common, turn);

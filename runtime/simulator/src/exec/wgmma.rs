@@ -190,6 +190,7 @@ impl Warp {
 
     /// An instruction that reads a register which a pending product writes is a finding.
     #[cold]
+    #[allow(clippy::too_many_arguments)]
     pub fn look_at_products(
         &self,
         op: &Op,
