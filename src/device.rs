@@ -7,7 +7,7 @@ use rambac_codegen::libraries::installed;
 use rambac_codegen::nvrtc::Nvrtc;
 use rambac_codegen::{Kernels, Program, lower_for};
 use rambac_cuda::{CUBLASLT, CudaDevice};
-use rambac_passes::{Options, Precision, optimise};
+use rambac_passes::{Options, optimise};
 use rambac_runtime::gpu::{Code, Device, Machine, Placement, ProgramId, archs};
 use rambac_runtime::session::{DeviceMemory, SessionParts};
 use rambac_runtime::{Session, SessionGraphs, SessionOptions, Store};

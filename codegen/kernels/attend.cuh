@@ -82,9 +82,10 @@ __device__ __forceinline__ void attend_tile_of(E* lse, typename C::T* o, i64 o_s
 
     // Setup: Q, choices by rank.
     const T* q0 = q + sequence * l * q_stride + (i64)kv_head * G * D;
+    using Order = PieceOrder<S::ROWS, D / PIECE, S::P / PIECE>;
 #pragma unroll 4
     for (int i = threadIdx.x; i < S::ROWS * (D / PIECE); i += S::THREADS) {
-        int row = i / (D / PIECE), col = i % (D / PIECE) * PIECE;
+        int row = Order::row(i), col = Order::piece(i) * PIECE;
         bool valid = row < rows;
         int r = valid ? row0 + row : row0;
         copy16_async(s.q + row * S::P + col, q0 + r / G * q_stride + r % G * D + col, valid);

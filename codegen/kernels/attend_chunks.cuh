@@ -65,15 +65,17 @@ template <class C> struct SlabWork {
             u32 r = min_of(row0 + row, last);
             copy16_async(at, base + p.entry[r / G] / K * stride + (r % G * D + piece * PIECE), row0 + row <= last);
         };
-        if constexpr (LANES % PER_ROW == 0 && ROWS * PER_ROW % LANES == 0 && LANES / PER_ROW % Layout::PERIOD == 0) {
+        using Order = PieceOrder<ROWS, PER_ROW, Layout::ROW_BYTES / 16>;
+        if constexpr (LANES % Order::PERIOD == 0 && ROWS * PER_ROW % LANES == 0 && LANES / PER_ROW % Layout::PERIOD == 0) {
             // A thread's rows lie evenly.
             constexpr u32 STEP = LANES / PER_ROW;
-            u32 row = (u32)thread / PER_ROW, piece = (u32)thread % PER_ROW, at = to.at(row, piece);
+            u32 row = Order::row(thread), piece = Order::piece(thread), at = to.at(row, piece);
 #pragma unroll
             for (u32 i = 0; i < ROWS; i += STEP) one(row + i, piece, at + i * Layout::ROW_BYTES);
         } else {
 #pragma unroll
-            for (u32 i = thread; i < ROWS * PER_ROW; i += LANES) one(i / PER_ROW, i % PER_ROW, to.at(i / PER_ROW, i % PER_ROW));
+            for (u32 i = thread; i < ROWS * PER_ROW; i += LANES)
+                one(Order::row(i), Order::piece(i), to.at(Order::row(i), Order::piece(i)));
         }
     }
     // Where a row's part of a slot is, in [N, L, K · parts, H, D]; null beyond the slab.

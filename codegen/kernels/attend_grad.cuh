@@ -154,8 +154,8 @@ __device__ __forceinline__ void attend_grad(typename C::T* slots, float* partial
         for (int i = 0; i < S::PER_WARP; i++) {
             int tile = warp + i * C::warps, key = tile % S::KEY_TILES * 16, col = tile / S::KEY_TILES * S::WIDTH;
             if (tile >= S::KEY_TILES * S::COLUMNS) continue;
-            add_product_nn<T, S::ROWS, S::WIDTH>(dv[i], ColumnsA<T>{s.p + key, S::PP}, s.dy[stage] + col, S::P);
-            add_product_nn<T, S::ROWS, S::WIDTH>(dk[i], ColumnsA<T>{s.ds + key, S::PP}, s.q[stage] + col, S::P);
+            add_product_nn<T, S::ROWS, S::WIDTH>(dv[i], ColumnsA<T, true>{s.p + key, S::PP}, s.dy[stage] + col, S::P);
+            add_product_nn<T, S::ROWS, S::WIDTH>(dk[i], ColumnsA<T, true>{s.ds + key, S::PP}, s.q[stage] + col, S::P);
         }
     }
 

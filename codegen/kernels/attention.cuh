@@ -69,9 +69,10 @@ template <class C> struct Attention {
 
     // Rows from row0 on of an operand [B, T, H·D] whose key head begins at `from`.
     static __device__ __forceinline__ void gather(T* to, const T* from, i64 stride, int row0, int all_rows) {
+        using Order = PieceOrder<ROWS, D / PIECE, P / PIECE>;
 #pragma unroll
         for (int i = threadIdx.x; i < ROWS * (D / PIECE); i += THREADS) {
-            int row = i / (D / PIECE), col = i % (D / PIECE) * PIECE, r = row0 + row;
+            int row = Order::row(i), col = Order::piece(i) * PIECE, r = row0 + row;
             bool valid = r < all_rows;
             copy16_async(to + row * P + col, from + (valid ? r / G * stride + r % G * D + col : 0), valid);
         }
@@ -399,8 +400,8 @@ __device__ __forceinline__ void attention_grad_keys(typename C::T* dk, i64 dk_st
         __syncthreads();
         // MUT attention_exchanged: ;
         if (own < KEYS) {
-            add_product_nn<T, A::ROWS, D>(gv, ColumnsA<T>{s.p + own, PP}, s.dy[stage], P);
-            add_product_nn<T, A::ROWS, D>(gk, ColumnsA<T>{s.ds + own, PP}, s.q[stage], P);
+            add_product_nn<T, A::ROWS, D>(gv, ColumnsA<T, true>{s.p + own, PP}, s.dy[stage], P);
+            add_product_nn<T, A::ROWS, D>(gk, ColumnsA<T, true>{s.ds + own, PP}, s.q[stage], P);
         }
     }
     copies_wait<0>();

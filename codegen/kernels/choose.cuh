@@ -123,7 +123,7 @@ __device__ __forceinline__ void choose(i32* indices, i32* count, const T* s, i64
 // C says: slots, rule, threads.
 template <class C, class T, class W>
 __device__ __forceinline__ void weigh_chosen(W* w, const T* s, const i32* indices, const i32* count, i64 rows, i32 chunks) {
-    constexpr int K = C::slots, PITCH_ROW = C::threads + 4;
+    constexpr int K = C::slots, PITCH_ROW = slot_pitch(C::threads, K);
     extern __shared__ __align__(16) u8 shared[];
     float *score = reinterpret_cast<float*>(shared), *weight = score + K * PITCH_ROW;
     i64 row0 = (i64)blockIdx.x * C::threads;

@@ -119,20 +119,6 @@ template <bool PAIRED, class T> __device__ __forceinline__ void load_b_kn(u32 (&
     }
 }
 
-// A [16, K] from rows of k: `tile[k * pitch + m]`, with k in the order that `a_of_d` gives.
-template <class T> __device__ __forceinline__ void load_a_km(u32 (&a)[4], const T* tile, int pitch) {
-    int lane = threadIdx.x & 31;
-    if constexpr (sizeof(T) == 2) {
-        ldmatrix4_trans(a, shared_address(tile + (lane % 8 + lane / 16 * 8) * pitch) + lane / 8 % 2 * 16);
-    } else {
-        const T* at = tile + 2 * (lane % 4) * pitch + lane / 4;
-        a[0] = __float_as_uint(at[0]);
-        a[1] = __float_as_uint(at[8]);
-        a[2] = __float_as_uint(at[pitch]);
-        a[3] = __float_as_uint(at[pitch + 8]);
-    }
-}
-
 // D tiles that stand side by side become a fragment of A of one K-step, without leaving registers: K / 8 tiles from
 // `d` on.
 template <class T> __device__ __forceinline__ void a_of_d(u32 (&a)[4], const float (*d)[4]) {
@@ -157,6 +143,33 @@ template <class T> __device__ __forceinline__ void store_spread(T* row, int col,
     } else {
         row[col - col % 8 / 2] = lo;
         row[col - col % 8 / 2 + 4] = hi;
+    }
+}
+
+// The two neighbouring elements of a row that a lane has of D.  f32 rows lie 4 banks apart: odd ones are read in the other order,
+// so that no two rows meet.
+template <class T> __device__ __forceinline__ void load_pair(float (&x)[2], const T* at) {
+    if constexpr (sizeof(T) == 2) {
+        load_f32(x, at);
+    } else {
+        const int odd = threadIdx.x / 4 & 1;
+        const float first = at[odd], second = at[odd ^ 1];
+        x[0] = odd ? second : first, x[1] = odd ? first : second;
+    }
+}
+
+// A [16, K] from shared memory as load_a, with k in the order of load_b_kn<true>.
+template <class T> __device__ __forceinline__ void load_a_paired(u32 (&a)[4], const T* tile, int pitch) {
+    if constexpr (sizeof(T) == 2) {
+        load_a(a, tile, pitch);
+    } else {
+        const int lane = threadIdx.x & 31;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float x[2];
+            load_pair(x, tile + (lane / 4 + 8 * i) * pitch + 2 * (lane % 4));
+            a[i] = __float_as_uint(x[0]), a[i + 2] = __float_as_uint(x[1]);
+        }
     }
 }
 

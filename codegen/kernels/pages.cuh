@@ -41,9 +41,10 @@ __device__ __forceinline__ void copy_rows_wide(T* to, const E* from, i64 stride,
         copy_rows_async<THREADS, ROWS, COLS, PITCH>(to, from, stride, rows);
     } else {
         constexpr int EACH = 16 / sizeof(T), PER_ROW = COLS / EACH;
+        using Order = PieceOrder<ROWS, PER_ROW, PITCH / EACH>;
 #pragma unroll 4
         for (int i = threadIdx.x; i < ROWS * PER_ROW; i += THREADS) {
-            int row = i / PER_ROW, col = i % PER_ROW * EACH;
+            int row = Order::row(i), col = Order::piece(i) * EACH;
             copy16_wide<T>(shared_address(to + row * PITCH + col), from + row * stride + col, row < rows);
         }
     }

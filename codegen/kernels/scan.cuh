@@ -74,7 +74,7 @@ template <class C, class T> __device__ __forceinline__ void scan_store(T* scratc
 }
 
 // Per-step factors of a block of a head, in shared memory.
-template <int Q> struct ScanDecay {
+template <int Q> struct alignas(8) ScanDecay {
     float hi[Q], lo[Q];      // running sum of dt a in units of log 2
     float dt[Q];
     float from_start[Q];     // exp(cs_t)
@@ -108,17 +108,17 @@ template <int Q> struct ScanSteps {
         }
         const double whole = __shfl_sync(ALL_LANES, before, 31);
         before -= all;
+        float hi[EACH], lo[EACH], from_start[EACH], to_end[EACH];
 #pragma unroll
         for (int i = 0; i < EACH; i++) {
-            int t = lane_id() * EACH + i;
-            if (t >= Q) break;
             double s = before + sum[i];
-            float hi = (float)s;
-            to.hi[t] = hi;
-            to.lo[t] = (float)(s - hi);
-            to.dt[t] = dt[i];
-            to.from_start[t] = exp2_fast(hi);
-            to.to_end[t] = exp2_fast((float)(whole - s));
+            hi[i] = (float)s, lo[i] = (float)(s - hi[i]);
+            from_start[i] = exp2_fast(hi[i]), to_end[i] = exp2_fast((float)(whole - s));
+        }
+        const int t = lane_id() * EACH;
+        if (t < Q) {
+            store_f32(to.hi + t, hi), store_f32(to.lo + t, lo), store_f32(to.dt + t, dt);
+            store_f32(to.from_start + t, from_start), store_f32(to.to_end + t, to_end);
         }
         return whole;
     }
@@ -312,7 +312,7 @@ template <class C, class Way> struct ScanWalk {
                 for (int e = 0; e < 2; e++) {
                     const int t = 16 * i + row() + 8 * e, p = slice() + 8 * j + 2 * (lane_id() % 4);
                     float xs[2], out[2];
-                    load_f32(xs, in.x + t * X_PITCH + m * P + p);
+                    load_pair(xs, in.x + t * X_PITCH + m * P + p);
                     out[0] = fmaf(skip, xs[0], acc[i][j][2 * e]);
                     out[1] = fmaf(skip, xs[1], acc[i][j][2 * e + 1]);
                     finish(t0 + t, m, p, out);
@@ -387,7 +387,8 @@ template <class C, class Way> struct ScanWalk {
         T* to = record + (((i64)(t0 / Q) * C::heads + head()) * P + slice()) * R;
 #pragma unroll
         for (int i = lane_id(); i < 16 * R / PAD; i += 32) {
-            const int line = i / (R / PAD), col = i % (R / PAD) * PAD;
+            using Order = PieceOrder<16, R / PAD, R_PITCH / PAD>;
+            const int line = Order::row(i), col = Order::piece(i) * PAD;
             const Vec<T, PAD> v = load<T, PAD>(out + line * R_PITCH + col);
             store_words<4>(to + (i64)line * R + col, reinterpret_cast<const u32*>(&v));
         }

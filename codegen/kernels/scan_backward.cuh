@@ -61,9 +61,7 @@ template <class C> struct ScanGrad {
     static constexpr int P = up_to_16(C::head_dim), R = up_to_16(C::state), Q = C::block, STAGES = C::stages, HEADS = C::heads / C::groups / C::parts;
     static constexpr int K = Mma<T>::K, PAD = 16 / sizeof(T);
     static constexpr int ROWS = Q / 16, COLS = C::columns, WARPS = ROWS * COLS, THREADS = 32 * WARPS;
-    static constexpr int P_PITCH = P + PAD, R_PITCH = R + PAD, G_PITCH = Q + PAD, DT_PITCH = HEADS;
-    // h is read by columns alone, in f32 in the order k, k + 4: that wants 8 banks between rows.
-    static constexpr int H_PITCH = R + 8;
+    static constexpr int P_PITCH = P + PAD, R_PITCH = R + PAD, G_PITCH = Q + PAD, DT_PITCH = HEADS | 1;
     static constexpr bool EXACT = sizeof(T) == 4;
     // 16-column pieces that a warp owns.
     static constexpr int OWN_Q = (Q / 16 + COLS - 1) / COLS, OWN_P = (P / 16 + COLS - 1) / COLS, OWN_R = (R / 16 + COLS - 1) / COLS;
@@ -72,7 +70,7 @@ template <class C> struct ScanGrad {
     static_assert(C::heads / C::groups % C::parts == 0, "parts are equal");
 
     struct Stage {
-        T x[Q * P_PITCH], dy[Q * P_PITCH], h[P * H_PITCH], dh[P * R_PITCH];
+        T x[Q * P_PITCH], dy[Q * P_PITCH], h[P * R_PITCH], dh[P * R_PITCH];
     };
     // Sums over a row or column that several warps make together.
     struct Partial {
@@ -197,7 +195,7 @@ template <class C> struct ScanGrad {
 #pragma unroll
                 for (int e = 0; e < 2; e++) {
                     float dy[2];
-                    load_f32(dy, in.dy + (16 * wr + row + 8 * e) * P_PITCH + col + 8 * i + 2 * q);
+                    load_pair(dy, in.dy + (16 * wr + row + 8 * e) * P_PITCH + col + 8 * i + 2 * q);
                     acc[j][i][2 * e] = fmaf(skip, dy[0], acc[j][i][2 * e]);
                     acc[j][i][2 * e + 1] = fmaf(skip, dy[1], acc[j][i][2 * e + 1]);
                 }
@@ -206,11 +204,10 @@ template <class C> struct ScanGrad {
     }
 
     // sum += weight · w and dots with `with`, where w = scale · rows·state: (dy, h, c) make z, (x, D, b) make v.
-    template <int PITCH>
     __device__ __forceinline__ void through(float (&sum)[OWN_R][2][4], float* dots, const T* rows, const T* state, const T* with, const float* scale, const float* weight) {
         u32 fa[P / K][4];
 #pragma unroll
-        for (int k = 0; k < P / K; k++) load_a(fa[k], rows + 16 * wr * P_PITCH + k * K, P_PITCH);
+        for (int k = 0; k < P / K; k++) load_a_paired(fa[k], rows + 16 * wr * P_PITCH + k * K, P_PITCH);
         float factor[2], more[2], dot[2] = {};
 #pragma unroll
         for (int e = 0; e < 2; e++) {
@@ -225,7 +222,7 @@ template <class C> struct ScanGrad {
 #pragma unroll
             for (int k = 0; k < P / K; k++) {
                 u32 fb[4];
-                load_b_kn<false>(fb, state + k * K * PITCH + col, PITCH);
+                load_b_kn<true>(fb, state + k * K * R_PITCH + col, R_PITCH);
                 Mma<T>::run(w[0], fa[k], fb[0], fb[1]);
                 Mma<T>::run(w[1], fa[k], fb[2], fb[3]);
             }
@@ -234,7 +231,7 @@ template <class C> struct ScanGrad {
 #pragma unroll
                 for (int e = 0; e < 2; e++) {
                     float other[2];
-                    load_f32(other, with + (16 * wr + row + 8 * e) * R_PITCH + col + 8 * i + 2 * q);
+                    load_pair(other, with + (16 * wr + row + 8 * e) * R_PITCH + col + 8 * i + 2 * q);
 #pragma unroll
                     for (int f = 0; f < 2; f++) {
                         const float value = w[i][2 * e + f] * factor[e];
@@ -252,12 +249,13 @@ template <class C> struct ScanGrad {
 
     // <D, h>, per warp.
     __device__ __forceinline__ void product(const Stage& in, Partial& partial) {
+        using Order = PieceOrder<P, R / PAD, R_PITCH / PAD>;
         float sum = 0.f;
 #pragma unroll 2
         for (int i = threadIdx.x; i < P * R / PAD; i += THREADS) {
-            const int line = i / (R / PAD), col = i % (R / PAD) * PAD;
+            const int line = Order::row(i), col = Order::piece(i) * PAD;
             float a[PAD], b[PAD];
-            load_f32(a, in.h + line * H_PITCH + col);
+            load_f32(a, in.h + line * R_PITCH + col);
             load_f32(b, in.dh + line * R_PITCH + col);
 #pragma unroll
             for (int j = 0; j < PAD; j++) sum = fmaf(a[j], b[j], sum);
@@ -352,7 +350,7 @@ __device__ __forceinline__ void scan_grad(const typename C::T* x, i64 x_stride, 
     auto copy = [&](typename G::Stage& to, int m) {
         scan_copy<C, THREADS, Q, 1, C::head_dim, G::P_PITCH>(to.x, x + m * C::head_dim, x_stride, rows);
         scan_copy<C, THREADS, Q, 1, C::head_dim, G::P_PITCH>(to.dy, dy + m * C::head_dim, dy_stride, rows);
-        copy_rows_async<THREADS, P, R, G::H_PITCH>(to.h, states + state + (i64)m * (P * R), R, P);
+        copy_rows_async<THREADS, P, R, G::R_PITCH>(to.h, states + state + (i64)m * (P * R), R, P);
         copy_rows_async<THREADS, P, R, G::R_PITCH>(to.dh, gradients + state + (i64)m * (P * R), R, P);
     };
     scan_copy<C, THREADS, Q, 1, C::state, G::R_PITCH>(sh.b, b + token * b_stride + group * C::state, b_stride, rows);
@@ -403,8 +401,8 @@ __device__ __forceinline__ void scan_grad(const typename C::T* x, i64 x_stride, 
         __syncthreads();
         // MUT grad_g: ;
         own.write_dx(in, decay, to_f32(d[head0 + m]), dx + m * C::head_dim, dx_stride, rows);
-        own.template through<G::H_PITCH>(dc_sum, &partial.z[0][0], in.dy, in.h, sh.c, decay.from_start, nullptr);
-        own.template through<G::R_PITCH>(db_sum, &partial.v[0][0], in.x, in.dh, sh.b, decay.to_end, decay.dt);
+        own.through(dc_sum, &partial.z[0][0], in.dy, in.h, sh.c, decay.from_start, nullptr);
+        own.through(db_sum, &partial.v[0][0], in.x, in.dh, sh.b, decay.to_end, decay.dt);
         own.product(in, partial);
         __syncthreads();
         // MUT grad_partial: ;

@@ -55,6 +55,9 @@ template <Weigh RULE> __device__ __forceinline__ void weigh(float* w, const floa
 // What an unfilled slot weighs.
 template <Weigh RULE> __device__ __forceinline__ float unfilled() { return RULE == Weigh::LOGIT ? -infinity() : 0.f; }
 
+// From one slot of THREADS rows to the next in shared memory: rows are read slot by slot, too, so K begin in banks evenly apart.
+__device__ constexpr int slot_pitch(int threads, int slots) { return threads + (slots < 32 ? 32 / slots : 1); }
+
 // C says: T, width (r), chunk, slots (K), scale, order, rule; of the choice: tile (64 or 128 landmarks), stages, warpgroups
 // (whether these make the products: 16 bits, Hopper).
 template <class C> struct Selecting {
@@ -71,7 +74,7 @@ template <class C> struct Selecting {
         float scores[ROWS * 64];
     };
     // By slot, of the filled ones.  The pitch keeps apart what neighbouring threads write out.
-    static constexpr int PITCH_FOUND = K > 32 ? ROWS : ROWS + 4;
+    static constexpr int PITCH_FOUND = K > 32 ? ROWS : slot_pitch(ROWS, K);
     struct Found {
         i32 index[K][PITCH_FOUND];
         float score[K][PITCH_FOUND], weight[K][PITCH_FOUND];

@@ -40,8 +40,7 @@ template <class C, class W>
 __device__ __forceinline__ void select_grad_scores(float* ds, const W* scores, const W* dweights,
                                                    const i32* count, i64 rows) {
     constexpr int K = C::slots, THREADS = C::threads;
-    // Rows of the pitch hold a slot of all threads' rows.
-    constexpr int PITCH_ROW = THREADS + 4;
+    constexpr int PITCH_ROW = slot_pitch(THREADS, K);
     extern __shared__ __align__(16) u8 shared[];
     float *s = reinterpret_cast<float*>(shared), *g = s + K * PITCH_ROW, *w = g + K * PITCH_ROW;
     i64 row0 = (i64)blockIdx.x * THREADS;
@@ -124,13 +123,13 @@ __device__ __forceinline__ void select_grad_landmarks(float* partial, const type
         if constexpr (S::GROUPS > 1) {
             if (group > 0 && group < S::GROUPS)
 #pragma unroll
-                for (int j = 0; j < PIECE; j++) sums[((group - 1) * PIECE + j) * S::ACROSS + across] = sum[j];
+                for (int j = 0; j < PIECE; j++) sums[(j * (S::GROUPS - 1) + group - 1) * S::ACROSS + across] = sum[j];
             __syncthreads();
             // MUT choice_groups: ;
             if (group == 0)
                 for (int g = 0; g < S::GROUPS - 1; g++)
 #pragma unroll
-                    for (int j = 0; j < PIECE; j++) sum[j] += sums[(g * PIECE + j) * S::ACROSS + across];
+                    for (int j = 0; j < PIECE; j++) sum[j] += sums[(j * (S::GROUPS - 1) + g) * S::ACROSS + across];
             __syncthreads();
         }
         if (group == 0 && col < R)

@@ -19,13 +19,13 @@ template <class T> struct RowsA {
     __device__ __forceinline__ void get(u32 (&a)[4], int step) const { load_a(a, tile + step * Mma<T>::K, pitch); }
 };
 
-// A is [16, k] where the tile's rows are k: tile[k * pitch + m].
-template <class T> struct ColumnsA {
+// A is [16, k] where the tile's rows are k: tile[k * pitch + m]; with SPREAD, columns as `store_d` leaves them.
+template <class T, bool SPREAD = false> struct ColumnsA {
     static constexpr bool PAIRED = true;
     const T* tile;
     int pitch;
     __device__ __forceinline__ void get(u32 (&a)[4], int step) const {
-        load_a_km(a, tile + step * Mma<T>::K * pitch, pitch);
+        load_a_km<SPREAD>(a, tile + step * Mma<T>::K * pitch, pitch);
     }
 };
 
@@ -124,13 +124,13 @@ template <int TILES> __device__ __forceinline__ void row_scale(float (&d)[TILES]
     }
 }
 
-// A D tile [16, 8·TILES] to rows of T in shared memory.
+// A D tile [16, 8·TILES] to rows of T in shared memory, columns as `store_spread` lays them.
 template <class T, int TILES> __device__ __forceinline__ void store_d(T* tile, int pitch, const float (&d)[TILES][4]) {
     int row = lane_id() / 4, col = lane_id() % 4 * 2;
 #pragma unroll
     for (int i = 0; i < TILES; i++) {
-        store(tile + row * pitch + 8 * i + col, Vec<T, 2>{{from_f32<T>(d[i][0]), from_f32<T>(d[i][1])}});
-        store(tile + (row + 8) * pitch + 8 * i + col, Vec<T, 2>{{from_f32<T>(d[i][2]), from_f32<T>(d[i][3])}});
+        store_spread(tile + row * pitch, 8 * i + col, d[i][0], d[i][1]);
+        store_spread(tile + (row + 8) * pitch, 8 * i + col, d[i][2], d[i][3]);
     }
 }
 

@@ -1,8 +1,8 @@
 //! What every family of ops chooses at a table of sizes, and the stubs that it writes, as snapshots.
 //!
 //! Nothing is compiled.  A line of `choices_FAMILY` is one step at one size: the form that runs there, its launches, products and
-//! workspace; below it the reason, where it is another than the line before had.  `stubs_FAMILY` has every stub of its first graph
-//! in bf16.  `INSTA_UPDATE=always cargo test -p rambac-codegen --test choices` writes them again.
+//! workspace; below it the reason, where it is another than the line before had.  `stubs_FAMILY` has every stub of its graphs in
+//! bf16.  `INSTA_UPDATE=always cargo test -p rambac-codegen --test choices` writes them again.
 
 use rambac_codegen::cuda::{Arch, Call, GpuProgram, Target, emit};
 use rambac_codegen::{Kernels, lower_for};
@@ -89,11 +89,11 @@ fn choices(cases: &[Case]) -> String {
     out
 }
 
-/// Stubs of the first case in bf16; of the second target those that the first does not have.
+/// Stubs of all cases in bf16; of the second target those that the first does not have.
 fn stubs(cases: &[Case]) -> String {
     let (mut out, mut seen) = (String::new(), BTreeSet::new());
-    for arch in Arch::ALL {
-        for k in cases[0].program(DType::BF16, arch).expect("it has kernels").kernels {
+    for (arch, case) in Arch::ALL.into_iter().flat_map(|a| cases.iter().map(move |c| (a, c))) {
+        for k in case.program(DType::BF16, arch).map_or(vec![], |p| p.kernels) {
             let lines = k.source.lines().count();
             assert!(lines <= 25, "the stub of {} has {lines} lines", k.name);
             if seen.insert(k.source.clone()) {
@@ -287,8 +287,28 @@ families! {
         Case { what: "a silu times a gate", inputs: &[("x", "[N, 1024]"), ("z", "[N, 1024]")], sizes: ROWS,
                op: "%y = map %x, %z {shape = [N, 1024], body = [\"silu v0\", \"mul v2 v1\"], outs = [3], dtypes = [TYPE]}" },
     ],
+    many_tensors: [
+        Case { what: "a sum of squares", inputs: &[("a", "[64, 33]"), ("b", "[N, 1024]")], sizes: ROWS,
+               op: "%y = sum_squares %a, %b" },
+        Case { what: "the same map on two tensors", inputs: &[("ap", "[64, 33]"), ("p", "[64, 33]"), ("aq", "[5]"), ("q", "[5]"), ("rate", "[]")], sizes: ROWS,
+               op: "%y, %z = map_each %ap, %p, %aq, %q, %rate {own = 2, shared = 1, body = [\"mul v0 v2\", \"sub v1 v3\"], outs = [4], dtypes = [TYPE]}" },
+    ],
+    unfused: [
+        Case { what: "scores", inputs: SELECT, sizes: CHUNKED, op: "%y = score %q, %m, %t {chunk = 64, scale = 0.125}" },
+        Case { what: "their gradients", inputs: &[("q", "[N, L, 1, 64]"), ("m", "[N, C, 1, 64]"), ("ds", "[N, L, 1, C]")], sizes: CHUNKED,
+               op: "%a, %b = score_grad %q, %m, %ds {scale = 0.125}" },
+        Case { what: "the best eight", inputs: &[("s", "[N, L, 1, C]")], sizes: CHUNKED, op: "%i, %n = select %s {k = 8}" },
+        Case { what: "their weights", inputs: &[("s", "[N, L, 1, C]"), ("i", "i32[N, L, 1, 8]"), ("n", "i32[N, L, 1]")], sizes: CHUNKED,
+               op: "%w = weigh %s, %i, %n {rule = softmax}" },
+        Case { what: "gradients of these", inputs: &[("s", "[N, L, 1, C]"), ("i", "i32[N, L, 1, 8]"), ("n", "i32[N, L, 1]"), ("dw", "[N, L, 1, 8]")], sizes: CHUNKED,
+               op: "%ds = weigh_grad %s, %i, %n, %dw {rule = softmax}" },
+        Case { what: "attention to chunks of one softmax", inputs: ATTEND.split_at(5).0, sizes: CHUNKED,
+               op: "%y, %l = attend %q, %k, %v, %i, %n {chunk = 64, scale = 0.125, joint = true}" },
+    ],
     cross_entropy: [
         Case { what: "370m", inputs: &[("x", "[N, 1024]"), ("w", "[50304, 1024]"), ("t", "i32[N]")], sizes: ROWS,
                op: "%y = linear_cross_entropy %x, %w, %t" },
+        Case { what: "its gradient", inputs: &[("x", "[N, 1024]"), ("w", "[50304, 1024]"), ("t", "i32[N]"), ("dy", "f32[N]")], sizes: ROWS,
+               op: "%a, %b, %c = linear_cross_entropy_grad %x, %w, %t, %dy" },
     ],
 }

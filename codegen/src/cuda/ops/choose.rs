@@ -1,6 +1,6 @@
 //! The choice among dense scores, the weights of what was chosen, and their gradient.
 
-use super::selection::{rule, slot_gradients};
+use super::selection::{rule, slot_gradients, slot_pitch};
 use super::{Cuda, Site, Unsupported, because};
 use crate::cuda::expr::Expr;
 use crate::cuda::form::{Call, Form, Operand};
@@ -53,7 +53,7 @@ impl Cuda for Select {
 
 /// Threads whose rows' numbers fit shared memory, so many floats a slot.
 fn row_threads(site: &Site, slots: usize, floats: usize) -> Result<usize, Unsupported> {
-    let fits = |t: &usize| floats * slots * (t + 4) * 4 <= site.target.shared_per_block;
+    let fits = |t: &usize| floats * slots * slot_pitch(*t, slots) * 4 <= site.target.shared_per_block;
     match [128, 64, 32].into_iter().find(fits) {
         Some(t) => Ok(t),
         None => because(format!(
@@ -76,7 +76,7 @@ fn weigh(site: &Site, by: Weighting, w: (Operand, DType), rows: &Expr) -> Result
         .tag(site.dtype(s))
         .tag(format!("k{k}"))
         .hashed()
-        .shared(2 * k * (threads + 4) * 4)
+        .shared(2 * k * slot_pitch(threads, k) * 4)
         .write("w", w.1, w.0)
         .read("s", site.dtype(s), s)
         .read("indices", DType::I32, indices)

@@ -149,9 +149,12 @@ impl Scan {
     pub fn full(&self) -> (usize, usize) {
         (self.head_dim.next_multiple_of(16), self.state.next_multiple_of(16))
     }
-    /// The end of a form's reason where elements are moved one by one.
-    pub fn manner(&self) -> &'static str {
-        if self.whole { "" } else { "; elements one by one, since rows are no whole pieces of 16 bytes" }
+    /// The end of a form's reason where something is slower than it might be.
+    pub fn manner(&self) -> String {
+        let single = "; elements one by one, since rows are no whole pieces of 16 bytes";
+        let spilled = "; a few registers spilled, since f32 states of more than 240 take them all";
+        let large = self.dtype == DType::F32 && self.full().1 > 240;
+        [(!self.whole, single), (large, spilled)].into_iter().filter(|m| m.0).map(|m| m.1).collect()
     }
 
     /// Types and sizes that every kernel of the scan has.
@@ -401,7 +404,9 @@ mod tests {
     }
 
     #[test]
-    fn large_states_take_less_ahead_or_are_refused() {
+    fn large_states_take_less_ahead_spill_or_are_refused() {
+        assert!(scan(4, 64, 256, DType::F32).manner().contains("spilled"));
+        assert_eq!(scan(4, 64, 240, DType::F32).manner() + &scan(4, 64, 256, DType::BF16).manner(), "");
         let a100 = Target::of(Arch::Sm80);
         let s = scan(8, 128, 256, DType::BF16);
         assert_eq!(Tile::heads(&s), 1);

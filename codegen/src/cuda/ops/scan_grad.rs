@@ -36,11 +36,11 @@ impl Tile {
         let (rows, heads) = (block / 16, s.heads / s.groups / parts);
         let warps = rows * columns;
         let (p, r) = s.full();
-        let stage = 2 * block * (p + pad) + p * (r + 8) + p * (r + pad);
+        let stage = 2 * block * (p + pad) + 2 * p * (r + pad);
         let tiles = warps * if size == 2 { 256 } else { pad };
         let elements = stages * stage + 2 * block * (r + pad) + block * (block + pad) + tiles;
         let partial = (3 * columns + rows) * block + 2 * warps;
-        (size * elements + 2 * 4 * (5 * block + partial) + s.exact.size() * block * heads).next_multiple_of(16)
+        (size * elements + 2 * 4 * (5 * block + partial) + s.exact.size() * block * (heads | 1)).next_multiple_of(16)
     }
 
     /// The tile of scan_grad_hopper.cuh: a warpgroup per side of the products and one that copies.

@@ -43,7 +43,7 @@ impl SelectTile {
         let row = if warpgroups { 128 } else { 144 };
         let shared = |stages: usize| {
             let search = stages * (ROWS + landmarks) * row + ROWS * 64 * 4;
-            let found = 3 * slots * (if slots > 32 { ROWS } else { ROWS + 4 }) * 4;
+            let found = 3 * slots * (if slots > 32 { ROWS } else { slot_pitch(ROWS, slots) }) * 4;
             search.max(found) + slots * ROWS * 8 + ROWS * 4
         };
         // f32 with 128 landmarks needs more registers than two blocks leave.
@@ -85,6 +85,11 @@ fn width(site: &Site, slots: usize, rows: &[Operand]) -> Result<usize, Unsupport
     Ok(r)
 }
 
+/// Floats from one slot of a block's rows to the next in shared memory, as `select_grad.cuh` lays them.
+pub(super) fn slot_pitch(threads: usize, slots: usize) -> usize {
+    threads + (32 / slots.max(1)).max(1)
+}
+
 /// dL/ds of the slots, `[ds, scores, dweights, count]`.
 ///
 /// # Errors
@@ -99,7 +104,7 @@ pub(super) fn slot_gradients(
 ) -> Result<Call, Unsupported> {
     let [ds, scores, dweights, count] = at;
     // Scores, gradients and weights of a row a thread.
-    let shared = |threads: usize| 3 * slots * (threads + 4) * 4;
+    let shared = |threads: usize| 3 * slots * slot_pitch(threads, slots) * 4;
     let Some(threads) = [ADD_THREADS, 64, 32].into_iter().find(|&t| shared(t) <= target.shared_per_block) else {
         return because(format!(
             "{slots} slots of 32 rows do not fit {} bytes of shared memory",
