@@ -308,7 +308,5 @@ families! {
     cross_entropy: [
         Case { what: "370m", inputs: &[("x", "[N, 1024]"), ("w", "[50304, 1024]"), ("t", "i32[N]")], sizes: ROWS,
                op: "%y = linear_cross_entropy %x, %w, %t" },
-        Case { what: "its gradient", inputs: &[("x", "[N, 1024]"), ("w", "[50304, 1024]"), ("t", "i32[N]"), ("dy", "f32[N]")], sizes: ROWS,
-               op: "%a, %b, %c = linear_cross_entropy_grad %x, %w, %t, %dy" },
     ],
 }
