@@ -74,6 +74,9 @@ fn tell(name: &str, b: &[u8], out: &mut Segment) {
     }
 }
 
+/// Rows of which logits are made at once: of a whole segment they would take more than all else.
+const HEAD_ROWS: usize = 64;
+
 /// What a decoding step gives.
 pub(super) enum Wanted<'a> {
     /// Hidden states and what was retrieved.
@@ -109,8 +112,9 @@ impl OnDevice {
         let alone = if sequences > 1 { of_states / sequences } else { 0 };
         let mut used = params.0.values().map(|t| t.ty().bytes()).sum::<usize>() + of_states + alone;
         let mut arena = 0;
-        for (_, &id) in parts.named() {
-            let (own, inputs) = part_bytes(&machine, id, sequences, memory.segment, geometry.chunk)?;
+        for (part, &id) in parts.named() {
+            let rows = if part == "head" { HEAD_ROWS } else { memory.segment };
+            let (own, inputs) = part_bytes(&machine, id, sequences, rows, geometry.chunk)?;
             // One arena serves all, inputs stay where they are.
             (arena, used) = (arena.max(own), used + inputs);
         }
@@ -357,10 +361,13 @@ impl OnDevice {
     }
 
     pub fn head(&mut self, shape: [usize; 3], hidden: &[f32], out: &mut Vec<f32>) -> Result<(), SessionError> {
-        let dims = Bindings::new([("N", 1), ("L", shape[1])]);
-        let made = self.machine.run(self.parts.head, &dims, &[("upper", &bytes_f32(&shape, hidden))])?;
         out.clear();
-        made.iter().filter(|(name, _)| name == "logits").for_each(|(_, b)| floats(&b.data, out));
+        for rows in hidden.chunks(HEAD_ROWS * shape[2]) {
+            let l = rows.len() / shape[2];
+            let dims = Bindings::new([("N", 1), ("L", l)]);
+            let made = self.machine.run(self.parts.head, &dims, &[("upper", &bytes_f32(&[1, l, shape[2]], rows))])?;
+            made.iter().filter(|(name, _)| name == "logits").for_each(|(_, b)| floats(&b.data, out));
+        }
         Ok(())
     }
 }
