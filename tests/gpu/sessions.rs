@@ -321,7 +321,7 @@ fn between(rig: &Rig) -> Result<String, String> {
     let (mut a, seen) = text(watched(rig, &c, &o, Some(needs[0])))?;
     let mut b = text(Session::new(&session_graphs(&c), params(&c), pool(), &options(1, Precision::F32)))?;
     let mut worst = 0f64;
-    for part in ids(164, 3).chunks(64) {
+    for part in ids(228, 3).chunks(64) {
         let (x, y) = (text(a.feed(0, part))?, text(b.feed(0, part))?);
         worst = worst.max(near("a prompt", &x.hidden, &y.hidden)?);
     }
