@@ -232,7 +232,7 @@ fn nvrtc() -> Finding {
         Err(e) => format!("{e}; {HELP}"),
     };
     if !others.is_empty() {
-        text += &format!("; {VARIABLE} chooses another: {} work here, too", others.join(", "));
+        text += &format!("; {VARIABLE} chooses another (here: {})", others.join(", "));
     }
     if !broken.is_empty() {
         text += &format!("; of no use are: {}", broken.join("; "));
