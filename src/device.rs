@@ -2,11 +2,12 @@
 
 use crate::error::{Result, wrap};
 use miette::miette;
-use rambac_codegen::cuda::{Arch, Cache, Target, emit};
+use rambac_codegen::cuda::{Arch, Cache, GpuProgram, Target, emit, tune};
 use rambac_codegen::libraries::installed;
 use rambac_codegen::nvrtc::Nvrtc;
 use rambac_codegen::{Kernels, Program, lower_for};
 use rambac_cuda::{CUBLASLT, CudaDevice};
+use rambac_ir::{Bindings, DimError};
 use rambac_passes::{Options, optimise};
 use rambac_runtime::gpu::{Code, Device, Machine, Placement, ProgramId, archs};
 use rambac_runtime::session::{DeviceMemory, SessionParts};
@@ -113,7 +114,7 @@ pub fn session(
         On::Cpu => Session::new(graphs, params, pool.clone(), how.options).map_err(wrap),
         On::Reference => Err(miette!("inference runs on cpu, simulator and cuda:0, not by the ops' definitions")),
         On::Simulator | On::Cuda(_) => pool.install(|| {
-            let mut gpu = Gpu::open(how.on)?;
+            let mut gpu = Gpu::open(how.on)?.at(vec![Bindings::new([("N", 1), ("L", how.segment)])]);
             let programs = gpu_programs(graphs, &how.options.passes);
             let programs = Session::device_programs(&programs, how.options.precision);
             let parts = programs.try_map(|p| gpu.compile(p.clone()))?;
@@ -123,11 +124,38 @@ pub fn session(
     }
 }
 
+/// What stands in the brackets of a device's name, `cuda:0 (NVIDIA H200)`: before them is where it is plugged in.
+pub fn maker_name(name: &str) -> &str {
+    name.split_once('(').map_or(name, |n| n.1.trim_end_matches(')'))
+}
+
+/// `p` with what was measured on a device at any of these sizes in front of what is predicted.  Where a symbol of the program has
+/// no size nothing was.
+fn measured(
+    mut p: GpuProgram,
+    sizes: &[Bindings],
+    device: &str,
+    cache: &Cache,
+) -> std::result::Result<GpuProgram, DimError> {
+    // To look for choices costs time, and mostly there are none.
+    let sizes = if cache.devices().iter().any(|d| d == device) { sizes } else { &[] };
+    for b in sizes {
+        let syms = p.program.syms.iter().map(|s| Some((s.as_str(), b.get(s)?)));
+        let Some(own) = syms.collect::<Option<Vec<_>>>() else { continue };
+        if let Some(m) = tune::measured(&p, &Bindings::new(own), device, cache)? {
+            p = m;
+        }
+    }
+    Ok(p)
+}
+
 /// A device that runs GPU programs, and what makes them.
 pub struct Gpu {
     pub machine: Machine,
     /// What it runs, best first.
     pub archs: &'static [Arch],
+    /// See [`at`](Self::at).
+    sizes: Vec<Bindings>,
     /// Opened when the first kernel is to be compiled.
     nvrtc: Option<Nvrtc>,
     cache: Cache,
@@ -146,7 +174,13 @@ impl Gpu {
             let oldest = Arch::ALL[0];
             return Err(miette!("{name} is too old: kernels are made for {oldest} and later"));
         }
-        Ok(Gpu { machine: Machine::new(device, placement), archs, nvrtc: None, cache: Cache::standard() })
+        let (machine, cache) = (Machine::new(device, placement), Cache::standard());
+        Ok(Gpu { machine, archs, sizes: vec![], nvrtc: None, cache })
+    }
+
+    /// For programs that will run at these sizes: there they run as `rambac tune` found it to be fastest.
+    pub fn at(self, sizes: Vec<Bindings>) -> Gpu {
+        Gpu { sizes, ..self }
     }
 
     /// The best of these architectures that the device runs.
@@ -176,7 +210,9 @@ impl Gpu {
     /// # Errors
     /// A step that no kernel takes; no compiler; a kernel that does not compile.
     pub fn compile(&mut self, program: Program) -> Result<ProgramId> {
-        let gpu = Arc::new(emit(program, Target::of(self.archs[0])).map_err(wrap)?);
+        let gpu = emit(program, Target::of(self.archs[0])).map_err(wrap)?;
+        let device = maker_name(self.machine.device().name());
+        let gpu = Arc::new(measured(gpu, &self.sizes, device, &self.cache).map_err(wrap)?);
         let nvrtc = match &mut self.nvrtc {
             Some(n) => n,
             none => none.insert(Nvrtc::open_any().map_err(wrap)?),
@@ -203,7 +239,65 @@ mod tests {
     use super::*;
     use crate::cli::Weights;
     use crate::model;
+    use rambac_codegen::cuda::Form;
+    use rambac_codegen::cuda::tune::{Measure, Trial, tune};
+    use rambac_codegen::program::Step;
+    use rambac_ir::HostArray;
     use rambac_ir::ops::{Op, SourceKind};
+
+    /// A device on which every candidate takes half as long as the one before.
+    struct Ever(f64);
+
+    impl Measure for Ever {
+        fn device(&self) -> String {
+            "NVIDIA Fake".into()
+        }
+        fn trial(
+            &mut self,
+            step: &Step,
+            _: &Form,
+            dims: &Bindings,
+            operands: &[HostArray],
+        ) -> std::result::Result<Trial, String> {
+            self.0 /= 2.0;
+            let tys = step.outputs.iter().map(|v| v.ty.bind(dims)).collect::<std::result::Result<Vec<_>, _>>();
+            let tys = tys.map_err(|e| e.to_string())?;
+            Ok(Trial { seconds: self.0, results: step.op.def().eval(&operands.iter().collect::<Vec<_>>(), &tys) })
+        }
+    }
+
+    /// What `tune` keeps is what a program runs that is made for these sizes on this device, and no other.
+    #[test]
+    fn what_was_measured_runs() {
+        let text = "graph conv(N, L) {
+  %x = input \"x\" : f32[N, L, 32]
+  %w = input \"w\" : f32[32, 1, 4]
+  %bias = input \"bias\" : f32[32]
+  %s0 = input \"s0\" : f32[N, 3, 32]
+  %y, %t = causal_conv1d %x, %w, %bias, %s0
+  return \"y\" = %y, \"t\" = %t
+}
+";
+        let program = lower_for(&rambac_ir::text::parse(text).unwrap(), Kernels::Gpu);
+        let p = emit(program, Target::of(Arch::Sm80)).unwrap();
+        let dir = tempfile::TempDir::new().unwrap();
+        let cache = Cache::at(dir.path());
+        let at = |l| Bindings::new([("N", 1), ("L", l)]);
+        for l in [40, 64] {
+            let c = tune(&p.program.steps[0], &p.target, &at(l), &mut Ever(1.0), &cache).unwrap();
+            assert!(c.chosen > 0, "{c:?}");
+        }
+        // A size that the program lacks, and one that lacks a symbol of it, are no trouble.
+        let sizes = [Bindings::new([("N", 1)]), Bindings::new([("N", 1), ("L", 40), ("C", 7)]), at(64), at(80)];
+        let name = maker_name("cuda:3 (NVIDIA Fake)");
+        let m = measured(p.clone(), &sizes, name, &cache).unwrap();
+        let runs = |m: &GpuProgram, l| m.forms(&at(l)).unwrap()[0].measured;
+        assert!(runs(&m, 40) && runs(&m, 64) && !runs(&m, 80) && !runs(&m, 41));
+        let launched = m.forms(&at(40)).unwrap()[0].launches().next().unwrap().kernel.clone();
+        assert!(m.kernels.contains(&launched));
+        assert!(!runs(&measured(p.clone(), &sizes, "NVIDIA Other", &cache).unwrap(), 40));
+        assert!(!runs(&measured(p, &[at(80)], name, &cache).unwrap(), 40));
+    }
 
     #[test]
     fn weights_in_bf16_are_read_as_they_lie() {

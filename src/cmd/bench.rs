@@ -249,7 +249,7 @@ impl Bencher<'_> {
         let opt = AdamW { steps: 1_000_000, ..AdamW::default() };
         // Without parameters at first: whether they fit is known only from the plan.
         let place = self.a.place;
-        let at = (place.device, place.precision.unwrap_or_default());
+        let at = (place.device, place.precision.unwrap_or_default(), vec![self.dims.clone()]);
         let (loss, memory) = (self.loss()?, self.memory());
         let decays = |name: &str| decays.contains(name);
         let mut t = trainer(&loss, &opt, decays, 1, &memory, Store::default(), at, &self.pool)?;

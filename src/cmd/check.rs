@@ -30,6 +30,10 @@ use std::sync::Arc;
 
 /// Runs the verb.
 pub fn run(a: &Check, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
+    if a.device.gpu() {
+        // That there is none is said once, not of every fixture.
+        Gpu::open(a.device)?;
+    }
     let mut paths: Vec<PathBuf> = std::fs::read_dir(&a.dir)
         .map_err(|e| miette!("{}: cannot read this folder: {e}", a.dir.display()))?
         .map(|e| Ok(e?.path()))

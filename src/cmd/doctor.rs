@@ -11,7 +11,7 @@ use rambac_cuda::CUBLASLT_HELP;
 use rambac_runtime::gpu::archs;
 use serde_json::json;
 use std::io::{IsTerminal, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -206,43 +206,55 @@ fn products() -> Finding {
 
 /// The CUDA compiler, which needs no GPU.
 fn nvrtc() -> Finding {
-    use rambac_codegen::nvrtc::{HELP, Nvrtc, NvrtcError, installed};
-    let mut found = vec![];
-    let mut broken = vec![];
-    for path in installed() {
-        match Nvrtc::open(&path) {
-            Ok(n) => try_out(&n, &path.display().to_string(), &mut found, &mut broken),
-            Err(e) => broken.push(e.to_string()),
+    use rambac_codegen::nvrtc::{HELP, Nvrtc, NvrtcError, VARIABLE, installed};
+    let finding = |state, text| Finding { state, topic: "compiler", text };
+    let places = installed();
+    let open = |p: &PathBuf| Nvrtc::open(p).map(|n| (n, p.display().to_string()));
+    let mut all = places.iter().map(open);
+    // The first is used, whatever the others can do.
+    let first = match all.next().unwrap_or_else(|| Ok((Nvrtc::open_any()?, "found by the linker".into()))) {
+        Err(NvrtcError::Missing) => {
+            return finding(State::Note, format!("NVRTC is not here: GPU kernels can't be compiled; {HELP}"));
         }
-    }
-    if found.is_empty() && broken.is_empty() {
-        match Nvrtc::open_any() {
-            Ok(n) => try_out(&n, "found by the linker", &mut found, &mut broken),
-            Err(NvrtcError::Missing) => {}
-            Err(e) => broken.push(e.to_string()),
-        }
-    }
-    let state = if found.is_empty() { State::Note } else { State::Good };
-    let text = match (found.is_empty(), broken.is_empty()) {
-        (true, true) => format!("NVRTC is not here: GPU kernels can't be compiled; {HELP}"),
-        (true, false) => format!("{}; {HELP}", broken.join("; ")),
-        _ => found.into_iter().chain(broken).collect::<Vec<_>>().join("; "),
+        first => works(first),
     };
-    Finding { state, topic: "compiler", text }
+    let (mut others, mut broken) = (vec![], vec![]);
+    for n in all {
+        let name = n.as_ref().map_or(String::new(), |n| n.0.name());
+        match (name, works(n)) {
+            (name, Ok(_)) if !others.contains(&name) => others.push(name),
+            (_, Ok(_)) => {}
+            (_, Err(e)) => broken.push(e),
+        }
+    }
+    let mut text = match &first {
+        Ok(what) => what.clone(),
+        Err(e) => format!("{e}; {HELP}"),
+    };
+    if !others.is_empty() {
+        text += &format!("; {VARIABLE} chooses another (here: {})", others.join(", "));
+    }
+    if !broken.is_empty() {
+        text += &format!("; of no use are: {}", broken.join("; "));
+    }
+    finding(if first.is_ok() { State::Good } else { State::Note }, text)
 }
 
 /// Compiles a kernel for every target: a library may be here without its builtins.
-fn try_out(n: &rambac_codegen::nvrtc::Nvrtc, place: &str, found: &mut Vec<String>, broken: &mut Vec<String>) {
+fn works(
+    opened: std::result::Result<(rambac_codegen::nvrtc::Nvrtc, String), rambac_codegen::nvrtc::NvrtcError>,
+) -> std::result::Result<String, String> {
     use rambac_codegen::cuda::Arch;
-    let name = format!("NVRTC {}.{} ({place})", n.version.0, n.version.1);
+    let (n, place) = opened.map_err(|e| e.to_string())?;
+    let name = format!("{} ({place})", n.name());
     let source = "extern \"C\" __global__ void doctor(float* x) { x[threadIdx.x] += 1.0f; }\n";
     let fails = |arch: &Arch| {
         let option = format!("--gpu-architecture={arch}");
         n.compile("doctor.cu", source, &[], &[&option]).err().map(|e| format!("{name} can't compile for {arch}: {e}"))
     };
     match Arch::ALL.iter().find_map(fails) {
-        Some(e) => broken.push(e),
-        None => found.push(format!("{name} compiles for {}", Arch::ALL.map(|a| a.name()).join(" and "))),
+        Some(e) => Err(e),
+        None => Ok(format!("{name} compiles for {}", Arch::ALL.map(|a| a.name()).join(" and "))),
     }
 }
 

@@ -382,9 +382,10 @@ impl Run {
         let adamw = model::adamw(r);
         let specs = config.parameters();
         let decays = |name: &str| specs.iter().any(|s| s.name == name && s.decay);
-        let dims = r.stages.iter().map(|s| Bindings::new([("N", s.rows), ("L", s.len)])).collect();
-        let memory = MemoryArgs { recompute: state.recompute, memory_limit: state.memory_limit }.choice(dims);
-        let mut trainer = trainer(&loss, &adamw, decays, r.accumulate, &memory, store, (on, state.precision), &pool)?;
+        let dims: Vec<Bindings> = r.stages.iter().map(|s| Bindings::new([("N", s.rows), ("L", s.len)])).collect();
+        let memory = MemoryArgs { recompute: state.recompute, memory_limit: state.memory_limit }.choice(dims.clone());
+        let at = (on, state.precision, dims);
+        let mut trainer = trainer(&loss, &adamw, decays, r.accumulate, &memory, store, at, &pool)?;
         if let (On::Cpu, Some(dims)) = (on, largest(r)) {
             let plan = trainer.plan(&dims).map_err(error::train)?;
             let help = "use a smaller model, a shorter --len, a smaller --batch, or --memory-limit";
@@ -478,7 +479,7 @@ impl Run {
     }
 }
 
-/// The trainer of a loss on a device.
+/// The trainer of a loss on a device, for batches of these sizes.
 #[allow(clippy::too_many_arguments)]
 pub fn trainer(
     loss: &Graph,
@@ -487,7 +488,7 @@ pub fn trainer(
     parts: usize,
     memory: &Memory,
     store: Store,
-    (on, precision): (On, PrecisionArg),
+    (on, precision, sizes): (On, PrecisionArg, Vec<Bindings>),
     pool: &Arc<rayon::ThreadPool>,
 ) -> Result<Trainer> {
     if !on.gpu() {
@@ -500,7 +501,7 @@ pub fn trainer(
         }
         return Trainer::new(loss, adamw, decays, parts, memory, store, pool.clone()).map_err(error::train);
     }
-    let gpu = Box::new(Gpu::open(on)?);
+    let gpu = Box::new(Gpu::open(on)?.at(sizes));
     // Kernels are compiled several at a time.
     let decaying: std::collections::HashSet<String> =
         loss.sources().filter(|(_, s)| decays(&s.name)).map(|(_, s)| s.name.clone()).collect();

@@ -2,7 +2,7 @@
 
 use crate::cli::Tune;
 use crate::cmd::explain::model_step;
-use crate::device::On;
+use crate::device::{On, maker_name};
 use crate::error::{Result, warn, wrap};
 use crate::model::{self, Named};
 use crate::show::{self, Table};
@@ -41,9 +41,7 @@ fn measure(a: &Tune) -> Result<ExitCode> {
     };
     // Open until the end: the driver would make and end the device's context for every candidate.
     let first = a.device.open()?;
-    let (name, capability) = (first.name().to_string(), first.capability());
-    // What stands before the brackets is where it is plugged in.
-    let name = name.split_once('(').map_or(name.as_str(), |n| n.1.trim_end_matches(')')).to_string();
+    let (name, capability) = (maker_name(first.name()).to_string(), first.capability());
     let Some(arch) = archs(capability).first().copied() else {
         return Err(miette!("{name} is too old: kernels are made for sm_80 and later"));
     };

@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod contexts;
+mod devices;
 mod executables;
 mod pages;
 mod pictures;

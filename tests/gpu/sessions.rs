@@ -5,7 +5,7 @@ use crate::rig::Rig;
 use crate::support::{pool, session_graphs};
 use rambac_codegen::cuda::{Target, emit};
 use rambac_codegen::{Kernels, lower_for};
-use rambac_driver::testing::{Faulty, Late};
+use rambac_driver::testing::{Faulty, Late, Seen};
 use rambac_models::{Attention, Config, InitRule, ModelType, init_tensor, preset};
 use rambac_passes::optimise;
 use rambac_runtime::chunk_store::Precision;
@@ -24,6 +24,8 @@ pub const ALL: &[Case] = &[
     ("session_in_a_file_goes_on", file),
     ("tokens_are_decoded_by_a_record", recorded),
     ("sessions_of_attention_variants", variants),
+    ("between_choices_tokens_are_decoded_by_records", between),
+    ("prompts_of_several_sequences_are_replayed", replayed),
 ];
 
 fn params(c: &Config) -> Store {
@@ -284,6 +286,96 @@ fn recorded(rig: &Rig) -> Result<String, String> {
         if seen.live() + seen.records() > 0 {
             return Err(format!("{} buffers and {} records live on", seen.live(), seen.records()));
         }
+    }
+    Ok(format!(": within {worst:.1e}"))
+}
+
+/// A session on a device that does all as late as may be, and what is asked of that.
+fn watched(rig: &Rig, c: &Config, o: &SessionOptions, limit: Option<usize>) -> Result<(Session, Seen), SessionError> {
+    let simulator = Simulator::strict(Schedule { seed: 3, lazy: true, ..Schedule::default() });
+    let device = Faulty::new(Late::new(simulator), None);
+    let seen = device.seen();
+    Ok((on(rig, Box::new(device), Placement::Arena, c, o, limit)?, seen))
+}
+
+/// What was started by itself among calls, and how many records.
+fn started(calls: &[&'static str]) -> (Vec<&'static str>, usize) {
+    let alone = calls.iter().filter(|c| ["alloc", "alloc_host", "launch", "product"].contains(c)).copied().collect();
+    (alone, calls.iter().filter(|c| **c == "replay").count())
+}
+
+/// With fewer slots than chunks the host brings what a token chose; all before and after that is records.  And a limit of memory
+/// holds.
+fn between(rig: &Rig) -> Result<String, String> {
+    let c = Config { chunk_size: 16, chunk_topk: 3, ..small()? };
+    let plain = Config { model_type: ModelType::Mamba2, num_upper_groups: 0, ..small()? };
+    let dir = tempfile::tempdir().map_err(|e| e.to_string())?;
+    let o = SessionOptions { tier: Tier::Scratch(dir.path().join("chunks")), ..options(1, Precision::F32) };
+    let mut needs = vec![];
+    for c in [&c, &plain] {
+        match watched(rig, c, &options(1, Precision::F32), Some(1)) {
+            Err(SessionError::DeviceMemory { have: 1, need }) => needs.push(need),
+            other => return Err(format!("a limit of one byte: {:?}", other.err())),
+        }
+    }
+    let (mut a, seen) = text(watched(rig, &c, &o, Some(needs[0])))?;
+    let mut b = text(Session::new(&session_graphs(&c), params(&c), pool(), &options(1, Precision::F32)))?;
+    let mut worst = 0f64;
+    for part in ids(228, 3).chunks(64) {
+        let (x, y) = (text(a.feed(0, part))?, text(b.feed(0, part))?);
+        worst = worst.max(near("a prompt", &x.hidden, &y.hidden)?);
+    }
+    let (mut x, mut y) = (vec![], vec![]);
+    for i in 0..10 {
+        let next = ids(1, 70 + i);
+        let before = seen.calls().len();
+        text(a.decode_into(&next, &mut x))?;
+        text(b.decode_into(&next, &mut y))?;
+        worst = worst.max(near(&format!("logits of token {i}"), &x, &y)?);
+        let (alone, records) = started(&seen.calls()[before..]);
+        // The lower half, the upper before and after the choice, the head.
+        if i == 9 && (records != 4 || !alone.is_empty()) {
+            return Err(format!("a token asks for {records} records and {alone:?}"));
+        }
+    }
+    let r = a.residency().ok_or("chunks are on the device")?;
+    if r.evicted == 0 || r.slots >= a.chunks(0).map_or(0, |c| c.chunks()) {
+        return Err(format!("{r:?}: nothing had to go"));
+    }
+    let taken = a.device().map_or(0, |(m, _)| m.bytes());
+    if taken > needs[0] {
+        return Err(format!("{taken} bytes of the device were taken, {} were given", needs[0]));
+    }
+    drop(a);
+    if seen.live() + seen.records() > 0 {
+        return Err(format!("{} buffers and {} records live on", seen.live(), seen.records()));
+    }
+    Ok(format!(": within {worst:.1e}, {taken} of {} bytes", needs[0]))
+}
+
+/// Sequences that are prefilled in turns use the same records and the same memory.
+fn replayed(rig: &Rig) -> Result<String, String> {
+    let mut worst = 0f64;
+    for c in [
+        Config { chunk_size: 16, ..small()? },
+        Config { model_type: ModelType::Mamba2, num_upper_groups: 0, ..small()? },
+    ] {
+        let o = options(2, Precision::F32);
+        let (mut a, seen) = text(watched(rig, &c, &o, None))?;
+        let mut b = text(Session::new(&session_graphs(&c), params(&c), pool(), &o))?;
+        for round in 0..6 {
+            let (seq, part) = (round % 2, ids(10, round));
+            let before = seen.calls().len();
+            let (x, y) = (text(a.feed(seq, &part))?, text(b.feed(seq, &part))?);
+            worst = worst.max(near(&format!("round {round}"), &x.hidden, &y.hidden)?);
+            let (alone, records) = started(&seen.calls()[before..]);
+            // The last one completes no chunk.
+            if round == 5 && (records == 0 || !alone.is_empty()) {
+                return Err(format!("a segment asks for {records} records and {alone:?}"));
+            }
+        }
+        let next = ids(2, 9);
+        worst = worst.max(near("a token", &text(a.step(&next))?.hidden, &text(b.step(&next))?.hidden)?);
     }
     Ok(format!(": within {worst:.1e}"))
 }

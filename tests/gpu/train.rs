@@ -6,7 +6,7 @@ use rambac_codegen::Memory;
 use rambac_codegen::Program;
 use rambac_codegen::cuda::{Arch, Cache, Target, emit};
 use rambac_codegen::nvrtc::Nvrtc;
-use rambac_driver::testing::{Faulty, Late};
+use rambac_driver::testing::{Fault, Faulty, INJECTED, Late};
 use rambac_ir::Bindings;
 use rambac_ir::testing::Rng;
 use rambac_models::stack::{self, Carry};
@@ -19,6 +19,7 @@ use rambac_runtime::trainer_gpu::Gpu;
 use rambac_runtime::{MicroBatch, Store, Tensor, TrainError, Trainer};
 use rambac_simulator::device::Simulator;
 use serde_json::Value as Json;
+use std::path::Path;
 use std::sync::Arc;
 
 pub const ALL: &[Case] = &[
@@ -27,6 +28,7 @@ pub const ALL: &[Case] = &[
     ("training_accumulated", accumulated),
     ("training_moves", moves),
     ("training_runs_ahead", ahead),
+    ("training_loses_its_device", lost),
     ("training_is_traced", traced),
     ("training_variants", variants),
 ];
@@ -146,9 +148,18 @@ impl<'a> Bench<'a> {
 
     /// A checkpoint, as a run writes it and another one reads it.
     fn through_disk(&self, store: &Store, step: u64) -> Result<Store, String> {
-        let text = |e: CheckpointError| e.to_string();
         let dir = tempfile::tempdir().map_err(|e| e.to_string())?;
-        let folder = CheckpointDir::open(dir.path(), None).map_err(text)?;
+        self.save(dir.path(), store, step)?;
+        let back = self.read(dir.path())?;
+        if back.0 != store.0 {
+            return Err("what came back from the disk is another store".into());
+        }
+        Ok(back)
+    }
+
+    fn save(&self, dir: &Path, store: &Store, step: u64) -> Result<(), String> {
+        let text = |e: CheckpointError| e.to_string();
+        let folder = CheckpointDir::open(dir, None).map_err(text)?;
         let part = |weights: bool| store.0.iter().filter(move |(n, _)| is_weight(n) == weights);
         if let Some((n, _)) = part(true).chain(part(false)).find(|(_, t)| t.as_f32().is_none()) {
             return Err(format!("{n} is no f32"));
@@ -159,17 +170,17 @@ impl<'a> Bench<'a> {
         let (weights, state) = (tensors(true), tensors(false));
         let snapshot =
             Snapshot { config: &self.config.to_json(), weights: &weights, state: &state, trainer: "{}", files: &[] };
-        folder.save(step, &snapshot).map_err(text)?;
-        let c = Checkpoint::open(dir.path()).map_err(text)?;
+        folder.save(step, &snapshot).map(drop).map_err(text)
+    }
+
+    fn read(&self, dir: &Path) -> Result<Store, String> {
+        let c = Checkpoint::open(dir).map_err(|e| e.to_string())?;
         let mut back = Store::default();
         for f in [&c.model, &c.state] {
             for name in f.names() {
                 let (shape, v) = f.get_f32(name).map_err(|e| e.to_string())?;
                 back.insert(name, Tensor::f32(&shape, v));
             }
-        }
-        if back.0 != store.0 {
-            return Err("what came back from the disk is another store".into());
         }
         Ok(back)
     }
@@ -300,6 +311,54 @@ fn ahead(rig: &Rig) -> Result<String, String> {
         }
     }
     Ok(String::new())
+}
+
+/// A device that is lost within a step, or while a checkpoint's values are read: an error that says so and what to do, nothing is
+/// left, and the checkpoint before is whole and goes on elsewhere.
+fn lost(rig: &Rig) -> Result<String, String> {
+    if rig.cuda.is_some() {
+        return Err(format!("{NOT_HERE} injected faults: they are for the simulator"));
+    }
+    let b = Bench::new(rig, plain()?);
+    // Two steps, a checkpoint, two more and the values of another one; the calls after each, and what became of the last two.
+    let train = |fails| {
+        let dir = tempfile::tempdir().map_err(|e| e.to_string())?;
+        let device = Faulty::new(Late::new(Simulator::strict(schedules()[1])), fails);
+        let seen = device.seen();
+        let mut t = b.trainer_on(Box::new(device), Placement::Arena, Precision::F32, b.weights())?;
+        b.run(&mut t, 0..2)?;
+        t.sync().map_err(|e| e.to_string())?;
+        b.save(dir.path(), &t.store, 2)?;
+        let (saved, store) = (seen.calls().len(), t.store.clone());
+        let ran = b.run(&mut t, 2..4);
+        let stepped = seen.calls().len();
+        let ended = ran.and_then(|_| t.sync().map_err(|e| e.to_string()));
+        let calls = [saved, stepped, seen.calls().len()];
+        drop(t);
+        Ok::<_, String>((calls, dir, store, ended, seen))
+    };
+    let ([saved, stepped, all], dir, _, ended, _) = train(None)?;
+    ended?;
+    let places = [saved, (saved + stepped) / 2, stepped - 1, stepped, (stepped + all) / 2, all - 1];
+    for at in places {
+        let (_, dir, store, ended, seen) = train(Some((at, Fault::Lost)))?;
+        match ended {
+            Err(e) if e.contains(INJECTED) && e.contains("start anew from the last checkpoint") => {}
+            other => return Err(format!("call {at} of {all}: {other:?}")),
+        }
+        if seen.live() + seen.records() > 0 {
+            return Err(format!("call {at}: {} buffers and {} records live on", seen.live(), seen.records()));
+        }
+        if b.read(dir.path())?.0 != store.0 {
+            return Err(format!("call {at}: the checkpoint is another"));
+        }
+    }
+    let losses = b.run(&mut b.trainer(None, b.read(dir.path())?)?, 2..4)?;
+    if losses.iter().all(|l| l.is_finite()) {
+        Ok(format!(", {} times", places.len()))
+    } else {
+        Err(format!("{losses:?}"))
+    }
 }
 
 /// `train --profile` on the simulator: every step of every run, in order, with what it cost; no share of a limit, for there is no

@@ -35,7 +35,8 @@ fn memory(name: &str, asked: usize, free: Option<usize>) -> String {
     let mib = |bytes: usize| format!("{:.1} MiB", bytes as f64 / (1 << 20) as f64);
     let free = free.map_or(String::new(), |f| format!(", {} are free", mib(f)));
     format!(
-        "there is no memory for \"{name}\": {} asked{free}; use a shorter length, a smaller batch or --memory-limit",
+        "there is no memory for \"{name}\": {} asked{free}; use a shorter length, a smaller batch, or less of it by --memory-limit \
+         (training) or --device-memory (inference)",
         mib(asked)
     )
 }

@@ -54,6 +54,13 @@ impl Bytes {
 
     /// f16, which tensors do not hold, becomes f32.
     pub fn to_tensor(&self) -> Tensor {
-        Tensor::from_host(&self.to_host())
+        match self.ty.dtype {
+            // Most of a checkpoint; by way of `to_host` each number would be an f64 for a while.
+            DType::F32 => {
+                let v = self.data.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+                Tensor::f32(&self.ty.shape, v)
+            }
+            _ => Tensor::from_host(&self.to_host()),
+        }
     }
 }

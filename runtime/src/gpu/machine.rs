@@ -57,13 +57,20 @@ pub(super) struct Loaded {
 #[derive(Clone)]
 pub(super) struct Kept {
     /// Of the machine when this was made.
-    layout: u64,
+    gone: u64,
     /// Of the program's sources, in order.
     sources: Arc<Vec<BufferId>>,
     bound: Arc<Bound>,
-    pub record: Record,
+    /// Of all its work; and of every stretch, where the host looks in between.
+    pub records: Vec<Record>,
     /// The tick of the last run.
     used: u64,
+}
+
+impl Kept {
+    fn made(&self) -> impl Iterator<Item = RecordId> {
+        self.records.iter().filter_map(|r| if let Record::Made(r) = r { Some(*r) } else { None })
+    }
 }
 
 /// Work that comes again is recorded, where the device can: then a run starts it at once.
@@ -86,8 +93,10 @@ pub struct Machine<D: Device = Box<dyn Device>> {
     pub(super) values: HashMap<String, (ConcreteTy, BufferId)>,
     /// The arena and its size.
     arena: Option<(BufferId, usize)>,
-    /// Counts buffers that went or moved: what was bound before is stale.
+    /// Counts buffers that went or moved, and names that changed: what was worked out for names before is stale.
     pub(super) layout: u64,
+    /// Counts buffers that went or moved alone: what was worked out for buffers before is stale.
+    gone: u64,
     pub(super) programs: Vec<Loaded>,
     /// On the way to the device, and back.
     stage: Stage,
@@ -126,6 +135,7 @@ impl<D: Device> Machine<D> {
             values: HashMap::new(),
             arena: None,
             layout: 0,
+            gone: 0,
             programs: vec![],
             stage: Stage::default(),
             pinned: Pinned::default(),
@@ -240,7 +250,7 @@ impl<D: Device> Machine<D> {
     /// The device fails.
     pub fn remove(&mut self, name: &str) -> Outcome<()> {
         let Some((_, b)) = self.values.remove(name) else { return Ok(()) };
-        self.layout += 1;
+        self.moved();
         self.device.free(b).map_err(device(name, "its value"))
     }
 
@@ -259,28 +269,25 @@ impl<D: Device> Machine<D> {
     pub(super) fn room(&mut self, name: &str, ty: &ConcreteTy) -> Outcome<BufferId> {
         match self.values.get_mut(name) {
             Some((old, b)) if old.bytes() == ty.bytes() => {
-                if old != ty {
+                let (same, b) = (old == ty, *b);
+                if !same {
                     *old = ty.clone();
-                    self.layout += 1;
+                    self.moved();
                 }
-                return Ok(*b);
+                return Ok(b);
             }
             Some(_) => self.remove(name)?,
             None => {}
         }
         let b = self.device.alloc(name, ty.bytes()).map_err(device(name, "its value"))?;
         self.values.insert(name.into(), (ty.clone(), b));
-        self.layout += 1;
+        self.moved();
         Ok(b)
     }
 
-    /// Makes the arena large enough for a program at these sizes: then no run of it asks for memory of that kind.
-    ///
-    /// # Errors
-    /// A dim without a value; no memory.
-    pub fn reserve(&mut self, id: ProgramId, dims: &Bindings) -> Outcome<()> {
-        let plan = self.programs[id.0].gpu.plan(dims)?;
-        self.arena(id, &plan).map(drop)
+    /// Buffers went or moved.
+    fn moved(&mut self) {
+        (self.layout, self.gone) = (self.layout + 1, self.gone + 1);
     }
 
     fn arena(&mut self, id: ProgramId, plan: &MemoryPlan) -> Outcome<Option<BufferId>> {
@@ -289,7 +296,7 @@ impl<D: Device> Machine<D> {
         }
         let name = self.programs[id.0].gpu.program.name.clone();
         if self.arena.is_none_or(|(_, size)| size < plan.arena) {
-            self.layout += 1;
+            self.moved();
             if let Some((old, _)) = self.arena.take() {
                 self.device.free(old).map_err(device(&name, "the arena"))?;
             }
@@ -348,7 +355,7 @@ impl<D: Device> Machine<D> {
             (_, Some((b, size))) if size >= bytes => return Ok(b),
             (_, Some((b, _))) => {
                 self.programs[id.0].inputs.remove(name);
-                self.layout += 1;
+                self.moved();
                 self.device.free(b).map_err(device(&program, name))?;
             }
             (_, None) => {}
@@ -369,7 +376,7 @@ impl<D: Device> Machine<D> {
         self.tick += 1;
         let used = self.tick;
         if let Some(k) = self.programs[id.0].bound.get_mut(dims)
-            && k.layout == self.layout
+            && k.gone == self.gone
             && k.sources[..] == *sources
         {
             k.used = used;
@@ -408,7 +415,7 @@ impl<D: Device> Machine<D> {
         let bound = Arc::new(bind(&gpu, &forms, dims, &Places { buffers: &buffers, workspace: &workspace })?);
         if self.placement == Placement::Arena {
             let sources = Arc::new(sources.to_vec());
-            let kept = Kept { layout: self.layout, sources, bound: bound.clone(), record: Record::First, used };
+            let kept = Kept { gone: self.gone, sources, bound: bound.clone(), records: vec![], used };
             let all = &mut self.programs[id.0].bound;
             let mut old = all.insert(dims.clone(), kept);
             if all.len() > Self::KEPT
@@ -416,9 +423,8 @@ impl<D: Device> Machine<D> {
             {
                 old = all.remove(&oldest);
             }
-            if let Some(Kept { record: Record::Made(r), .. }) = old {
-                self.device.forget(r).map_err(device(&gpu.program.name, "a record of its steps"))?;
-            }
+            let forgotten = old.iter().flat_map(Kept::made).map(|r| self.device.forget(r));
+            forgotten.fold(Ok(()), Result::and).map_err(device(&gpu.program.name, "a record of its steps"))?;
         }
         Ok(bound)
     }
@@ -434,7 +440,7 @@ impl<D: Device> Drop for Machine<D> {
             let _ = self.drop_chain(c);
         }
         for k in self.programs.iter_mut().flat_map(|p| p.bound.drain().map(|(_, k)| k)) {
-            if let Record::Made(r) = k.record {
+            for r in k.made() {
                 let _ = self.device.forget(r);
             }
         }

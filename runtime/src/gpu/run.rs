@@ -18,6 +18,7 @@ use rambac_driver::{BufferId, Device, EventId, HostId};
 use rambac_ir::Bindings;
 use rambac_ir::ops::SourceKind;
 use rambac_ir::ty::ConcreteTy;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -63,7 +64,7 @@ struct Begun {
     gpu: Arc<GpuProgram>,
     bound: Arc<Bound>,
     landing: Landing,
-    /// It was started as a whole: what goes wrong can't be told by its step anyway.
+    /// All of it was started as one: what goes wrong can't be told by its step anyway.
     whole: bool,
 }
 
@@ -146,7 +147,11 @@ impl<D: Device> Machine<D> {
             let landing = Landing { to: None, parts: vec![], here, bytes: 0 };
             return self.fly(self.programs[id.0].gpu.program.name.clone(), landing);
         }
-        let begun = self.run_with(id, &ask, &mut temporary, None)?;
+        let name = self.programs[id.0].gpu.program.name.clone();
+        self.device.begin_range(&name);
+        let begun = self.run_with(id, &ask, &mut temporary, None);
+        self.device.end_range();
+        let begun = begun?;
         assert!(temporary.is_empty(), "BUG: only operands that lie apart are given back after a run");
         if !begun.whole {
             let ended = self.device.synchronise();
@@ -253,34 +258,44 @@ impl<D: Device> Machine<D> {
         }
         self.point(Ends::Inputs)?;
         let whole = match chosen {
-            // The host looks in between, so this is never recorded.
+            // The host looks in between.
             Some(f) if !bound.choices.is_empty() => {
-                self.choosing(id, &gpu, &bound, f)?;
+                self.choosing(id, ask.dims, &gpu, &bound, f)?;
                 false
             }
-            _ => self.start(id, ask.dims, &gpu, &bound)?,
+            _ => self.start((id, ask.dims), &gpu, &bound, 0, 0..bound.work.len())?,
         };
         let landing = self.land(&gpu, &bound, ask)?;
         Ok(Begun { gpu, bound, landing, whole })
     }
 
-    fn choosing(&mut self, id: ProgramId, gpu: &GpuProgram, bound: &Bound, f: &mut Chosen<D>) -> Outcome<()> {
-        let name = gpu.program.name.as_str();
-        for (i, w) in bound.work.iter().enumerate() {
-            if let Some(c) = bound.choices.iter().find(|c| c.work == i) {
-                let (indices, count) = (self.integers(name, &c.indices)?, self.integers(name, &c.count)?);
-                f(self, &indices, &count)?;
-                self.point(Ends::Gathering)?;
-            }
-            self.one(id, gpu, bound, w)?;
-            self.point(Ends::Step(w.step))?;
+    /// Work up to each choice, and from the last one on, is a stretch that is recorded like a whole run.
+    fn choosing(
+        &mut self,
+        id: ProgramId,
+        dims: &Bindings,
+        gpu: &GpuProgram,
+        bound: &Bound,
+        f: &mut Chosen<D>,
+    ) -> Outcome<()> {
+        let mut from = 0;
+        for (i, c) in bound.choices.iter().enumerate() {
+            self.start((id, dims), gpu, bound, 1 + i, from..c.work)?;
+            let read = self.integers(&c.indices).and_then(|indices| Ok((indices, self.integers(&c.count)?)));
+            let (indices, count) = read.map_err(|e| {
+                let next = bound.work.get(c.work).map_or("its end".into(), |w| w.describe(gpu));
+                blame(gpu, bound, format!("the choice of chunks for {next}, or a step before it"), e)
+            })?;
+            f(self, &indices, &count)?;
+            self.point(Ends::Gathering)?;
+            from = c.work;
         }
-        Ok(())
+        self.start((id, dims), gpu, bound, 1 + bound.choices.len(), from..bound.work.len()).map(drop)
     }
 
-    fn integers(&mut self, program: &str, (ty, at): &(ConcreteTy, Place)) -> Outcome<Vec<i32>> {
+    fn integers(&mut self, (ty, at): &(ConcreteTy, Place)) -> Result<Vec<i32>, rambac_driver::Error> {
         let mut data = vec![0; ty.bytes()];
-        self.device.copy_out(at.0, at.1, &mut data).map_err(device(program, "the choice of chunks"))?;
+        self.device.copy_out(at.0, at.1, &mut data)?;
         Ok(data.as_chunks::<4>().0.iter().map(|b| i32::from_le_bytes(*b)).collect())
     }
 
@@ -338,16 +353,24 @@ impl<D: Device> Machine<D> {
         Ok(landing)
     }
 
-    /// Starts all work of a run; whether it was started as a whole.
-    fn start(&mut self, id: ProgramId, dims: &Bindings, gpu: &GpuProgram, bound: &Bound) -> Outcome<bool> {
+    /// Starts a stretch of a run's work, the `nth` that is recorded by itself; whether it was started as a whole.
+    fn start(
+        &mut self,
+        (id, dims): (ProgramId, &Bindings),
+        gpu: &GpuProgram,
+        bound: &Bound,
+        nth: usize,
+        stretch: Range<usize>,
+    ) -> Outcome<bool> {
+        let work = &bound.work[stretch];
         if self.watching() {
-            for (i, w) in bound.work.iter().enumerate() {
-                let first = i == 0 || bound.work[i - 1].step != w.step;
+            for (i, w) in work.iter().enumerate() {
+                let first = i == 0 || work[i - 1].step != w.step;
                 if first {
                     self.device.begin_range(gpu.program.steps[w.step].op.mnemonic());
                 }
                 let started = self.one(id, gpu, bound, w);
-                let last = bound.work.get(i + 1).is_none_or(|next| next.step != w.step);
+                let last = work.get(i + 1).is_none_or(|next| next.step != w.step);
                 if last || started.is_err() {
                     self.device.end_range();
                 }
@@ -358,21 +381,25 @@ impl<D: Device> Machine<D> {
             }
             return Ok(false);
         }
-        let record = self.programs[id.0].bound.get(dims).map_or(Record::Never, |k| k.record);
+        if work.is_empty() {
+            return Ok(false);
+        }
+        let kept = self.programs[id.0].bound.get(dims);
+        let record = kept.map_or(Record::Never, |k| k.records.get(nth).copied().unwrap_or(Record::First));
         let whole = |e| blame(gpu, bound, "its steps".into(), e);
         let next = match record {
             Record::Made(r) => return self.device.replay(r).map(|()| true).map_err(whole),
             Record::First => Record::Second,
             Record::Second if self.device.begin_record().map_err(whole)? => {
-                let kept = self.each(id, gpu, bound);
+                let kept = work.iter().try_for_each(|w| self.one(id, gpu, bound, w));
                 let record = self.end_record(kept, gpu, bound)?;
-                self.keep_record(id, dims, Record::Made(record));
+                self.keep_record(id, dims, nth, Record::Made(record));
                 return self.device.replay(record).map(|()| true).map_err(whole);
             }
             Record::Second | Record::Never => Record::Never,
         };
-        self.each(id, gpu, bound)?;
-        self.keep_record(id, dims, next);
+        work.iter().try_for_each(|w| self.one(id, gpu, bound, w))?;
+        self.keep_record(id, dims, nth, next);
         Ok(false)
     }
 
@@ -394,9 +421,11 @@ impl<D: Device> Machine<D> {
         record
     }
 
-    fn keep_record(&mut self, id: ProgramId, dims: &Bindings, record: Record) {
+    fn keep_record(&mut self, id: ProgramId, dims: &Bindings, nth: usize, record: Record) {
         if let Some(k) = self.programs[id.0].bound.get_mut(dims) {
-            k.record = record;
+            let n = k.records.len().max(nth + 1);
+            k.records.resize(n, Record::First);
+            k.records[nth] = record;
         }
     }
 

@@ -10,7 +10,8 @@
 //! record of the device.  What changes from token to token is on the device: the token, the sequences' positions (`start`, by
 //! which kernels know which chunks are visible), the tables.  What is a size changes rarely: tables have as many entries as the
 //! next power of two of the chunks, and slots and pages of landmarks are doubled when they are full.  Where slots are fewer, the upper half stops before it attends: chosen chunks that
-//! are not there are gathered from the store into slots that the clock gives (`slots.rs`).  A segment whose choices might need
+//! are not there are gathered from the store into slots that the clock gives (`slots.rs`); what lies before, between and behind is
+//! a record each.  A segment whose choices might need
 //! more slots than there are goes through the upper half in parts.
 
 use super::pools::Pools;
@@ -73,6 +74,9 @@ fn tell(name: &str, b: &[u8], out: &mut Segment) {
     }
 }
 
+/// Rows of which logits are made at once: of a whole segment they would take more than all else.
+const HEAD_ROWS: usize = 64;
+
 /// What a decoding step gives.
 pub(super) enum Wanted<'a> {
     /// Hidden states and what was retrieved.
@@ -93,42 +97,50 @@ pub(super) struct OnDevice {
 }
 
 impl OnDevice {
-    /// Takes a machine on which the parts are loaded; gives it the weights.
+    /// Takes a machine on which the parts are loaded; gives it the weights, and the states of all sequences.
     pub fn new(
         mut machine: Machine,
         parts: SessionParts<ProgramId>,
         params: &Store,
+        states: &[(String, Tensor)],
         sequences: usize,
         geometry: Geometry,
         memory: DeviceMemory,
     ) -> Result<OnDevice, SessionError> {
-        let mut used = 0;
-        for (name, t) in &params.0 {
-            let b = Bytes::from_tensor(t.view());
-            used += b.data.len();
-            machine.set(name, &b)?;
+        let of_states: usize = states.iter().map(|(_, t)| t.ty().bytes()).sum();
+        // Beside those of all sequences, those of the one that runs alone.
+        let alone = if sequences > 1 { of_states / sequences } else { 0 };
+        let mut used = params.0.values().map(|t| t.ty().bytes()).sum::<usize>() + of_states + alone;
+        let mut arena = 0;
+        for (part, &id) in parts.named() {
+            let rows = if part == "head" { HEAD_ROWS } else { memory.segment };
+            let (own, inputs) = part_bytes(&machine, id, sequences, rows, geometry.chunk)?;
+            // One arena serves all, inputs stay where they are.
+            (arena, used) = (arena.max(own), used + inputs);
         }
-        let mut pools = None;
-        if let Some(upper) = parts.upper {
-            let mut arena = 0;
-            for (_, &id) in parts.named() {
-                arena = arena.max(arena_bytes(&machine, id, sequences, memory.segment, geometry.chunk)?);
+        used += arena;
+        let have = match (memory.limit, machine.device().space()) {
+            (Some(limit), _) => limit,
+            (None, Ok(Some(space))) => space.free / 10 * 9,
+            // As much as there is: more chunks than positions can be counted.
+            _ => usize::MAX / 8,
+        };
+        let too_few = |chunks: usize| SessionError::DeviceMemory { have, need: used + chunks };
+        let pools = match (parts.upper, have.checked_sub(used)) {
+            (Some(upper), left) => {
+                let per_token = chosen_per_token(&machine, upper);
+                Some(Pools::new(geometry, per_token, sequences, left.unwrap_or(0)).map_err(too_few)?)
             }
-            let left = match (memory.limit, machine.device().space()) {
-                (Some(limit), _) => limit.saturating_sub(used + arena),
-                (None, Ok(Some(space))) => (space.free / 10 * 9).saturating_sub(arena),
-                // As much as there is: more chunks than positions can be counted.
-                _ => usize::MAX / 8,
-            };
-            let per_token = chosen_per_token(&machine, upper);
-            let most = Pools::new(geometry, per_token, sequences, left);
-            let too_few = |chunks: usize| SessionError::DeviceMemory {
-                have: memory.limit.unwrap_or(left),
-                need: used + arena + chunks,
-            };
-            pools = Some(most.map_err(too_few)?);
+            (None, None) => return Err(too_few(0)),
+            (None, Some(_)) => None,
+        };
+        for (name, t) in &params.0 {
+            machine.set(name, &Bytes::from_tensor(t.view()))?;
         }
         let mut s = OnDevice { machine, parts, states: vec![], hidden: vec![], made: Default::default(), pools };
+        for (name, t) in states {
+            s.set_state(name, t)?;
+        }
         if let Some(p) = &mut s.pools {
             p.begin(&mut s.machine)?;
         }
@@ -166,13 +178,15 @@ impl OnDevice {
         Ok(())
     }
 
-    /// The programs carry the states of whole batches: those of the sequences beside `rows` of `all` step aside.
+    /// The programs carry the states of whole batches: those of the sequences beside `rows` of `all` step aside.  Nothing is
+    /// allocated after the first time, so that what was recorded stays good.
     pub fn narrow(&mut self, rows: Range<usize>, all: usize) -> Result<(), SessionError> {
         for (name, ty) in &self.states {
             let (aside, size) = (aside(name), ty.bytes() / all);
             let mut part = ty.clone();
             part.shape[0] = rows.len();
             self.machine.rename(name, &aside)?;
+            self.machine.rename(&alone(name), name)?;
             self.machine.allocate(name, &part)?;
             self.machine.copy_value((&aside, rows.start * size), (name, 0), rows.len() * size)?;
         }
@@ -183,6 +197,7 @@ impl OnDevice {
         for (name, ty) in &self.states {
             let (aside, size) = (aside(name), ty.bytes() / all);
             self.machine.copy_value((name, 0), (&aside, rows.start * size), rows.len() * size)?;
+            self.machine.rename(name, &alone(name))?;
             self.machine.rename(&aside, name)?;
         }
         Ok(())
@@ -346,16 +361,22 @@ impl OnDevice {
     }
 
     pub fn head(&mut self, shape: [usize; 3], hidden: &[f32], out: &mut Vec<f32>) -> Result<(), SessionError> {
-        let dims = Bindings::new([("N", 1), ("L", shape[1])]);
-        let made = self.machine.run(self.parts.head, &dims, &[("upper", &bytes_f32(&shape, hidden))])?;
         out.clear();
-        made.iter().filter(|(name, _)| name == "logits").for_each(|(_, b)| floats(&b.data, out));
+        for rows in hidden.chunks(HEAD_ROWS * shape[2]) {
+            let l = rows.len() / shape[2];
+            let dims = Bindings::new([("N", 1), ("L", l)]);
+            let made = self.machine.run(self.parts.head, &dims, &[("upper", &bytes_f32(&[1, l, shape[2]], rows))])?;
+            made.iter().filter(|(name, _)| name == "logits").for_each(|(_, b)| floats(&b.data, out));
+        }
         Ok(())
     }
 }
 
 fn aside(state: &str) -> String {
     format!("{state} of all sequences")
+}
+fn alone(state: &str) -> String {
+    format!("{state} of those that run alone")
 }
 
 /// Chunks that a token of one sequence may choose, over all heads of a layer.
@@ -368,13 +389,13 @@ fn chosen_per_token(machine: &Machine, upper: ProgramId) -> usize {
     steps.filter_map(|s| of(&s.op, s.inputs.first().and_then(|v| v.ty.shape.get(2)?.as_int()))).max().unwrap_or(1)
 }
 
-/// Bytes of activations of a part for segments, and for a token of every sequence.
-fn arena_bytes(m: &Machine, id: ProgramId, n: usize, segment: usize, chunk: usize) -> Result<usize, GpuError> {
-    let mut most = 0;
+/// Bytes of activations of a part, and of its inputs: for segments, and for a token of every sequence.
+fn part_bytes(m: &Machine, id: ProgramId, n: usize, segment: usize, chunk: usize) -> Result<(usize, usize), GpuError> {
+    let mut most = (0, 0);
     for (n, l) in [(1, segment.max(1)), (n, 1)] {
         let dims = [("N", n), ("L", l), ("C", LANDMARK_PAGE), ("B", l / chunk + 1), (KV_SLOTS, 1), (LANDMARK_PAGES, 1)];
         let plan = m.program(id).plan(&Bindings::new(dims))?;
-        most = most.max(plan.arena + plan.inputs);
+        most = (most.0.max(plan.arena), most.1.max(plan.inputs));
     }
     Ok(most)
 }

@@ -102,15 +102,19 @@ pub enum SessionError {
     #[error(transparent)]
     Gpu(#[from] GpuError),
     #[error(
-        "{have} bytes of device memory are too few: weights, activations and the chunks of one token take {need}; give \
-             more with --device-memory, or feed shorter segments"
+        "{} of device memory are too few: weights, states, activations and the chunks of one token take {}; give more with \
+             --device-memory, or feed shorter segments", mib(*have), mib(*need)
     )]
     DeviceMemory { have: usize, need: usize },
     #[error(
-        "the landmarks of this context take {need} bytes on the device, where {have} are left for them; give more with \
-             --device-memory"
+        "the landmarks of this context take {} on the device, where {} are left for them; give more with --device-memory",
+        mib(*need), mib(*have)
     )]
     Landmarks { have: usize, need: usize },
+}
+
+fn mib(bytes: usize) -> String {
+    format!("{:.1} MiB", bytes as f64 / (1 << 20) as f64)
 }
 
 /// What a sequence carries besides its scan states.
@@ -269,10 +273,7 @@ impl Session {
         let fingerprint = options.tier.fingerprint(&params);
         let room = room(programs.iter().map(|p| &*p.program));
         let (chunk_size, hidden_size) = (g.chunk_size, g.hidden_size);
-        let mut on = OnDevice::new(machine, g, &params, n, geometry, memory)?;
-        for (name, t) in &states {
-            on.set_state(name, t)?;
-        }
+        let on = OnDevice::new(machine, g, &params, &states, n, geometry, memory)?;
         let mut s = Self {
             engine: Engine::Device(Box::new(on)),
             chunk_size,

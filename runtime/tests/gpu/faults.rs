@@ -11,7 +11,7 @@ use rambac_ir::testing::Rng;
 use rambac_ir::{Bindings, Builder, Dim, Graph, HostArray, Ty};
 use rambac_passes::train_step::{AdamW, accumulate, apply, train_step};
 use rambac_passes::{Options, optimise};
-use rambac_runtime::gpu::{Bytes, Code, GpuError, Machine, Placement, ProgramId};
+use rambac_runtime::gpu::{Bytes, Code, GpuError, Link, Machine, Placement, ProgramId};
 use rambac_simulator::Options as Schedule;
 use rambac_simulator::device::Simulator;
 use std::sync::Arc;
@@ -19,6 +19,17 @@ use std::sync::Arc;
 pub const ALL: &[Case] = &[("faults_of_a_step", step), ("faults_of_two_programs", two_programs)];
 
 type Faults = Machine<Faulty<Late<Simulator>>>;
+
+/// How programs are run.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum How {
+    /// Each is waited for.
+    Waiting,
+    /// All of a round are begun before the first is waited for.
+    Ahead,
+    /// As one.
+    Chained,
+}
 
 /// Programs that share one machine; a round runs each, in order, at these sizes.
 struct Work {
@@ -44,7 +55,7 @@ fn values(p: &GpuProgram, dims: &Bindings, input: bool) -> Result<Vec<(String, B
 
 impl Work {
     /// Loads all, sets values, runs every program at every size, and reads all values back.
-    fn run(&self, m: &mut Faults) -> Result<Vec<(String, Bytes)>, GpuError> {
+    fn run(&self, m: &mut Faults, how: How) -> Result<Vec<(String, Bytes)>, GpuError> {
         let text = |e: String| -> ! { panic!("BUG: {e}") };
         let mut ids: Vec<ProgramId> = vec![];
         for (p, code) in &self.programs {
@@ -55,13 +66,38 @@ impl Work {
         }
         let mut out = vec![];
         for d in &self.dims {
-            for (id, (p, _)) in ids.iter().zip(&self.programs) {
-                let given = values(p, d, true).unwrap_or_else(|e| text(e));
-                let given: Vec<(&str, &Bytes)> = given.iter().map(|(n, b)| (n.as_str(), b)).collect();
-                // One result stays on the device, too.
-                let first = p.program.outputs.iter().find(|o| !o.update).map(|o| o.name.as_str());
-                let keep: Vec<(&str, &str)> = first.map(|n| (n, "kept")).into_iter().collect();
-                out.extend(m.run_keeping(*id, d, &given, &keep)?);
+            let given: Vec<_> =
+                self.programs.iter().map(|(p, _)| values(p, d, true).unwrap_or_else(|e| text(e))).collect();
+            let given: Vec<Vec<(&str, &Bytes)>> =
+                given.iter().map(|g| g.iter().map(|(n, b)| (n.as_str(), b)).collect()).collect();
+            // One result stays on the device, too.
+            let first = |p: &GpuProgram| p.program.outputs.iter().find(|o| !o.update).map(|o| o.name.to_string());
+            let firsts: Vec<_> = self.programs.iter().map(|(p, _)| first(p)).collect();
+            let names = ["kept", "also kept"];
+            let keep: Vec<Vec<(&str, &str)>> =
+                firsts.iter().zip(names).map(|(f, n)| f.iter().map(|f| (f.as_str(), n)).collect()).collect();
+            let all = || ids.iter().zip(&given).zip(&keep);
+            match how {
+                How::Waiting => {
+                    for ((id, given), keep) in all() {
+                        out.extend(m.run_keeping(*id, d, given, keep)?);
+                    }
+                }
+                How::Ahead => {
+                    let tickets =
+                        all().map(|((id, given), _)| m.begin(*id, d, given)).collect::<Result<Vec<_>, _>>()?;
+                    for t in tickets {
+                        out.extend(m.finish(t)?);
+                    }
+                }
+                How::Chained => {
+                    let links: Vec<Link> = all()
+                        .map(|((id, inputs), keep)| Link { program: *id, dims: d, inputs, keep, wanted: None })
+                        .collect();
+                    m.run_chain(&links, &mut |_, name, ty, data| {
+                        out.push((name.to_string(), Bytes { ty: ty.clone(), data: data.to_vec() }));
+                    })?;
+                }
             }
         }
         let mut names: Vec<String> = m.names().map(String::from).collect();
@@ -78,14 +114,15 @@ impl Work {
         let mut total = 0;
         // What is tested is the host: kernels need not be watched.
         let first = Simulator::new(Schedule { races: false, ..Schedule::default() });
-        for placement in [Placement::Arena, Placement::Apart] {
+        let ways = [How::Waiting, How::Ahead, How::Chained].map(|how| (Placement::Arena, how));
+        for (placement, how) in ways.into_iter().chain([(Placement::Apart, How::Waiting)]) {
             let machine = |fails| {
                 let device = Faulty::new(Late::new(first.like()), fails);
                 let seen = device.seen();
                 (Machine::new(device, placement), seen)
             };
             let (mut m, seen) = machine(None);
-            let want = self.run(&mut m).map_err(|e| e.to_string())?;
+            let want = self.run(&mut m, how).map_err(|e| e.to_string())?;
             // What a machine asks for when it goes may fail: nobody hears it.
             let calls = seen.calls();
             drop(m);
@@ -95,17 +132,20 @@ impl Work {
             let always = ["alloc_host", "upload", "launch", "product", "download", "copy", "copy_out", "synchronise"];
             let replayed = ["begin_record", "end_record", "replay"];
             let expected = always.iter().chain(replayed.iter().filter(|_| placement == Placement::Arena));
+            let ahead = ["event", "wait"].iter().filter(|_| how == How::Ahead);
+            // What is begun keeps nothing.
+            let expected = expected.chain(ahead).filter(|c| **c != "copy" || how != How::Ahead);
             if let Some(call) = expected.into_iter().find(|c| !calls.contains(c)) {
-                return Err(format!("{placement:?}: there was no {call}"));
+                return Err(format!("{placement:?}, {how:?}: there was no {call}"));
             }
             total += calls.len();
             for (n, call) in calls.iter().enumerate() {
                 for fault in [Fault::Once, Fault::Lost] {
-                    let at = format!("{placement:?}, call {n} ({call}), {fault:?}");
+                    let at = format!("{placement:?}, {how:?}, call {n} ({call}), {fault:?}");
                     let (mut m, seen) = machine(Some((n, fault)));
-                    let Err(e) = self.run(&mut m) else { return Err(format!("{at}: it went well")) };
+                    let Err(e) = self.run(&mut m, how) else { return Err(format!("{at}: it went well")) };
                     self.judge(&e, call, fault).map_err(|why| format!("{at}: {why}: {e}"))?;
-                    match (self.run(&mut m), fault) {
+                    match (self.run(&mut m, how), fault) {
                         (Ok(got), Fault::Once) if got == want => {}
                         (Ok(_), Fault::Once) => return Err(format!("{at}: other results afterwards")),
                         (Err(e), Fault::Once) => return Err(format!("{at}: it does not go on: {e}")),

@@ -68,7 +68,7 @@ impl Bencher<'_> {
         let precision = self.a.place.precision.unwrap_or_default().into();
         let program = lower_for(&optimise(g, &Options { precision, ..Options::default() }), Kernels::Gpu);
         let (mut gpu, id) = self.pool.install(|| {
-            let mut gpu = Gpu::open(self.a.place.device)?;
+            let mut gpu = Gpu::open(self.a.place.device)?.at(vec![self.dims.clone()]);
             let id = gpu.compile(program)?;
             Result::Ok((gpu, id))
         })?;
