@@ -8,7 +8,8 @@
 //   k →      thread 0: vec | thread 1: vec | … | thread 0: vec | …          OUTS·ROWS sums in registers, f32
 //   then the sums of all threads, warp by warp in order; Σ u² is one of them, so that the norm costs no pass of its own
 //
-// What no kernel before it writes is asked for before it waits for them (earlier.cuh): the first piece of W, and what `end` holds.  So weights are on their way while what they are multiplied by is still made.
+// What no kernel before it writes is asked for before it waits for them (earlier.cuh): W, as far as registers hold it, and what
+// `end` holds.  So weights are on their way while what they are multiplied by is still made.
 //
 // C says: T (of x and z), G (of the norm's weight), W, Out, width (k), rows (most), outs, vec, threads, eps, early; x's rows are
 // `x_stride` apart, W's `w_stride`, y's `y_stride`.  Grid (ceil(n / outs)).
@@ -95,18 +96,21 @@ __device__ __forceinline__ void few_rows(typename C::Out* y, i64 y_stride, const
     const int n0 = blockIdx.x * OUTS, own_r = threadIdx.x / OUTS, own_n = n0 + threadIdx.x % OUTS;
     const bool ends = own_r < min_of(rows, ROWS) && own_n < n;
     let_next_begin<C>();
-    // A piece of W, in vectors of at most 16 bytes.
-    constexpr int EACH = VECTOR<typename C::W, V>;
-    Vec<typename C::W, EACH> ws[OUTS][V / EACH];
-    auto weights = [&](int k) {
+    // Vectors of at most 16 bytes; so many pieces of W are asked for ahead.
+    constexpr int STRIDE = C::threads * V, PIECES = (C::width + STRIDE - 1) / STRIDE, EACH = VECTOR<typename C::W, V>;
+    constexpr int AHEAD = min_of(PIECES, max_of(1, 8 / OUTS));
+    auto at = [](int piece) { return piece * STRIDE + (int)threadIdx.x * V; };
+    auto within = [](int k) { return C::width % STRIDE == 0 || k < C::width; };
+    Vec<typename C::W, EACH> ws[AHEAD][OUTS][V / EACH];
+    auto weights = [&](int into, int k) {
 #pragma unroll
         for (int o = 0; o < OUTS; o++)
 #pragma unroll
-            for (int j = 0; j < V; j += EACH) ws[o][j / EACH] = load<typename C::W, EACH>(w + min_of(n0 + o, n - 1) * w_stride + k + j);
+            for (int j = 0; j < V; j += EACH) ws[into][o][j / EACH] = load<typename C::W, EACH>(w + min_of(n0 + o, n - 1) * w_stride + k + j);
     };
-    constexpr int STRIDE = C::threads * V, PIECES = (C::width + STRIDE - 1) / STRIDE;
-    auto within = [](int k) { return C::width % STRIDE == 0 || k < C::width; };
-    if (within(threadIdx.x * V)) weights(threadIdx.x * V);
+#pragma unroll
+    for (int piece = 0; piece < AHEAD; piece++)
+        if (within(at(piece))) weights(piece, at(piece));
     typename End::Held held = {};
     if (ends) held = end.ahead(own_r, own_n);
     wait_for_earlier<C>();
@@ -114,21 +118,19 @@ __device__ __forceinline__ void few_rows(typename C::Out* y, i64 y_stride, const
     if (ends) end.beside(held, own_r, own_n);
 
     float acc[ROWS][OUTS] = {}, squares[ROWS] = {};
-#pragma unroll 2
-    for (int piece = 0; piece < PIECES; piece++) {
-        const int k = piece * STRIDE + threadIdx.x * V;
-        if (!within(k)) break;
-        if (piece > 0) weights(k);
-        float g[V];
+    auto multiply = [&](int into, int k) {
+        float g[V], u[V], z[V];
         if constexpr (Row::normed) load_f32(g, row.weight + k);
+        auto fetch = [&](int i) {
+            load_f32(u, x + i * x_stride + k);
+            if constexpr (Row::gated) load_f32(z, row.z + i * row.z_stride + k);
+        };
+        if (rows > 0) fetch(0);
 #pragma unroll
         for (int i = 0; i < ROWS; i++) {
             if (ROWS > 1 && i >= rows) break;
-            float u[V];
-            load_f32(u, x + i * x_stride + k);
+            if (i > 0) fetch(i);
             if constexpr (Row::gated) {
-                float z[V];
-                load_f32(z, row.z + i * row.z_stride + k);
 #pragma unroll
                 for (int j = 0; j < V; j++) u[j] *= z[j] * sigmoid_fast(z[j]);
             }
@@ -142,20 +144,26 @@ __device__ __forceinline__ void few_rows(typename C::Out* y, i64 y_stride, const
 #pragma unroll
             for (int o = 0; o < OUTS; o++)
 #pragma unroll
-                for (int j = 0; j < V; j++) acc[i][o] = fmaf(u[j], to_f32(ws[o][j / EACH][j % EACH]), acc[i][o]);
+                for (int j = 0; j < V; j++) acc[i][o] = fmaf(u[j], to_f32(ws[into][o][j / EACH][j % EACH]), acc[i][o]);
         }
+    };
+#pragma unroll
+    for (int piece = 0; piece < AHEAD; piece++)
+        if (within(at(piece))) multiply(piece, at(piece));
+#pragma unroll 2
+    for (int piece = AHEAD; piece < PIECES; piece++) {
+        if (!within(at(piece))) break;
+        weights(0, at(piece));
+        multiply(0, at(piece));
     }
 #pragma unroll
     for (int i = 0; i < ROWS; i++) {
         if (ROWS > 1 && i >= rows) break;
-#pragma unroll
-        for (int o = 0; o < OUTS; o++) {
-            const float sum = warp_sum(acc[i][o]);
-            if (lane_id() == 0) sums[warp_id()][i * OUTS + o] = sum;
-        }
+        const float sum = warp_sums(acc[i]);
+        if (lane_id() % (32 / OUTS) == 0) sums[warp_id()][i * OUTS + lane_id() / (32 / OUTS)] = sum;
         if constexpr (Row::normed) {
-            const float sum = warp_sum(squares[i]);
-            if (lane_id() == 0) sums[warp_id()][ROWS * OUTS + i] = sum;
+            const float square = warp_sum(squares[i]);
+            if (lane_id() == 0) sums[warp_id()][ROWS * OUTS + i] = square;
         }
     }
     __syncthreads();

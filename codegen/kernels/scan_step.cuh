@@ -3,7 +3,8 @@
 // `lanes` threads own a row of a head's state [P, R], vectors of it side by side.  The state is read and written once;
 // that traffic limits it.  h may lie over h0.  What no kernel before it writes is asked for before it waits (earlier.cuh).
 //
-// C: T (x, b, c, y), Exact (d and states), heads, groups, head_dim (P), state (R), vec, lanes, threads, early.
+// C: T (x, b, c, y), Exact (d and states), heads, groups, head_dim (P), state (R), vec, lanes, threads, early, decays_ahead (nothing
+// before it writes what `a` reads).
 // Dt and A are hooks: dt[n, head] and a[head], perhaps made on the spot.  Grid (ceil(heads · P / (threads / lanes)), N).
 #pragma once
 #include "earlier.cuh"
@@ -37,12 +38,15 @@ __device__ __forceinline__ void scan_step(const typename C::T* x, i64 x_stride, 
     for (int k = 0; k < PIECES; k++)
         if (mine && (R % (V * LANES) == 0 || (k * LANES + lane) * V < R)) load_f32(state[k], h0 + at + k * LANES * V);
     const float skip = to_f32(d[head]);
+    float decays = 0.f;
+    if constexpr (C::decays_ahead) decays = a(0, head);
     wait_for_earlier<C>();
     // MUT step_wait: ;
+    if constexpr (!C::decays_ahead) decays = a(0, head);
     const float step = dt(n, head);
     const float xv = mine ? to_f32(x[n * x_stride + row]) : 0.f;
-    const float decay = exp2_fast(step * a(0, head) * LOG2E), in = step * xv;
-    // MUT step_decay: const float decay = exp2_fast(step * a(0, head)), in = step * xv;
+    const float decay = exp2_fast(step * decays * LOG2E), in = step * xv;
+    // MUT step_decay: const float decay = exp2_fast(step * decays), in = step * xv;
     float sum = 0.f;
 #pragma unroll
     for (int k = 0; k < PIECES; k++) {

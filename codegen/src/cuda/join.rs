@@ -133,7 +133,9 @@ fn join_convs(program: &mut Arc<Program>, joined: &mut [Joined], target: &Target
         let s = &p.steps[i];
         let Op::CausalConv1d(c) = &s.op else { continue };
         let x = &s.inputs[0];
-        let Some(made) = (0..i).rev().find(|&m| p.steps[m].outputs.iter().any(|v| v.buffer == x.buffer)) else { continue };
+        let Some(made) = (0..i).rev().find(|&m| p.steps[m].outputs.iter().any(|v| v.buffer == x.buffer)) else {
+            continue;
+        };
         let product = &p.steps[made];
         let (y, Some(first)) = (&product.outputs[0], x.offset.as_int()) else { continue };
         let width = y.ty.shape.last();
@@ -146,7 +148,8 @@ fn join_convs(program: &mut Arc<Program>, joined: &mut [Joined], target: &Target
         let moved = |v: &View| s.outputs.iter().chain(&s.inputs[1..]).any(|o| o.buffer == v.buffer);
         let between = (made..i).any(|k| p.steps[k].outputs.iter().any(moved))
             || (made + 1..i).any(|k| p.steps[k].inputs.iter().any(|v| s.outputs.iter().any(|o| o.buffer == v.buffer)));
-        let plain = matches!(product.op, Op::MatMul(_)) && s.outputs.iter().chain(&s.inputs[1..]).all(|v| v.strided.is_none());
+        let plain =
+            matches!(product.op, Op::MatMul(_)) && s.outputs.iter().chain(&s.inputs[1..]).all(|v| v.strided.is_none());
         let with = Joined { conv: Some(Conv { first, silu: c.silu }), ..joined[made].clone() };
         if !plain || joined[made].conv.is_some() || !columns || !same || !apart || between {
             continue;
@@ -158,6 +161,9 @@ fn join_convs(program: &mut Arc<Program>, joined: &mut [Joined], target: &Target
         joined[i].within = Some(one_token(l).into_iter().chain([few(rows(x))]).collect());
         joined[made] = with;
         pairs.push((i, made));
+    }
+    if pairs.is_empty() {
+        return;
     }
     let steps = &mut Arc::make_mut(program).steps;
     for (i, made) in pairs {

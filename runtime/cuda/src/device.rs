@@ -539,7 +539,8 @@ impl Device for CudaDevice {
             }
         }
         let mut pointers: Vec<*mut c_void> = starts.iter().map(|&at| bytes[at..].as_mut_ptr().cast()).collect();
-        let attribute = |id| sys::CUlaunchAttribute { id, pad: [0; 4], value: sys::CUlaunchAttributeValue { pad: [0; 64] } };
+        let attribute =
+            |id| sys::CUlaunchAttribute { id, pad: [0; 4], value: sys::CUlaunchAttributeValue { pad: [0; 64] } };
         let mut attributes = vec![];
         if extent.cluster != [1; 3] {
             let [x, y, z] = extent.cluster;

@@ -1,8 +1,8 @@
 //! A program at given sizes and addresses: launches and products with all their arguments, ready to be started.
 
 use super::error::GpuError;
-use rambac_codegen::{BufferKind, View};
 use rambac_codegen::cuda::{Call, Expr, Form, Gemm, GemmOperand, GpuProgram, Launch, Operand, Param};
+use rambac_codegen::{BufferKind, View};
 use rambac_driver::{Arg, BufferId, Extent, Float, Matrix, Product};
 use rambac_ir::ops::Op;
 use rambac_ir::ty::ConcreteTy;
@@ -102,7 +102,11 @@ pub fn bind(gpu: &GpuProgram, forms: &[&Form], dims: &Bindings, at: &Places) -> 
                     }
                     let early = l.early.as_ref().is_some_and(|ahead| may_begin(gpu, step, ahead)) && !work.is_empty();
                     let kernel = gpu.kernels.iter().position(|k| k.name == l.kernel.name);
-                    What::Launch(kernel.expect("BUG: `emit` lists every kernel"), Extent { early, ..e }, arguments(l, dims, &place)?)
+                    What::Launch(
+                        kernel.expect("BUG: `emit` lists every kernel"),
+                        Extent { early, ..e },
+                        arguments(l, dims, &place)?,
+                    )
                 }
             };
             work.push(Work { step, what });

@@ -58,8 +58,7 @@ fn layer(b: &mut Builder, given: &mut Given, name: &str, x: Value) -> Value {
         let x = b.slice(conv[0], 2, from, to);
         b.reshape(x, dims(shape))
     };
-    let (xs, bs, cs) =
-        (part(b, 0, E, &[HEADS, P]), part(b, E, E + R, &[1, R]), part(b, E + R, E + 2 * R, &[1, R]));
+    let (xs, bs, cs) = (part(b, 0, E, &[HEADS, P]), part(b, E, E + R, &[1, R]), part(b, E + R, E + 2 * R, &[1, R]));
     let dt = b.add(dt, dt_bias);
     let dt = b.softplus(dt);
     let a = b.exp(a_log);
@@ -107,7 +106,7 @@ fn check(rig: &Rig, [n, l]: [usize; 2], half: bool, arch: Arch) -> Result<usize,
         of.map(|(_, s)| (s.name.clone(), Bytes::from_host(&given[&s.name]))).collect()
     };
     let (_, _, got, _) = rig.run(program, &dims, &bytes(SourceKind::Param), &bytes(SourceKind::Input))?;
-    let tolerance = if half { 1e-2 } else { 2e-6 };
+    let tolerance = if half { 2e-2 } else { 1e-5 };
     for ((name, w), g) in want.iter().zip(&got) {
         let most = (0..w.len()).map(|i| w.get(i).abs()).fold(1e-30, f64::max);
         if let Some(i) = (0..w.len()).find(|&i| !((w.get(i) - g.get(i)).abs() <= tolerance * most)) {
@@ -132,7 +131,7 @@ fn layers(rig: &Rig) -> Result<String, String> {
         }
         // Several tokens: the convolution and the scan run by themselves.  Many rows: products are the library's.
         for size in [[2, 3], [9, 1], [1, 70], [1, 0]] {
-            check(rig, size, true, arch)?;
+            check(rig, size, false, arch)?;
         }
     }
     Ok(String::new())

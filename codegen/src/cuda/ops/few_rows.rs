@@ -7,7 +7,8 @@ use crate::cuda::expr::Expr;
 use crate::cuda::form::{Call, Condition, Operand};
 use crate::cuda::join::{FEW, one_token};
 use crate::cuda::stub::{Stub, c_type};
-use crate::cuda::target::Arch;
+use crate::cuda::target::{Arch, Target};
+use rambac_ir::Dim;
 use rambac_ir::ops::*;
 
 /// How a product's threads lie.
@@ -21,9 +22,12 @@ struct Lie {
 }
 
 impl Lie {
-    /// Loads of 16 bytes of weights where rows allow it; threads for all of k up to 256.
-    fn choose(k: usize, vec: usize) -> Lie {
-        Lie { vec, threads: k.div_ceil(vec).next_power_of_two().clamp(32, 256), outs: 4 }
+    /// Loads of 16 bytes of weights where rows allow it; threads for all of k up to 128.  Blocks read the same row of x, so few of
+    /// them are better where there are enough.
+    fn choose(k: usize, vec: usize, n: &Dim, target: &Target) -> Lie {
+        let threads = k.div_ceil(vec).next_power_of_two().clamp(32, 128);
+        let many = n.as_int().is_some_and(|n| n >= 16 * target.sms);
+        Lie { vec, threads, outs: if many && threads >= 64 { 8 } else { 4 } }
     }
 }
 
@@ -74,7 +78,7 @@ fn rows_of(site: &Site, map: Option<&FusedMap>, conv: bool) -> Option<Vec<FewRow
     }
     let along: Vec<Operand> = [x, b].into_iter().chain(z).chain(weight).collect();
     let most = (16 / w.size()).min(1 << k.trailing_zeros());
-    let lie = Lie::choose(k, site.vector(&along, most));
+    let lie = Lie::choose(k, site.vector(&along, most), result.ty.shape.last()?, site.target);
     let stride = |v: &View| row_stride(v, v.ty.rank() - 1).ok();
     let (x_stride, w_stride, y_stride) = (stride(site.view(x))?, stride(site.view(b))?, stride(result)?);
     let n = Expr::from(result.ty.shape.last()?);
@@ -98,8 +102,8 @@ fn rows_of(site: &Site, map: Option<&FusedMap>, conv: bool) -> Option<Vec<FewRow
             .float("eps", eps)
             .flag("early", early)
             .hashed()
-            // All weights of a layer's product are on their way at once; registers for the sums of 8 rows.
-            .blocks_per_sm((if most == 1 { 1152 } else { 384 } / lie.threads).min(16))
+            // Registers for the sums of 8 rows.
+            .blocks_per_sm((if most == 1 { 768 } else { 256 } / lie.threads).clamp(1, 16))
             .write("y", out, c)
             .i64("y_stride", y_stride.clone())
             .read("x", t, x)
@@ -121,10 +125,8 @@ fn rows_of(site: &Site, map: Option<&FusedMap>, conv: bool) -> Option<Vec<FewRow
             s = s.early([b].into_iter().chain(end.ahead));
         }
         let s = s.hook(&end.text).i32("rows", rows.clone()).i32("n", n.clone());
-        let body = format!(
-            "    few_rows<Config>(y, y_stride, x, x_stride, w, w_stride, rows, n, {row}, {});\n",
-            end.value
-        );
+        let body =
+            format!("    few_rows<Config>(y, y_stride, x, x_stride, w, w_stride, rows, n, {row}, {});\n", end.value);
         Some(s.launch_body((n.clone().ceil_div(lie.outs), 1, 1), body).into())
     };
     let mut all = vec![];
@@ -132,10 +134,11 @@ fn rows_of(site: &Site, map: Option<&FusedMap>, conv: bool) -> Option<Vec<FewRow
         // A number of rows that is known needs one of them.
         let needed = rows.as_int().is_none_or(|m| m <= most && (most == 1 || m > 1));
         if needed {
-            let with: String = [(weight.is_some(), ", the norm with them"), (conv, ", the convolution of their one token")]
-                .into_iter()
-                .filter_map(|(is, text)| is.then_some(text))
-                .collect();
+            let with: String =
+                [(weight.is_some(), ", the norm with them"), (conv, ", the convolution of their one token")]
+                    .into_iter()
+                    .filter_map(|(is, text)| is.then_some(text))
+                    .collect();
             let why = format!("at most {most} rows: every weight is read once, {} rows of {k} a block{with}", lie.outs);
             let mut needs = vec![Condition::Below(rows.clone(), Expr::int(most + 1))];
             if conv {
@@ -202,8 +205,10 @@ mod tests {
 
     #[test]
     fn threads_lie_along_a_row() {
-        assert_eq!(Lie::choose(1024, 8), Lie { vec: 8, threads: 128, outs: 4 });
-        assert_eq!(Lie::choose(64, 4).threads, 32);
-        assert_eq!(Lie::choose(1 << 20, 1).threads, 256);
+        let lie = |k, vec, n: usize| Lie::choose(k, vec, &n.into(), &Target::of(Arch::Sm90a));
+        assert_eq!(lie(1024, 8, 4384), Lie { vec: 8, threads: 128, outs: 8 });
+        assert_eq!((lie(2048, 8, 1024).outs, lie(64, 8, 4384).outs), (4, 4));
+        assert_eq!(lie(64, 4, 64).threads, 32);
+        assert_eq!(lie(1 << 20, 1, 64).threads, 128);
     }
 }

@@ -235,7 +235,13 @@ struct Element {
 
 /// `given` registers come from elsewhere; the operands follow.  `None`: an operand's place does not follow from row and column, or
 /// the map has several results.
-fn element(m: &FusedMap, operands: &[(Operand, &View)], given: usize, prefix: &str, s: Stub) -> Option<(Element, Stub)> {
+fn element(
+    m: &FusedMap,
+    operands: &[(Operand, &View)],
+    given: usize,
+    prefix: &str,
+    s: Stub,
+) -> Option<(Element, Stub)> {
     let ([out], Some(last)) = (&m.outs[..], m.shape.last()) else { return None };
     let mut e = Element { members: vec![], values: vec![], loads: vec![], body: vec![], result: format!("v{out}") };
     let mut s = s;
@@ -278,7 +284,12 @@ fn element(m: &FusedMap, operands: &[(Operand, &View)], given: usize, prefix: &s
 }
 
 /// A map as a hook `name` that gives its element at (row, column): the hook's text and value, and the stub with its arguments.
-pub(super) fn element_hook(name: &str, m: &FusedMap, operands: &[(Operand, &View)], s: Stub) -> Option<(String, String, Stub)> {
+pub(super) fn element_hook(
+    name: &str,
+    m: &FusedMap,
+    operands: &[(Operand, &View)],
+    s: Stub,
+) -> Option<(String, String, Stub)> {
     let (e, s) = element(m, operands, 0, &format!("{}_", name.to_lowercase()), s)?;
     let loads = e.loads.iter().enumerate().map(|(i, l)| format!("float v{i} = {l};"));
     let all: Vec<String> = loads.chain(e.body).chain([format!("return {};", e.result)]).collect();

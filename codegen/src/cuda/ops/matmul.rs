@@ -81,7 +81,9 @@ impl Cuda for MatMulMap {
         let mut forms = vec![];
         if !self.trans_a && self.trans_b {
             let all = products(site, Some(&self.map(shape.clone())));
-            forms.extend(few_rows("few_rows_map", all).map(|f| Form { why: format!("{}; the map ends them", f.why), ..f }));
+            forms.extend(
+                few_rows("few_rows_map", all).map(|f| Form { why: format!("{}; the map ends them", f.why), ..f }),
+            );
         }
         if let Some(plus) = addend(self, site) {
             let g = gemm(&self.product(), site, Operand::Output(0), &site.outputs[0], Some(plus))?;

@@ -286,7 +286,7 @@ impl Scan {
     fn one_token(&self, site: &Site) -> Result<Form, Unsupported> {
         const THREADS: usize = 128;
         let (y, h) = (Operand::Output(0), Operand::Output(1));
-        let vec = if self.whole { site.vector(&[H0, h], 16 / self.dtype.size()) } else { 1 };
+        let vec = if self.whole { site.vector(&[H0, h], 16 / self.exact.size()) } else { 1 };
         let lanes = self.state.div_ceil(vec).next_power_of_two().min(32);
         let early = site.target.arch == Arch::Sm90a;
         let mut s = self
@@ -296,6 +296,7 @@ impl Scan {
             .int("lanes", lanes)
             .int("threads", THREADS)
             .flag("early", early)
+            .flag("decays_ahead", early && site.made(2).is_some())
             .hashed()
             .read("x", self.dtype, X)
             .i64("x_stride", site.row_stride(X, 2)?)
@@ -323,7 +324,8 @@ impl Scan {
             hooks.push(value);
         }
         if early {
-            s = s.early([D, H0]);
+            let decays = site.made(2).map(|(_, operands)| operands).unwrap_or_default();
+            s = s.early([D, H0].into_iter().chain(decays.into_iter().map(|o| o.0)));
         }
         let body = format!(
             "    scan_step<Config>(x, x_stride, {}, {}, b, b_stride, c, c_stride, d, h0, y, y_stride, h);\n",
