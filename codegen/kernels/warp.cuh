@@ -15,6 +15,23 @@ template <int N = 32> __device__ __forceinline__ float warp_sum(float x) {
     for (int d = N / 2; d > 0; d /= 2) x += __shfl_xor_sync(ALL_LANES, x, d);
     return x;
 }
+// Of N values at once (a power of two) over the whole warp: 32 / N lanes get the sum of each, the first lanes the first.  Lanes
+// exchange halves of what they have, so N values take N + log2(32 / N) - 1 exchanges, not 5 N.
+template <int N> __device__ __forceinline__ float warp_sums(float (&x)[N]) {
+    int d = 16;
+#pragma unroll
+    for (int half = N / 2; half > 0; half /= 2, d /= 2) {
+        const bool upper = lane_id() & d;
+#pragma unroll
+        for (int i = 0; i < half; i++) {
+            const float mine = upper ? x[i + half] : x[i], other = upper ? x[i] : x[i + half];
+            x[i] = mine + __shfl_xor_sync(ALL_LANES, other, d);
+        }
+    }
+#pragma unroll
+    for (; d > 0; d /= 2) x[0] += __shfl_xor_sync(ALL_LANES, x[0], d);
+    return x[0];
+}
 template <int N = 32> __device__ __forceinline__ float warp_max(float x) {
 #pragma unroll
     for (int d = N / 2; d > 0; d /= 2) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, d));

@@ -139,6 +139,7 @@ impl Facts {
     fn new(g: &Graph) -> Facts {
         let mut facts = Facts(HashMap::new());
         let single = |v: Value| g.ty(v).dtype == DType::F32;
+        let training = g.nodes.iter().any(is_backward);
         let mut others: HashMap<Value, bool> = g.outputs.iter().map(|o| (o.value, true)).collect();
         let mut singles: HashSet<Value> = others.keys().copied().collect();
         // What readers say, the last first: moves pass on what their own readers say.
@@ -183,6 +184,8 @@ impl Facts {
                 } else {
                     // A product that the backward reads too would be kept: then in half the memory.
                     let kept = matches!(n.op, Op::MatMul(_)) && !is_backward(n) && f.forward && f.backward;
+                    // Without a backward one that anything wants rounded is as it was where it was kept.
+                    let kept = kept || (matches!(n.op, Op::MatMul(_)) && !training && f.need);
                     // So would one that waits for several maps.
                     let waits = matches!(&n.op, Op::MatMul(m) if !m.trans_a) && is_backward(n) && f.maps > 1;
                     h.results.contains(&r) || (h.gives.contains(&r) && (f.only || kept || waits))

@@ -113,9 +113,9 @@ pub fn write_on(
         let mut last = vec![];
         for (i, segment) in ids[exact..].chunks(a.segment).enumerate() {
             stopped(exact + i * a.segment, ids.len())?;
-            last = session.feed(seq, segment).map_err(wrap)?.hidden;
+            last = session.read(seq, segment).map_err(wrap)?;
         }
-        hidden.extend_from_slice(&last[last.len() - config.hidden_size..]);
+        hidden.extend_from_slice(&last);
     }
     let prefill = begin.elapsed();
     session.save().map_err(wrap)?;

@@ -217,7 +217,7 @@ fn once(a: &Simulate, text: &str, specs: &[Spec], options: Options, pool: &rayon
         }
         args.push(b.into());
     }
-    let extent = Extent { grid: a.grid, block: a.block, cluster: a.cluster, shared: a.shared };
+    let extent = Extent { grid: a.grid, block: a.block, cluster: a.cluster, shared: a.shared, early: false };
     pool.install(|| sim.launch(module, &kernel, extent, &args)).map_err(wrap)?;
     sim.synchronise().map_err(wrap)?;
     let mut results = vec![];

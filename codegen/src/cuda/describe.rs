@@ -73,9 +73,15 @@ fn operand(o: Operand) -> String {
 
 fn call(c: &Call) -> Value {
     match c {
-        Call::Launch(Launch { kernel, grid, params }) => json!({
-            "kernel": kernel.name, "grid": texts(grid), "arguments": params.iter().map(param).collect::<Vec<_>>(),
-        }),
+        Call::Launch(Launch { kernel, grid, params, early }) => {
+            let mut all = json!({
+                "kernel": kernel.name, "grid": texts(grid), "arguments": params.iter().map(param).collect::<Vec<_>>(),
+            });
+            if let Some(ahead) = early {
+                all["early"] = ahead.iter().map(|o| operand(*o)).collect();
+            }
+            all
+        }
         Call::Gemm(Gemm { batch, m, n, k, a, b, c, plus }) => json!({
             "product": {
                 "batch": batch.to_string(), "m": m.to_string(), "n": n.to_string(), "k": k.to_string(),

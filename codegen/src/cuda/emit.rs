@@ -1,7 +1,7 @@
 //! All steps of a Program as forms, with every kernel once.
 
-use super::few_rows::{Joined, join_norms};
 use super::form::{Form, Kernel};
+use super::join::{Joined, join};
 use super::ops::{Site, Unsupported, forms};
 use super::target::Target;
 use crate::program::{Program, Step, View};
@@ -51,7 +51,7 @@ impl GpuStep {
 /// A Program for GPUs.
 #[derive(Clone, Debug)]
 pub struct GpuProgram {
-    /// Steps that do the work of one before them too have its operands behind their own, see [`join_norms`].
+    /// Steps that do the work of others too have their operands and results behind their own, see [`join`].
     pub program: Arc<Program>,
     pub target: Target,
     /// As many as the program has.
@@ -84,7 +84,7 @@ impl GpuProgram {
 /// # Errors
 /// A step whose op, types or layout no kernel takes, with the reason.
 pub fn emit(program: impl Into<Arc<Program>>, target: Target) -> Result<GpuProgram, EmitError> {
-    let (program, joined) = join_norms(program.into(), &target);
+    let (program, joined) = join(program.into(), &target);
     let (mut steps, mut kernels) = (Vec::<GpuStep>::new(), Vec::<Kernel>::new());
     let mut sites: HashMap<u64, Vec<usize>> = HashMap::new();
     let mut known: HashMap<String, usize> = HashMap::new();
@@ -95,7 +95,7 @@ pub fn emit(program: impl Into<Arc<Program>>, target: Target) -> Result<GpuProgr
             continue;
         }
         like.push(i);
-        let site = Site { inputs: &s.inputs, outputs: &s.outputs, target: &target, joined: joined[i] };
+        let site = Site { inputs: &s.inputs, outputs: &s.outputs, target: &target, joined: &joined[i] };
         let forms = forms(&s.op, &site).map_err(|why| EmitError {
             program: program.name.clone(),
             step: i,
@@ -115,7 +115,7 @@ pub fn emit(program: impl Into<Arc<Program>>, target: Target) -> Result<GpuProgr
                 }
             }
         }
-        steps.push(GpuStep { forms: Arc::new(forms), joined: joined[i] });
+        steps.push(GpuStep { forms: Arc::new(forms), joined: joined[i].clone() });
     }
     Ok(GpuProgram { program, target, steps, kernels })
 }

@@ -11,7 +11,7 @@ macro_rules! headers {
 }
 
 headers! {
-    "types", "warp", "mma", "copy", "pages",
+    "types", "warp", "earlier", "mma", "copy", "pages",
     "tile", "chunk_softmax", "attend", "inverted_index", "attend_chunks", "attend_grad", "select", "select_grad",
     "select_scan", "few_rows", "score", "choose", "mix",
     "attention", "wgmma", "attend_chunks_hopper", "attend_tile_hopper", "any_size",

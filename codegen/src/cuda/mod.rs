@@ -4,7 +4,8 @@
 //!   forms.  - [`stub`]: writes the short texts that instantiate the templates of `codegen/kernels`.
 //! - [`ops`]: one file per family; **from the one list of ops**, so an op without an answer does not compile.
 //! - [`headers`]: the templates, compiled in.  - [`emit()`]: all steps of a Program.  - [`pages`]: a memory in pages.
-//!   [`few_rows`]: norms within products.
+//!   [`join`]: steps within the
+//!   steps beside them.
 //! - [`tune`]: measures forms and tiles where there is a device; [`choices`]: what came of it.
 //! - [`cache`]: what was compiled once.  - [`describe()`]: a GPU program as JSON.
 //!
@@ -17,9 +18,9 @@ pub mod compile;
 mod describe;
 mod emit;
 pub mod expr;
-pub mod few_rows;
 pub mod form;
 pub mod headers;
+pub mod join;
 pub mod ops;
 pub mod pages;
 pub mod stub;

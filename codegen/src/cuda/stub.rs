@@ -50,6 +50,7 @@ pub struct Stub {
     shared: usize,
     blocks_per_sm: usize,
     hashed: bool,
+    early: Option<Vec<Operand>>,
 }
 
 impl Stub {
@@ -66,11 +67,17 @@ impl Stub {
             shared: 0,
             blocks_per_sm: 1,
             hashed: false,
+            early: None,
         }
     }
     /// A part of the kernel's name.
     pub fn tag(mut self, tag: impl std::fmt::Display) -> Stub {
         self.tags.push(tag.to_string());
+        self
+    }
+    /// The kernel waits by itself for those before it, and reads these operands before (earlier.cuh).
+    pub fn early(mut self, ahead: impl IntoIterator<Item = Operand>) -> Stub {
+        self.early = Some(ahead.into_iter().collect());
         self
     }
     /// `using name = …` in the config; the type is a tag too.
@@ -210,6 +217,7 @@ impl Stub {
             kernel,
             grid: [x.into(), y.into(), z.into()],
             params: self.params.into_iter().map(|(_, _, p)| p).collect(),
+            early: self.early,
         }
     }
 }

@@ -9,8 +9,8 @@ use super::cache::Cache;
 use super::choices::{Candidate, Choice, Verdict, fingerprint, site};
 use super::emit::{GpuProgram, GpuStep};
 use super::expr::Expr;
-use super::few_rows::Joined;
 use super::form::{Condition, Form, Kernel};
+use super::join::ALONE;
 use super::ops::{Site, candidates};
 use super::target::Target;
 use crate::program::{Buffer, BufferId, BufferKind, OutputSlot, Program, SourceSlot, Step, Strided, View};
@@ -81,7 +81,7 @@ pub(super) fn duration(s: f64) -> String {
 /// # Errors
 /// A dim without a value.
 fn ways(step: &Step, target: &Target, dims: &Bindings) -> Result<Vec<Form>, DimError> {
-    let (inputs, outputs, joined) = (&step.inputs, &step.outputs, Joined::No);
+    let (inputs, outputs, joined) = (&step.inputs, &step.outputs, &ALONE);
     let all = candidates(&step.op, &Site { inputs, outputs, target, joined }).unwrap_or_default();
     let holds = |c: &[Condition]| c.iter().map(|c| c.holds(dims)).collect::<Result<Vec<_>, _>>();
     let (mut ways, mut prints, mut predicted) = (vec![], vec![], None);
@@ -243,7 +243,7 @@ pub fn measured(p: &GpuProgram, dims: &Bindings, device: &str, cache: &Cache) ->
     let mut any = false;
     for (s, step) in out.steps.iter_mut().zip(&p.program.steps) {
         // Steps that are joined choose together.
-        if s.joined != Joined::No {
+        if !s.joined.alone() {
             continue;
         }
         let with = match known.entry(Arc::as_ptr(&s.forms)) {
@@ -253,7 +253,7 @@ pub fn measured(p: &GpuProgram, dims: &Bindings, device: &str, cache: &Cache) ->
                 let launched = form.iter().flat_map(Form::launches).map(|l| &l.kernel);
                 out.kernels.extend(launched.filter(|k| kernels.insert(k.name.clone())).cloned());
                 let all = |f| [f].into_iter().chain(s.forms.iter().cloned()).collect();
-                e.insert(form.map(|f| GpuStep { forms: Arc::new(all(f)), joined: s.joined }))
+                e.insert(form.map(|f| GpuStep { forms: Arc::new(all(f)), joined: s.joined.clone() }))
             }
         };
         if let Some(with) = with {
@@ -315,7 +315,7 @@ impl Alone {
                 kernels.push(k.clone());
             }
         }
-        let steps = vec![GpuStep { forms: Arc::new(vec![form]), joined: Joined::No }];
+        let steps = vec![GpuStep { forms: Arc::new(vec![form]), joined: ALONE.clone() }];
         GpuProgram { program: Arc::new(self.program.clone()), target: target.clone(), steps, kernels }
     }
 

@@ -58,6 +58,8 @@ pub struct CudaDevice {
     blocking: bool,
     /// Launches are kept in place of being started.
     recording: bool,
+    /// What was recorded last is a launch.
+    after_launch: bool,
     /// Something was replayed since the last synchronise: launches are not counted one by one.
     replayed: bool,
     records: Vec<Option<sys::CUgraphExec>>,
@@ -148,6 +150,7 @@ impl CudaDevice {
             progress,
             blocking,
             recording: false,
+            after_launch: false,
             replayed: false,
             records: vec![],
             pinned: Pinned::default(),
@@ -411,6 +414,7 @@ impl Device for CudaDevice {
         }
         // SAFETY: both ranges are whole.
         let code = unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, bytes, self.stream) };
+        self.after_launch = false;
         self.call("cuMemcpyDtoDAsync", code)
     }
 
@@ -450,6 +454,7 @@ impl Device for CudaDevice {
         }
         // SAFETY: both ranges are whole; pinned memory is given back only when no copy of it is under way.
         let code = unsafe { sys::cuMemcpyHtoDAsync_v2(to, from.cast(), bytes, self.stream) };
+        self.after_launch = false;
         self.call("cuMemcpyHtoDAsync", code)
     }
 
@@ -461,6 +466,7 @@ impl Device for CudaDevice {
         }
         // SAFETY: as above.
         let code = unsafe { sys::cuMemcpyDtoHAsync_v2(to.cast(), from, bytes, self.stream) };
+        self.after_launch = false;
         self.call("cuMemcpyDtoHAsync", code)
     }
 
@@ -533,13 +539,21 @@ impl Device for CudaDevice {
             }
         }
         let mut pointers: Vec<*mut c_void> = starts.iter().map(|&at| bytes[at..].as_mut_ptr().cast()).collect();
-        let mut attribute = sys::CUlaunchAttribute {
-            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
-            pad: [0; 4],
-            value: sys::CUlaunchAttributeValue { pad: [0; 64] },
-        };
-        let [x, y, z] = extent.cluster;
-        attribute.value.clusterDim = sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x, y, z };
+        let attribute =
+            |id| sys::CUlaunchAttribute { id, pad: [0; 4], value: sys::CUlaunchAttributeValue { pad: [0; 64] } };
+        let mut attributes = vec![];
+        if extent.cluster != [1; 3] {
+            let [x, y, z] = extent.cluster;
+            let mut a = attribute(sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION);
+            a.value.clusterDim = sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x, y, z };
+            attributes.push(a);
+        }
+        // In a record alone, where no word of progress stands between launches, and right behind another launch.
+        if extent.early && self.after_launch {
+            let mut a = attribute(sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION);
+            a.value.programmaticStreamSerializationAllowed = 1;
+            attributes.push(a);
+        }
         let config = sys::CUlaunchConfig {
             gridDimX: extent.grid[0],
             gridDimY: extent.grid[1],
@@ -549,13 +563,14 @@ impl Device for CudaDevice {
             blockDimZ: extent.block[2],
             sharedMemBytes: extent.shared,
             hStream: self.stream,
-            attrs: &raw mut attribute,
-            numAttrs: u32::from(extent.cluster != [1; 3]),
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: attributes.len() as u32,
         };
         // SAFETY: the function lives; the arguments are those that its kernel declares, and are copied before this returns.
         let code =
             unsafe { sys::cuLaunchKernelEx(&raw const config, function, pointers.as_mut_ptr(), std::ptr::null_mut()) };
         self.call("cuLaunchKernelEx", code)?;
+        self.after_launch = self.recording;
         self.started()
     }
 
@@ -564,6 +579,7 @@ impl Device for CudaDevice {
         if p.batch * p.m * p.n == 0 {
             return Ok(());
         }
+        self.after_launch = false;
         let place = |x: &Matrix, m: usize, n: usize| {
             let (rows, cols) = if x.trans { (n, m) } else { (m, n) };
             match rows * cols {
@@ -606,12 +622,12 @@ impl Device for CudaDevice {
         // SAFETY: the stream lives as long as `self`.
         let code = unsafe { sys::cuStreamBeginCapture_v2(self.stream, mode) };
         self.call("cuStreamBeginCapture", code)?;
-        self.recording = true;
+        (self.recording, self.after_launch) = (true, false);
         Ok(true)
     }
 
     fn end_record(&mut self) -> Result<RecordId> {
-        self.recording = false;
+        (self.recording, self.after_launch) = (false, false);
         self.enter()?;
         let (mut graph, mut exec) = (std::ptr::null_mut(), std::ptr::null_mut());
         // SAFETY: the stream records since `begin_record`; the pointers are valid.

@@ -66,7 +66,7 @@ impl From<BufferId> for Arg {
     }
 }
 
-/// Sizes of a launch, in blocks and threads.
+/// Sizes of a launch, in blocks and threads, and when it may begin.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Extent {
     pub grid: [u32; 3],
@@ -75,12 +75,14 @@ pub struct Extent {
     pub cluster: [u32; 3],
     /// Dynamic shared memory of a block, in bytes.
     pub shared: u32,
+    /// It may begin before kernels that were started before it have ended: it waits for them by itself.
+    pub early: bool,
 }
 
 impl Extent {
     /// A launch along one axis.
     pub fn line(blocks: u32, threads: u32) -> Extent {
-        Extent { grid: [blocks, 1, 1], block: [threads, 1, 1], cluster: [1; 3], shared: 0 }
+        Extent { grid: [blocks, 1, 1], block: [threads, 1, 1], cluster: [1; 3], shared: 0, early: false }
     }
 }
 

@@ -264,6 +264,7 @@ impl Simulator {
 
     fn write(&mut self, buffer: BufferId, at: usize, data: &[u8]) -> Result<(), Error> {
         self.range(buffer, at, data.len())?;
+        self.memory.settle();
         let b = &mut self.memory.buffers[buffer.0];
         b.write(at, data);
         b.written[at..at + data.len()].fill(1);
@@ -279,11 +280,15 @@ impl Simulator {
     fn run_kernel(&mut self, module: ModuleId, kernel: &str, extent: Extent, args: &[Arg]) -> Result<(), Error> {
         let program = self.program(module, kernel)?;
         let params = self.params_of(&program, args)?;
+        if !extent.early {
+            self.memory.settle();
+        }
         let request = Request {
             grid: extent.grid,
             block: extent.block,
             cluster: extent.cluster,
             dynamic_shared: extent.shared,
+            early: extent.early,
             params: &params,
             constants: &self.modules[module.0].constants,
         };
@@ -379,6 +384,7 @@ impl Device for Simulator {
         Ok(self.run_kernel(module, kernel, extent, args)?)
     }
     fn product(&mut self, p: &Product) -> driver::Result<()> {
+        self.memory.settle();
         Ok(crate::product::run(&mut self.memory, p)?)
     }
     fn synchronise(&mut self) -> driver::Result<()> {

@@ -232,6 +232,8 @@ pub enum Op {
     Atom(Box<Atom>),
     /// Nothing happens: prefetches, hints.
     Hint,
+    /// Waits for the launches before this one.
+    WaitEarlier,
     /// Whether an address lies in a space.
     IsSpace {
         p: u16,

@@ -12,13 +12,18 @@ const START: u64 = 1 << 30;
 /// Most bytes of a buffer.
 pub const MAX_BYTES: usize = 2 << 30;
 
+/// Mark of a byte that was written by a launch which the next one may not wait for.
+pub const FRESH: u8 = 2;
+
 /// A named piece of global memory.
 pub struct Buffer {
     pub name: String,
     pub bytes: usize,
     pub words: Vec<AtomicU32>,
-    /// Per byte: 1 where a value was ever written.
+    /// Per byte: 1 where a value was ever written, [`FRESH`] where one may still be on its way.
     pub written: Vec<u8>,
+    /// Some are fresh.
+    pub fresh: bool,
     /// Kernels may write it.
     pub writable: bool,
 }
@@ -42,10 +47,20 @@ pub fn locate(address: u64) -> (usize, i64) {
     (((address >> 32) as usize).wrapping_sub(1), (address & 0xffff_ffff) as i64 - START as i64)
 }
 
+impl GlobalMemory {
+    /// All that was started has ended.
+    pub fn settle(&mut self) {
+        for b in self.buffers.iter_mut().filter(|b| b.fresh) {
+            b.written.iter_mut().for_each(|w| *w = (*w).min(1));
+            b.fresh = false;
+        }
+    }
+}
+
 impl Buffer {
     pub fn new(name: &str, bytes: usize) -> Buffer {
         let words = (0..bytes.div_ceil(4)).map(|_| AtomicU32::new(0)).collect();
-        Buffer { name: name.into(), bytes, words, written: vec![0; bytes], writable: true }
+        Buffer { name: name.into(), bytes, words, written: vec![0; bytes], fresh: false, writable: true }
     }
 
     /// Bytes at `at`, which must lie inside.

@@ -1,8 +1,8 @@
 //! A program at given sizes and addresses: launches and products with all their arguments, ready to be started.
 
 use super::error::GpuError;
-use rambac_codegen::View;
 use rambac_codegen::cuda::{Call, Expr, Form, Gemm, GemmOperand, GpuProgram, Launch, Operand, Param};
+use rambac_codegen::{BufferKind, View};
 use rambac_driver::{Arg, BufferId, Extent, Float, Matrix, Product};
 use rambac_ir::ops::Op;
 use rambac_ir::ty::ConcreteTy;
@@ -100,8 +100,13 @@ pub fn bind(gpu: &GpuProgram, forms: &[&Form], dims: &Bindings, at: &Places) -> 
                     if e.grid.contains(&0) {
                         continue;
                     }
+                    let early = l.early.as_ref().is_some_and(|ahead| may_begin(gpu, step, ahead)) && !work.is_empty();
                     let kernel = gpu.kernels.iter().position(|k| k.name == l.kernel.name);
-                    What::Launch(kernel.expect("BUG: `emit` lists every kernel"), e, arguments(l, dims, &place)?)
+                    What::Launch(
+                        kernel.expect("BUG: `emit` lists every kernel"),
+                        Extent { early, ..e },
+                        arguments(l, dims, &place)?,
+                    )
                 }
             };
             work.push(Work { step, what });
@@ -110,6 +115,20 @@ pub fn bind(gpu: &GpuProgram, forms: &[&Form], dims: &Bindings, at: &Places) -> 
     let outputs = p.outputs.iter().filter(|o| !o.update);
     let outputs = outputs.map(|o| Ok((o.view.ty.bind(dims)?, of(&o.view)?))).collect::<Result<_, DimError>>()?;
     Ok(Bound { work, outputs, choices })
+}
+
+/// Whether no step before this one writes what the launch reads before it waits.  The first launch of a run never begins early, so
+/// what other runs write is there.
+fn may_begin(gpu: &GpuProgram, step: usize, ahead: &[Operand]) -> bool {
+    let p = &gpu.program;
+    let view = |o: &Operand| match *o {
+        Operand::Input(k) => p.steps[step].inputs.get(k),
+        Operand::Output(k) => p.steps[step].outputs.get(k),
+        Operand::Workspace(_) => None,
+    };
+    let arena = |v: &View| matches!(p.buffers[v.buffer.index()].kind, BufferKind::Arena);
+    let written = |v: &View| p.steps[..step].iter().any(|s| s.outputs.iter().any(|o| o.buffer == v.buffer));
+    ahead.iter().all(|o| view(o).is_some_and(|v| !arena(v) && !written(v)))
 }
 
 fn extent(gpu: &GpuProgram, step: usize, l: &Launch, dims: &Bindings) -> Result<Extent, GpuError> {
@@ -124,7 +143,7 @@ fn extent(gpu: &GpuProgram, step: usize, l: &Launch, dims: &Bindings) -> Result<
         }
         grid[k] = value as u32;
     }
-    Ok(Extent { grid, block: [l.kernel.threads, 1, 1], cluster: [1; 3], shared: l.kernel.shared })
+    Ok(Extent { grid, block: [l.kernel.threads, 1, 1], cluster: [1; 3], shared: l.kernel.shared, early: false })
 }
 
 fn arguments(

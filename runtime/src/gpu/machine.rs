@@ -244,6 +244,17 @@ impl<D: Device> Machine<D> {
         self.bring(data, (buffer, at)).map_err(device(name, "its value"))
     }
 
+    /// A part of a value, from its byte `at` on.
+    ///
+    /// # Errors
+    /// The part lies outside; there is no such value; the device fails.
+    pub fn part(&mut self, name: &str, at: usize, bytes: usize) -> Outcome<Vec<u8>> {
+        let buffer = self.values.get(name).map_or(BufferId(usize::MAX), |v| v.1);
+        let mut data = vec![0; bytes];
+        self.device.copy_out(buffer, at, &mut data).map_err(device(name, "its value"))?;
+        Ok(data)
+    }
+
     /// Takes a value away.
     ///
     /// # Errors

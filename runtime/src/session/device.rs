@@ -26,6 +26,10 @@ use rambac_ir::ty::ConcreteTy;
 use rambac_ir::{Bindings, DType};
 use std::ops::Range;
 
+/// Values of a machine: what the lower half makes of tokens, and the upper.
+const HIDDEN: &str = "hidden";
+const UPPER: &str = "upper";
+
 /// How much of a device a session may take.
 #[derive(Clone, Copy, Debug)]
 pub struct DeviceMemory {
@@ -50,11 +54,15 @@ pub struct Residency {
 
 pub(super) fn bytes_i32(shape: &[usize], v: &[i32]) -> Bytes {
     let ty = ConcreteTy { dtype: DType::I32, shape: shape.to_vec() };
-    Bytes { ty, data: v.iter().flat_map(|x| x.to_le_bytes()).collect() }
+    Bytes { ty, data: little(v.iter().map(|x| x.to_le_bytes())) }
 }
 fn bytes_f32(shape: &[usize], v: &[f32]) -> Bytes {
     let ty = ConcreteTy { dtype: DType::F32, shape: shape.to_vec() };
-    Bytes { ty, data: v.iter().flat_map(|x| x.to_le_bytes()).collect() }
+    Bytes { ty, data: little(v.iter().map(|x| x.to_le_bytes())) }
+}
+/// Words in a row, as fast as memory is copied.
+fn little(words: impl Iterator<Item = [u8; 4]>) -> Vec<u8> {
+    words.collect::<Vec<_>>().into_flattened()
 }
 fn floats(b: &[u8], out: &mut Vec<f32>) {
     out.extend(b.as_chunks::<4>().0.iter().map(|x| f32::from_le_bytes(*x)));
@@ -65,7 +73,7 @@ fn ints(b: &[u8], out: &mut Vec<i32>) {
 /// What the upper half tells beside its hidden rows.
 fn tell(name: &str, b: &[u8], out: &mut Segment) {
     match name {
-        "upper" => floats(b, &mut out.hidden),
+        UPPER => floats(b, &mut out.hidden),
         "indices" => ints(b, &mut out.retrieved.indices),
         "count" => ints(b, &mut out.retrieved.count),
         "weights" => floats(b, &mut out.retrieved.weights),
@@ -203,28 +211,43 @@ impl OnDevice {
         Ok(())
     }
 
+    /// What it makes stays on the device, where the other parts read it.
     pub fn lower(&mut self, n: usize, ids: &[i32]) -> Result<(), SessionError> {
         let l = ids.len() / n;
-        let ids = bytes_i32(&[n, l], ids);
-        let out = self.machine.run(self.parts.lower, &Bindings::new([("N", n), ("L", l)]), &[("input_ids", &ids)])?;
+        let (ids, dims) = (bytes_i32(&[n, l], ids), Bindings::new([("N", n), ("L", l)]));
+        let (program, inputs) = (self.parts.lower, [("input_ids", &ids)]);
         self.hidden.clear();
-        out.iter().filter(|(name, _)| name == "hidden").for_each(|(_, b)| floats(&b.data, &mut self.hidden));
+        let link = Link { program, dims: &dims, inputs: &inputs, keep: &[(HIDDEN, HIDDEN)], wanted: Some(&[]) };
+        self.machine.run_chain(&[link], &mut |_, _, _, _| {})?;
         Ok(())
     }
     /// What [`lower`](Self::lower) made.
-    pub fn hidden(&self) -> &[f32] {
-        &self.hidden
+    pub fn hidden(&mut self) -> Result<&[f32], SessionError> {
+        if self.hidden.is_empty() {
+            let b = self.machine.get(HIDDEN)?.expect("BUG: the lower half ran");
+            floats(&b.data, &mut self.hidden);
+        }
+        Ok(&self.hidden)
     }
 
-    /// Memory of `chunks` chunks of hidden rows.
-    pub fn chunks(&mut self, chunks: usize, shape: [usize; 3], rows: &[f32]) -> Result<[&[f32]; 3], SessionError> {
-        let id = self.parts.chunks.expect("BUG: only a model of two halves has chunks");
-        let out =
-            self.machine.run(id, &Bindings::new([("N", 1), ("B", chunks)]), &[("hidden", &bytes_f32(&shape, rows))])?;
-        for (name, to) in ["k", "v", "landmarks"].iter().zip(&mut self.made) {
-            to.clear();
-            out.iter().filter(|(n, _)| n == name).for_each(|(_, b)| floats(&b.data, to));
-        }
+    /// Memory of `chunks` chunks of hidden rows; without rows, of all that [`lower`](Self::lower) made.
+    pub fn chunks(
+        &mut self,
+        chunks: usize,
+        shape: [usize; 3],
+        rows: Option<&[f32]>,
+    ) -> Result<[&[f32]; 3], SessionError> {
+        let program = self.parts.chunks.expect("BUG: only a model of two halves has chunks");
+        let (rows, dims) = (rows.map(|r| bytes_f32(&shape, r)), Bindings::new([("N", 1), ("B", chunks)]));
+        let inputs: Vec<_> = rows.iter().map(|r| (HIDDEN, r)).collect();
+        self.made.iter_mut().for_each(Vec::clear);
+        let made = &mut self.made;
+        let link = Link { program, dims: &dims, inputs: &inputs, keep: &[], wanted: None };
+        self.machine.run_chain(&[link], &mut |_, name, _, b| {
+            if let Some(i) = ["k", "v", "landmarks"].iter().position(|n| *n == name) {
+                floats(b, &mut made[i]);
+            }
+        })?;
         Ok([0, 1, 2].map(|i| self.made[i].as_slice()))
     }
 
@@ -236,54 +259,65 @@ impl OnDevice {
 
     pub fn flash(&mut self, shape: [usize; 3]) -> Result<(), SessionError> {
         let id = self.parts.upper_flash.expect("BUG: only a model of two halves has an upper one");
-        let hidden = bytes_f32(&shape, &self.hidden);
-        self.machine.run(id, &Bindings::new([("N", shape[0]), ("L", shape[1])]), &[("hidden", &hidden)])?;
+        let dims = Bindings::new([("N", shape[0]), ("L", shape[1])]);
+        let link = Link { program: id, dims: &dims, inputs: &[], keep: &[], wanted: Some(&[]) };
+        self.machine.run_chain(&[link], &mut |_, _, _, _| {})?;
         Ok(())
     }
 
-    /// `sequences` are all; those that run are `seqs`.
+    /// `sequences` are all; those that run are `seqs`.  Of the last token alone with `last`, where every chunk is here.
     pub fn upper(
         &mut self,
         shape: [usize; 3],
         seqs: Range<usize>,
-        start: &[i32],
+        (start, last): (&[i32], bool),
         sequences: &[Sequence],
         out: &mut Segment,
     ) -> Result<(), SessionError> {
         let id = self.parts.upper.expect("BUG: only a model of two halves has an upper one");
-        let p = self.pools.as_mut().expect("BUG: halves have chunks");
         let [n, l, d] = shape;
+        let p = self.pools.as_mut().expect("BUG: halves have chunks");
         let c = p.entries(seqs.clone());
         p.show(&mut self.machine, seqs.clone(), c)?;
-        let (all_here, rows) = (p.whole(), p.rows(n, l));
+        let rows = p.rows(n, l);
         assert!(n == 1 || rows == l, "BUG: several sequences have a token each");
+        if p.whole() {
+            let (dims, start) = (Bindings::new(p.sizes(n, l, c)), bytes_i32(&[n], start));
+            let inputs = [("start", &start)];
+            let (keep, wanted): (&[_], Option<&[&str]>) =
+                if last { (&[(UPPER, UPPER)], Some(&[])) } else { (&[], None) };
+            let link = Link { program: id, dims: &dims, inputs: &inputs, keep, wanted };
+            self.machine.run_chain(&[link], &mut |_, name, _, b| tell(name, b, out))?;
+            if last {
+                let row = self.machine.part(UPPER, (l - 1) * d * 4, d * 4)?;
+                floats(&row, &mut out.hidden);
+            }
+            return Ok(());
+        }
+        self.hidden()?;
+        let p = self.pools.as_mut().expect("BUG: it was there");
         for first in (0..l).step_by(rows) {
             let rows = rows.min(l - first);
             let part = if rows == l { &self.hidden[..] } else { &self.hidden[first * d..(first + rows) * d] };
             let begin: Vec<i32> = start.iter().map(|s| s + first as i32).collect();
             let (hidden, start) = (bytes_f32(&[n, rows, d], part), bytes_i32(&[n], &begin));
-            let inputs = [("hidden", &hidden), ("start", &start)];
+            let inputs = [(HIDDEN, &hidden), ("start", &start)];
             let dims = Bindings::new(p.sizes(n, rows, c));
-            let made = if all_here {
-                self.machine.run(id, &dims, &inputs)?
-            } else {
-                let mut failed = None;
-                let mut chosen = |m: &mut Machine, indices: &[i32], count: &[i32]| {
-                    p.gather(m, seqs.clone(), c, sequences, indices, count).or_else(|e| match e {
-                        SessionError::Gpu(e) => Err(e),
-                        // The run goes on over what is there and then fails.
-                        other => {
-                            failed = Some(other);
-                            Ok(())
-                        }
-                    })
-                };
-                let made = self.machine.run_choosing(id, &dims, &inputs, &mut chosen)?;
-                if let Some(e) = failed {
-                    return Err(e);
-                }
-                made
+            let mut failed = None;
+            let mut chosen = |m: &mut Machine, indices: &[i32], count: &[i32]| {
+                p.gather(m, seqs.clone(), c, sequences, indices, count).or_else(|e| match e {
+                    SessionError::Gpu(e) => Err(e),
+                    // The run goes on over what is there and then fails.
+                    other => {
+                        failed = Some(other);
+                        Ok(())
+                    }
+                })
             };
+            let made = self.machine.run_choosing(id, &dims, &inputs, &mut chosen)?;
+            if let Some(e) = failed {
+                return Err(e);
+            }
             made.iter().for_each(|(name, b)| tell(name, &b.data, out));
         }
         Ok(())
@@ -310,12 +344,12 @@ impl OnDevice {
         let logits = matches!(wanted, Wanted::Logits(_));
         // What the lower half makes is what the upper reads, or the head, or nobody.
         let lower_keeps: &[(&str, &str)] = match (self.parts.upper, logits) {
-            (Some(_), _) => &[("hidden", "hidden")],
-            (None, true) => &[("hidden", "upper")],
+            (Some(_), _) => &[(HIDDEN, HIDDEN)],
+            (None, true) => &[(HIDDEN, UPPER)],
             (None, false) => &[],
         };
         let (tokens, starts) = ([("input_ids", &ids)], [("start", &start)]);
-        let lower_gives: &[&str] = if self.parts.upper.is_none() && logits { &[] } else { &["hidden"] };
+        let lower_gives: &[&str] = if self.parts.upper.is_none() && logits { &[] } else { &[HIDDEN] };
         let mut links = vec![Link {
             program: self.parts.lower,
             dims: &dims,
@@ -325,7 +359,7 @@ impl OnDevice {
         }];
         if let Some(program) = self.parts.upper {
             let (keep, wanted): (&[_], Option<&[&str]>) =
-                if logits { (&[("upper", "upper")], Some(&[])) } else { (&[], None) };
+                if logits { (&[(UPPER, UPPER)], Some(&[])) } else { (&[], None) };
             links.push(Link { program, dims: &upper_dims, inputs: &starts, keep, wanted });
         }
         if logits {
@@ -365,7 +399,7 @@ impl OnDevice {
         for rows in hidden.chunks(HEAD_ROWS * shape[2]) {
             let l = rows.len() / shape[2];
             let dims = Bindings::new([("N", 1), ("L", l)]);
-            let made = self.machine.run(self.parts.head, &dims, &[("upper", &bytes_f32(&[1, l, shape[2]], rows))])?;
+            let made = self.machine.run(self.parts.head, &dims, &[(UPPER, &bytes_f32(&[1, l, shape[2]], rows))])?;
             made.iter().filter(|(name, _)| name == "logits").for_each(|(_, b)| floats(&b.data, out));
         }
         Ok(())

@@ -142,6 +142,17 @@ pub struct Session {
     segment: Segment,
 }
 
+/// What is asked of a run.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Mode {
+    /// Every token's hidden states and choices.
+    All,
+    /// At least the last one's hidden states.
+    Last,
+    /// The memory alone, without retrieval and attention.
+    Flash,
+}
+
 /// Where the programs run.
 enum Engine {
     Cpu(Box<Cpu>),
@@ -400,8 +411,20 @@ impl Session {
     /// An id outside the vocabulary; no memory; a store that can't be written or read.
     pub fn feed(&mut self, seq: usize, ids: &[i32]) -> Result<Segment, SessionError> {
         let mut out = Segment::default();
-        self.run_some(seq..seq + 1, ids, false, &mut out)?;
+        self.run_some(seq..seq + 1, ids, Mode::All, &mut out)?;
         Ok(out)
+    }
+
+    /// As [`feed`](Self::feed), of a text whose last token alone is asked for: its hidden states.  On a device the others stay there.
+    ///
+    /// # Errors
+    /// As [`feed`](Self::feed).
+    pub fn read(&mut self, seq: usize, ids: &[i32]) -> Result<Vec<f32>, SessionError> {
+        let mut out = Segment::default();
+        self.run_some(seq..seq + 1, ids, Mode::Last, &mut out)?;
+        let before = out.hidden.len().saturating_sub(self.hidden_size);
+        out.hidden.drain(..before);
+        Ok(out.hidden)
     }
 
     /// Feeds tokens whose output nobody wants, without retrieval and attention ("flash inference"): the memory becomes
@@ -410,7 +433,7 @@ impl Session {
     /// # Errors
     /// As [`feed`](Self::feed).
     pub fn skim(&mut self, seq: usize, ids: &[i32]) -> Result<(), SessionError> {
-        self.run_some(seq..seq + 1, ids, true, &mut Segment::default())
+        self.run_some(seq..seq + 1, ids, Mode::Flash, &mut Segment::default())
     }
 
     /// Feeds one token to every sequence; the hidden states are `[sequences, D]`.
@@ -430,7 +453,7 @@ impl Session {
     /// As [`feed`](Self::feed).
     pub fn step_into(&mut self, ids: &[i32], out: &mut Segment) -> Result<(), SessionError> {
         assert_eq!(ids.len(), self.sequences.len(), "BUG: one token per sequence");
-        self.run_some(0..ids.len(), ids, false, out)
+        self.run_some(0..ids.len(), ids, Mode::All, out)
     }
 
     /// Feeds one token to every sequence; the logits `[sequences, V]` of the next ones.  On a device that holds every chunk this
@@ -478,9 +501,19 @@ impl Session {
             return Ok(());
         }
         let (s, d) = (self.chunk_size, self.hidden_size);
-        let hidden = match &self.engine {
+        if l.is_multiple_of(s)
+            && let (Engine::Device(d), [x]) = (&mut self.engine, &mut self.sequences[seqs.clone()])
+            && x.waiting.is_empty()
+            && let Some(chunks) = &mut x.chunks
+        {
+            // Whole chunks, whose rows are there.
+            let [k, v, landmarks] = d.chunks(l / s, [1, l, self.hidden_size], None)?;
+            chunks.append(k, v, landmarks)?;
+            return self.appended(seqs.start);
+        }
+        let hidden = match &mut self.engine {
             Engine::Cpu(c) => c.hidden(),
-            Engine::Device(d) => d.hidden(),
+            Engine::Device(d) => d.hidden()?,
         };
         for (x, rows) in self.sequences[seqs.clone()].iter_mut().zip(hidden.chunks_exact(l * d)) {
             x.waiting.extend_from_slice(rows);
@@ -492,7 +525,7 @@ impl Session {
             let (shape, rows) = ([1, whole * s, d], &x.waiting[..whole * s * d]);
             let [k, v, landmarks] = match &mut self.engine {
                 Engine::Cpu(c) => c.chunks(whole, shape, rows)?,
-                Engine::Device(d) => d.chunks(whole, shape, rows)?,
+                Engine::Device(d) => d.chunks(whole, shape, Some(rows))?,
             };
             chunks.append(k, v, landmarks)?;
             x.waiting.drain(..whole * s * d);
@@ -502,26 +535,20 @@ impl Session {
     }
 
     /// As many tokens of each of `seqs`.
-    fn run_some(
-        &mut self,
-        seqs: Range<usize>,
-        ids: &[i32],
-        flash: bool,
-        out: &mut Segment,
-    ) -> Result<(), SessionError> {
+    fn run_some(&mut self, seqs: Range<usize>, ids: &[i32], mode: Mode, out: &mut Segment) -> Result<(), SessionError> {
         out.clear();
         if ids.is_empty() {
             return Ok(());
         }
         if seqs.len() == self.sequences.len() {
-            return self.run(seqs, ids, flash, out);
+            return self.run(seqs, ids, mode, out);
         }
         let all = self.sequences.len();
         match &mut self.engine {
             Engine::Cpu(c) => c.narrow(seqs.clone(), all),
             Engine::Device(d) => d.narrow(seqs.clone(), all)?,
         }
-        let result = self.run(seqs.clone(), ids, flash, out);
+        let result = self.run(seqs.clone(), ids, mode, out);
         match &mut self.engine {
             Engine::Cpu(c) => c.widen(seqs, all),
             Engine::Device(d) => result.is_ok().then(|| d.widen(seqs, all)).transpose().map(drop)?,
@@ -529,11 +556,11 @@ impl Session {
         result
     }
 
-    fn run(&mut self, seqs: Range<usize>, ids: &[i32], flash: bool, out: &mut Segment) -> Result<(), SessionError> {
+    fn run(&mut self, seqs: Range<usize>, ids: &[i32], mode: Mode, out: &mut Segment) -> Result<(), SessionError> {
         let (n, s, d) = (seqs.len(), self.chunk_size, self.hidden_size);
         let l = ids.len() / n;
         let all = seqs.len() == self.sequences.len();
-        if !flash && l == 1 && all && matches!(&self.engine, Engine::Device(d) if d.whole()) {
+        if mode != Mode::Flash && l == 1 && all && matches!(&self.engine, Engine::Device(d) if d.whole()) {
             return self.token(ids, Wanted::Hidden(out));
         }
         self.advance(seqs.clone(), l)?;
@@ -542,20 +569,20 @@ impl Session {
             Engine::Device(d) => d.lower(n, ids)?,
         }
         if self.sequences.iter().all(|x| x.chunks.is_none()) {
-            out.hidden.extend_from_slice(match &self.engine {
+            out.hidden.extend_from_slice(match &mut self.engine {
                 Engine::Cpu(c) => c.hidden(),
-                Engine::Device(d) => d.hidden(),
+                Engine::Device(d) => d.hidden()?,
             });
             return Ok(());
         }
         self.complete(seqs.clone(), l)?;
 
         let shape = [n, l, d];
-        match (&mut self.engine, flash) {
-            (Engine::Cpu(c), true) => c.flash(shape),
-            (Engine::Device(d), true) => d.flash(shape),
-            (Engine::Cpu(c), false) => c.upper(shape, s, &self.start, &self.sequences[seqs], out),
-            (Engine::Device(d), false) => d.upper(shape, seqs, &self.start, &self.sequences, out),
+        match (&mut self.engine, mode) {
+            (Engine::Cpu(c), Mode::Flash) => c.flash(shape),
+            (Engine::Device(d), Mode::Flash) => d.flash(shape),
+            (Engine::Cpu(c), _) => c.upper(shape, s, &self.start, &self.sequences[seqs], out),
+            (Engine::Device(d), _) => d.upper(shape, seqs, (&self.start, mode == Mode::Last), &self.sequences, out),
         }
     }
 

@@ -10,6 +10,7 @@ mod elementwise;
 mod executables;
 mod faults;
 mod harness;
+mod layer;
 mod mutants;
 mod norm;
 mod pages;
@@ -33,6 +34,7 @@ fn main() -> ExitCode {
         pages::ALL,
         vocabulary::ALL,
         products::ALL,
+        layer::ALL,
         executables::ALL,
         faults::ALL,
         ahead::ALL,

@@ -3,7 +3,7 @@
 
 use crate::harness::Case;
 use crate::rig::{NOT_HERE, Rig};
-use crate::{attend, conv, elementwise, norm, pages, products, rows, scan, vocabulary};
+use crate::{attend, conv, elementwise, layer, norm, pages, products, rows, scan, vocabulary};
 use rambac_codegen::cuda::headers::HEADERS;
 use rayon::prelude::*;
 
@@ -21,7 +21,7 @@ const FAMILIES: &[(&str, Check)] = &[
     ("select.cuh", attend::quick_selection),
     ("select_scan.cuh", pages::quick_scan),
     ("pages.cuh", pages::quick_attention),
-    ("few_rows.cuh", products::quick),
+    ("few_rows.cuh", quick_products),
     ("select_grad.cuh", attend::quick_selection_grad),
     ("attention.cuh", vocabulary::quick_ranges),
     ("score.cuh", vocabulary::quick_scores),
@@ -41,7 +41,7 @@ const FAMILIES: &[(&str, Check)] = &[
     ("scan_backward.cuh", scan::quick_grad),
     ("scan_hopper.cuh", scan::quick_hopper),
     ("scan_grad_hopper.cuh", scan::quick_grad_hopper),
-    ("scan_step.cuh", scan::quick_step),
+    ("scan_step.cuh", quick_step),
 ];
 
 /// A softmax per chunk, and one over all chunks.
@@ -52,6 +52,14 @@ fn quick_attend(rig: &Rig) -> Result<(), String> {
 fn quick_chunks(rig: &Rig) -> Result<(), String> {
     attend::quick_chunk_major(rig)?;
     attend::quick_neighbours(rig)
+}
+fn quick_products(rig: &Rig) -> Result<(), String> {
+    products::quick(rig)?;
+    layer::quick(rig)
+}
+fn quick_step(rig: &Rig) -> Result<(), String> {
+    scan::quick_step(rig)?;
+    layer::quick(rig)
 }
 fn quick_grad(rig: &Rig) -> Result<(), String> {
     attend::quick_grad(rig)?;

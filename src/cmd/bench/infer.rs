@@ -139,9 +139,9 @@ impl Infer<'_> {
         for seq in 0..self.a.batch {
             let mut hidden = vec![];
             for segment in ids.chunks(SEGMENT) {
-                hidden = self.session.feed(seq, segment).map_err(wrap)?.hidden;
+                hidden = self.session.read(seq, segment).map_err(wrap)?;
             }
-            last.extend_from_slice(&hidden[hidden.len() - self.config.hidden_size..]);
+            last.extend_from_slice(&hidden);
         }
         self.session.logits(&last).map_err(wrap)
     }

@@ -4,7 +4,7 @@ use crate::error::{Result, warn, wrap};
 use crate::show::{self, Table};
 use crate::work;
 use rambac_codegen::Program;
-use rambac_codegen::cuda::few_rows::{Joined, join_norms};
+use rambac_codegen::cuda::join::join;
 use rambac_codegen::cuda::ops::{Site, forms};
 use rambac_codegen::cuda::tune;
 use rambac_codegen::cuda::{Arch, Cache, Call, Form, GpuProgram, GpuStep, Kernel, Target};
@@ -61,13 +61,13 @@ impl Forms {
         let target = Target::of(arch);
         let mut f = Forms { target, chosen: vec![], none: vec![], kernels: BTreeMap::new(), compiled: compile };
         let mut steps = vec![];
-        let (p, joined) = join_norms(Arc::new(p.clone()), &f.target);
+        let (p, joined) = join(Arc::new(p.clone()), &f.target);
         let cache = Cache::standard();
         let measured = cache.devices();
         for (i, s) in p.steps.iter().enumerate() {
-            let site = Site { inputs: &s.inputs, outputs: &s.outputs, target: &f.target, joined: joined[i] };
+            let site = Site { inputs: &s.inputs, outputs: &s.outputs, target: &f.target, joined: &joined[i] };
             let step = match forms(&s.op, &site) {
-                Ok(forms) => GpuStep { forms: Arc::new(forms), joined: joined[i] },
+                Ok(forms) => GpuStep { forms: Arc::new(forms), joined: joined[i].clone() },
                 Err(why) => {
                     let (op, why) = (work::kind(s), why.to_string());
                     match f.none.iter_mut().find(|n| (n.0, &n.1) == (op, &why)) {
@@ -78,14 +78,14 @@ impl Forms {
                 }
             };
             // What was measured comes before what is predicted.
-            let plain = measured.iter().filter(|_| joined[i] == Joined::No);
+            let plain = measured.iter().filter(|_| joined[i].alone());
             let known = plain.into_iter().find_map(|d| tune::chosen(s, &f.target, dims, d, &cache).transpose());
             let form = match known.transpose().map_err(wrap)? {
                 Some((_, form)) => form,
                 None => step.form(dims).map_err(wrap)?.clone(),
             };
             f.add(i, work::kind(s), &form, step.forms.len() - 1, dims, costs[i])?;
-            steps.push(GpuStep { forms: Arc::new(vec![form]), joined: joined[i] });
+            steps.push(GpuStep { forms: Arc::new(vec![form]), joined: joined[i].clone() });
         }
         if compile {
             f.compile(&p, steps)?;

@@ -4,7 +4,7 @@
 use crate::fold::Item;
 use crate::number::{bytes, si};
 use crate::scene::{Figures, Scene};
-use rambac_codegen::cuda::few_rows::Joined;
+use rambac_codegen::cuda::join::ALONE;
 use rambac_codegen::cuda::ops::{Site, forms};
 use rambac_codegen::cuda::{Arch, Cache, GpuStep, Kernel, Target};
 use rambac_codegen::nvrtc::{Nvrtc, Usage};
@@ -145,10 +145,9 @@ pub fn runs(scene: &Scene, id: NodeId, arch: Arch) -> Runs {
 fn on_gpu(scene: &Scene, step: &Step, arch: Arch) -> (Result<(String, String), String>, Vec<Kernel>, usize) {
     let target = Target::of(arch);
     // A step by itself: what one that takes a norm in would do is told by `explain`.
-    let joined = Joined::No;
-    let site = Site { inputs: &step.inputs, outputs: &step.outputs, target: &target, joined };
+    let site = Site { inputs: &step.inputs, outputs: &step.outputs, target: &target, joined: &ALONE };
     let forms = match forms(&step.op, &site) {
-        Ok(forms) => GpuStep { forms: forms.into(), joined },
+        Ok(forms) => GpuStep { forms: forms.into(), joined: ALONE.clone() },
         Err(why) => return (Err(why.to_string()), vec![], 0),
     };
     match forms.form(&scene.dims) {

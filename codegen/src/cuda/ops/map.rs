@@ -4,7 +4,7 @@ use super::{Cuda, Site, Unsupported, because, vector};
 use crate::View;
 use crate::cuda::expr::Expr;
 use crate::cuda::form::{Call, Form, Launch, Operand};
-use crate::cuda::stub::{Stub, c_float, packed};
+use crate::cuda::stub::{Stub, c_float, c_type, packed};
 use rambac_ir::ops::*;
 use rambac_ir::{DType, Dim};
 
@@ -219,6 +219,109 @@ pub(super) fn of_product(map: &FusedMap, product: &View, at: Operand, site: &Sit
     let operands = std::iter::once((at, product)).chain(own.into_iter().skip(2)).collect();
     let r = Region { operands, shape: &map.shape, body: &map.body, outs: &map.outs, ints: false };
     Ok(r.forms(site)?.remove(0).calls)
+}
+
+/// A map's element at (row, column of the last axis), as text of device code.
+struct Element {
+    /// Members of a struct and the same as arguments of the kernel, in order.
+    members: Vec<String>,
+    values: Vec<String>,
+    /// What loads each operand.
+    loads: Vec<String>,
+    /// Statements that make the result of `v0..`, and the result.
+    body: Vec<String>,
+    result: String,
+}
+
+/// `given` registers come from elsewhere; the operands follow.  `None`: an operand's place does not follow from row and column, or
+/// the map has several results.
+fn element(
+    m: &FusedMap,
+    operands: &[(Operand, &View)],
+    given: usize,
+    prefix: &str,
+    s: Stub,
+) -> Option<(Element, Stub)> {
+    let ([out], Some(last)) = (&m.outs[..], m.shape.last()) else { return None };
+    let mut e = Element { members: vec![], values: vec![], loads: vec![], body: vec![], result: format!("v{out}") };
+    let mut s = s;
+    for (i, (at, v)) in operands.iter().enumerate() {
+        let r = given + i;
+        let stride = match index(v, &m.shape).ok()? {
+            Index::Same => Some(last.clone()),
+            Index::Rows { cols, stride } if cols == *last => Some(stride),
+            Index::Suffix(d) | Index::Prefix(d) if d != *last => return None,
+            Index::Rows { .. } => return None,
+            _ => None,
+        };
+        let place = match index(v, &m.shape).ok()? {
+            Index::Suffix(_) => "c".to_string(),
+            Index::Prefix(_) => "r".into(),
+            Index::Scalar => "0".into(),
+            _ => format!("(i64)r * s{r} + c"),
+        };
+        let (name, dtype) = (format!("{prefix}x{r}"), v.ty.dtype);
+        s = s.read(&name, dtype, *at);
+        e.members.push(format!("const {}* x{r};", c_type(dtype)));
+        e.values.push(name);
+        if let Some(stride) = stride {
+            let name = format!("{prefix}s{r}");
+            s.add_i64(&name, &stride);
+            e.members.push(format!("i64 s{r};"));
+            e.values.push(name);
+        }
+        e.loads.push(format!("to_f32(x{r}[{place}])"));
+    }
+    let first = given + operands.len();
+    let region = Region { operands: vec![], shape: &m.shape, body: &m.body, outs: &m.outs, ints: false };
+    for (k, inst) in m.body.iter().enumerate() {
+        e.body.push(format!("float v{} = {};", first + k, region.expression(inst)));
+    }
+    if let Some(half) = m.dtypes.first().filter(|d| d.size() == 2) {
+        e.result = format!("to_f32(from_f32<{}>({}))", c_type(*half), e.result);
+    }
+    Some((e, s))
+}
+
+/// A map as a hook `name` that gives its element at (row, column): the hook's text and value, and the stub with its arguments.
+pub(super) fn element_hook(
+    name: &str,
+    m: &FusedMap,
+    operands: &[(Operand, &View)],
+    s: Stub,
+) -> Option<(String, String, Stub)> {
+    let (e, s) = element(m, operands, 0, &format!("{}_", name.to_lowercase()), s)?;
+    let loads = e.loads.iter().enumerate().map(|(i, l)| format!("float v{i} = {l};"));
+    let all: Vec<String> = loads.chain(e.body).chain([format!("return {};", e.result)]).collect();
+    let mut text = packed(&format!("struct {name} {{ "), "    ", &e.members, " ", "");
+    text += "    __device__ __forceinline__ float operator()(i64 r, i64 c) const {\n";
+    text += &packed("        ", "        ", &all, " ", "");
+    text += "    }\n};\n";
+    Some((text, format!("{name}{{{}}}", e.values.join(", ")), s))
+}
+
+/// Whether a map of these operands has an [`element_hook`].
+pub(in crate::cuda) fn is_element(m: &FusedMap, operands: &[View]) -> bool {
+    let operands: Vec<_> = operands.iter().enumerate().map(|(i, v)| (Operand::Input(i), v)).collect();
+    element_hook("", m, &operands, Stub::new("map", "map", THREADS)).is_some()
+}
+
+/// A map of a product as a hook of few_rows.cuh: its text and value, and the stub with its arguments.
+pub(super) fn end_hook(m: &FusedMap, operands: &[(Operand, &View)], s: Stub) -> Option<(String, String, Stub)> {
+    let (e, s) = element(m, operands, 1, "end_", s)?;
+    let held: Vec<String> = (1..=operands.len()).map(|i| format!("float v{i};")).collect();
+    let loads: Vec<String> = e.loads.iter().enumerate().map(|(i, l)| format!("h.v{} = {l};", i + 1)).collect();
+    let own = (1..=operands.len()).map(|i| format!("float v{i} = h.v{i};"));
+    let all: Vec<String> = own.chain(e.body).chain([format!("return {};", e.result)]).collect();
+    let mut text = packed("struct End { ", "    ", &e.members, " ", "");
+    text += &format!("    struct Held {{ {} }};\n", held.join(" "));
+    text += "    __device__ __forceinline__ Held ahead(int, int) const { return {}; }\n";
+    text += "    __device__ __forceinline__ void beside(Held& h, int r, int c) const {\n";
+    text += &packed("        ", "        ", &loads, " ", "");
+    text += "    }\n    __device__ __forceinline__ float operator()(float v0, int, int, const Held& h) const {\n";
+    text += &packed("        ", "        ", &all, " ", "");
+    text += "    }\n};\n";
+    Some((text, format!("End{{{}}}", e.values.join(", ")), s))
 }
 
 impl Cuda for FusedMap {

@@ -1,12 +1,16 @@
 //! Dense products go to the vendor's library; those of a few rows are ours.
 
-use super::few_rows::products;
+use super::few_rows::{FewRows, products};
 use super::{Cuda, Site, Unsupported, row_stride};
 use crate::cuda::expr::Expr;
 use crate::cuda::form::{Call, Form, Gemm, GemmOperand, Operand};
 use crate::{BufferId, View};
 use rambac_ir::ops::*;
 use rambac_ir::{DType, Dim, Ty};
+
+fn few_rows(name: &'static str, all: Vec<FewRows>) -> impl Iterator<Item = Form> {
+    all.into_iter().map(move |f| Form { needs: f.needs, ..Form::new(name, f.why, vec![f.call]) })
+}
 
 /// The product of the step's first two operands, and `plus`, into `c`, which is `result`.
 fn gemm(op: &MatMul, site: &Site, c: Operand, result: &View, plus: Option<Operand>) -> Result<Gemm, Unsupported> {
@@ -46,9 +50,7 @@ impl Cuda for MatMul {
         let g = gemm(self, site, Operand::Output(0), &site.outputs[0], None)?;
         let mut forms = vec![];
         if !self.trans_a && self.trans_b {
-            for (when, call, why) in products(site, Operand::Output(0), &site.outputs[0]) {
-                forms.push(Form::new("few_rows", why, vec![call]).needs(when));
-            }
+            forms.extend(few_rows("few_rows", products(site, None)));
         }
         forms.push(Form::new("gemm", "a dense product of the vendor's library", vec![Call::Gemm(g)]));
         Ok(forms)
@@ -78,9 +80,10 @@ impl Cuda for MatMulMap {
         };
         let mut forms = vec![];
         if !self.trans_a && self.trans_b {
-            for (when, call, why) in products(site, product, &view) {
-                forms.push(form("few_rows_map", format!("{why}; then one pass over the result"), call).needs(when));
-            }
+            let all = products(site, Some(&self.map(shape.clone())));
+            forms.extend(
+                few_rows("few_rows_map", all).map(|f| Form { why: format!("{}; the map ends them", f.why), ..f }),
+            );
         }
         if let Some(plus) = addend(self, site) {
             let g = gemm(&self.product(), site, Operand::Output(0), &site.outputs[0], Some(plus))?;

@@ -25,12 +25,13 @@ mod selection;
 mod slots;
 
 use super::expr::Expr;
-use super::few_rows::Joined;
 use super::form::{Form, Operand};
+use super::join::Joined;
 use super::stub::c_type;
 use super::target::Target;
 use crate::View;
 pub use few_rows::takes_few_rows;
+pub(super) use map::is_element;
 use rambac_ir::ops::*;
 use rambac_ir::{DType, Dim, for_each_op};
 
@@ -52,7 +53,7 @@ pub struct Site<'a> {
     pub inputs: &'a [View],
     pub outputs: &'a [View],
     pub target: &'a Target,
-    pub joined: Joined,
+    pub joined: &'a Joined,
 }
 
 impl Site<'_> {
@@ -70,6 +71,17 @@ impl Site<'_> {
             Some(v) => Ok(v),
             None => because(format!("axis {axis} of {ty} must have an integer size")),
         }
+    }
+    /// The map that makes the op's operand `k`, and that map's operands, where it is joined.
+    pub fn made(&self, k: usize) -> Option<(&FusedMap, Vec<(Operand, &View)>)> {
+        let mut at = self.inputs.len() - self.joined.maps.iter().map(|m| m.inputs).sum::<usize>();
+        for m in &self.joined.maps {
+            if m.operand == k {
+                return Some((&m.map, (at..at + m.inputs).map(|i| (Operand::Input(i), &self.inputs[i])).collect()));
+            }
+            at += m.inputs;
+        }
+        None
     }
     /// As [`row_stride`], of an operand.
     pub fn row_stride(&self, at: Operand, axis: usize) -> Result<Expr, Unsupported> {
@@ -166,7 +178,12 @@ macro_rules! dispatch {
         /// # Errors
         /// As [`Cuda::forms`].
         pub fn forms(op: &Op, site: &Site) -> Result<Vec<Form>, Unsupported> {
-            match op { $(Op::$op(o) => o.forms(site)),* }
+            let mut all = match op { $(Op::$op(o) => o.forms(site)),* }?;
+            if let Some(needs) = &site.joined.within {
+                let within = Form::new("within", "the steps that read it, or make its operand, do it too", vec![]);
+                all.insert(0, Form { needs: needs.clone(), ..within });
+            }
+            Ok(all)
         }
 
         /// The ways to run any op that can be measured against each other.

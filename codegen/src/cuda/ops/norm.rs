@@ -4,8 +4,7 @@ use super::reduce::rows_of;
 use super::slots::Slots;
 use super::{Cuda, Site, Unsupported, because};
 use crate::cuda::expr::Expr;
-use crate::cuda::few_rows::{FEW, Joined};
-use crate::cuda::form::{Condition, Form, Operand};
+use crate::cuda::form::{Form, Operand};
 use crate::cuda::stub::Stub;
 use rambac_ir::ops::*;
 use rambac_ir::{DType, Dim};
@@ -105,12 +104,7 @@ fn forward(site: &Site, eps: f64, z: Option<Operand>, w: Operand) -> Result<Vec<
         1,
         1,
     ));
-    let mut forms = vec![Form::new(name, n.who(), vec![l.into()])];
-    if site.joined == Joined::Within {
-        let why = "few rows: the products that read it compute it";
-        forms.insert(0, Form::new("within", why, vec![]).needs(Condition::Below(n.rows, Expr::int(FEW + 1))));
-    }
-    Ok(forms)
+    Ok(vec![Form::new(name, n.who(), vec![l.into()])])
 }
 
 /// Operands of a norm's gradient beside x, and its results beside dx.

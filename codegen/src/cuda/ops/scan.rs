@@ -1,9 +1,11 @@
 //! The selective scan: states in registers where (sequence, head) pairs fill the GPU, three passes over segments where
 //! they don't, and one token by itself.
 
+use super::map::element_hook;
 use super::{Cuda, Site, Unsupported, because};
 use crate::cuda::expr::Expr;
 use crate::cuda::form::{Call, Condition, Form, Launch, Operand};
+use crate::cuda::join::one_token;
 use crate::cuda::stub::{Stub, c_type};
 use crate::cuda::target::{Arch, Target};
 use rambac_ir::ops::*;
@@ -287,26 +289,55 @@ impl Scan {
     fn one_token(&self, site: &Site) -> Result<Form, Unsupported> {
         const THREADS: usize = 128;
         let (y, h) = (Operand::Output(0), Operand::Output(1));
-        let vec = if self.whole { site.vector(&[H0, h], 16 / self.dtype.size()) } else { 1 };
+        let vec = if self.whole { site.vector(&[H0, h], 16 / self.exact.size()) } else { 1 };
         let lanes = self.state.div_ceil(vec).next_power_of_two().min(32);
-        let l = self
-            .operands(site, self.sized(Stub::new("scan_step", "scan_step", THREADS)), X, B)?
+        let early = site.target.arch == Arch::Sm90a;
+        let mut s = self
+            .sized(Stub::new("scan_step", "scan_step", THREADS))
             .int("vec", vec)
             .tag(format!("v{vec}"))
             .int("lanes", lanes)
             .int("threads", THREADS)
+            .flag("early", early)
+            .flag("decays_ahead", early && site.made(2).is_some())
+            .hashed()
+            .read("x", self.dtype, X)
+            .i64("x_stride", site.row_stride(X, 2)?)
+            .read("b", self.dtype, B)
+            .i64("b_stride", site.row_stride(B, 2)?)
             .read("c", self.dtype, C)
             .i64("c_stride", site.row_stride(C, 2)?)
             .read("d", self.exact, D)
             .read("h0", self.exact, H0)
             .write("y", self.dtype, y)
             .i64("y_stride", site.row_stride(y, 2)?)
-            .write("h", self.exact, h)
-            .launch(((self.heads * self.head_dim).div_ceil(THREADS / lanes), &self.n, 1));
-        let why = format!("one token: {lanes} lanes a row of the state{}", self.manner());
-        let (l1, one) = (Expr::from(&self.l), Expr::int(1));
-        let form = Form::new("scan_step", why, vec![l.into()]);
-        Ok(form.needs(Condition::AtLeast(l1.clone(), one)).needs(Condition::Below(l1, Expr::int(2))))
+            .write("h", self.exact, h);
+        let mut hooks = vec![];
+        for (k, name, at, axis) in [(1, "Dt", DT, 2), (2, "A", A, 0)] {
+            let Some((map, operands)) = site.made(k) else {
+                let low = name.to_lowercase();
+                s = s.read(&low, self.exact, at).i64(&format!("{low}_stride"), site.row_stride(at, axis)?);
+                hooks.push(format!("Rows<{}>{{{low}, {low}_stride}}", c_type(self.exact)));
+                continue;
+            };
+            let Some((text, value, with)) = element_hook(name, map, &operands, s) else {
+                return because("a map within it has operands that no hook reads");
+            };
+            s = with.hook(&text);
+            hooks.push(value);
+        }
+        if early {
+            let decays = site.made(2).map(|(_, operands)| operands).unwrap_or_default();
+            s = s.early([D, H0].into_iter().chain(decays.into_iter().map(|o| o.0)));
+        }
+        let body = format!(
+            "    scan_step<Config>(x, x_stride, {}, {}, b, b_stride, c, c_stride, d, h0, y, y_stride, h);\n",
+            hooks[0], hooks[1]
+        );
+        let l = s.launch_body(((self.heads * self.head_dim).div_ceil(THREADS / lanes), &self.n, 1), body);
+        let with = if site.joined.maps.is_empty() { "" } else { ", its steps and decays made on the spot" };
+        let why = format!("one token: {lanes} lanes a row of the state{with}{}", self.manner());
+        Ok(Form { needs: one_token(&self.l).to_vec(), ..Form::new("scan_step", why, vec![l.into()]) })
     }
 
     /// `l` is given where a kernel needs no segment.

@@ -7,7 +7,7 @@
 
 use crate::check::past::{Known, Past};
 use crate::check::shared::Actor;
-use crate::memory::{Buffer, GlobalMemory};
+use crate::memory::{Buffer, FRESH, GlobalMemory};
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, Ordering::Relaxed, Ordering::SeqCst};
 use std::sync::{Mutex, OnceLock};
@@ -128,7 +128,8 @@ impl Shadow {
             if w != 0 && w != BEFORE {
                 let from = g << self.shift;
                 let to = (from + (1 << self.shift)).min(buffer.bytes);
-                buffer.written[from..to].fill(1);
+                buffer.written[from..to].fill(FRESH);
+                buffer.fresh = true;
             }
         }
     }

@@ -31,6 +31,8 @@ pub enum Kind {
     Trap,
     /// Operands that the instruction doesn't allow.
     Operand,
+    /// What an earlier launch may still write was read, or anything written, before that was waited for.
+    Early,
     /// Stopped at the limit of instructions.
     Limit,
 }
@@ -52,6 +54,7 @@ impl Kind {
             Kind::Mbarrier => "mbarrier",
             Kind::Trap => "trap",
             Kind::Operand => "operand",
+            Kind::Early => "earlier launch not waited for",
             Kind::Limit => "limit of instructions",
         }
     }

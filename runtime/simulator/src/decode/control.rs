@@ -38,8 +38,8 @@ impl Decoder<'_> {
                 (Op::Hint, Class::Control)
             }
             "griddepcontrol" => {
-                m.one_of(&["launch_dependents", "wait"]);
-                (Op::Hint, Class::Control)
+                let wait = m.one_of(&["launch_dependents", "wait"]).is_some_and(|s| s == "wait");
+                (if wait { Op::WaitEarlier } else { Op::Hint }, Class::Control)
             }
             "pmevent" => (Op::Hint, Class::Control),
             "setmaxnreg" => {

@@ -19,6 +19,8 @@ pub struct Request<'a> {
     pub block: [u32; 3],
     pub cluster: [u32; 3],
     pub dynamic_shared: u32,
+    /// Earlier launches may still run.
+    pub early: bool,
     /// As laid out by the program's `params`.
     pub params: &'a [u8],
     pub constants: &'a [u8],
@@ -103,6 +105,7 @@ pub fn run(
         block: request.block,
         cluster: request.cluster,
         dynamic_shared: request.dynamic_shared,
+        early: request.early,
     };
     let size: u32 = request.cluster.iter().product();
     let n = (request.grid.iter().map(|&b| u64::from(b)).product::<u64>() / u64::from(size)) as u32;

@@ -8,7 +8,7 @@ use crate::check::Kind;
 use crate::check::global::{Clash as GlobalClash, Side};
 use crate::count::{self, Way};
 use crate::isa::{Access, Lanes, window};
-use crate::memory::locate;
+use crate::memory::{FRESH, locate};
 use crate::parse::ast::Space;
 
 /// What loads give that could not be done.
@@ -65,6 +65,9 @@ impl Warp {
         spots: &mut [Spot; 32],
     ) -> u32 {
         let mut good = 0;
+        if env.early && mask & !self.waited != 0 {
+            self.too_early(a, size, pc, mask & !self.waited, store, env, sink, blocks, common);
+        }
         for lane in lanes(mask) {
             let (unit, at) = locate(a[lane]);
             let ok = env.memory.buffers.get(unit).is_some_and(|b| {
@@ -79,6 +82,32 @@ impl Warp {
             }
         }
         good
+    }
+
+    /// Accesses of threads that have not waited for earlier launches, of a launch that begins before these have ended.
+    #[allow(clippy::too_many_arguments)]
+    fn too_early(
+        &self,
+        a: &Lanes,
+        size: usize,
+        pc: u32,
+        mask: u32,
+        store: bool,
+        env: &Env,
+        sink: &mut Sink,
+        blocks: &[Block],
+        common: &Common,
+    ) {
+        for lane in lanes(mask) {
+            let (unit, at) = locate(a[lane]);
+            let Some(b) = env.memory.buffers.get(unit) else { continue };
+            let fresh = |at: usize| b.written.get(at..at + size).is_some_and(|w| w.contains(&FRESH));
+            if at >= 0 && (store || fresh(at as usize)) {
+                let what = if store { "a write to" } else { "a read of what an earlier launch writes, " };
+                let text = || format!("{what} byte {at} of buffer \"{}\" before griddepcontrol.wait", b.name);
+                self.find(env, sink, blocks, common, Kind::Early, pc, lane as u32, Some(a[lane]), text);
+            }
+        }
     }
 
     /// Counts sectors and bytes by buffer.

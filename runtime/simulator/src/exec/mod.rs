@@ -61,6 +61,8 @@ pub(crate) struct Env<'a> {
     pub block: [u32; 3],
     pub cluster: [u32; 3],
     pub dynamic_shared: u32,
+    /// Earlier launches may still run until it waits for them.
+    pub early: bool,
 }
 
 /// What one worker notes.

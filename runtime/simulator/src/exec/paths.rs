@@ -101,7 +101,13 @@ impl Warp {
     }
 
     /// Threads leave.
-    pub fn leave(&mut self, mask: u32, env: &Env, sink: &mut Sink, blocks: &mut [Block], common: &mut Common) {
+    pub fn leave(&mut self, pc: u32, mask: u32, env: &Env, sink: &mut Sink, blocks: &mut [Block], common: &mut Common) {
+        if env.early && mask & !self.waited != 0 {
+            let text =
+                || "a thread leaves that has not waited for earlier launches: who waits for it has not either".into();
+            let lane = (mask & !self.waited).trailing_zeros();
+            self.find(env, sink, blocks, common, Kind::Early, pc, lane, None, text);
+        }
         // Others wait for them at a barrier of the whole block.
         let waiting = blocks[self.block as usize].barriers.iter().find(|b| b.arrived > 0 && b.expected.is_none());
         if let Some(pc) = waiting.and_then(|b| b.pc) {

@@ -89,6 +89,8 @@ pub(crate) struct Warp {
     pub wgmma: super::wgmma::Pending,
     pub retired: u64,
     pub turns: u32,
+    /// Lanes that waited for earlier launches.
+    pub waited: u32,
 }
 
 impl Warp {
@@ -119,6 +121,7 @@ impl Warp {
             wgmma: super::wgmma::Pending::default(),
             retired: 0,
             turns: 0,
+            waited: 0,
         };
         for &(slot, value) in &p.constants {
             w.regs[slot as usize] = [value; 32];
@@ -141,6 +144,7 @@ impl Warp {
         self.copies = Copies::default();
         self.wgmma = super::wgmma::Pending::default();
         self.turns = 0;
+        self.waited = 0;
     }
 
     /// Fills the special registers.
@@ -452,7 +456,7 @@ impl Warp {
             }
             Op::Ret => {
                 let Some(&call) = self.paths[self.current].calls.last() else {
-                    self.leave(mask, env, sink, blocks, common);
+                    self.leave(pc, mask, env, sink, blocks, common);
                     return Flow::Again;
                 };
                 self.split_off_others(mask);
@@ -467,7 +471,7 @@ impl Warp {
                 return Flow::Again;
             }
             Op::Exit => {
-                self.leave(mask, env, sink, blocks, common);
+                self.leave(pc, mask, env, sink, blocks, common);
                 return Flow::Again;
             }
             Op::Trap => {
@@ -532,6 +536,7 @@ impl Warp {
             Op::Wgmma(_) | Op::WgmmaFence | Op::WgmmaCommit | Op::WgmmaWait { .. } => {
                 return self.wgmma(op, pc, mask, env, sink, blocks, common);
             }
+            Op::WaitEarlier => self.waited |= mask,
             Op::Nop | Op::Hint => {}
             Op::Alu { .. } | Op::Setp { .. } | Op::Bra { .. } => unreachable!("BUG: run in the loop"),
         }

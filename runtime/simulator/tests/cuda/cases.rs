@@ -69,7 +69,7 @@ fn real(n: usize, low: f32, high: f32) -> Vec<f32> {
 }
 
 fn extent(grid: [u32; 3], block: [u32; 3]) -> Extent {
-    Extent { grid, block, cluster: [1; 3], shared: 0 }
+    Extent { grid, block, cluster: [1; 3], shared: 0, early: false }
 }
 
 fn vector_add(b: &mut Bench) -> Result {
