@@ -12,8 +12,8 @@
 //   beginning); the state's own product and the next block's c·bᵀ run while y is written.
 //
 // b, c, x and g lie in panels (wgmma.cuh).  A warpgroup of its own copies blocks ahead (cp.async), makes their factors and, where
-// there is no y, weighs x in its place, so that warpgroups do products alone and each goes at its own pace.  Operands come from shared memory once per 64 rows in place of
-// once per 16, which bounded scan.cuh.
+// there is no y, weighs x in its place, so that warpgroups do products alone and each goes at its own pace.  Operands come from
+// shared memory once per 64 rows in place of once per 16, which bounded scan.cuh.
 //
 // C: as for scan.cuh; 16-bit T, Q = 64, P a multiple of 64, R 64 or 128, `whole`.  128 threads per 64 rows of a head and 128 more; 3 stages or more.
 #pragma once
