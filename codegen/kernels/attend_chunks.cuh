@@ -61,21 +61,24 @@ template <class C> struct SlabWork {
         constexpr int PIECE = 16 / sizeof(T), PER_ROW = D / PIECE;
         const T* base = from + sequence * l * stride + (i64)kv_head * G * D;
         u32 last = pairs * G - 1;
-        auto one = [&](u32 row, u32 piece, u32 at) {
+        auto place = [&](u32 row, u32 piece) {
             u32 r = min_of(row0 + row, last);
-            copy16_async(at, base + p.entry[r / G] / K * stride + (r % G * D + piece * PIECE), row0 + row <= last);
+            return base + p.entry[r / G] / K * stride + (r % G * D + piece * PIECE);
         };
         using Order = PieceOrder<ROWS, PER_ROW, Layout::ROW_BYTES / 16>;
         if constexpr (LANES % Order::PERIOD == 0 && ROWS * PER_ROW % LANES == 0 && LANES / PER_ROW % Layout::PERIOD == 0) {
-            // A thread's rows lie evenly.
-            constexpr u32 STEP = LANES / PER_ROW;
+            // A thread's rows lie evenly; all are looked up before the first is copied.
+            constexpr u32 STEP = LANES / PER_ROW, COUNT = ROWS / STEP;
             u32 row = Order::row(thread), piece = Order::piece(thread), at = to.at(row, piece);
+            const T* places[COUNT];
 #pragma unroll
-            for (u32 i = 0; i < ROWS; i += STEP) one(row + i, piece, at + i * Layout::ROW_BYTES);
+            for (u32 i = 0; i < COUNT; i++) places[i] = place(row + i * STEP, piece);
+#pragma unroll
+            for (u32 i = 0; i < COUNT; i++) copy16_async(at + i * STEP * Layout::ROW_BYTES, places[i], row0 + row + i * STEP <= last);
         } else {
 #pragma unroll
             for (u32 i = thread; i < ROWS * PER_ROW; i += LANES)
-                one(Order::row(i), Order::piece(i), to.at(Order::row(i), Order::piece(i)));
+                copy16_async(to.at(Order::row(i), Order::piece(i)), place(Order::row(i), Order::piece(i)), row0 + Order::row(i) <= last);
         }
     }
     // Where a row's part of a slot is, in [N, L, K · parts, H, D]; null beyond the slab.

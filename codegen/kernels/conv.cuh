@@ -68,145 +68,176 @@ template <int K, int V> __device__ __forceinline__ void push(float (&window)[K][
     }
 }
 
+// A thread's walk forward.  INSIDE: nothing that it touches lies behind the sequence.
+template <class C, class T, class E> struct ConvWalk : ConvThread<C, T, E> {
+    static constexpr int V = C::vec, K = C::k, H = K - 1, BATCH = min_of(4, C::steps);
+    using Piece = typename Word<sizeof(T) * V>::Type;
+    T* y;
+    i64 y_stride;
+    int t1;
+    float window[K][V] = {};
+    Piece next[BATCH];
+
+    template <bool INSIDE> __device__ __forceinline__ void fetch(int t, int i) {
+        next[i] = INSIDE || t + i < t1 ? *reinterpret_cast<const Piece*>(this->x + (t + i) * this->stride) : none();
+        // MUT conv_bound: next[i] = *reinterpret_cast<const Piece*>(this->x + (t + i) * this->stride);
+    }
+    template <bool INSIDE> __device__ __forceinline__ void walk(int t0) {
+#pragma unroll
+        for (int i = 0; i < BATCH; i++) fetch<INSIDE>(t0, i);
+        for (int t = t0; t < t1; t += BATCH) {
+#pragma unroll
+            for (int i = 0; i < BATCH; i++) {
+                float in[V], value[V];
+                unpack_f32<T>(in, next[i]);
+                // A batch is on its way while the one before it is worked on.
+                fetch<INSIDE>(t + BATCH, i);
+                push(window, in);
+#pragma unroll
+                for (int v = 0; v < V; v++) {
+                    float p = this->pre(window, v);
+                    value[v] = C::silu ? p * sigmoid_fast(p) : p;
+                }
+                if (INSIDE || t + i < t1) store_f32(y + (t + i) * y_stride, value);
+            }
+        }
+    }
+    __device__ __forceinline__ static Piece none() {
+        Piece x;
+        memset(&x, 0, sizeof(x));
+        return x;
+    }
+};
+
 template <class C, class T, class E>
 __device__ __forceinline__ void causal_conv(const T* x, i64 x_stride, const E* w, const E* bias, const E* s0, T* y, i64 y_stride, E* s, i32 l) {
-    constexpr int V = C::vec, K = C::k, H = K - 1, BATCH = min_of(4, C::steps);
+    constexpr int V = C::vec, H = C::k - 1;
     const int c = (blockIdx.y * C::lanes + threadIdx.x % C::lanes) * V;
     const int t0 = (blockIdx.x * C::rows + threadIdx.x / C::lanes) * C::steps;
-    const int t1 = min_of(t0 + C::steps, l);
     if (c >= C::channels || (t0 >= l && t0 > 0)) return;
     const i64 n = blockIdx.z;
 
-    ConvThread<C, T, E> own;
-    own.x = x + n * l * x_stride + c;
+    using Walk = ConvWalk<C, T, E>;
+    Walk own;
+    own.x = x + n * l * x_stride + c, own.stride = x_stride;
     own.s0 = s0 + n * H * C::channels + c;
-    own.stride = x_stride;
+    own.y = y + n * l * y_stride + c, own.y_stride = y_stride;
+    own.t1 = min_of(t0 + C::steps, l);
     own.load_weights(w, bias, c);
-
-    float window[K][V] = {};
 #pragma unroll
-    for (int j = 0; j < H; j++) own.load_input(window[j + 1], t0 - H + j);
+    for (int j = 0; j < H; j++) own.load_input(own.window[j + 1], t0 - H + j);
     if (t0 == 0) {
-        float last[K][V];
+        float last[C::k][V];
 #pragma unroll
         for (int j = 0; j < H; j++) own.load_input(last[j], l - H + j);
 #pragma unroll
         for (int j = 0; j < H; j++) store_f32(s + (n * H + j) * C::channels + c, last[j]);
     }
-    T* out = y + n * l * y_stride + c;
-    // A batch is on its way while the one before it is worked on.
-    Vec<T, V> next[BATCH];
-    auto fetch = [&](int t) {
-#pragma unroll
-        for (int i = 0; i < BATCH; i++)
-            next[i] = t + i < t1 ? load<T, V>(own.x + (t + i) * x_stride) : Vec<T, V>{};
-        // MUT conv_bound: next[i] = load<T, V>(own.x + (t + i) * x_stride);
-    };
-    fetch(t0);
-    for (int t = t0; t < t1; t += BATCH) {
-        float in[BATCH][V];
-#pragma unroll
-        for (int i = 0; i < BATCH; i++)
-#pragma unroll
-            for (int v = 0; v < V; v++) in[i][v] = to_f32(next[i][v]);
-        fetch(t + BATCH);
+    if (C::steps % Walk::BATCH == 0 && t0 + C::steps + Walk::BATCH <= l) own.template walk<true>(t0);
+    else own.template walk<false>(t0);
+}
+
+// A thread's walk backward; `dw` gathers its weights' gradients.  INSIDE: nothing that it touches lies beyond either end of the
+// sequence.
+template <class C, class T, class E> struct ConvWalkGrad : ConvThread<C, T, E> {
+    static constexpr int V = C::vec, K = C::k, H = K - 1, BATCH = min_of(4, C::steps);
+    using Piece = typename Word<sizeof(T) * V>::Type;
+    const T* dy;
+    const E* ds;
+    T* dx;
+    E* ds0;
+    i64 dy_stride, dx_stride;
+    int t0, t1, l;
+    float window[K][V] = {}, g[K][V] = {}, dw[K + 1][V] = {};
+    Piece next_x[BATCH], next_dy[BATCH];
+
+    template <bool INSIDE> __device__ __forceinline__ void fetch(int u, int i) {
+        const bool here = INSIDE || u + i < min_of(t1 + H, l);
+        // MUT conv_ahead: const bool here = u + i < t1 + H;
+        next_x[i] = here ? *reinterpret_cast<const Piece*>(this->x + (u + i) * this->stride) : ConvWalk<C, T, E>::none();
+        next_dy[i] = here ? *reinterpret_cast<const Piece*>(dy + (u + i) * dy_stride) : ConvWalk<C, T, E>::none();
+    }
+    // Time u gives g_u and with it completes dx_{u-(k-1)}.  BEHIND: of g_u for tokens before t1 alone.
+    template <bool INSIDE, bool BEHIND> __device__ __forceinline__ void batch(int u0) {
 #pragma unroll
         for (int i = 0; i < BATCH; i++) {
-            push(window, in[i]);
-            float value[V];
+            if (BEHIND && i == H) break;
+            const int u = u0 + i, t = u - H;
+            float in[V], grad[V];
+            unpack_f32<T>(in, next_x[i]), unpack_f32<T>(grad, next_dy[i]);
+            // A batch is on its way while the one before it is worked on.
+            if (!BEHIND) fetch<INSIDE>(u0 + BATCH, i);
+            push(window, in);
+            if (C::silu) {
 #pragma unroll
-            for (int v = 0; v < V; v++) {
-                float p = own.pre(window, v);
-                value[v] = C::silu ? p * sigmoid_fast(p) : p;
+                for (int v = 0; v < V; v++) {
+                    float p = this->pre(window, v), s = sigmoid_fast(p);
+                    grad[v] *= s * fmaf(p, 1.f - s, 1.f);
+                }
             }
-            if (t + i < t1) store_f32(out + (t + i) * y_stride, value);
+            push(g, grad);
+            if (!BEHIND && (INSIDE || u < t1)) {
+                // MUT conv_halo: if (u < t1 + H) {
+#pragma unroll
+                for (int v = 0; v < V; v++) {
+#pragma unroll
+                    for (int j = 0; j < K; j++) dw[j][v] = fmaf(grad[v], window[j][v], dw[j][v]);
+                    dw[K][v] += grad[v];
+                }
+            }
+            if (INSIDE ? t >= t0 : t < t1 && (t >= t0 || t0 == 0)) {
+                // MUT conv_before: if (t < t1) {
+                float d[V] = {};
+                if (!INSIDE && t + H >= l) load_f32(d, ds + (i64)(t + H - l) * C::channels);
+#pragma unroll
+                for (int v = 0; v < V; v++)
+#pragma unroll
+                    for (int j = 0; j < K; j++) d[v] = fmaf(this->w[v][j], g[K - 1 - j][v], d[v]);
+                if (!INSIDE && t < 0) store_f32(ds0 + (i64)(t + H) * C::channels, d);
+                else store_f32(dx + t * dx_stride, d);
+            }
         }
     }
-}
+    template <bool INSIDE> __device__ __forceinline__ void walk() {
+#pragma unroll
+        for (int i = 0; i < BATCH; i++) fetch<INSIDE>(t0, i);
+        if constexpr (INSIDE) {
+            int u = t0;
+            for (; u < t1; u += BATCH) batch<true, false>(u);
+            batch<true, true>(u);
+        } else {
+            for (int u = t0; u < t1 + H; u += BATCH) batch<false, false>(u);
+        }
+    }
+};
 
 // Weights' gradients go to slots [N · time tiles, k + 1, channels]: row j is dw_j, row k is dbias.
 template <class C, class T, class E>
 __device__ __forceinline__ void causal_conv_grad(const T* x, i64 x_stride, const E* w, const E* bias, const E* s0, const T* dy, i64 dy_stride, const E* ds,
                                                  T* dx, i64 dx_stride, E* ds0, float* slots, i32 l) {
-    constexpr int V = C::vec, K = C::k, H = K - 1, BATCH = min_of(4, C::steps);
+    constexpr int V = C::vec, K = C::k, H = K - 1;
     // Columns of a vector's elements lie apart, so that both writing by threads and reading by columns spread over banks.
     constexpr int PITCH = C::lanes + (V <= 32 ? 32 / V : 1);
     __shared__ float sums[C::rows][V * PITCH];
     const int lane = threadIdx.x % C::lanes, row = threadIdx.x / C::lanes;
     const int c = (blockIdx.y * C::lanes + lane) * V;
-    const int t0 = (blockIdx.x * C::rows + row) * C::steps;
-    const int t1 = min_of(t0 + C::steps, l);
     const i64 n = blockIdx.z;
 
-    float dw[K + 1][V] = {};
-    if (c < C::channels && (t0 < l || t0 == 0)) {
-        ConvThread<C, T, E> own;
-        own.x = x + n * l * x_stride + c;
+    using Walk = ConvWalkGrad<C, T, E>;
+    Walk own;
+    own.t0 = (blockIdx.x * C::rows + row) * C::steps, own.t1 = min_of(own.t0 + C::steps, l), own.l = l;
+    if (c < C::channels && (own.t0 < l || own.t0 == 0)) {
+        own.x = x + n * l * x_stride + c, own.stride = x_stride;
         own.s0 = s0 + n * H * C::channels + c;
-        own.stride = x_stride;
+        own.dy = dy + n * l * dy_stride + c, own.dy_stride = dy_stride;
+        own.ds = ds + n * H * C::channels + c;
+        own.dx = dx + n * l * dx_stride + c, own.dx_stride = dx_stride;
+        own.ds0 = ds0 + n * H * C::channels + c;
         own.load_weights(w, bias, c);
-        const T* dy_at = dy + n * l * dy_stride + c;
-        const E* ds_at = ds + n * H * C::channels + c;
-        T* dx_at = dx + n * l * dx_stride + c;
-        E* ds0_at = ds0 + n * H * C::channels + c;
-
-        float window[K][V] = {}, g[K][V] = {};
 #pragma unroll
-        for (int j = 0; j < H; j++) own.load_input(window[j + 1], t0 - H + j);
-        // A batch is on its way while the one before it is worked on.
-        Vec<T, V> next_x[BATCH], next_dy[BATCH];
-        auto fetch = [&](int u) {
-#pragma unroll
-            for (int i = 0; i < BATCH; i++) {
-                const bool here = u + i < min_of(t1 + H, l);
-                // MUT conv_ahead: const bool here = u + i < t1 + H;
-                next_x[i] = here ? load<T, V>(own.x + (u + i) * x_stride) : Vec<T, V>{};
-                next_dy[i] = here ? load<T, V>(dy_at + (u + i) * dy_stride) : Vec<T, V>{};
-            }
-        };
-        fetch(t0);
-        // Time u gives g_u and with it completes dx_{u-(k-1)}.
-        for (int u0 = t0; u0 < t1 + H; u0 += BATCH) {
-            float in[BATCH][V], grad[BATCH][V];
-#pragma unroll
-            for (int i = 0; i < BATCH; i++)
-#pragma unroll
-                for (int v = 0; v < V; v++) in[i][v] = to_f32(next_x[i][v]), grad[i][v] = to_f32(next_dy[i][v]);
-            fetch(u0 + BATCH);
-#pragma unroll
-            for (int i = 0; i < BATCH; i++) {
-                const int u = u0 + i, t = u - H;
-                push(window, in[i]);
-                if (C::silu) {
-#pragma unroll
-                    for (int v = 0; v < V; v++) {
-                        float p = own.pre(window, v), s = sigmoid_fast(p);
-                        grad[i][v] *= s * fmaf(p, 1.f - s, 1.f);
-                    }
-                }
-                push(g, grad[i]);
-                if (u < t1) {
-                    // MUT conv_halo: if (u < t1 + H) {
-#pragma unroll
-                    for (int v = 0; v < V; v++) {
-#pragma unroll
-                        for (int j = 0; j < K; j++) dw[j][v] = fmaf(grad[i][v], window[j][v], dw[j][v]);
-                        dw[K][v] += grad[i][v];
-                    }
-                }
-                if (t < t1 && (t >= t0 || t0 == 0)) {
-                    // MUT conv_before: if (t < t1) {
-                    float d[V] = {};
-                    if (t + H >= l) load_f32(d, ds_at + (i64)(t + H - l) * C::channels);
-#pragma unroll
-                    for (int v = 0; v < V; v++)
-#pragma unroll
-                        for (int j = 0; j < K; j++) d[v] = fmaf(own.w[v][j], g[K - 1 - j][v], d[v]);
-                    if (t < 0) store_f32(ds0_at + (i64)(t + H) * C::channels, d);
-                    else store_f32(dx_at + t * dx_stride, d);
-                }
-            }
-        }
+        for (int j = 0; j < H; j++) own.load_input(own.window[j + 1], own.t0 - H + j);
+        if (C::steps % Walk::BATCH == 0 && H <= Walk::BATCH && own.t0 > 0 && own.t0 + C::steps + Walk::BATCH <= l) own.template walk<true>();
+        else own.template walk<false>();
     }
 
     float* slot = slots + (n * gridDim.x + blockIdx.x) * (K + 1) * (i64)C::channels;
@@ -215,7 +246,7 @@ __device__ __forceinline__ void causal_conv_grad(const T* x, i64 x_stride, const
         if (j > 0) __syncthreads();
         // MUT conv_reuse: ;
 #pragma unroll
-        for (int v = 0; v < V; v++) sums[row][v * PITCH + lane] = dw[j][v];
+        for (int v = 0; v < V; v++) sums[row][v * PITCH + lane] = own.dw[j][v];
         __syncthreads();
         for (int i = threadIdx.x; i < C::lanes * V; i += C::lanes * C::rows) {
             int column = blockIdx.y * C::lanes * V + i;

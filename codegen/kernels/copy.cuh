@@ -4,6 +4,10 @@
 
 namespace rambac {
 
+__device__ __forceinline__ void store_shared16(u32 at, const u32 (&x)[4]) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
+}
+
 // Copies 16 bytes; where `valid` is false, writes zeros and reads nothing.
 __device__ __forceinline__ void copy16_async(void* to, const void* from, bool valid = true) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0) : "memory");

@@ -26,10 +26,13 @@ __device__ __forceinline__ void index_count(i32* table, const i32* indices, cons
     __syncthreads();
     int token0 = block * block_tokens, tokens = min_of(block_tokens, l - token0);
     i64 first = (list / h * l + token0) * h + list % h;
+    // Several pairs are on their way at once.
+#pragma unroll 8
     for (int i = threadIdx.x; i < tokens * K; i += THREADS) {
         i64 at = first + (i64)(i / K) * h;
-        if (i % K < count[at]) atomicAdd(row + indices[at * K + i % K], 1);
-        // MUT index_filled: atomicAdd(row + indices[at * K + i % K], 1);
+        i32 n = count[at], chunk = indices[at * K + i % K];
+        if (i % K < n) atomicAdd(row + chunk, 1);
+        // MUT index_filled: atomicAdd(row + chunk, 1);
     }
 }
 
@@ -105,20 +108,32 @@ __device__ __forceinline__ void index_fill(i32* entries, i32* table, const i32* 
 #pragma unroll 8
     for (int i = lane_id(); i < tokens; i += 32) any |= count[first + (i64)i * h] > 0;
     if (!__any_sync(ALL_LANES, any)) return;
-    for (int i = lane_id(); i - lane_id() < tokens * K; i += 32) {
-        i64 at = first + (i64)(i / K) * h;
-        bool filled = i < tokens * K && i % K < count[at];
-        int chunk = filled ? indices[at * K + i % K] : -1;
-        u32 same = __match_any_sync(ALL_LANES, chunk);
-        int rank = __popc(same & ((1u << lane_id()) - 1));
-        // MUT index_rank: int rank = 0;
-        int position = filled ? row[chunk] : 0;
-        // All have read before one writes, and it has written before any reads again.
-        __syncwarp();
-        if (filled && rank == 0) row[chunk] = position + __popc(same);
-        __syncwarp();
-        // MUT index_written: ;
-        if (filled) entries[position + rank] = token0 * K + i;
+    constexpr int AHEAD = 8;
+    for (int first_pair = 0; first_pair < tokens * K; first_pair += 32 * AHEAD) {
+        // Several pairs are on their way at once; unfilled slots have an index, too.
+        int chunks_of[AHEAD];
+#pragma unroll
+        for (int j = 0; j < AHEAD; j++) {
+            int i = first_pair + 32 * j + lane_id();
+            i64 at = first + (i64)(min_of(i, tokens * K - 1) / K) * h;
+            i32 n = count[at], chunk = indices[at * K + i % K];
+            chunks_of[j] = i < tokens * K && i % K < n ? chunk : -1;
+        }
+#pragma unroll
+        for (int j = 0; j < AHEAD; j++) {
+            int chunk = chunks_of[j];
+            bool filled = chunk >= 0;
+            u32 same = __match_any_sync(ALL_LANES, chunk);
+            int rank = __popc(same & ((1u << lane_id()) - 1));
+            // MUT index_rank: int rank = 0;
+            int position = filled ? row[chunk] : 0;
+            // All have read before one writes, and it has written before any reads again.
+            __syncwarp();
+            if (filled && rank == 0) row[chunk] = position + __popc(same);
+            __syncwarp();
+            // MUT index_written: ;
+            if (filled) entries[position + rank] = token0 * K + first_pair + 32 * j + lane_id();
+        }
     }
 }
 

@@ -14,10 +14,6 @@ namespace rambac {
 // Landmarks of a page.
 constexpr int LANDMARK_PAGE = 128;
 
-__device__ __forceinline__ void store_shared16(u32 at, const u32 (&x)[4]) {
-    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
-}
-
 // 16 bytes of T, from elements of T (asynchronously) or narrower ones; zeros where `valid` is false.
 template <class T, class E> __device__ __forceinline__ void copy16_wide(u32 to, const E* from, bool valid) {
     if constexpr (sizeof(T) == sizeof(E)) {

@@ -43,6 +43,7 @@ __device__ __forceinline__ void reduce(const typename C::In* x, i64 outer_stride
     const typename C::In* from = x + outer * outer_stride + col;
     float sum = F::none();
     if (col < inner)
+#pragma unroll 8
         for (i64 m = first + row; m < last; m += C::rows) sum = F::of(sum, to_f32(from[m * mid_stride]));
     rows[row][lane] = sum;
     __syncthreads();

@@ -131,7 +131,27 @@ template <bool EXACT, int Q> __device__ __forceinline__ float scan_between(const
     return exp2_fast(x);
 }
 
-template <class C, class Way> struct ScanWalk {
+// What a walk goes over: a segment of a sequence, from the CTA's first head and group on.
+template <class C, class Way> struct ScanPlace {
+    using T = typename C::T;
+    const T *x, *b, *c;
+    const typename C::Exact *dt, *a, *d;
+    i64 x_stride, dt_stride, b_stride, c_stride;
+    T* y;
+    i64 y_stride;
+    // The state before every block (in reverse: the gradient behind it), where recorded: [N, blocks, heads, P, R]; P and R filled up.
+    T* record;
+    // exp of a head's sum of dt a, where the walk tells it.
+    float* decays;
+    // Tokens of this segment.
+    int first, end;
+
+    __device__ __forceinline__ int blocks() const { return (end - first + C::block - 1) / C::block; }
+    // Token at which the k-th block of the walk begins.
+    __device__ __forceinline__ int begin(int k) const { return first + (Way::reverse ? blocks() - 1 - k : k) * C::block; }
+};
+
+template <class C, class Way> struct ScanWalk : ScanPlace<C, Way> {
     using T = typename C::T;
     static constexpr int P = up_to_16(C::head_dim), R = up_to_16(C::state), Q = C::block, HEADS = C::heads_per_cta, STAGES = C::stages;
     static constexpr int K = Mma<T>::K, PAD = 16 / sizeof(T);
@@ -153,17 +173,9 @@ template <class C, class Way> struct ScanWalk {
         T out[WARPS][Way::record ? 16 * R_PITCH : Way::outputs && sizeof(T) == 2 ? 16 * 16 : PAD];
     };
 
-    const T *x, *b, *c;
-    const typename C::Exact *dt, *a, *d;
-    i64 x_stride, dt_stride, b_stride, c_stride;
-    T* y;
-    i64 y_stride;
-    // States before every block [N, blocks, heads, P, R] (in reverse: gradients behind it), where recorded; P and R filled up.
-    T* record;
-    // exp of a head's sum of dt a, where the walk tells it.
-    float* decays;
-    // Tokens of this segment.
-    int first, end;
+    using Place = ScanPlace<C, Way>;
+    using Place::x, Place::b, Place::c, Place::dt, Place::a, Place::d, Place::x_stride, Place::dt_stride, Place::b_stride, Place::c_stride;
+    using Place::y, Place::y_stride, Place::record, Place::decays, Place::first, Place::end, Place::blocks, Place::begin;
     float h[R / 8][4];
 
     __device__ __forceinline__ static int head0() { return blockIdx.y * HEADS; }
@@ -200,10 +212,6 @@ template <class C, class Way> struct ScanWalk {
     template <class S> __device__ __forceinline__ void store_state(S* to) {
         each([&](float& value, int at) { to[at] = from_f32<S>(value); });
     }
-
-    __device__ __forceinline__ int blocks() const { return (end - first + Q - 1) / Q; }
-    // Token at which the k-th block of the walk begins.
-    __device__ __forceinline__ int begin(int k) const { return first + (Way::reverse ? blocks() - 1 - k : k) * Q; }
 
     // The pointers stand at this sequence and the CTA's first head and group.
     template <class Load> __device__ __forceinline__ void copy(Stage& to, int t0, const Load& load) const {

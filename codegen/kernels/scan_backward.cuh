@@ -56,6 +56,30 @@ __device__ __forceinline__ void scan_record_to_start(const typename C::T* dy, i6
     scan_walk_recording<C, Walker>(dy, dy_stride, dt, dt_stride, a, c, c_stride, dh, record, l, l, dh0);
 }
 
+// Of a warp whose lanes have EACH steps of a block each: calls store(i, ddt) for every step and returns da.  `tail`: what S has
+// behind the block.
+template <int EACH, class Store>
+__device__ __forceinline__ float scan_step_gradients(const float (&dcs)[EACH], const float (&direct)[EACH], const float (&dt)[EACH], float tail, float a, const Store& store) {
+    float all = 0.f;
+#pragma unroll
+    for (int i = 0; i < EACH; i++) all += dcs[i];
+    // Sums from the end: of the lanes behind this one, then inside it.
+    float behind = all;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+        const float other = __shfl_down_sync(ALL_LANES, behind, step);
+        if (lane_id() + step < 32) behind += other;
+    }
+    float sum = behind - all + tail, own = 0.f;
+#pragma unroll
+    for (int i = EACH - 1; i >= 0; i--) {
+        sum += dcs[i];
+        own = fmaf(dt[i], sum, own);
+        store(i, fmaf(a, sum, direct[i]));
+    }
+    return warp_sum(own);
+}
+
 template <class C> struct ScanGrad {
     using T = typename C::T;
     static constexpr int P = up_to_16(C::head_dim), R = up_to_16(C::state), Q = C::block, STAGES = C::stages, HEADS = C::heads / C::groups / C::parts;
@@ -267,7 +291,7 @@ template <class C> struct ScanGrad {
     // A warp puts a head's partial sums together: ddt, and da and dd of the block.
     __device__ __forceinline__ void steps(const ScanDecay<Q>& decay, const Partial& partial, float a, int m, float* da, float* dd) {
         constexpr int EACH = max_of(Q / 32, 1);
-        float dcs[EACH], direct[EACH], dt[EACH], all = 0.f, tail = 0.f;
+        float dcs[EACH], direct[EACH], dt[EACH], tail = 0.f;
 #pragma unroll
         for (int i = 0; i < EACH; i++) {
             const int t = lane_id() * EACH + i;
@@ -284,7 +308,6 @@ template <class C> struct ScanGrad {
             dt[i] = decay.dt[t];
             direct[i] = f_col + v;
             dcs[i] = f_row + z - dt[i] * direct[i];
-            all += dcs[i];
             tail = fmaf(dt[i], v, tail);
         }
         float product = 0.f, diagonal = 0.f;
@@ -292,22 +315,10 @@ template <class C> struct ScanGrad {
         for (int w = 0; w < WARPS; w++) product += partial.product[w], diagonal += partial.diagonal[w];
         tail = fmaf(decay.from_start[Q - 1], product, warp_sum(tail));
         // MUT grad_tail: tail = warp_sum(tail);
-        // Sums from the end: of the lanes behind this one, then inside it.
-        float behind = all;
-#pragma unroll
-        for (int step = 1; step < 32; step *= 2) {
-            const float other = __shfl_down_sync(ALL_LANES, behind, step);
-            if (lane_id() + step < 32) behind += other;
-        }
-        float sum = behind - all + tail, own = 0.f;
-#pragma unroll
-        for (int i = EACH - 1; i >= 0; i--) {
+        const float own = scan_step_gradients(dcs, direct, dt, tail, a, [&](int i, float g) {
             const int t = lane_id() * EACH + i;
-            sum += dcs[i];
-            own = fmaf(dt[i], sum, own);
-            if (t < Q) sh.dt[t * DT_PITCH + m] = from_f32<typename C::Exact>(fmaf(a, sum, direct[i]));
-        }
-        own = warp_sum(own);
+            if (t < Q) sh.dt[t * DT_PITCH + m] = from_f32<typename C::Exact>(g);
+        });
         if (lane_id() == 0) *da = own, *dd = diagonal;
     }
 

@@ -9,11 +9,11 @@
 //        +-------+              +-----+           +-----+                +----+            +-------+
 //
 //   state·cᵀ runs while g is made of c·bᵀ; g goes through shared memory (its lower triangle; the rest is zero from the
-//   beginning); the state's own product runs while y is written.
+//   beginning); the state's own product and the next block's c·bᵀ run while y is written.
 //
-// b, c, x and g lie in panels (wgmma.cuh).  A warpgroup of its own copies blocks ahead (cp.async) and makes their factors, so that
-// warpgroups do products alone and each goes at its own pace.  Operands come from shared memory once per 64 rows in place of
-// once per 16, which bounded scan.cuh.
+// b, c, x and g lie in panels (wgmma.cuh).  A warpgroup of its own copies blocks ahead (cp.async), makes their factors and, where
+// there is no y, weighs x in its place, so that warpgroups do products alone and each goes at its own pace.  Operands come from
+// shared memory once per 64 rows in place of once per 16, which bounded scan.cuh.
 //
 // C: as for scan.cuh; 16-bit T, Q = 64, P a multiple of 64, R 64 or 128, `whole`.  128 threads per 64 rows of a head and 128 more; 3 stages or more.
 #pragma once
@@ -37,7 +37,31 @@ template <int PIECES, int ROWS, class T> __device__ __forceinline__ void copy_pa
     }
 }
 
-template <class C, class Way> struct ScanWalkHopper {
+// Where a lane's row of [16, 16] lies in a tile of Q rows whose columns go over the warps: of what is transposed as it is moved.
+template <int Q> __device__ __forceinline__ u32 across() {
+    const int lane = lane_id();
+    return Panels<Q>(0u).at(lane / 16 * 8 + lane % 8, warp_id() % 4 * 2 + lane / 8 % 2);
+}
+// What a step adds to the state by its x; in reverse, to the gradient by its dy.
+template <int Q> __device__ __forceinline__ float scan_weight(const ScanDecay<Q>& decay, int t, bool reverse) {
+    return reverse ? decay.from_start[t] : decay.to_end[t] * decay.dt[t];
+}
+// Rows of a tile of 64 columns, each thread's as copy_panel_rows brought them, times their weights.
+template <class T, int Q> __device__ __forceinline__ void scan_weigh(Panels<Q> tile, const ScanDecay<Q>& decay, bool reverse) {
+    const int first = threadIdx.x % 128 / 8;
+    const u32 at = tile.at(first, threadIdx.x % 8);
+#pragma unroll
+    for (int i = 0; i < Q; i += 16) {
+        const float by = scan_weight(decay, first + i, reverse);
+        const uint4 x = load_shared16(at + i * Panels<Q>::ROW_BYTES);
+        u32 words[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+        for (int j = 0; j < 4; j++) words[j] = pack2<T>(to_f32(T{(u16)words[j]}) * by, to_f32(T{(u16)(words[j] >> 16)}) * by);
+        store_shared16(at + i * Panels<Q>::ROW_BYTES, words);
+    }
+}
+
+template <class C, class Way> struct ScanWalkHopper : ScanPlace<C, Way> {
     using T = typename C::T;
     static constexpr int P = C::head_dim, R = C::state, Q = C::block, HEADS = C::heads_per_cta, STAGES = C::stages;
     static constexpr int SLICES = P / 64, GROUPS = HEADS * SLICES, THREADS = 128 * GROUPS + 128;
@@ -55,14 +79,9 @@ template <class C, class Way> struct ScanWalkHopper {
         Mbarrier full[STAGES], empty[STAGES];
     };
 
-    const T *x, *b, *c;
-    const typename C::Exact *dt, *a, *d;
-    i64 x_stride, dt_stride, b_stride, c_stride;
-    T* y;
-    i64 y_stride;
-    T* record;
-    float* decays;
-    int first, end;
+    using Place = ScanPlace<C, Way>;
+    using Place::x, Place::b, Place::c, Place::dt, Place::a, Place::d, Place::x_stride, Place::dt_stride, Place::b_stride, Place::c_stride;
+    using Place::y, Place::y_stride, Place::record, Place::decays, Place::first, Place::end, Place::blocks, Place::begin;
     float h[R / 8][4];
 
     __device__ __forceinline__ static int head0() { return blockIdx.y * HEADS; }
@@ -73,7 +92,7 @@ template <class C, class Way> struct ScanWalkHopper {
 
     // Calls f(pair, place in [P, R]) for every pair of neighbouring elements.
     template <class F> __device__ __forceinline__ void each(F f) {
-        const int at = (slice() + lane_id() / 4) * R + 2 * (lane_id() % 4);
+        const int lane = anew(lane_id()), at = (slice() + lane / 4) * R + 2 * (lane % 4);
 #pragma unroll
         for (int j = 0; j < R / 8; j++)
 #pragma unroll
@@ -93,9 +112,6 @@ template <class C, class Way> struct ScanWalkHopper {
             store_f32(to + at, v);
         });
     }
-
-    __device__ __forceinline__ int blocks() const { return (end - first + Q - 1) / Q; }
-    __device__ __forceinline__ int begin(int k) const { return first + (Way::reverse ? blocks() - 1 - k : k) * Q; }
 
     __device__ __forceinline__ void copy(u32 stage, int t0) const {
         const int rows = min_of(end - t0, Q);
@@ -119,6 +135,13 @@ template <class C, class Way> struct ScanWalkHopper {
         load(0);
         Ring<STAGES> to, done;
         auto ready = [&] {
+            if constexpr (!Way::outputs) {
+                // x is weighed where it lies: nothing else reads it.
+                warpgroup_sync(GROUPS);
+                // MUT scan_hopper_factors: ;
+#pragma unroll
+                for (int g = 0; g < GROUPS; g++) scan_weigh<T>(Tile(tiles + done.at * STAGE + g * TILE), sh.decay[done.at][g / SLICES], Way::reverse);
+            }
             shared_to_products();
             sh.full[done.at].arrive();
             done.next();
@@ -145,11 +168,6 @@ template <class C, class Way> struct ScanWalkHopper {
 
     // xᵀ [16, Q] as fragments of A.
     using Columns = u32[Q / 16][4];
-    // Where a lane's row of [16, 16] lies in a tile whose columns go over the warps: of what is transposed as it is moved.
-    __device__ __forceinline__ static u32 across() {
-        const int lane = lane_id();
-        return Tile(0u).at(lane / 16 * 8 + lane % 8, warp_id() % 4 * 2 + lane / 8 % 2);
-    }
 
     // The warp's rows of g from those of c·bᵀ, to a tile whose upper triangle is zero.
     __device__ __forceinline__ static void make_g(u32 tile, const ScanDecay<Q>& decay, const float (&cb)[Q / 8][4]) {
@@ -187,7 +205,7 @@ template <class C, class Way> struct ScanWalkHopper {
     // yᵀ [64, Q] to rows of y, by way of a tile.
     __device__ __forceinline__ void write_outputs(u32 tile, const float (&acc)[Q / 8][4], int t0) const {
         const int thread = threadIdx.x % 128, rows = end - t0 - thread / 8;
-        const u32 to = tile + across(), from = Tile(tile).at(thread / 8, thread % 8);
+        const u32 to = tile + across<Q>(), from = Tile(tile).at(thread / 8, thread % 8);
 #pragma unroll
         for (int j = 0; j < Q / 8; j += 2) {
             u32 v[4];
@@ -206,30 +224,10 @@ template <class C, class Way> struct ScanWalkHopper {
         }
     }
 
-    // 16 columns of xᵀ times what a step adds to the state.
-    __device__ __forceinline__ static void weigh(u32 (&out)[4], const u32 (&xs)[4], int i, const ScanDecay<Q>& decay) {
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const int s = 16 * i + 8 * half + 2 * (lane_id() % 4);
-            float by[2];
-            load_f32(by, (Way::reverse ? decay.from_start : decay.to_end) + s);
-            if constexpr (!Way::reverse) {
-                float dt[2];
-                load_f32(dt, decay.dt + s);
-                by[0] *= dt[0], by[1] *= dt[1];
-            }
-#pragma unroll
-            for (int e = 0; e < 2; e++) {
-                const u32 v = xs[2 * half + e];
-                out[2 * half + e] = pack2<T>(to_f32(T{(u16)v}) * by[0], to_f32(T{(u16)(v >> 16)}) * by[1]);
-            }
-        }
-    }
-
     __device__ __forceinline__ void consume(Shared& sh) {
         const int count = blocks(), m = group() / SLICES;
         const u32 tiles = shared_address(sh.tiles), g = tiles + OF_G + group() * TILE, out = tiles + OF_OUT + group() * TILE;
-        const u32 mine = group() * TILE + across();
+        const u32 mine = group() * TILE + across<Q>();
         const float skip = Way::outputs ? to_f32(d[m]) : 0.f;
         if constexpr (Way::outputs) {
             for (int i = threadIdx.x % 128; i < Q * 32; i += 128) store_shared(g + 4 * i, 0);
@@ -237,33 +235,48 @@ template <class C, class Way> struct ScanWalkHopper {
         }
         // Where the next state is recorded.
         T* place = record;
-        if (Way::record && count > 0) place += (((i64)(begin(0) / Q) * C::heads + head()) * P + slice() + lane_id() / 4) * R;
-        Ring<STAGES> from;
+        if constexpr (Way::record) {
+            if (count > 0) place += ((i64)(begin(0) / Q) * C::heads + head()) * P * R;
+        }
+        // c·bᵀ of a block is made while the one before it is finished.
+        float cb[Way::outputs ? Q / 8 : 2][4];
+        Ring<STAGES> from, next;
+        auto begin_next = [&](int k) {
+            if (k < count) {
+                sh.full[next.at].wait(next.parity);
+                // MUT scan_hopper_ready: ;
+                if constexpr (Way::outputs) {
+                    const Tile bs(tiles + next.at * STAGE + OF_B), cs(tiles + next.at * STAGE + OF_C);
+                    products_begin();
+#pragma unroll
+                    for (int i = 0; i < R / 16; i++) Wgmma<T, Q, 0, 0>::run(cb, cs.along_rows(i), bs.along_rows(i), i > 0);
+                }
+                next.next();
+            }
+            if constexpr (Way::outputs) products_commit();
+        };
+        if constexpr (Way::outputs) begin_next(0);
 #pragma unroll 1
         for (int k = 0; k < count; k++) {
             const u32 stage = tiles + from.at * STAGE;
             const ScanDecay<Q>& decay = sh.decay[from.at][m];
             const Tile bs(stage + OF_B);
             u32 state[Way::outputs ? R / 16 : 1][4];
-            Columns xs;
+            Columns xs, weighted;
             float acc[Q / 8][4];
             if constexpr (Way::outputs) {
 #pragma unroll
                 for (int i = 0; i < R / 16; i++) a_of_d<T>(state[i], h + 2 * i);
             }
-            sh.full[from.at].wait(from.parity);
-            // MUT scan_hopper_ready: ;
+            if constexpr (!Way::outputs) begin_next(k);
             if constexpr (Way::record) {
-                store_d_global(place, place + 8 * R, h);
+                const int row = slice() + lane_id() / 4;
+                store_d_global(place + row * R, place + (row + 8) * R, h);
                 place += Way::reverse ? -C::heads * P * R : C::heads * P * R;
             }
             if constexpr (Way::outputs) {
                 const Tile cs(stage + OF_C);
-                float cb[Q / 8][4];
                 products_begin();
-#pragma unroll
-                for (int i = 0; i < R / 16; i++) Wgmma<T, Q, 0, 0>::run(cb, cs.along_rows(i), bs.along_rows(i), i > 0);
-                products_commit();
 #pragma unroll
                 for (int i = 0; i < R / 16; i++) Wgmma<T, Q, 0, 0>::run(acc, state[i], cs.along_rows(i), i > 0);
                 products_commit();
@@ -289,6 +302,19 @@ template <class C, class Way> struct ScanWalkHopper {
 #pragma unroll
                 for (int i = 0; i < Q / 16; i++) Wgmma<T, Q, 0, 0>::run(acc, xs[i], Tile(g).along_rows(i), true);
                 products_commit();
+                // Before the next product: what writes registers between products makes them wait for each other.
+#pragma unroll
+                for (int i = 0; i < Q / 16; i++)
+#pragma unroll
+                    for (int half = 0; half < 2; half++) {
+                        const int t = 16 * i + 8 * half + 2 * (lane_id() % 4);
+                        const float lo = scan_weight(decay, t, false), hi = scan_weight(decay, t + 1, false);
+#pragma unroll
+                        for (int e = 0; e < 2; e++) {
+                            const u32 v = xs[i][2 * half + e];
+                            weighted[i][2 * half + e] = pack2<T>(to_f32(T{(u16)v}) * lo, to_f32(T{(u16)(v >> 16)}) * hi);
+                        }
+                    }
             }
 
             // state = whole·state + (factor·x)ᵀ·b
@@ -301,14 +327,13 @@ template <class C, class Way> struct ScanWalkHopper {
             in_flight(h);
 #pragma unroll
             for (int i = 0; i < Q / 16; i++) {
-                if constexpr (!Way::outputs) ldmatrix4_trans(xs[i], stage + mine + 16 * i * Tile::ROW_BYTES);
-                u32 weighted[4];
-                weigh(weighted, xs[i], i, decay);
-                Wgmma<T, R, 0, 1>::run(h, weighted, bs.along_columns(i), true);
+                if constexpr (Way::outputs) Wgmma<T, R, 0, 1>::run(h, weighted[i], bs.along_columns(i), true);
+                else Wgmma<T, R, 1, 1>::run(h, Tile(stage + group() * TILE).along_columns(i), bs.along_columns(i), true);
             }
             products_commit();
             if constexpr (Way::outputs) {
-                products_wait<1>();
+                begin_next(k + 1);
+                products_wait<2>();
                 // MUT scan_hopper_y: ;
                 in_flight(acc);
 #pragma unroll
@@ -321,7 +346,7 @@ template <class C, class Way> struct ScanWalkHopper {
                     }
                 write_outputs(out, acc, begin(k));
             }
-            products_wait<0>();
+            products_wait<Way::outputs ? 1 : 0>();
             in_flight(h);
             __syncwarp();
             if (lane_id() == 0) sh.empty[from.at].arrive();

@@ -20,7 +20,7 @@ __device__ __forceinline__ void sum_slots(const float* slots, i64 first, i32 cou
     float sum = 0.f;
     if (mine) {
         const float* p = slots + first + row * cols + col;
-#pragma unroll 4
+#pragma unroll 8
         for (int s = part; s < count; s += C::lanes) sum += p[s * slot_stride];
     }
     parts[part][lane] = sum;

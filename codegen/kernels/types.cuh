@@ -111,6 +111,22 @@ template <int N> __device__ __forceinline__ void store_words(void* p, const u32*
 // The most elements of N that are a vector: a power of two that divides N, of at most 16 bytes.
 template <class T, int N> constexpr int VECTOR = (N & -N) * sizeof(T) <= 16 ? (N & -N) : 16 / sizeof(T);
 
+// The N values of T that lie in a Word, as f32; those of 16 bits take an instruction each.
+template <class T, int N, class W> __device__ __forceinline__ void unpack_f32(float (&to)[N], const W& word) {
+    static_assert(sizeof(W) == N * sizeof(T), "a word of N values");
+    if constexpr (sizeof(T) == 2 && N % 2 == 0) {
+        u32 pairs[N / 2];
+        memcpy(pairs, &word, sizeof(W));
+#pragma unroll
+        for (int i = 0; i < N; i++) to[i] = to_f32(T{(u16)(pairs[i / 2] >> 16 * (i % 2))});
+    } else {
+        Vec<T, N> x;
+        memcpy(&x, &word, sizeof(W));
+#pragma unroll
+        for (int i = 0; i < N; i++) to[i] = to_f32(x[i]);
+    }
+}
+
 // N values of any type as f32, and back; `p` is aligned to VECTOR elements.
 template <int N, class T> __device__ __forceinline__ void load_f32(float (&to)[N], const T* p) {
     constexpr int EACH = VECTOR<T, N>;

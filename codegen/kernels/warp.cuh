@@ -4,6 +4,12 @@
 
 namespace rambac {
 
+// The same value, from which the compiler computes what follows anew, so that it takes no registers in between.
+__device__ __forceinline__ int anew(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 constexpr u32 ALL_LANES = 0xffffffffu;
 
 __device__ __forceinline__ int lane_id() { return threadIdx.x & 31; }

@@ -226,7 +226,7 @@ fn by_chunks(a: &Attending, site: &Site, dy: Operand, before: Vec<Call>, rows: E
         );
     }
     let stub = a
-        .stub("attend_grad", "attend_grad_chunks", ADD_THREADS)
+        .stub("attend_grad", "attend_grad_chunks", 4 * ADD_THREADS)
         .int("chunk", s.chunk)
         .int("keys", t.keys)
         .write("dk", a.dtype, dk)

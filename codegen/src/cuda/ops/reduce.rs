@@ -8,7 +8,7 @@ use rambac_ir::ops::*;
 use rambac_ir::{DType, Dim};
 
 /// Rows of `mid` that one block combines.
-const PART: usize = 4096;
+const PART: usize = 256;
 
 /// Neighbouring axes that are reduced together: one pass where a block can hold them, else two.
 pub(super) struct Group {

@@ -121,8 +121,10 @@ impl Tile {
     }
 }
 
-/// Tokens of a segment of the three passes: short ones for more blocks, long ones for fewer states.
-pub(super) const SEGMENTS: [usize; 2] = [1024, 256];
+/// Tokens of a segment of the three passes: a multiple of so many.
+pub(super) const SEGMENT: usize = 256;
+/// How often segments fill the GPU.
+pub(super) const FILL: usize = 2;
 
 pub(super) const X: Operand = Operand::Input(0);
 pub(super) const DT: Operand = Operand::Input(1);
@@ -215,9 +217,16 @@ impl Scan {
     pub fn pairs(&self, heads: usize) -> Expr {
         Expr::from(&self.n) * (self.heads / heads)
     }
+    /// Tokens of a segment where so many heads share a block: as many as still fill the GPU so many times, so that states are few.
+    pub fn segment(&self, heads: usize, times: usize, target: &Target) -> Expr {
+        let (fill, blocks) = (Expr::int(times * target.sms), self.pairs(heads));
+        // Rounded down: a few blocks more would be a round of their own.
+        let segments = (fill.less(blocks.clone()) + 1).ceil_div_by(blocks);
+        (Expr::from(&self.l).ceil_div_by(segments).ceil_div(SEGMENT) * SEGMENT).max(SEGMENT)
+    }
     /// Segments of a sequence, at least one.
-    pub fn segments(&self, segment: usize) -> Expr {
-        Expr::from(&self.l).ceil_div(segment).max(1)
+    pub fn segments(&self, segment: &Expr) -> Expr {
+        Expr::from(&self.l).ceil_div_by(segment.clone()).max(1)
     }
     pub fn grid(&self, segments: impl Into<Expr>, heads: usize) -> (Expr, Expr, Expr) {
         (segments.into(), Expr::int(self.heads / heads), Expr::from(&self.n))
@@ -229,7 +238,7 @@ impl Scan {
         &self,
         site: &Site,
         t: Tile,
-        segment: usize,
+        segment: &Expr,
         (x, b): (Operand, Operand),
         (first, last): (Operand, Operand),
         (ends, decays): (Operand, Operand),
@@ -243,7 +252,7 @@ impl Scan {
             .write("ends", DType::F32, ends)
             .write("decays", DType::F32, decays)
             .i32("l", &self.l)
-            .i32("segment", segment)
+            .i32("segment", segment.clone())
             .launch(self.grid(segments.clone(), t.heads));
         let combine = self
             .sized(Stub::new("scan", "scan_combine", THREADS))
@@ -367,18 +376,20 @@ impl Scan {
         Ok(Form::new("selective_scan", why, vec![l.into()]))
     }
 
-    fn three_passes(&self, site: &Site, segment: usize) -> Result<Form, Unsupported> {
+    fn three_passes(&self, site: &Site, times: usize) -> Result<Form, Unsupported> {
         let heads = Tile::heads(self);
+        let segment = &self.segment(heads, times, site.target);
         let (ends, decays) = (Operand::Workspace(0), Operand::Workspace(1));
         let t = self.tile(Walk::States, heads, site.target)?;
         let [states, combine] =
             self.segment_states(site, t, segment, (X, B), (H0, Operand::Output(1)), (ends, decays), false)?;
         let t = self.tile(Walk::Outputs, heads, site.target)?;
-        let outputs = self.outputs(site, t, Some(ends))?.i32("segment", segment);
+        let outputs = self.outputs(site, t, Some(ends))?.i32("segment", segment.clone());
         let calls: Vec<Call> =
             vec![states.into(), combine.into(), outputs.launch(self.grid(self.segments(segment), heads)).into()];
         let (all, manner) = (self.pairs(1), self.manner());
-        let why = format!("{all} heads are few: segments of {segment} tokens, their states added up{manner}");
+        let why =
+            format!("{all} heads are few: segments of {SEGMENT} tokens or a multiple, their states added up{manner}");
         let count = Expr::from(&self.n) * self.segments(segment);
         let form = Form::new("scan_segments", why, calls);
         Ok(form.with("ends", DType::F32, count.clone() * self.states()).with("decays", DType::F32, count * self.heads))
@@ -398,14 +409,19 @@ impl Cuda for SelectiveScan {
             forms.push(s.one_pass(site, heads)?.when(Condition::AtLeast(s.pairs(heads), enough(site.target))));
         }
         // Short sequences: one walk is over before three have begun.
-        let few = Expr::int(2 * SEGMENTS[1] + 1);
+        let few = Expr::int(2 * SEGMENT + 1);
         forms.push(s.one_pass(site, 1)?.when(Condition::Below(Expr::from(&s.l), few)));
-        let [long, short] = SEGMENTS;
-        let blocks = s.pairs(Tile::heads(&s)) * s.segments(long);
-        let full = Expr::int(2 * site.target.sms);
-        forms.push(s.three_passes(site, long)?.when(Condition::AtLeast(blocks, full)));
-        forms.push(s.three_passes(site, short)?);
+        forms.push(s.three_passes(site, FILL)?);
         Ok(forms)
+    }
+    fn candidates(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
+        let mut all = self.forms(site)?;
+        // Shorter segments: more blocks take turns, and more states lie between the passes.
+        all.push(
+            Scan::new(site, &[X, B, C, Operand::Output(0)], &[A, D, H0, Operand::Output(1)])?
+                .three_passes(site, 4 * FILL)?,
+        );
+        Ok(all)
     }
 }
 
@@ -446,6 +462,20 @@ mod tests {
         let small = Target { shared_per_block: 16 * 1024, ..a100 };
         let e = s.tile(Walk::Outputs, 1, &small).unwrap_err();
         assert_eq!(e.to_string(), "head_dim 128 and state 256 need more than 16384 bytes of shared memory");
+    }
+
+    #[test]
+    fn segments_fill_the_gpu_and_leave_few_states() {
+        let s = scan(32, 64, 128, DType::BF16);
+        let segment = |n, l| {
+            let tokens = s.segment(2, FILL, &Target::of(Arch::Sm90a));
+            tokens.eval(&rambac_ir::Bindings::new([("N", n), ("L", l)])).unwrap()
+        };
+        // 16 pairs of heads: 16 segments make 256 blocks for 132 multiprocessors.
+        assert_eq!(segment(1, 1 << 20), 1 << 16);
+        assert_eq!(segment(1, 4096), 256);
+        assert_eq!(segment(2, 100_000), 12_544);
+        assert_eq!((segment(1000, 4096), segment(0, 4096), segment(1, 0)), (4096, 256, 256));
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Gradients of the selective scan: states and their gradients at block boundaries are written down by walks, then a
 //! block of tokens goes through the heads of a group.
 
-use super::scan::{A, B, C, D, H0, SEGMENTS, Scan, Walk, X, enough};
+use super::scan::{A, B, C, D, FILL, H0, SEGMENT, Scan, Walk, X, enough};
 use super::slots::Slots;
 use super::{Cuda, Site, Unsupported, because};
 use crate::cuda::expr::Expr;
@@ -107,7 +107,7 @@ const DD_SLOTS: Operand = Operand::Workspace(3);
 #[derive(Clone, Copy, PartialEq)]
 enum Walks {
     Whole,
-    Segments(usize),
+    Segments,
 }
 
 struct Plan<'a> {
@@ -119,6 +119,10 @@ struct Plan<'a> {
 impl Plan<'_> {
     fn blocks(&self) -> Expr {
         Expr::from(&self.s.l).ceil_div(self.tile.block)
+    }
+    /// Of walks over segments, a head each.
+    fn segment(&self) -> Expr {
+        self.s.segment(1, FILL, self.site.target)
     }
 
     /// `dt` and what it walks over → states before every block, or in reverse gradients behind every block.
@@ -150,7 +154,8 @@ impl Plan<'_> {
                     .i32("segment", &s.l)
                     .launch(s.grid(1, t.heads)),
             ]),
-            Walks::Segments(segment) => {
+            Walks::Segments => {
+                let segment = &self.segment();
                 // Forward, the last state goes where the gradient of the first will be written after it.
                 let pass = s.segment_states(site, own(Walk::States)?, segment, over, (first, last), ends, reverse)?;
                 let record = stub("scan_record", DType::F32)?
@@ -158,7 +163,7 @@ impl Plan<'_> {
                     .read("start", DType::F32, ends.0)
                     .write("record", s.dtype, to)
                     .i32("l", &s.l)
-                    .i32("segment", segment)
+                    .i32("segment", segment.clone())
                     .launch(s.grid(s.segments(segment), t.heads));
                 let [states, combine] = pass;
                 Ok(vec![states, combine, record])
@@ -224,9 +229,9 @@ impl Plan<'_> {
             ("dd", DType::F32, slots.clone() * s.heads),
         ];
         let mut ends = (STATES, STATES);
-        if let Walks::Segments(segment) = walks {
+        if walks == Walks::Segments {
             ends = (Operand::Workspace(work.len()), Operand::Workspace(work.len() + 1));
-            let count = n.clone() * s.segments(segment);
+            let count = n.clone() * s.segments(&self.segment());
             work.push(("ends", DType::F32, count.clone() * s.states()));
             work.push(("decays", DType::F32, count * s.heads));
         }
@@ -260,7 +265,7 @@ impl Plan<'_> {
         }
         let walk = match walks {
             Walks::Whole => format!("{} walks write states", s.pairs(1)),
-            Walks::Segments(segment) => format!("walks over segments of {segment} tokens write states"),
+            Walks::Segments => format!("walks over segments of {SEGMENT} tokens or a multiple write states"),
         };
         let heads = s.heads / s.groups / t.parts;
         let by = if t.warpgroups { " by warpgroups" } else { "" };
@@ -289,12 +294,12 @@ impl Cuda for SelectiveScanGrad {
             Condition::AtLeast(blocks, Expr::int(2 * site.target.sms))
         };
         let pairs = || Condition::AtLeast(s.pairs(1), enough(site.target));
-        let short = || Condition::Below(Expr::from(&s.l), Expr::int(2 * SEGMENTS[1] + 1));
+        let short = || Condition::Below(Expr::from(&s.l), Expr::int(2 * SEGMENT + 1));
         Ok(vec![
             one.form(Walks::Whole)?.when(filled()).when(pairs()),
             many.form(Walks::Whole)?.when(short()),
-            one.form(Walks::Segments(SEGMENTS[1]))?.when(filled()),
-            many.form(Walks::Segments(SEGMENTS[1]))?,
+            one.form(Walks::Segments)?.when(filled()),
+            many.form(Walks::Segments)?,
         ])
     }
 }

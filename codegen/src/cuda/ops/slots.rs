@@ -24,7 +24,8 @@ impl Slots {
 
     /// Writes element (i, j) of the sum to `to[i · row_stride + j · col_stride]`.
     pub fn sum(self, site: &Site, to: Operand, row_stride: impl Into<Expr>, col_stride: impl Into<Expr>) -> Launch {
-        const LANES: usize = 8;
+        // Sums are of hundreds of slots and of few columns: what bounds them is how many loads are under way.
+        const LANES: usize = 32;
         let dtype = site.dtype(to);
         Stub::new("slots", "sum_slots", 32 * LANES)
             .element("T", dtype)
