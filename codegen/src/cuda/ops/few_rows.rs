@@ -57,6 +57,16 @@ pub(super) fn products(site: &Site, map: Option<&FusedMap>) -> Vec<FewRows> {
     all
 }
 
+/// Threads that a multiprocessor has registers for: the sums of 8 rows take many; rows wider than the weights, or that
+/// are no whole number of steps, some.
+fn threads_per_sm(rows: usize, simple: bool) -> usize {
+    match rows {
+        1 if simple => 768,
+        1 => 512,
+        _ => 256,
+    }
+}
+
 fn rows_of(site: &Site, map: Option<&FusedMap>, conv: bool) -> Option<Vec<FewRows>> {
     let (a, b, c) = (Operand::Input(0), Operand::Input(1), Operand::Output(0));
     let result = &site.outputs[0];
@@ -88,6 +98,7 @@ fn rows_of(site: &Site, map: Option<&FusedMap>, conv: bool) -> Option<Vec<FewRow
         (None, None) => "product_rows",
     };
     let early = site.target.arch == Arch::Sm90a;
+    let simple = t.size() <= w.size() && k.is_multiple_of(lie.threads * lie.vec);
     let call = |most: usize| -> Option<Call> {
         let mut s = Stub::new("few_rows", name, lie.threads)
             .element("T", t)
@@ -102,8 +113,7 @@ fn rows_of(site: &Site, map: Option<&FusedMap>, conv: bool) -> Option<Vec<FewRow
             .float("eps", eps)
             .flag("early", early)
             .hashed()
-            // Registers for the sums of 8 rows.
-            .blocks_per_sm((if most == 1 { 768 } else { 256 } / lie.threads).clamp(1, 16))
+            .blocks_per_sm((threads_per_sm(most, simple) / lie.threads).clamp(1, 16))
             .write("y", out, c)
             .i64("y_stride", y_stride.clone())
             .read("x", t, x)
