@@ -57,12 +57,12 @@ pub(super) fn products(site: &Site, map: Option<&FusedMap>) -> Vec<FewRows> {
     all
 }
 
-/// Threads that a multiprocessor has registers for: the sums of 8 rows take many; rows wider than the weights, or that
-/// are no whole number of steps, some.
-fn threads_per_sm(rows: usize, simple: bool) -> usize {
-    match rows {
-        1 if simple => 768,
-        1 => 512,
+/// Threads that a multiprocessor has registers for: the sums of 8 rows take many, operands in f32 too, and rows that are no
+/// whole number of steps some.
+fn threads_per_sm(rows: usize, halves: bool, whole: bool) -> usize {
+    match (rows, halves) {
+        (1, true) if whole => 768,
+        (1, true) => 512,
         _ => 256,
     }
 }
@@ -98,7 +98,7 @@ fn rows_of(site: &Site, map: Option<&FusedMap>, conv: bool) -> Option<Vec<FewRow
         (None, None) => "product_rows",
     };
     let early = site.target.arch == Arch::Sm90a;
-    let simple = t.size() <= w.size() && k.is_multiple_of(lie.threads * lie.vec);
+    let (halves, whole) = (t.size().max(w.size()) == 2, k.is_multiple_of(lie.threads * lie.vec));
     let call = |most: usize| -> Option<Call> {
         let mut s = Stub::new("few_rows", name, lie.threads)
             .element("T", t)
@@ -113,7 +113,7 @@ fn rows_of(site: &Site, map: Option<&FusedMap>, conv: bool) -> Option<Vec<FewRow
             .float("eps", eps)
             .flag("early", early)
             .hashed()
-            .blocks_per_sm((threads_per_sm(most, simple) / lie.threads).clamp(1, 16))
+            .blocks_per_sm((threads_per_sm(most, halves, whole) / lie.threads).clamp(1, 16))
             .write("y", out, c)
             .i64("y_stride", y_stride.clone())
             .read("x", t, x)
