@@ -72,7 +72,7 @@ impl On {
     pub fn open(self) -> Result<Box<dyn Device>> {
         Ok(match self {
             On::Cpu | On::Reference => return Err(miette!("{self} runs no GPU programs")),
-            On::Simulator => Box::new(Simulator::strict(rambac_simulator::Options::default())),
+            On::Simulator => Box::new(Simulator::strict(rambac_simulator::Options::default()).forgetful()),
             On::Cuda(i) => Box::new(CudaDevice::open(i, &cublaslt()).map_err(wrap)?),
         })
     }

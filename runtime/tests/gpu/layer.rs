@@ -109,7 +109,10 @@ fn check(rig: &Rig, [n, l]: [usize; 2], half: bool, arch: Arch) -> Result<usize,
     let tolerance = if half { 2e-2 } else { 1e-5 };
     for ((name, w), g) in want.iter().zip(&got) {
         let most = (0..w.len()).map(|i| w.get(i).abs()).fold(1e-30, f64::max);
-        if let Some(i) = (0..w.len()).find(|&i| !((w.get(i) - g.get(i)).abs() <= tolerance * most)) {
+        if let Some(i) = (0..w.len()).find(|&i| {
+            let off = (w.get(i) - g.get(i)).abs();
+            off.is_nan() || off > tolerance * most
+        }) {
             return Err(format!("{name}, element {i} of {n}x{l}: {}, {} wanted", g.get(i), w.get(i)));
         }
     }

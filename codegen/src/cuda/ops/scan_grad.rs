@@ -71,8 +71,9 @@ impl Tile {
         let all: &[(usize, usize, usize)] = match (narrow, r <= 128, p * r <= 64 * 128) {
             (true, true, _) => &[(64, 2, 2), (64, 2, 1), (32, 4, 1), (16, 8, 1)],
             (true, false, _) => &[(32, 4, 2), (32, 4, 1), (16, 8, 1)],
-            (false, _, true) => &[(32, 4, 2), (32, 4, 1), (16, 8, 1)],
-            (false, _, false) => &[(16, 8, 2), (16, 8, 1)],
+            // Compiled for Hopper 32 tokens of the largest state take more registers than there are.
+            (false, _, true) if target.arch != Arch::Sm90a || p * r < 64 * 128 => &[(32, 4, 2), (32, 4, 1), (16, 8, 1)],
+            (false, ..) => &[(16, 8, 2), (16, 8, 1)],
         };
         all.iter()
             .map(|&(block, columns, stages)| {
