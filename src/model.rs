@@ -63,9 +63,17 @@ pub fn resolve(name: &str) -> Result<Named> {
 /// As [`resolve`], with another attention in the model's stack.
 ///
 /// # Errors
-/// As [`resolve`]; a variant that is none; a graph, which has no stack.
+/// As [`resolve`] and [`with_attention`].
 pub fn resolve_with(name: &str, attention: &AttentionArgs) -> Result<Named> {
-    match resolve(name)? {
+    with_attention(name, resolve(name)?, attention)
+}
+
+/// What `name` is, with another attention in the model's stack.
+///
+/// # Errors
+/// A variant that is none; a graph, which has no stack.
+pub fn with_attention(name: &str, named: Named, attention: &AttentionArgs) -> Result<Named> {
+    match named {
         Named::Model { config, weights } => Ok(Named::Model { config: attention.apply(config)?, weights }),
         Named::Ir { .. } if attention.attention.is_some() => {
             Err(miette!("{name}: --attention changes a model's stack, not a graph"))

@@ -58,8 +58,9 @@ pub fn scene(a: &View) -> Result<Scene> {
             let graph = text::parse(v.text).map_err(|e| findings(path, v.text, e))?;
             Named::Ir { path: path.into(), text: v.text.into(), graph }
         }
-        None => model::resolve_with(&a.model, &a.attention)?,
+        None => model::resolve(&a.model)?,
     };
+    let named = model::with_attention(&a.model, named, &a.attention)?;
     let (graph, what) = match named {
         Named::Model { config, .. } if a.train => (model_step(&config, &AdamW::default())?, ", a training step"),
         Named::Model { config, .. } => (stack::loss(&config, Carry::Zero, false).map_err(wrap)?, ""),
