@@ -74,7 +74,7 @@ fn one_token(rig: &Rig) -> Result<String, String> {
 /// What finds defects of the templates: several threads in time, more slots than lanes that add them, one token.
 pub fn quick(rig: &Rig) -> Result<(), String> {
     let mut rng = Rng(6);
-    let d = Bindings::new([("N", 9), ("L", 37)]);
+    let d = Bindings::new([("N", 33), ("L", 37)]);
     both(rig, true, &inputs(&mut rng, DType::F32, 24, 4, &d, true), &d, 1e-6, 108)?;
     let d = Bindings::new([("N", 2), ("L", 1)]);
     both(rig, true, &inputs(&mut rng, DType::F32, 24, 4, &d, true), &d, 1e-6, 108)
