@@ -80,6 +80,7 @@ struct Moved {
 struct BoundLink {
     gpu: Arc<GpuProgram>,
     bound: Arc<Bound>,
+    sources: Vec<BufferId>,
     /// From where to which value, and the bytes.
     kept: Vec<(Place, BufferId, usize)>,
 }
@@ -88,6 +89,7 @@ struct BoundLink {
 pub(super) struct Chain {
     key: Vec<Key>,
     layout: u64,
+    gone: u64,
     used: u64,
     links: Vec<BoundLink>,
     inputs: Vec<Moved>,
@@ -112,11 +114,8 @@ impl<D: Device> Machine<D> {
             return self.one_by_one(links, read);
         }
         self.tick += 1;
-        let known = self.chains.iter().position(|c| {
-            c.layout == self.layout && c.key.len() == links.len() && c.key.iter().zip(links).all(|(k, l)| k.is(l))
-        });
-        let i = match known {
-            Some(i) if fits(&self.chains[i], links) => i,
+        let i = match self.known(links) {
+            Some(i) if fits(&self.chains[i], links) && self.stands(i, links)? => i,
             _ => self.add_chain(links)?,
         };
         // Out of the machine while it runs: it is lost with its memory where something fails.
@@ -133,6 +132,37 @@ impl<D: Device> Machine<D> {
         }
         self.chains.push(chain);
         Ok(())
+    }
+
+    /// The chain of these programs at these sizes.
+    fn known(&self, links: &[Link]) -> Option<usize> {
+        let same = |c: &Chain| c.key.len() == links.len() && c.key.iter().zip(links).all(|(k, l)| k.is(l));
+        self.chains.iter().position(same)
+    }
+
+    /// Whether what a chain was worked out for is where it was; names may have changed meanwhile, and changed back.
+    fn stands(&mut self, i: usize, links: &[Link]) -> Outcome<bool> {
+        if self.chains[i].layout == self.layout {
+            return Ok(true);
+        }
+        if self.chains[i].gone != self.gone {
+            return Ok(false);
+        }
+        for (at, l) in links.iter().enumerate() {
+            let gpu = self.programs[l.program.0].gpu.clone();
+            self.check(&gpu, l.dims, l.inputs)?;
+            let ask = Ask { dims: l.dims, inputs: l.inputs, keep: l.keep, both: true };
+            let sources = self.sources(l.program, &ask, &mut vec![])?;
+            let own = &self.chains[i].links[at];
+            let value =
+                |name: &str| l.keep.iter().find(|(output, _)| *output == name).map(|(_, v)| self.values.get(*v));
+            let kept = gpu.program.outputs.iter().filter(|o| !o.update).filter_map(|o| value(&o.name));
+            if sources != own.sources || !kept.map(|v| v.map(|v| v.1)).eq(own.kept.iter().map(|k| Some(k.1))) {
+                return Ok(false);
+            }
+        }
+        self.chains[i].layout = self.layout;
+        Ok(true)
     }
 
     fn one_by_one(&mut self, links: &[Link], read: &mut Read) -> Outcome<()> {
@@ -190,8 +220,7 @@ impl<D: Device> Machine<D> {
 
     /// Works a chain out and keeps it; its place.
     fn add_chain(&mut self, links: &[Link]) -> Outcome<usize> {
-        let same = |c: &Chain| c.key.len() == links.len() && c.key.iter().zip(links).all(|(k, l)| k.is(l));
-        let stale = self.chains.iter().position(same);
+        let stale = self.known(links);
         let oldest = (0..self.chains.len()).min_by_key(|&i| self.chains[i].used);
         if let Some(i) = stale.or(oldest.filter(|_| self.chains.len() >= Self::CHAINS)) {
             let old = self.chains.swap_remove(i);
@@ -213,7 +242,7 @@ impl<D: Device> Machine<D> {
 
     /// A chain without its pinned memory.
     fn bind_chain(&mut self, links: &[Link]) -> Outcome<Chain> {
-        let layout = self.layout;
+        let (layout, gone) = (self.layout, self.gone);
         let (mut all, mut inputs, mut results) = (vec![], vec![], vec![]);
         let mut temporary = vec![];
         for (i, l) in links.iter().enumerate() {
@@ -236,7 +265,7 @@ impl<D: Device> Machine<D> {
                     results.push(Moved { link: i, name: o.name.clone(), ty: ty.clone(), at: 0, place: *place });
                 }
             }
-            all.push(BoundLink { gpu, bound, kept });
+            all.push(BoundLink { gpu, bound, sources, kept });
         }
         // Results first, so that they are read in one piece.
         let mut at = 0usize;
@@ -250,6 +279,7 @@ impl<D: Device> Machine<D> {
         Ok(Chain {
             key: links.iter().map(Key::of).collect(),
             layout,
+            gone,
             used: self.tick,
             links: all,
             inputs,

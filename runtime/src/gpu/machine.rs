@@ -96,7 +96,7 @@ pub struct Machine<D: Device = Box<dyn Device>> {
     /// Counts buffers that went or moved, and names that changed: what was worked out for names before is stale.
     pub(super) layout: u64,
     /// Counts buffers that went or moved alone: what was worked out for buffers before is stale.
-    gone: u64,
+    pub(super) gone: u64,
     pub(super) programs: Vec<Loaded>,
     /// On the way to the device, and back.
     stage: Stage,

@@ -217,7 +217,8 @@ impl OnDevice {
         let (ids, dims) = (bytes_i32(&[n, l], ids), Bindings::new([("N", n), ("L", l)]));
         let (program, inputs) = (self.parts.lower, [("input_ids", &ids)]);
         self.hidden.clear();
-        self.machine.run_keeping(program, &dims, &inputs, &[(HIDDEN, HIDDEN)])?;
+        let link = Link { program, dims: &dims, inputs: &inputs, keep: &[(HIDDEN, HIDDEN)], wanted: Some(&[]) };
+        self.machine.run_chain(&[link], &mut |_, _, _, _| {})?;
         Ok(())
     }
     /// What [`lower`](Self::lower) made.
@@ -283,11 +284,11 @@ impl OnDevice {
         if p.whole() {
             let (dims, start) = (Bindings::new(p.sizes(n, l, c)), bytes_i32(&[n], start));
             let inputs = [("start", &start)];
-            let keep: &[_] = if last { &[(UPPER, UPPER)] } else { &[] };
-            let made = self.machine.run_keeping(id, &dims, &inputs, keep)?;
-            if !last {
-                made.iter().for_each(|(name, b)| tell(name, &b.data, out));
-            } else {
+            let (keep, wanted): (&[_], Option<&[&str]>) =
+                if last { (&[(UPPER, UPPER)], Some(&[])) } else { (&[], None) };
+            let link = Link { program: id, dims: &dims, inputs: &inputs, keep, wanted };
+            self.machine.run_chain(&[link], &mut |_, name, _, b| tell(name, b, out))?;
+            if last {
                 let row = self.machine.part(UPPER, (l - 1) * d * 4, d * 4)?;
                 floats(&row, &mut out.hidden);
             }
