@@ -329,13 +329,12 @@ template <class C> struct ScanGradHopper {
         const float a = sh.rate[m];
         constexpr int EACH = Q / 32;
         const int t0 = lane_id() * EACH;
-        float dcs[EACH], direct[EACH], dt[EACH], all = 0.f, tail = 0.f;
+        float dcs[EACH], direct[EACH], dt[EACH], tail = 0.f;
 #pragma unroll
         for (int i = 0; i < EACH; i++) {
             dt[i] = decay.dt[t0 + i];
             direct[i] = partial.direct[t0 + i];
             dcs[i] = partial.row[t0 + i] - dt[i] * direct[i];
-            all += dcs[i];
             tail = fmaf(dt[i], partial.outside[t0 + i], tail);
         }
         float product = 0.f, diagonal = 0.f;
@@ -343,21 +342,7 @@ template <class C> struct ScanGradHopper {
         for (int i = 0; i < 4; i++) product += partial.product[i], diagonal += partial.diagonal[i];
         tail = fmaf(decay.from_start[Q - 1], product, warp_sum(tail));
         // MUT grad_hopper_tail: tail = warp_sum(tail);
-        // Sums from the end: of the lanes behind this one, then inside it.
-        float behind = all;
-#pragma unroll
-        for (int step = 1; step < 32; step *= 2) {
-            const float other = __shfl_down_sync(ALL_LANES, behind, step);
-            if (lane_id() + step < 32) behind += other;
-        }
-        float sum = behind - all + tail, own = 0.f;
-#pragma unroll
-        for (int i = EACH - 1; i >= 0; i--) {
-            sum += dcs[i];
-            own = fmaf(dt[i], sum, own);
-            sh.dt[(t0 + i) * DT_PITCH + m] = from_f32<typename C::Exact>(fmaf(a, sum, direct[i]));
-        }
-        own = warp_sum(own);
+        const float own = scan_step_gradients(dcs, direct, dt, tail, a, [&](int i, float g) { sh.dt[(t0 + i) * DT_PITCH + m] = from_f32<typename C::Exact>(g); });
         if (lane_id() == 0) sh.da[m] = own, sh.dd[m] = diagonal;
     }
 
