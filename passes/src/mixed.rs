@@ -136,10 +136,9 @@ impl Facts {
         self.0.get(&v).copied().unwrap_or_default()
     }
 
-    fn new(g: &Graph) -> Facts {
+    fn new(g: &Graph, training: bool) -> Facts {
         let mut facts = Facts(HashMap::new());
         let single = |v: Value| g.ty(v).dtype == DType::F32;
-        let training = g.nodes.iter().any(is_backward);
         let mut others: HashMap<Value, bool> = g.outputs.iter().map(|o| (o.value, true)).collect();
         let mut singles: HashSet<Value> = others.keys().copied().collect();
         // What readers say, the last first: moves pass on what their own readers say.
@@ -321,7 +320,7 @@ impl Pass<'_> {
 /// See the module's comment.
 pub fn mixed(g: &Graph) -> Graph {
     let training = g.nodes.iter().any(is_backward);
-    let (facts, half, wide) = (Facts::new(g), HashMap::new(), HashMap::new());
+    let (facts, half, wide) = (Facts::new(g, training), HashMap::new(), HashMap::new());
     let mut p = Pass { r: Rewrite::new(g), facts, training, half, wide };
     for (id, n) in g.iter() {
         p.node(id, n);

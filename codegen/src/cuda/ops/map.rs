@@ -247,18 +247,14 @@ fn element(
     let mut s = s;
     for (i, (at, v)) in operands.iter().enumerate() {
         let r = given + i;
-        let stride = match index(v, &m.shape).ok()? {
-            Index::Same => Some(last.clone()),
-            Index::Rows { cols, stride } if cols == *last => Some(stride),
-            Index::Suffix(d) | Index::Prefix(d) if d != *last => return None,
-            Index::Rows { .. } => return None,
-            _ => None,
-        };
-        let place = match index(v, &m.shape).ok()? {
-            Index::Suffix(_) => "c".to_string(),
-            Index::Prefix(_) => "r".into(),
-            Index::Scalar => "0".into(),
-            _ => format!("(i64)r * s{r} + c"),
+        let row = |stride| (format!("(i64)r * s{r} + c"), Some(stride));
+        let (place, stride) = match index(v, &m.shape).ok()? {
+            Index::Same => row(last.clone()),
+            Index::Rows { cols, stride } if cols == *last => row(stride),
+            Index::Suffix(d) if d == *last => ("c".into(), None),
+            Index::Prefix(d) if d == *last => ("r".into(), None),
+            Index::Scalar => ("0".into(), None),
+            _ => return None,
         };
         let (name, dtype) = (format!("{prefix}x{r}"), v.ty.dtype);
         s = s.read(&name, dtype, *at);
