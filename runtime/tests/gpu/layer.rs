@@ -1,7 +1,7 @@
 //! Mamba layers as decoding runs them: three launches each, which begin before those before them have ended.
 
 use crate::harness::Case;
-use crate::rig::{Rig, random};
+use crate::rig::{Rig, near, random};
 use rambac_codegen::cuda::{Arch, Target, emit};
 use rambac_codegen::{Kernels, lower_for};
 use rambac_ir::interp::{self, Precision};
@@ -107,15 +107,7 @@ fn check(rig: &Rig, [n, l]: [usize; 2], half: bool, arch: Arch) -> Result<usize,
     };
     let (_, _, got, _) = rig.run(program, &dims, &bytes(SourceKind::Param), &bytes(SourceKind::Input))?;
     let tolerance = if half { 2e-2 } else { 1e-5 };
-    for ((name, w), g) in want.iter().zip(&got) {
-        let most = (0..w.len()).map(|i| w.get(i).abs()).fold(1e-30, f64::max);
-        if let Some(i) = (0..w.len()).find(|&i| {
-            let off = (w.get(i) - g.get(i)).abs();
-            off.is_nan() || off > tolerance * most
-        }) {
-            return Err(format!("{name}, element {i} of {n}x{l}: {}, {} wanted", g.get(i), w.get(i)));
-        }
-    }
+    near(&want, &got, tolerance).map_err(|e| format!("{e}, {n}x{l}"))?;
     Ok(calls)
 }
 

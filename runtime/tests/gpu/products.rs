@@ -1,7 +1,7 @@
 //! Products of a few rows, and the norms that they take in.
 
 use crate::harness::Case;
-use crate::rig::{Rig, random};
+use crate::rig::{Rig, near, random};
 use rambac_codegen::cuda::{Arch, Target, emit};
 use rambac_codegen::{Kernels, lower_for};
 use rambac_ir::interp::{self, Precision};
@@ -70,15 +70,7 @@ fn check(rig: &Rig, rng: &mut Rng, s: &Shape) -> Result<(Vec<&'static str>, f64)
     let inputs: Vec<(String, Bytes)> = given.iter().map(|(n, a)| (n.clone(), Bytes::from_host(a))).collect();
     let (program, _, got, counts) = rig.run(program, &dims, &[], &inputs).map_err(|e| format!("{e}\n  {s:?}"))?;
     let tolerance = if s.dtype == DType::F32 { 2e-6 } else { 8e-3 };
-    for ((name, w), g) in want.iter().zip(&got) {
-        let most = (0..w.len()).map(|i| w.get(i).abs()).fold(1e-30, f64::max);
-        if let Some(i) = (0..w.len()).find(|&i| {
-            let off = (w.get(i) - g.get(i)).abs();
-            off.is_nan() || off > tolerance * most
-        }) {
-            return Err(format!("{name}, element {i}: {}, {} wanted\n  {s:?}", g.get(i), w.get(i)));
-        }
-    }
+    near(&want, &got, tolerance).map_err(|e| format!("{e}\n  {s:?}"))?;
     let forms = program.forms(&dims).map_err(|e| e.to_string())?.iter().map(|f| f.name).collect();
     let traffic = counts.iter().flat_map(|c| c.buffers.iter().map(|b| &b.1));
     let moved: u64 = traffic.map(|t| 32 * (t.read_sectors + t.write_sectors)).sum();

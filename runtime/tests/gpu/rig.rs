@@ -57,6 +57,21 @@ pub struct Rig {
     cache: Cache,
 }
 
+/// Compares a graph's outputs with what its definition gives: differences as a part of each output's largest magnitude.
+pub fn near(want: &[(String, HostArray)], got: &[HostArray], tolerance: f64) -> Result<(), String> {
+    for ((name, w), g) in want.iter().zip(got) {
+        let most = (0..w.len()).map(|i| w.get(i).abs()).fold(1e-30, f64::max);
+        let far = |&i: &usize| {
+            let off = (w.get(i) - g.get(i)).abs();
+            off.is_nan() || off > tolerance * most
+        };
+        if let Some(i) = (0..w.len()).find(far) {
+            return Err(format!("{name}, element {i}: {}, {} wanted", g.get(i), w.get(i)));
+        }
+    }
+    Ok(())
+}
+
 /// An operand: its type with symbols, and its value.
 #[derive(Clone)]
 pub struct Input {
