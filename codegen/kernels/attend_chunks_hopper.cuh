@@ -69,6 +69,7 @@ __device__ __forceinline__ void attend_chunks_hopper(typename C::T* slots, const
         const Panels<64> queries(s.q[group][stage]);
         float logits[KEYS / 8][4], out[D / 8][4], w[2], top[2] = {-3e38f, -3e38f}, by[2];
         products_begin();
+        // MUT hopper_unfenced_q: ;
 #pragma unroll
         for (int i = 0; i < D / 16; i++)
             Wgmma<T, KEYS, 0, 0>::run(logits, queries.along_rows(i), keys.along_rows(i), i > 0);
@@ -91,6 +92,7 @@ __device__ __forceinline__ void attend_chunks_hopper(typename C::T* slots, const
 #pragma unroll
         for (int i = 0; i < KEYS / 16; i++) a_of_d<T>(p[i], logits + 2 * i);
         products_begin();
+        // MUT hopper_unfenced: ;
 #pragma unroll
         for (int i = 0; i < KEYS / 16; i++) Wgmma<T, D, 0, 1>::run(out, p[i], values.along_columns(i), i > 0);
         products_commit();
@@ -160,6 +162,7 @@ __device__ __forceinline__ void attend_grad_hopper(typename C::T* slots, float* 
         const Panels<64> queries(s.q[stage]), dys(s.dy[stage]);
         float p[KEYS / 8][4], ds[KEYS / 8][4], w[2], d[2] = {0.f, 0.f}, top[2] = {-3e38f, -3e38f}, by[2];
         products_begin();
+        // MUT hopper_unfenced_s: ;
 #pragma unroll
         for (int i = 0; i < D / 16; i++)
             Wgmma<T, KEYS, 0, 0>::run(p, queries.along_rows(i), keys.along_rows(i), i > 0);
@@ -216,6 +219,7 @@ __device__ __forceinline__ void attend_grad_hopper(typename C::T* slots, float* 
 
         float dq[D / 8][4];
         products_begin();
+        // MUT hopper_unfenced_sums: ;
         in_flight(dk), in_flight(dv);
 #pragma unroll
         for (int i = 0; i < KEYS / 16; i++) Wgmma<T, D, 0, 1>::run(dq, a[i], keys.along_columns(i), i > 0);

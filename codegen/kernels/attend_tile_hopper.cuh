@@ -218,6 +218,7 @@ __device__ __forceinline__ void attend_tiles(typename C::T* o, i64 o_stride, con
             for (int t = 0; t < TILES; t++) {
                 const Panels<64> queries(s.q[q_slot][t]);
                 products_begin();
+                // MUT tile_unfenced_q: ;
 #pragma unroll
                 for (int j = 0; j < D / 16; j++)
                     Wgmma<T, KEYS, 0, 0>::run(logits[t], queries.along_rows(j), keys.along_rows(j), j > 0);
@@ -253,6 +254,7 @@ __device__ __forceinline__ void attend_tiles(typename C::T* o, i64 o_stride, con
 #pragma unroll
                 for (int j = 0; j < KEYS / 16; j++) a_of_d<T>(p[j], logits[t] + 2 * j);
                 products_begin();
+                // MUT tile_unfenced: ;
 #pragma unroll
                 for (int j = 0; j < KEYS / 16; j++) Wgmma<T, D, 0, 1>::run(out[t], p[j], values.along_columns(j), true);
                 products_commit();

@@ -90,6 +90,8 @@ template <class C> struct ScanGradHopper {
     __device__ __forceinline__ void rows_t(typename C::Sum* dc, i64 stride, int rows) {
         float cb[8][4], e_sum[8][4], sum[R / 8][4];
         clear(e_sum), clear(sum);
+        // A single head's would be cleared behind products_begin.
+        in_flight(sum);
         const Tile bs(tiles + OF_B), cs(tiles + OF_C);
         Ring<STAGES> from;
 #pragma unroll 1
@@ -103,6 +105,7 @@ template <class C> struct ScanGradHopper {
             if (m == 0) {
                 // c·bᵀ is the same for all heads.
                 products_begin();
+                // MUT grad_hopper_unfenced_1: ;
 #pragma unroll
                 for (int i = 0; i < STEPS; i++) Wgmma<T, 64, 0, 0>::run(cb, cs.along_rows(i), bs.along_rows(i), i > 0);
                 products_commit();
@@ -115,6 +118,7 @@ template <class C> struct ScanGradHopper {
             load_rows(dy, stage + OF_DY);
             scale_rows(weighted, dy, {decay.from_start[row], decay.from_start[row + 8]});
             products_begin();
+            // MUT grad_hopper_unfenced_2: ;
 #pragma unroll
             for (int i = 0; i < 4; i++) Wgmma<T, 64, 0, 0>::run(acc, dy[i], Tile(stage).along_rows(i), i > 0);
             products_commit();
@@ -151,6 +155,7 @@ template <class C> struct ScanGradHopper {
             });
             float through[8][4];
             products_begin();
+            // MUT grad_hopper_unfenced_3: ;
 #pragma unroll
             for (int i = 0; i < STEPS; i++) Wgmma<T, 64, 0, 0>::run(through, cs.along_rows(i), hs.along_rows(i), i > 0);
             products_commit();
@@ -182,6 +187,7 @@ template <class C> struct ScanGradHopper {
         // MUT grad_hopper_e: ;
         both_sync();
         products_begin();
+        // MUT grad_hopper_unfenced_4: ;
         in_flight(sum);
 #pragma unroll
         for (int i = 0; i < 4; i++) Wgmma<T, R, 0, 1>::run(sum, e[i], bs.along_columns(i), true);
@@ -195,6 +201,7 @@ template <class C> struct ScanGradHopper {
     __device__ __forceinline__ void rows_s(T* dx, i64 dx_stride, typename C::Sum* db, i64 stride, int rows) {
         float bc[8][4], sum[R / 8][4];
         clear(sum);
+        in_flight(sum);
         const Tile bs(tiles + OF_B), cs(tiles + OF_C);
         Ring<STAGES> from;
 #pragma unroll 1
@@ -216,6 +223,7 @@ template <class C> struct ScanGradHopper {
             float acc[8][4], dot[2];
             Rows x, weighted, g;
             products_begin();
+            // MUT grad_hopper_unfenced_5: ;
 #pragma unroll
             for (int i = 0; i < STEPS; i++) Wgmma<T, 64, 0, 0>::run(acc, bs.along_rows(i), ds.along_rows(i), i > 0);
             products_commit();
@@ -223,6 +231,7 @@ template <class C> struct ScanGradHopper {
             load_rows(x, stage);
             scale_rows(weighted, x, {decay.to_end[row] * decay.dt[row], decay.to_end[row + 8] * decay.dt[row + 8]});
             products_begin();
+            // MUT grad_hopper_unfenced_6: ;
             in_flight(sum);
 #pragma unroll
             for (int i = 0; i < 4; i++) Wgmma<T, R, 0, 1>::run(sum, weighted[i], ds.along_columns(i), true);
@@ -262,6 +271,7 @@ template <class C> struct ScanGradHopper {
                 if (q == 0) partial.outside[row + 8 * e] = dot[e];
             }
             products_begin();
+            // MUT grad_hopper_unfenced_7: ;
             in_flight(acc);
 #pragma unroll
             for (int i = 0; i < 4; i++) Wgmma<T, 64, 0, 1>::run(acc, g[i], Tile(stage + OF_DY).along_columns(i), true);
@@ -296,6 +306,7 @@ template <class C> struct ScanGradHopper {
         both_sync();
         // MUT grad_hopper_exchange: ;
         products_begin();
+        // MUT grad_hopper_unfenced_8: ;
         in_flight(sum);
 #pragma unroll
         for (int i = 0; i < 4; i++) Wgmma<T, R, 1, 1>::run(sum, Tile(tiles + OF_E).along_columns(i), cs.along_columns(i), true);

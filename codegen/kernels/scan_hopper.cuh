@@ -277,6 +277,7 @@ template <class C, class Way> struct ScanWalkHopper : ScanPlace<C, Way> {
             if constexpr (Way::outputs) {
                 const Tile cs(stage + OF_C);
                 products_begin();
+                // MUT scan_hopper_unfenced: ;
 #pragma unroll
                 for (int i = 0; i < R / 16; i++) Wgmma<T, Q, 0, 0>::run(acc, state[i], cs.along_rows(i), i > 0);
                 products_commit();
@@ -298,6 +299,7 @@ template <class C, class Way> struct ScanWalkHopper : ScanPlace<C, Way> {
                 warpgroup_sync(group());
                 // MUT scan_hopper_g: ;
                 products_begin();
+                // MUT scan_hopper_unfenced_xs: ;
                 in_flight(acc);
 #pragma unroll
                 for (int i = 0; i < Q / 16; i++) Wgmma<T, Q, 0, 0>::run(acc, xs[i], Tile(g).along_rows(i), true);
@@ -324,6 +326,7 @@ template <class C, class Way> struct ScanWalkHopper : ScanPlace<C, Way> {
 #pragma unroll
                 for (int i = 0; i < 4; i++) h[j][i] *= whole;
             products_begin();
+            // MUT scan_hopper_unfenced_h: ;
             in_flight(h);
 #pragma unroll
             for (int i = 0; i < Q / 16; i++) {

@@ -561,26 +561,22 @@ pub struct Wgmma {
     pub half_out: bool,
 }
 
+impl Wgmma {
+    /// A's registers: none where it lies in shared memory.
+    pub fn fragments(&self) -> &[Slot] {
+        if self.a_in_shared { &[] } else { &self.a }
+    }
+
+    /// Registers of D and A.
+    pub fn registers(&self) -> impl Iterator<Item = Slot> {
+        self.d.iter().chain(self.fragments()).copied()
+    }
+}
+
 impl Op {
-    /// Calls `f` for the registers whose values the instruction uses, addresses and masks aside; those of products are theirs to say.
-    pub fn reads(&self, f: &mut impl FnMut(Slot)) {
-        match self {
-            Op::Alu { a, b, c, .. } | Op::Lop3 { a, b, c, .. } | Op::Carry { a, b, c, .. } => {
-                [a, b, c].into_iter().for_each(|r| f(*r))
-            }
-            Op::Convert { a, b, .. } | Op::Setp { a, b, .. } | Op::Set { a, b, .. } | Op::Selp { a, b, .. } => {
-                f(*a);
-                f(*b);
-            }
-            Op::Pack { parts, .. } => parts.iter().for_each(|r| f(*r)),
-            Op::Unpack { a, .. } | Op::MoveMatrix { a, .. } | Op::Match { a, .. } | Op::Redux { a, .. } => f(*a),
-            Op::St(x) => x.regs.iter().flatten().for_each(|r| f(*r)),
-            Op::Atom(x) => x.b.iter().for_each(|r| f(*r)),
-            Op::Shfl(x) => f(x.a),
-            Op::Mma(m) => m.a.iter().chain(&m.b).chain(&m.c).for_each(|r| f(*r)),
-            Op::Wgmma(w) if !w.a_in_shared => w.a.iter().for_each(|r| f(*r)),
-            _ => {}
-        }
+    /// The product of a warp group that it is.
+    pub fn product(&self) -> Option<&Wgmma> {
+        if let Op::Wgmma(w) = self { Some(w) } else { None }
     }
 }
 

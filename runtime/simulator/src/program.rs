@@ -100,6 +100,9 @@ pub struct Program {
     /// Mnemonics, for reports.
     pub mnemonics: Vec<String>,
     pub classes: Vec<Class>,
+    /// By instruction: the registers of products of warp groups that it uses, if it is no such product, and whether it writes
+    /// them.  Empty where there are none.
+    pub touches: Vec<Box<[(Slot, bool)]>>,
     /// Registers, constants and special registers.
     pub n_slots: usize,
     pub n_preds: usize,

@@ -26,6 +26,8 @@ pub enum Kind {
     Deadlock,
     /// Memory written by ordinary stores or `cp.async` is read by the asynchronous engine without a proxy fence.
     ProxyFence,
+    /// A product uses registers that something else used, and no `wgmma.fence` stands between.
+    ProductFence,
     /// An mbarrier that isn't one, or counts wrongly.
     Mbarrier,
     Trap,
@@ -51,6 +53,7 @@ impl Kind {
             Kind::DivergentWarp => "divergent warp",
             Kind::Deadlock => "deadlock",
             Kind::ProxyFence => "missing proxy fence",
+            Kind::ProductFence => "missing wgmma.fence",
             Kind::Mbarrier => "mbarrier",
             Kind::Trap => "trap",
             Kind::Operand => "operand",

@@ -15,10 +15,10 @@ mod operand;
 mod tensor;
 
 use crate::error::{Error, PtxError};
-use crate::isa::{Class, Inst, Op, Param, Place, Pred, Program, Slot, Special};
+use crate::isa::{Class, Inst, Op, Param, Place, Pred, Program, Slot, Special, Wgmma};
 use crate::parse::ast::{self, Module, Operand, Source, Space, Stmt};
 use mods::Mods;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 type Result<T> = std::result::Result<T, String>;
 
@@ -52,6 +52,9 @@ struct Decoder<'a> {
     places: Vec<Place>,
     mnemonics: Vec<String>,
     classes: Vec<Class>,
+    /// Registers that instructions name, and those of the one at hand; whether they are written.
+    names: Vec<Box<[(Slot, bool)]>>,
+    named: Vec<(Slot, bool)>,
     n_slots: u32,
     n_preds: u32,
     constants: HashMap<u64, Slot>,
@@ -101,6 +104,8 @@ pub fn decode(module: &Module, kernel: &str, image: &Image) -> std::result::Resu
         places: vec![],
         mnemonics: vec![],
         classes: vec![],
+        names: vec![],
+        named: vec![],
         n_slots: 1,
         n_preds: 2,
         constants: HashMap::new(),
@@ -210,12 +215,14 @@ impl Decoder<'_> {
         shared_slots.sort_unstable();
         let mut specials: Vec<(Slot, Special)> = self.specials.iter().map(|(&v, &s)| (s, v)).collect();
         specials.sort_unstable_by_key(|s| s.0);
+        let touches = touches(&self.code, &self.names);
         Ok(Program {
             name: f.name.clone(),
             code: self.code,
             places: self.places,
             mnemonics: self.mnemonics,
             classes: self.classes,
+            touches,
             n_slots: self.n_slots as usize,
             n_preds: self.n_preds as usize,
             constants,
@@ -379,6 +386,7 @@ impl Decoder<'_> {
         self.places.push(place);
         self.mnemonics.push(mnemonic);
         self.classes.push(class);
+        self.names.push(std::mem::take(&mut self.named).into());
     }
 
     fn instruction(&mut self, i: &ast::Inst, source: Option<Source>) {
@@ -390,6 +398,7 @@ impl Decoder<'_> {
             }
         };
         let before = self.code.len();
+        self.named.clear();
         let decoded = guard.and_then(|guard| {
             let (op, class) = self.decode_one(i, guard, place)?;
             Ok((guard, op, class))
@@ -401,6 +410,7 @@ impl Decoder<'_> {
                 self.places.truncate(before);
                 self.mnemonics.truncate(before);
                 self.classes.truncate(before);
+                self.names.truncate(before);
                 self.errors.push(PtxError::new(i.line, format!("{}: {message}", i.name())));
             }
         }
@@ -426,6 +436,19 @@ impl Decoder<'_> {
             Some(rest) => Err(format!("\".{rest}\" is not known here")),
         }
     }
+}
+
+/// What [`Program::touches`] says.
+fn touches(code: &[Inst], names: &[Box<[(Slot, bool)]>]) -> Vec<Box<[(Slot, bool)]>> {
+    let of_products: HashSet<Slot> = code.iter().flat_map(|i| i.op.product()).flat_map(Wgmma::registers).collect();
+    if of_products.is_empty() {
+        return vec![];
+    }
+    let of = |(i, names): (&Inst, &Box<[(Slot, bool)]>)| match i.op.product() {
+        Some(_) => [].into(),
+        None => names.iter().copied().filter(|r| of_products.contains(&r.0)).collect(),
+    };
+    code.iter().zip(names).map(of).collect()
 }
 
 /// Exactly `N` operands.

@@ -70,6 +70,9 @@ impl Decoder<'_> {
 
     fn lookup(&mut self, name: &str) -> Option<Name> {
         if let Some(n) = self.scopes.iter().rev().find_map(|s| s.get(name)) {
+            if let Name::Reg(r) = n {
+                self.named.push((*r, false));
+            }
             return Some(n.clone());
         }
         let Image { globals, constants } = self.image;
@@ -158,7 +161,10 @@ impl Decoder<'_> {
         match x {
             Operand::Name(name) if name == "_" => Ok(None),
             Operand::Name(name) => match self.lookup(name) {
-                Some(Name::Reg(s)) => Ok(Some(s)),
+                Some(Name::Reg(s)) => {
+                    self.named.last_mut().expect("BUG: it was looked up").1 = true;
+                    Ok(Some(s))
+                }
                 Some(_) => Err(format!("{name} can't be written: it is not a register of this kind")),
                 None => Err(Self::unknown(name)),
             },

@@ -264,8 +264,11 @@ impl Warp {
                 let count = &mut sink.pcs[pc as usize];
                 count.warps += 1;
                 count.threads += u64::from(mask.count_ones());
-                if self.wgmma.any() {
-                    self.look_at_products(&inst.op, pc, mask, env, sink, blocks, common);
+                if let Some(registers) = env.program.touches.get(pc as usize)
+                    && !registers.is_empty()
+                    && mask != 0
+                {
+                    self.touch(registers, pc, mask, env, sink, blocks, common);
                 }
                 let flow = match &inst.op {
                     Op::Alu { f, dst, a, b, c } => {

@@ -1,8 +1,9 @@
 //! `wgmma`: products of a warp group of four warps with operands in shared memory.
 //!
 //! Every warp makes its own 16 of the 64 rows, so the four need not meet.  A product happens when it is issued (eager) or
-//! when its group is waited for (lazy); then D holds NaN until the wait.  Either way, until then reading D and writing what the
-//! product reads are findings.  Sums are made as those of `mma`.
+//! when its group is waited for (lazy); then D holds NaN until the wait.  Either way, until then using D and writing
+//! what the product reads, A's registers among it, are findings.  So is a product whose registers something else used since the last
+//! `wgmma.fence`; shared memory is the proxy fence's matter.  Sums are made as those of `mma`.
 //!
 //! A descriptor's element lies, for operands whose k is contiguous, in rows of the swizzle's width (8 rows to a block,
 //! blocks of rows `stride` apart); without swizzle in blocks of 8 rows by 16 bytes, `leading` apart along k.  Transposed
@@ -17,7 +18,7 @@ use super::warp::{Flow, Warp};
 use super::{Env, Sink};
 use crate::check::Kind;
 use crate::check::shared::{Actor, SharedMemory};
-use crate::isa::{Lanes, MmaTy, Op, Slot, Wgmma};
+use crate::isa::{Inst, Lanes, MmaTy, Op, Slot, Wgmma};
 use half::f16;
 
 #[derive(Default)]
@@ -27,13 +28,44 @@ pub(crate) struct Pending {
     group: u32,
     /// Lazily: what D's registers hold but don't show.
     hidden: Vec<(Slot, Lanes)>,
-    /// By register: whether a pending product writes it.
-    written: Vec<bool>,
+    /// By register: what of pending products it is.
+    roles: Vec<Role>,
+    /// How many fences came, and by register: how many there were, and at which instruction, when it was last used.
+    fences: u32,
+    used: Vec<Option<(u32, u32)>>,
+}
+
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+enum Role {
+    #[default]
+    None,
+    A,
+    D,
 }
 
 impl Pending {
-    pub fn any(&self) -> bool {
-        !self.issued.is_empty()
+    fn role(&self, r: Slot) -> Role {
+        self.roles.get(r as usize).copied().unwrap_or_default()
+    }
+
+    fn uses(&mut self, registers: impl Iterator<Item = Slot>, pc: u32, n_slots: usize) {
+        self.used.resize(n_slots, None);
+        registers.for_each(|r| self.used[r as usize] = Some((self.fences, pc)));
+    }
+
+    /// The instruction whose use of a register no fence parts from product `w`, though one must: only sums of the same shape,
+    /// and what is read and read again, are in order by themselves.
+    fn unordered(&self, w: &Wgmma, code: &[Inst]) -> Option<u32> {
+        let unordered = |(i, r): (usize, Slot)| {
+            let (_, pc) = self.used.get(r as usize).copied().flatten().filter(|u| u.0 == self.fences)?;
+            let before = code[pc as usize].op.product();
+            let fine = before.is_some_and(|b| match i < w.d.len() {
+                true => (b.n, b.k) == (w.n, w.k) && (b.d.get(i) == Some(&r) || b.d.contains(&r)),
+                false => !b.d.contains(&r),
+            });
+            (!fine).then_some(pc)
+        };
+        w.registers().enumerate().find_map(unordered)
     }
 }
 
@@ -47,10 +79,7 @@ struct Issue {
 }
 
 fn product<'a>(env: &'a Env, i: &Issue) -> &'a Wgmma {
-    match &env.program.code[i.pc as usize].op {
-        Op::Wgmma(w) => w,
-        _ => unreachable!("BUG: an issue is of a product"),
-    }
+    env.program.code[i.pc as usize].op.product().expect("BUG: an issue is of a product")
 }
 
 /// A matrix in shared memory.
@@ -129,6 +158,7 @@ impl Warp {
         }
         match op {
             Op::Wgmma(w) => {
+                self.order(w, pc, env, sink, blocks, common);
                 let a = if w.a_in_shared {
                     vec![self.regs[w.a[0] as usize]]
                 } else {
@@ -148,6 +178,7 @@ impl Warp {
                 self.wgmma.issued.push(issue);
                 self.hide(env);
             }
+            Op::WgmmaFence => self.wgmma.fences += 1,
             Op::WgmmaCommit => self.wgmma.group += 1,
             Op::WgmmaWait { keep } => {
                 let group = self.wgmma.group;
@@ -171,13 +202,18 @@ impl Warp {
         Flow::Next
     }
 
-    /// Notes which registers pending products write; lazily, these show NaN.
+    /// Notes the registers of pending products; lazily, those that they write show NaN.
     fn hide(&mut self, env: &Env) {
-        self.wgmma.written.clear();
-        self.wgmma.written.resize(self.regs.len(), false);
+        self.wgmma.roles.clear();
+        self.wgmma.roles.resize(self.regs.len(), Role::None);
+        for i in &self.wgmma.issued {
+            let w = product(env, i);
+            w.fragments().iter().for_each(|&r| self.wgmma.roles[r as usize] = Role::A);
+        }
         for i in &self.wgmma.issued {
             for &r in &product(env, i).d {
-                if std::mem::replace(&mut self.wgmma.written[r as usize], true) || !env.options.lazy {
+                let role = std::mem::replace(&mut self.wgmma.roles[r as usize], Role::D);
+                if role == Role::D || !env.options.lazy {
                     continue;
                 }
                 if self.wgmma.hidden.iter().all(|h| h.0 != r) {
@@ -188,12 +224,12 @@ impl Warp {
         }
     }
 
-    /// An instruction that reads a register which a pending product writes is a finding.
+    /// An instruction that is no product uses registers of products.
     #[cold]
     #[allow(clippy::too_many_arguments)]
-    pub fn look_at_products(
-        &self,
-        op: &Op,
+    pub fn touch(
+        &mut self,
+        registers: &[(Slot, bool)],
         pc: u32,
         mask: u32,
         env: &Env,
@@ -201,12 +237,39 @@ impl Warp {
         blocks: &[Block],
         common: &Common,
     ) {
-        let mut early = false;
-        op.reads(&mut |r| early |= self.wgmma.written.get(r as usize).is_some_and(|w| *w));
-        if early && mask != 0 {
-            let text = || "a register that a product still writes is read before wgmma.wait_group".into();
+        let clashes = |&&(r, written): &&(Slot, bool)| match self.wgmma.role(r) {
+            Role::None => false,
+            Role::A => written,
+            Role::D => true,
+        };
+        if let Some(&(r, written)) = registers.iter().find(clashes) {
+            let does = if self.wgmma.role(r) == Role::D { "writes" } else { "reads" };
+            let done = if written { "written" } else { "read" };
+            let text = || format!("a register that a product still {does} is {done} before wgmma.wait_group");
             self.find(env, sink, blocks, common, Kind::AsyncUnwaited, pc, mask.trailing_zeros(), None, text);
         }
+        self.wgmma.uses(registers.iter().map(|r| r.0), pc, self.regs.len());
+    }
+
+    /// A product begins: its registers must be in order by a fence, and A's not the results of one under way.
+    #[allow(clippy::too_many_arguments)]
+    fn order(&mut self, w: &Wgmma, pc: u32, env: &Env, sink: &mut Sink, blocks: &[Block], common: &Common) {
+        if w.fragments().iter().any(|&r| self.wgmma.role(r) == Role::D) {
+            let text = || "A's registers are what a product still writes: wgmma.wait_group must come before".into();
+            self.find(env, sink, blocks, common, Kind::AsyncUnwaited, pc, 0, None, text);
+        }
+        let who = self.who(env, blocks, common, 0);
+        if self.wgmma.fences == 0 {
+            let text = || "the warp's first product comes before any wgmma.fence".into();
+            sink.findings.add(env.program, Kind::ProductFence, pc, None, who, None, text);
+        } else if let Some(by) = self.wgmma.unordered(w, &env.program.code) {
+            let text = || {
+                let by = &env.program.mnemonics[by as usize];
+                format!("a register of the product was used by {by} and no wgmma.fence came since")
+            };
+            sink.findings.add(env.program, Kind::ProductFence, pc, Some(by), who, None, text);
+        }
+        self.wgmma.uses(w.registers(), pc, self.regs.len());
     }
 
     /// Calls `f` for all that a product reads of shared memory: (memory, place, bytes, who).

@@ -23,6 +23,7 @@ cases! {
     wgmma_tf32: "wgmma.cu", "sm_90a", "n16_tf32";
     wgmma_tf32_registers: "wgmma.cu", "sm_90a", "n16_tf32_registers";
     wgmma_registers: "wgmma.cu", "sm_90a", "n32_bf16_registers";
+    wgmma_chained: "wgmma.cu", "sm_90a", "chained";
     wgmma_f16_sums: "wgmma.cu", "sm_90a", "n16_f16_sums";
 }
 
@@ -265,6 +266,21 @@ fn wgmma_tf32_registers(b: &mut Bench) -> Result {
 
 fn wgmma_registers(b: &mut Bench) -> Result {
     Form { n: 32, k: 16, bits: bits_b16, size: 2, a: None, b: along_rows(32, 512, 256), sign: -1.0 }.run(b)
+}
+
+fn wgmma_chained(b: &mut Bench) -> Result {
+    let f = Form { n: 16, k: 16, bits: bits_b16, size: 2, a: None, b: along_k(32, 16, 256), sign: 1.0 };
+    let (a, w, wa, wb) = f.operands();
+    let (y, ba, bb) = (b.output::<f32>("y", 128 * 8), b.input("a", &wa), b.input("b", &wb));
+    let args = f.args(y.into(), (ba.into(), &wa), (bb.into(), &wb), 7f32.into(), 1);
+    b.launch(Extent::line(1, 128), &args)?;
+    // Twice, once more for the first eight columns, and once less.
+    let want = (0..128 * 8).map(|i| {
+        let (t, reg) = (i / 8, i % 8);
+        let (row, col) = (t / 32 * 16 + t % 32 / 4 + reg / 2 % 2 * 8, reg / 4 * 8 + t % 4 * 2 + reg % 2);
+        f.product(&a, &w, row, col) * if col < 8 { 2.0 } else { 1.0 } + (7 + reg) as f32
+    });
+    same("y", &b.get(y), &want.collect::<Vec<f32>>())
 }
 
 fn wgmma_f16_sums(b: &mut Bench) -> Result {

@@ -176,7 +176,9 @@ extern "C" __global__ void __launch_bounds__(128) gemm_copied(float* c, const un
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
         // MUT copies_fence: ;
         __syncthreads();
+        for (int i = 0; i < 32; i++) asm volatile("" : "+f"(d[i])::"memory");
         asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+        // MUT unfenced: ;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             u64 base = (u64)1 << 62 | (u64)(1024 >> 4) << 32 | (u64)1 << 16;
