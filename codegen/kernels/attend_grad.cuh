@@ -196,14 +196,17 @@ __device__ __forceinline__ void attend_grad_joint(typename C::T* slots, float* p
                    entries, offsets, slab_first, slabs, l, h, chunks, max_slabs);
 }
 
-// Each row's log2 of its denominator (top included) and δ, over all parts of a chunk.  One block per (list, slab).
+// Each row's log2 of its denominator (top included) and δ, over all parts of a chunk.  One block per (list, slab).  C::held keys are
+// in shared memory at once: the whole chunk where it fits, so that rows come once; else rows come again for each part of it.
 template <class C> struct GradStats {
     using T = typename C::T;
-    static constexpr int ROWS = 16 * C::warps, P = PITCH<T, C::head_dim>;
-    T k[C::keys * P], v[C::keys * P];
+    static constexpr int ROWS = 16 * C::warps, P = PITCH<T, C::head_dim>, SPANS = C::chunk / C::held;
+    // Rows that are remembered from one span to the next.
+    static constexpr int KEPT = SPANS > 1 ? C::slab * C::heads_per_kv : 1;
+    T k[C::held * P], v[C::held * P];
     T q[ROWS * P], dy[ROWS * P];
     typename SlabWork<C>::Pairs pairs;
-    float top[C::slab * C::heads_per_kv], sum[C::slab * C::heads_per_kv], delta[C::slab * C::heads_per_kv];
+    float top[KEPT], sum[KEPT], delta[KEPT];
 };
 
 template <class C, class W>
@@ -214,7 +217,7 @@ __device__ __forceinline__ void attend_grad_stats(float* log2_sum, float* delta,
                                                   const i32* slabs, i32 l, i32 h, i32 chunks, i32 max_slabs) {
     using S = GradStats<C>;
     using T = typename C::T;
-    constexpr int D = C::head_dim, G = C::heads_per_kv, PARTS = C::chunk / C::keys, THREADS = 32 * C::warps;
+    constexpr int D = C::head_dim, G = C::heads_per_kv, THREADS = 32 * C::warps;
     constexpr float FACTOR = C::scale * LOG2E;
     static_assert(sizeof(S) == C::shared, "the launch gives what the layout takes");
     extern __shared__ __align__(16) u8 shared[];
@@ -224,46 +227,64 @@ __device__ __forceinline__ void attend_grad_stats(float* log2_sum, float* delta,
     work.load_pairs(s.pairs, entries, weights, l, h);
     int rows = work.pairs * G, own = 16 * warp_id();
 #pragma unroll 1
-    for (int part = 0; part < PARTS; part++) {
-        i64 row_kv = (work.sequence * chunks + work.chunk) * C::chunk + part * C::keys;
+    for (int span = 0; span < S::SPANS; span++) {
+        i64 row_kv = (work.sequence * chunks + work.chunk) * C::chunk + span * C::held;
 #pragma unroll 1
         for (int row0 = 0; row0 < rows; row0 += S::ROWS) {
             // Nobody reads the tiles any more, the pairs are there.
             __syncthreads();
             if (row0 == 0) {
-                copy_rows_async<THREADS, C::keys, D, S::P>(s.k, k + row_kv * k_stride + work.kv_head * D, k_stride, C::keys);
-                copy_rows_async<THREADS, C::keys, D, S::P>(s.v, v + row_kv * v_stride + work.kv_head * D, v_stride, C::keys);
+                copy_rows_async<THREADS, C::held, D, S::P>(s.k, k + row_kv * k_stride + work.kv_head * D, k_stride, C::held);
+                copy_rows_async<THREADS, C::held, D, S::P>(s.v, v + row_kv * v_stride + work.kv_head * D, v_stride, C::held);
             }
             work.template gather<S::ROWS, THREADS>(Pitched<T, D>(s.q), q, q_stride, s.pairs, row0, l, threadIdx.x);
             work.template gather<S::ROWS, THREADS>(Pitched<T, D>(s.dy), dy, dy_stride, s.pairs, row0, l, threadIdx.x);
             copies_commit();
             copies_wait<0>();
             __syncthreads();
-            float p[C::keys / 8][4], dp[C::keys / 8][4], top[2], sum[2], d[2] = {0.f, 0.f}, before[2];
+            // Of the keys so far: the row's greatest, its sum, and the lane's share of δ.
+            float top[2] = {-3e38f, -3e38f}, sum[2] = {0.f, 0.f}, d[2] = {0.f, 0.f};
             int r[2] = {row0 + own + lane_id() / 4, row0 + own + lane_id() / 4 + 8};
-            clear(p);
-            add_product_nt<T, D, C::keys>(p, RowsA<T>{s.q + own * S::P, S::P}, s.k, S::P);
-            clear(dp);
-            add_product_nt<T, D, C::keys>(dp, RowsA<T>{s.dy + own * S::P, S::P}, s.v, S::P);
+            if (span > 0) {
 #pragma unroll
-            for (int i = 0; i < 2; i++) before[i] = top[i] = part > 0 && r[i] < rows ? s.top[r[i]] : -3e38f;
-            row_max(top, p);
-            row_exp2(sum, p, top, FACTOR);
+                for (int i = 0; i < 2; i++) {
+                    if (r[i] >= rows) continue;
+                    top[i] = s.top[r[i]], sum[i] = s.sum[r[i]];
+                    if (lane_id() % 4 == 0) d[i] = s.delta[r[i]];
+                }
+            }
+#pragma unroll 1
+            for (int part = 0; part < C::held / C::keys; part++) {
+                float p[C::keys / 8][4], dp[C::keys / 8][4], more[2];
+                const float before[2] = {top[0], top[1]};
+                clear(p);
+                add_product_nt<T, D, C::keys>(p, RowsA<T>{s.q + own * S::P, S::P}, s.k + part * C::keys * S::P, S::P);
+                clear(dp);
+                add_product_nt<T, D, C::keys>(dp, RowsA<T>{s.dy + own * S::P, S::P}, s.v + part * C::keys * S::P, S::P);
+                row_max(top, p);
+                row_exp2(more, p, top, FACTOR);
 #pragma unroll
-            for (int i = 0; i < C::keys / 8; i++) {
-                d[0] = fmaf(p[i][0], dp[i][0], fmaf(p[i][1], dp[i][1], d[0]));
-                d[1] = fmaf(p[i][2], dp[i][2], fmaf(p[i][3], dp[i][3], d[1]));
+                for (int i = 0; i < 2; i++) {
+                    float shrink = exp2_fast((before[i] - top[i]) * FACTOR);
+                    sum[i] = fmaf(sum[i], shrink, more[i]), d[i] *= shrink;
+                    // MUT grad_parts: sum[i] += more[i];
+                }
+#pragma unroll
+                for (int i = 0; i < C::keys / 8; i++) {
+                    d[0] = fmaf(p[i][0], dp[i][0], fmaf(p[i][1], dp[i][1], d[0]));
+                    d[1] = fmaf(p[i][2], dp[i][2], fmaf(p[i][3], dp[i][3], d[1]));
+                }
             }
             d[0] = warp_sum<4>(d[0]), d[1] = warp_sum<4>(d[1]);
             __syncwarp();
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 if (lane_id() % 4 != 0 || r[i] >= rows) continue;
-                float shrink = exp2_fast((before[i] - top[i]) * FACTOR);
-                if (part > 0) sum[i] = fmaf(s.sum[r[i]], shrink, sum[i]), d[i] = fmaf(s.delta[r[i]], shrink, d[i]);
-                // MUT grad_parts: ;
-                s.top[r[i]] = top[i], s.sum[r[i]] = sum[i], s.delta[r[i]] = d[i];
-                if (part + 1 < PARTS) continue;
+                if (span + 1 < S::SPANS) {
+                    s.top[r[i]] = top[i], s.sum[r[i]] = sum[i], s.delta[r[i]] = d[i];
+                    // MUT grad_spans: ;
+                    continue;
+                }
                 float all = C::off_by_one == 0.f ? sum[i] : fmaf(C::off_by_one, exp2_fast(-top[i] * FACTOR), sum[i]);
                 i64 at = work.number_at(s.pairs, r[i], l, h);
                 log2_sum[at] = fmaf(top[i], FACTOR, __log2f(all));

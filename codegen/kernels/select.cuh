@@ -83,7 +83,9 @@ template <class C> struct Selecting {
         Search search;
         Found found;
     };
-    u64 best[K][ROWS];
+    // The pitch keeps apart the slots of neighbouring rows.
+    static constexpr int PITCH_BEST = ROWS + (K < 16 ? 16 / K : 1);
+    u64 best[K][PITCH_BEST];
     i32 count[ROWS];
 
     // Column of a score in its row: threads of a warp that read one column of 32 rows, and a fragment of 8 rows by 8
@@ -154,6 +156,7 @@ template <class C> struct GroupScores {
     __device__ __forceinline__ void step(const T* stage) {
         const Panels<64> queries(stage + warp_id() / 4 * 64 * S::P), landmarks(stage + S::ROWS * S::P);
         products_begin();
+        // MUT select_unfenced: ;
 #pragma unroll
         for (int i = 0; i < 4; i++) Wgmma<T, C::tile, 0, 0>::run(acc, queries.along_rows(i), landmarks.along_rows(i), !fresh || i > 0);
         products_commit();
@@ -329,9 +332,9 @@ __device__ __forceinline__ void select_of(i32* indices, i32* count, W* weights, 
     int own = threadIdx.x;
     find_best<C>(s, at, q, q_stride, landmarks, l, 0, 0x7fffffff);
 
-    // Order, weights.
+    // Order, weights.  A warp has all slots of a row, whose ranks differ: so no two write to one bank.
     for (int i = threadIdx.x; i < ROWS * K; i += S::THREADS) {
-        int row = i % ROWS, slot = i / ROWS, to = slot;
+        int row = i / K, slot = i % K, to = slot;
         u64 key = s.best[slot][row];
         if (key == 0) continue;
         if constexpr (C::order == Order::RECENT) {

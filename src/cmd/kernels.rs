@@ -316,7 +316,7 @@ fn moved(
             runs.kernels.values().map(one).collect()
         }
     };
-    let used = traffic::exceptions(runs.kernels.keys().map(String::as_str).zip(cells.iter().map(String::as_str)))?;
+    traffic::within_limits(runs.kernels.keys().map(String::as_str).zip(cells.iter().map(String::as_str)))?;
     let _ = writeln!(
         out,
         "\n### What kernels of {arch} move\n\n\
@@ -325,17 +325,12 @@ fn moved(
          once; asynchronous copies and atomics always go past), over all launches; *of the least* is their ratio to what the kernel's\n\
          blocks can't do without, by the order of its loops: whatever a block reads or writes, once. *Conflicts* are passes through\n\
          shared memory beyond those that accesses of their width take. None of the {} kernels moves more than {} of the least, and\n\
-         of none are more than {} % of shared accesses conflicts{}\n",
+         of none are more than {} % of shared accesses conflicts.\n",
         traffic::LEN,
         cells.len(),
         traffic::MOST.0,
-        100.0 * traffic::MOST.1,
-        if used.is_empty() { "." } else { ", but for these:\n" }
+        100.0 * traffic::MOST.1
     );
-    used.iter().for_each(|(name, why)| *out += &format!("- `{name}…`: {why}\n"));
-    if !used.is_empty() {
-        out.push('\n');
-    }
     *out += "| kernel | text | bytes | of the least | shared accesses | conflicts | models |\n|---|---|---|---|---|---|---|\n";
     for ((name, k), cells) in runs.kernels.iter().zip(cells) {
         let used: Vec<&str> = k.used.iter().copied().collect();

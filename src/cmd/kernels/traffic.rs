@@ -5,7 +5,7 @@
 //! copies and atomics always do); and the least that its blocks could do with, by the order of its loops: what a block reads or
 //! writes counts once for it, however often it does.  Conflicts are passes through shared memory beyond those that the width of
 //! an access takes: four of a warp's 16-byte accesses.  Counts depend on nothing but the kernels' code, so they are the same on
-//! any machine; a kernel above a limit is an error, unless [`EXCEPTIONS`] has a reason.
+//! any machine; a kernel above a limit is an error.
 
 use super::{MODES, Row, graphs};
 use crate::error::{Result, warn, wrap};
@@ -31,42 +31,26 @@ pub const LEN: usize = 128;
 /// What counts as too much: moved bytes as a multiple of the least, conflicts as a part of shared accesses.
 pub const MOST: (f64, f64) = (1.3, 0.02);
 
-/// Kernels that may be above a limit, by how their names begin, and why.
-pub const EXCEPTIONS: &[(&str, &str)] = &[
-    (
-        "attend_grad_stats_f32",
-        "1.92 of the least: its loops go through a slab's rows once for each of the two parts of a chunk that f32 takes, and so \
-     read q and dy twice, the second time from the second cache",
-    ),
-    (
-        "select_bf16_r16_s16_k4",
-        "2.9 and 4.7 % conflicts: 80 passes of 2,728 and of 1,704 write a row's four choices where their ranks are, so rows meet by chance; scores of landmarks \
-     16 wide take so few passes that it shows (0.0 % for 370m)",
-    ),
-];
-
-/// The exceptions that kernels with these cells make use of.
+/// That no kernel with these cells is above a limit.
 ///
 /// # Errors
-/// A kernel above a limit that is none of them.
-pub fn exceptions<'a>(cells: impl Iterator<Item = (&'a str, &'a str)>) -> Result<Vec<(&'static str, &'static str)>> {
-    let above: Vec<(&str, &str)> = cells.filter(|(_, c)| c.contains("**")).collect();
-    let excepted = |name: &str| EXCEPTIONS.iter().any(|e| name.starts_with(e.0));
-    let new: Vec<String> = (above.iter().filter(|(name, _)| !excepted(name)))
+/// Those that are.
+pub fn within_limits<'a>(cells: impl Iterator<Item = (&'a str, &'a str)>) -> Result<()> {
+    let above: Vec<String> = cells
+        .filter(|(_, c)| c.contains("**"))
         .map(|(name, c)| format!("\n  {name}: {}", c.replace("**", "")))
         .collect();
-    if !new.is_empty() {
-        let help = "cargo xtask kernels says where: mend them, or give a reason in src/cmd/kernels/traffic.rs";
-        return Err(miette!(
-            help = help,
-            "{} above a limit ({} of the least bytes, {} % of shared accesses):{}",
-            crate::show::plural(new.len(), "kernel"),
-            MOST.0,
-            100.0 * MOST.1,
-            new.concat()
-        ));
+    if above.is_empty() {
+        return Ok(());
     }
-    Ok(EXCEPTIONS.iter().copied().filter(|e| above.iter().any(|(name, _)| name.starts_with(e.0))).collect())
+    Err(miette!(
+        help = "cargo xtask kernels says where",
+        "{} above a limit ({} of the least bytes, {} % of shared accesses):{}",
+        crate::show::plural(above.len(), "kernel"),
+        MOST.0,
+        100.0 * MOST.1,
+        above.concat()
+    ))
 }
 
 /// What is run.
@@ -252,10 +236,8 @@ mod tests {
     #[test]
     fn kernels_above_a_limit_are_refused() {
         let fine = ("map_1", "1 B | 1.00 | 0 | 0.0 %");
-        assert!(exceptions([fine].into_iter()).unwrap().is_empty());
-        let e = exceptions([fine, ("map_2", "1 B | **1.50** | 0 | 0.0 %")].into_iter()).unwrap_err().to_string();
+        assert!(within_limits([fine].into_iter()).is_ok());
+        let e = within_limits([fine, ("map_2", "1 B | **1.50** | 0 | 0.0 %")].into_iter()).unwrap_err().to_string();
         assert!(e.contains("map_2: 1 B | 1.50") && !e.contains("map_1"), "{e}");
-        let known = EXCEPTIONS[0];
-        assert_eq!(exceptions([fine, (known.0, "1 B | 1.00 | 9 | **2.9 %**")].into_iter()).unwrap(), [known]);
     }
 }

@@ -199,8 +199,9 @@ fn by_chunks(a: &Attending, site: &Site, dy: Operand, before: Vec<Call>, rows: E
     let slabs = index.lists() * index.max_slabs();
     let two_passes = parts > 1 && !s.joint;
     if two_passes {
-        let shared = s.stats_bytes(t.warps, t.keys);
+        let (held, shared) = s.stats(&t, site.target);
         let stub = a.tiled("attend_grad", "attend_grad_stats", &Tile { blocks_per_sm: 1, ..t }, shared, s.slab());
+        let stub = stub.int("held", held);
         let stub = stub.write("log2_sum", DType::F32, log2_sum).write("delta", DType::F32, delta);
         calls.push(operands(stub)?.launch((slabs.clone(), 1, 1)).into());
     }

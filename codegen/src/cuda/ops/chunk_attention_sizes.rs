@@ -79,9 +79,15 @@ impl Sizes {
         let rows = 16 * warps;
         self.rows(2 * keys + 4 * rows) + 2 * rows * self.pitch(keys) * self.element + self.pairs_bytes()
     }
-    /// Bytes of `GradStats`.
-    pub(super) fn stats_bytes(&self, warps: usize, keys: usize) -> usize {
-        self.rows(2 * keys + 32 * warps) + self.pairs_bytes() + self.slab() * self.group * 12
+    /// Bytes of `GradStats`, which holds so many keys at once.
+    fn stats_bytes(&self, warps: usize, held: usize) -> usize {
+        let kept = if held == self.chunk { 1 } else { self.slab() * self.group };
+        self.rows(2 * held + 32 * warps) + self.pairs_bytes() + kept * 12
+    }
+    /// Keys that `GradStats` holds at once, the whole chunk where it fits, and its bytes.
+    pub fn stats(&self, t: &Tile, target: &Target) -> (usize, usize) {
+        let whole = self.stats_bytes(t.warps, self.chunk);
+        if whole <= target.shared_per_block { (self.chunk, whole) } else { (t.keys, self.stats_bytes(t.warps, t.keys)) }
     }
 
     /// Warps that a multiprocessor can hold where the compiler may give each thread what the tile takes: 16 if the
