@@ -105,7 +105,7 @@ template <class C> struct ScanGradHopper {
             if (m == 0) {
                 // c·bᵀ is the same for all heads.
                 products_begin();
-                // MUT grad_hopper_unfenced_1: ;
+                // MUT grad_hopper_unfenced_cb: ;
 #pragma unroll
                 for (int i = 0; i < STEPS; i++) Wgmma<T, 64, 0, 0>::run(cb, cs.along_rows(i), bs.along_rows(i), i > 0);
                 products_commit();
@@ -118,7 +118,7 @@ template <class C> struct ScanGradHopper {
             load_rows(dy, stage + OF_DY);
             scale_rows(weighted, dy, {decay.from_start[row], decay.from_start[row + 8]});
             products_begin();
-            // MUT grad_hopper_unfenced_2: ;
+            // MUT grad_hopper_unfenced_m: ;
 #pragma unroll
             for (int i = 0; i < 4; i++) Wgmma<T, 64, 0, 0>::run(acc, dy[i], Tile(stage).along_rows(i), i > 0);
             products_commit();
@@ -155,7 +155,6 @@ template <class C> struct ScanGradHopper {
             });
             float through[8][4];
             products_begin();
-            // MUT grad_hopper_unfenced_3: ;
 #pragma unroll
             for (int i = 0; i < STEPS; i++) Wgmma<T, 64, 0, 0>::run(through, cs.along_rows(i), hs.along_rows(i), i > 0);
             products_commit();
@@ -187,7 +186,7 @@ template <class C> struct ScanGradHopper {
         // MUT grad_hopper_e: ;
         both_sync();
         products_begin();
-        // MUT grad_hopper_unfenced_4: ;
+        // MUT grad_hopper_unfenced_e: ;
         in_flight(sum);
 #pragma unroll
         for (int i = 0; i < 4; i++) Wgmma<T, R, 0, 1>::run(sum, e[i], bs.along_columns(i), true);
@@ -223,7 +222,7 @@ template <class C> struct ScanGradHopper {
             float acc[8][4], dot[2];
             Rows x, weighted, g;
             products_begin();
-            // MUT grad_hopper_unfenced_5: ;
+            // MUT grad_hopper_unfenced_bd: ;
 #pragma unroll
             for (int i = 0; i < STEPS; i++) Wgmma<T, 64, 0, 0>::run(acc, bs.along_rows(i), ds.along_rows(i), i > 0);
             products_commit();
@@ -231,7 +230,7 @@ template <class C> struct ScanGradHopper {
             load_rows(x, stage);
             scale_rows(weighted, x, {decay.to_end[row] * decay.dt[row], decay.to_end[row + 8] * decay.dt[row + 8]});
             products_begin();
-            // MUT grad_hopper_unfenced_6: ;
+            // MUT grad_hopper_unfenced_db: ;
             in_flight(sum);
 #pragma unroll
             for (int i = 0; i < 4; i++) Wgmma<T, R, 0, 1>::run(sum, weighted[i], ds.along_columns(i), true);
@@ -271,7 +270,7 @@ template <class C> struct ScanGradHopper {
                 if (q == 0) partial.outside[row + 8 * e] = dot[e];
             }
             products_begin();
-            // MUT grad_hopper_unfenced_7: ;
+            // MUT grad_hopper_unfenced_dx: ;
             in_flight(acc);
 #pragma unroll
             for (int i = 0; i < 4; i++) Wgmma<T, 64, 0, 1>::run(acc, g[i], Tile(stage + OF_DY).along_columns(i), true);
@@ -306,7 +305,6 @@ template <class C> struct ScanGradHopper {
         both_sync();
         // MUT grad_hopper_exchange: ;
         products_begin();
-        // MUT grad_hopper_unfenced_8: ;
         in_flight(sum);
 #pragma unroll
         for (int i = 0; i < 4; i++) Wgmma<T, R, 1, 1>::run(sum, Tile(tiles + OF_E).along_columns(i), cs.along_columns(i), true);

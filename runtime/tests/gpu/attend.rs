@@ -495,8 +495,12 @@ pub fn quick_chunk_major(rig: &Rig) -> Result<(), String> {
 
 pub fn quick_grad(rig: &Rig) -> Result<(), String> {
     let mut rng = Rng(13);
-    for s in [shape(DType::BF16, [1, 41, 2, 0], [1, 5], 16, 16, 2), shape(DType::F32, [1, 4, 2, 1], [1, 5], 16, 96, 2)]
-    {
+    for s in [
+        shape(DType::BF16, [1, 41, 2, 0], [1, 5], 16, 16, 2),
+        shape(DType::F32, [1, 4, 2, 1], [1, 5], 16, 96, 2),
+        // A chunk that does not fit shared memory.
+        shape(DType::F32, [1, 2, 2, 1], [1, 2], 128, 160, 2),
+    ] {
         rig.check(&check_grad(&mut rng, &s))?;
     }
     Ok(())
@@ -534,6 +538,8 @@ pub fn quick_selection(rig: &Rig) -> Result<(), String> {
         for form in ["select_128", "split"] {
             rig.check(&c.clone().in_form(form))?;
         }
+        // By warpgroups, where they make the products.
+        rig.check(&c.on(Arch::Sm90a))?;
     }
     Ok(())
 }

@@ -3,10 +3,10 @@
 //! Between issue and wait the destination belongs to the copy: any access is a finding.  Eager copies happen at once,
 //! lazy ones when they are waited for, and until then their destination holds ones.
 
-use super::cluster::{Block, Common};
+use super::cluster::Block;
 use super::memory::Spot;
 use super::warp::Warp;
-use super::{Env, Sink, lanes};
+use super::{Env, Site, lanes};
 use crate::check::global::{Clash as GlobalClash, Side};
 use crate::count::Way;
 use crate::isa::CpAsync;
@@ -40,22 +40,13 @@ fn fill(c: &Copy, env: &Env, blocks: &mut [Block]) {
 }
 
 impl Warp {
-    #[allow(clippy::too_many_arguments)]
-    pub fn copy_async(
-        &mut self,
-        x: &CpAsync,
-        pc: u32,
-        mask: u32,
-        env: &Env,
-        sink: &mut Sink,
-        blocks: &mut [Block],
-        common: &mut Common,
-    ) {
+    pub fn copy_async(&mut self, x: &CpAsync, mask: u32, site: &mut Site) {
+        let pc = site.pc;
         let to = self.addresses(x.dst, x.dst_offset);
         let from = self.addresses(x.src, x.src_offset);
         let bytes = x.bytes as usize;
         let mut places = [Spot::default(); 32];
-        let good = self.shared_spots(&to, bytes, pc, mask, true, env, sink, blocks, common, &mut places);
+        let good = self.shared_spots(&to, bytes, mask, true, site, &mut places);
         let ignored = x.ignore.map_or(0, |p| p.mask(&self.preds));
         let mut sizes = [bytes; 32];
         if let Some(r) = x.src_bytes {
@@ -70,46 +61,46 @@ impl Warp {
         // Alignment is that of the whole size, bounds are those of what is read.
         let mut sources = [Spot::default(); 32];
         let whole = lanes(reads).filter(|&l| sizes[l] == bytes).fold(0u32, |m, l| m | 1 << l);
-        let mut read = self.global_spots(&from, bytes, pc, whole, false, env, sink, blocks, common, &mut sources);
+        let mut read = self.global_spots(&from, bytes, whole, false, site, &mut sources);
         for lane in lanes(reads & !whole) {
             let (unit, at) = crate::memory::locate(from[lane]);
-            let inside = env.memory.buffers.get(unit).is_some_and(|b| at >= 0 && at as usize + sizes[lane] <= b.bytes);
+            let inside =
+                site.env.memory.buffers.get(unit).is_some_and(|b| at >= 0 && at as usize + sizes[lane] <= b.bytes);
             if inside && (at as usize).is_multiple_of(bytes) {
                 sources[lane] = Spot { unit, at: at as usize };
                 read |= 1 << lane;
             } else {
-                self.global_spots(&from, bytes, pc, 1 << lane, false, env, sink, blocks, common, &mut sources);
+                self.global_spots(&from, bytes, 1 << lane, false, site, &mut sources);
             }
         }
         if good != 0 {
-            self.count_shared(&to, bytes, pc, good, sink);
+            self.count_shared(&to, bytes, good, site);
         }
         if read != 0 {
-            self.count_global(&from, bytes, pc, read, Way::Past, env, sink, common);
+            self.count_global(&from, bytes, read, Way::Past, site);
         }
         for lane in lanes(good) {
             let source = (read >> lane & 1 == 1).then_some(sources[lane]);
             if let Some(s) = source {
-                let side = Side { cluster: common.id, actor: self.actor(pc, lane as u32) };
-                if let Some(c) = env.shadows[s.unit].read(s.at, sizes[lane], lane as u32, false, &side)
-                    && (env.options.uninitialised || c != GlobalClash::Uninitialised)
+                let side = Side { cluster: site.common.id, actor: self.actor(pc, lane as u32) };
+                if let Some(c) = site.env.shadows[s.unit].read(s.at, sizes[lane], lane as u32, false, &side)
+                    && (site.env.options.uninitialised || c != GlobalClash::Uninitialised)
                 {
-                    self.global_clash(c, s, false, pc, lane, env, sink, blocks, common);
+                    self.global_clash(c, s, false, lane, site);
                 }
             }
             let to = places[lane];
-            let clash = blocks[to.unit].shared.begin_copy(to.at, bytes, lane as u32, &self.actor(pc, lane as u32));
+            let clash = site.blocks[to.unit].shared.begin_copy(to.at, bytes, lane as u32, &self.actor(pc, lane as u32));
             if let Some(c) = clash {
-                let who = self.who(env, blocks, common, lane as u32);
-                self.shared_clash(c, to, true, pc, lane, env, sink, who);
+                self.shared_clash(c, to, true, lane, site);
             }
             let group = self.copies.groups[lane];
             let from_bytes = if source.is_some() { sizes[lane] } else { 0 };
             let copy = Copy { lane: lane as u32, group, to, bytes, from: source, from_bytes };
-            if env.options.lazy {
-                blocks[to.unit].shared.bytes[to.at..to.at + bytes].fill(0xff);
+            if site.env.options.lazy {
+                site.blocks[to.unit].shared.bytes[to.at..to.at + bytes].fill(0xff);
             } else {
-                fill(&copy, env, blocks);
+                fill(&copy, site.env, site.blocks);
             }
             self.copies.pending.push(copy);
         }

@@ -1,9 +1,8 @@
 //! `atom` and `red`.  Lanes go one after another, in order or, with a seed, from a random lane on.
 
-use super::cluster::{Block, Common};
 use super::memory::{Spot, window_of};
 use super::warp::Warp;
-use super::{Env, Sink, lanes};
+use super::{Site, lanes};
 use crate::check::global::Side;
 use crate::count::Way;
 use crate::isa::{Atom, AtomOp, Ty};
@@ -85,17 +84,8 @@ pub(crate) fn reduce(op: AtomOp, ty: Ty, old: u64, b: u64) -> u64 {
 }
 
 impl Warp {
-    #[allow(clippy::too_many_arguments)]
-    pub fn atomic(
-        &mut self,
-        x: &Atom,
-        pc: u32,
-        mask: u32,
-        env: &Env,
-        sink: &mut Sink,
-        blocks: &mut [Block],
-        common: &mut Common,
-    ) {
+    pub fn atomic(&mut self, x: &Atom, mask: u32, site: &mut Site) {
+        let pc = site.pc;
         let a = self.addresses(x.address, x.offset);
         let mut shared = 0;
         for lane in lanes(mask) {
@@ -108,56 +98,58 @@ impl Warp {
         let mut good = 0;
         let global = mask & !shared;
         if global != 0 {
-            good |= self.global_spots(&a, size, pc, global, true, env, sink, blocks, common, &mut spots);
+            good |= self.global_spots(&a, size, global, true, site, &mut spots);
             let counted = good & global;
             if counted != 0 {
-                self.count_global(&a, size, pc, counted, Way::Atomic, env, sink, common);
-                sink.traffic[spots[counted.trailing_zeros() as usize].unit].atomics += u64::from(counted.count_ones());
-                self.publish(x.release, &a, counted, env, common);
+                self.count_global(&a, size, counted, Way::Atomic, site);
+                site.sink.traffic[spots[counted.trailing_zeros() as usize].unit].atomics +=
+                    u64::from(counted.count_ones());
+                self.publish(x.release, &a, counted, site.env, site.common);
             }
         }
         if mask & shared != 0 {
-            let m = self.shared_spots(&a, size, pc, mask & shared, true, env, sink, blocks, common, &mut spots);
+            let m = self.shared_spots(&a, size, mask & shared, true, site, &mut spots);
             if m != 0 {
-                self.count_shared(&a, size, pc, m, sink);
-                self.publish(x.release, &a, m, env, common);
+                self.count_shared(&a, size, m, site);
+                self.publish(x.release, &a, m, site.env, site.common);
             }
             good |= m;
         }
-        common.events += 1;
+        site.common.events += 1;
         let keep = if width == 8 { u64::MAX } else { (1 << (8 * width)) - 1 };
-        let from = if env.options.seed != 0 { common.random.below(32) as u32 } else { 0 };
+        let from = if site.env.options.seed != 0 { site.common.random.below(32) as u32 } else { 0 };
         for k in 0..32 {
             let lane = ((from + k) % 32) as usize;
             if good >> lane & 1 == 0 {
                 continue;
             }
             let s = spots[lane];
-            let side = Side { cluster: common.id, actor: self.actor(pc, lane as u32) };
+            let side = Side { cluster: site.common.id, actor: self.actor(pc, lane as u32) };
             if shared >> lane & 1 == 0 {
-                let shadow = &env.shadows[s.unit];
+                let shadow = &site.env.shadows[s.unit];
                 let read = shadow.read(s.at, size, lane as u32, true, &side);
                 let clash = read.or(shadow.write(s.at, size, lane as u32, true, false, &side));
                 if let Some(c) = clash {
-                    self.global_clash(c, s, true, pc, lane, env, sink, blocks, common);
+                    self.global_clash(c, s, true, lane, site);
                 }
             } else {
                 let actor = self.actor(pc, lane as u32);
-                let memory = &mut blocks[s.unit].shared;
+                let memory = &mut site.blocks[s.unit].shared;
                 let read = memory.read(s.at, size, lane as u32, true, &actor);
                 if let Some(c) = read.or(memory.write(s.at, size, lane as u32, true, false, &actor)) {
-                    let who = self.who(env, blocks, common, lane as u32);
-                    self.shared_clash(c, s, true, pc, lane, env, sink, who);
+                    self.shared_clash(c, s, true, lane, site);
                 }
             }
             for (k, &b) in x.b.iter().enumerate() {
                 let at = s.at + k * width;
                 let (b, c) = (self.regs[b as usize][lane] & keep, self.regs[x.c as usize][lane] & keep);
                 let old = if shared >> lane & 1 == 0 {
-                    let buffer = &env.memory.buffers[s.unit];
-                    buffer.update(at, x.ty.bytes() as u8, &env.memory.wide, |old| apply_global(x.op, x.ty, old, b, c))
+                    let buffer = &site.env.memory.buffers[s.unit];
+                    buffer.update(at, x.ty.bytes() as u8, &site.env.memory.wide, |old| {
+                        apply_global(x.op, x.ty, old, b, c)
+                    })
                 } else {
-                    let memory = &mut blocks[s.unit].shared;
+                    let memory = &mut site.blocks[s.unit].shared;
                     let old = memory.load(at, width as u8);
                     memory.store(at, width as u8, apply(x.op, x.ty, old, b, c));
                     old
@@ -168,6 +160,6 @@ impl Warp {
             }
         }
         // After the location was read: what its writer handed on before is there.
-        self.acquire(&a, good, env, common);
+        self.acquire(&a, good, site.env, site.common);
     }
 }

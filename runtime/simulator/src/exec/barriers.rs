@@ -2,7 +2,7 @@
 
 use super::cluster::{Block, Common};
 use super::warp::{Flow, Wait, Warp};
-use super::{Env, Sink, lanes};
+use super::{Env, Site, lanes};
 use crate::check::Kind;
 use crate::check::past::Past;
 use crate::isa::{Bar, BarKind, Op, Vote};
@@ -111,54 +111,46 @@ impl Warp {
         }
     }
 
-    #[allow(clippy::too_many_arguments)]
-    pub fn barrier(
-        &mut self,
-        bar: &Bar,
-        pc: u32,
-        mask: u32,
-        env: &Env,
-        sink: &mut Sink,
-        blocks: &mut [Block],
-        common: &mut Common,
-    ) -> Flow {
+    pub fn barrier(&mut self, bar: &Bar, mask: u32, site: &mut Site) -> Flow {
+        let pc = site.pc;
         let lane = mask.trailing_zeros();
         let id = self.regs[bar.id as usize][lane as usize];
         if id > 15 {
             let text = || format!("there is no barrier {id}: a block has 0 to 15");
-            self.find(env, sink, blocks, common, Kind::Operand, pc, lane, None, text);
+            self.find(site, Kind::Operand, lane, None, text);
             return Flow::Next;
         }
         if bar.aligned && !std::mem::take(&mut self.paths[self.current].forced) {
             // The warp's other threads may be on their way: how paths are scheduled is no mistake of the kernel.
             let all = [u64::from(self.threads); 32];
-            if self.gather(all, pc, mask, env, sink, blocks, common).is_none() {
+            if self.gather(all, mask, site).is_none() {
                 return Flow::Again;
             }
         }
         let expected = bar.threads.map(|t| self.regs[t as usize][lane as usize] as u32);
         if let Some(n) = expected.filter(|n| n % 32 != 0 || *n == 0) {
             let text = || format!("a barrier for {n} threads: it must be a multiple of 32");
-            self.find(env, sink, blocks, common, Kind::Operand, pc, lane, None, text);
+            self.find(site, Kind::Operand, lane, None, text);
         }
-        let b = &blocks[self.block as usize].barriers[id as usize];
+        let b = &site.blocks[self.block as usize].barriers[id as usize];
+        let disagree = b.arrived > 0 && b.expected != expected;
         if let Some(first) = b.pc.filter(|&f| f != pc && bar.aligned && expected.is_none() && b.expected.is_none()) {
-            let line = env.program.places[first as usize].line;
+            let line = site.env.program.places[first as usize].line;
             let text = || format!("threads of the block meet here and at another barrier (PTX line {line}) at once");
-            let who = self.who(env, blocks, common, lane);
-            sink.findings.add(env.program, Kind::DivergentBarrier, pc, Some(first), who, None, text);
+            self.find_two(site, Kind::DivergentBarrier, Some(first), lane, None, text);
         }
-        if b.arrived > 0 && b.expected != expected {
+        if disagree {
             let text = || format!("threads at barrier {id} don't agree on how many it is for");
-            self.find(env, sink, blocks, common, Kind::DivergentBarrier, pc, lane, None, text);
+            self.find(site, Kind::DivergentBarrier, lane, None, text);
         }
-        let block = &blocks[self.block as usize];
-        if expected.is_none() && block.live < block.threads {
-            let text = || left_without(block.threads - block.live);
-            self.find(env, sink, blocks, common, Kind::DivergentBarrier, pc, lane, None, text);
+        let block = &site.blocks[self.block as usize];
+        let gone = block.threads - block.live;
+        if expected.is_none() && gone > 0 {
+            let text = || left_without(gone);
+            self.find(site, Kind::DivergentBarrier, lane, None, text);
         }
         self.split_off_others(mask);
-        let block = &mut blocks[self.block as usize];
+        let block = &mut site.blocks[self.block as usize];
         let b = &mut block.barriers[id as usize];
         // A whole warp counts as 32 threads where threads are counted.
         let threads = if expected.is_some() && mask == self.live { 32 } else { mask.count_ones() };
@@ -173,33 +165,23 @@ impl Warp {
         if bar.kind != BarKind::Arrive {
             path.wait = Wait::Barrier { id: id as u32, generation: b.generation };
         }
-        b.try_pass(block.live, &mut common.events);
+        b.try_pass(block.live, &mut site.common.events);
         Flow::Again
     }
 
-    #[allow(clippy::too_many_arguments)]
-    pub fn cluster_arrive(
-        &mut self,
-        aligned: bool,
-        pc: u32,
-        mask: u32,
-        env: &Env,
-        sink: &mut Sink,
-        blocks: &[Block],
-        common: &mut Common,
-    ) -> Flow {
+    pub fn cluster_arrive(&mut self, aligned: bool, mask: u32, site: &mut Site) -> Flow {
         // As at a block's barrier: the warp's other threads may be on their way.
         if aligned && !std::mem::take(&mut self.paths[self.current].forced) {
             let all = [u64::from(self.threads); 32];
-            if self.gather(all, pc, mask, env, sink, blocks, common).is_none() {
+            if self.gather(all, mask, site).is_none() {
                 return Flow::Again;
             }
         }
-        self.cluster_phase = common.barrier.generation;
-        let mut barrier = std::mem::replace(&mut common.barrier, Barrier::new(0));
+        self.cluster_phase = site.common.barrier.generation;
+        let mut barrier = std::mem::replace(&mut site.common.barrier, Barrier::new(0));
         barrier.arrive(self, mask, mask.count_ones());
-        barrier.try_pass(cluster_live(blocks), &mut common.events);
-        common.barrier = barrier;
+        barrier.try_pass(cluster_live(site.blocks), &mut site.common.events);
+        site.common.barrier = barrier;
         Flow::Next
     }
 

@@ -7,11 +7,11 @@
 use super::atomics::reduce;
 use super::cluster::{Block, Common};
 use super::mbarrier;
-use super::memory::{Spot, shared_place, window_of};
+use super::memory::{Spot, offset, shared_place, window_of};
 use super::tensor_map::TensorMap;
 use super::trouble::shared_name;
 use super::warp::Warp;
-use super::{Env, Sink, lanes};
+use super::{Env, Site, lanes};
 use crate::check::Kind;
 use crate::check::global::{Clash as GlobalClash, Side};
 use crate::check::past::Past;
@@ -101,35 +101,16 @@ fn store_out(c: &StoreCopy, env: &Env, blocks: &[Block]) {
 }
 
 impl Warp {
-    #[allow(clippy::too_many_arguments)]
-    pub fn bulk(
-        &mut self,
-        x: &Bulk,
-        pc: u32,
-        mask: u32,
-        env: &Env,
-        sink: &mut Sink,
-        blocks: &mut [Block],
-        common: &mut Common,
-    ) {
+    pub fn bulk(&mut self, x: &Bulk, mask: u32, site: &mut Site) {
         for lane in lanes(mask) {
-            if let Err(text) = self.bulk_lane(x, lane, pc, env, sink, blocks, common) {
-                self.find(env, sink, blocks, common, Kind::Operand, pc, lane as u32, None, || text);
+            if let Err(text) = self.bulk_lane(x, lane, site) {
+                self.find(site, Kind::Operand, lane as u32, None, || text);
             }
         }
     }
 
-    #[allow(clippy::too_many_arguments)]
-    fn bulk_lane(
-        &mut self,
-        x: &Bulk,
-        lane: usize,
-        pc: u32,
-        env: &Env,
-        sink: &mut Sink,
-        blocks: &mut [Block],
-        common: &mut Common,
-    ) -> Result<(), String> {
+    fn bulk_lane(&mut self, x: &Bulk, lane: usize, site: &mut Site) -> Result<(), String> {
+        let pc = site.pc;
         let shared = self.addresses(x.shared, x.shared_offset)[lane];
         let global = self.addresses(x.global, x.global_offset)[lane];
         let (rank, base) = shared_place(shared);
@@ -137,11 +118,11 @@ impl Warp {
         let mut ranks = vec![rank];
         if let Some(m) = x.multicast {
             let m = self.regs[m as usize][lane] as u32 & 0xffff;
-            ranks = (0..blocks.len()).filter(|r| m >> r & 1 == 1).collect();
+            ranks = (0..site.blocks.len()).filter(|r| m >> r & 1 == 1).collect();
         }
         // What moves: (offset in shared memory, global address, bytes or none outside the tensor).
         let list: Vec<(usize, u64, Option<usize>)> = if x.dims > 0 {
-            let map = self.tensor_map(global, env)?;
+            let map = self.tensor_map(global, site.env)?;
             if map.sizes.len() != usize::from(x.dims) {
                 return Err(format!("the tensor map has {} dims, the copy {}", map.sizes.len(), x.dims));
             }
@@ -169,15 +150,15 @@ impl Warp {
             (0..bytes / 16).map(|i| (16 * i, global + 16 * i as u64, Some(16))).collect()
         };
         if let (BulkKind::Reduce(_, ty), true) = (x.kind, x.dims > 0)
-            && usize::from(self.tensor_map(global, env)?.element) != ty.bytes()
+            && usize::from(self.tensor_map(global, site.env)?.element) != ty.bytes()
         {
             return Err("reductions of tensors are known of f32 only".into());
         }
-        let element = if x.dims > 0 { usize::from(self.tensor_map(global, env)?.element) } else { 16 };
+        let element = if x.dims > 0 { usize::from(self.tensor_map(global, site.env)?.element) } else { 16 };
         let total: usize = list.iter().map(|p| p.2.unwrap_or(element)).sum();
-        let size = blocks.first().map_or(0, |b| b.shared.bytes.len());
+        let size = site.blocks.first().map_or(0, |b| b.shared.bytes.len());
         for &r in &ranks {
-            if r >= blocks.len() || list.iter().any(|p| base + p.0 + p.2.unwrap_or(element) > size) {
+            if r >= site.blocks.len() || list.iter().any(|p| base + p.0 + p.2.unwrap_or(element) > size) {
                 return Err(format!("{total} bytes at byte {base} of {size} bytes of shared memory"));
             }
         }
@@ -189,34 +170,33 @@ impl Warp {
                 let mut place = None;
                 if n.is_some() && x.kind != BulkKind::Cluster {
                     let (unit, g) = locate(from);
-                    let b = env.memory.buffers.get(unit).filter(|_| window_of(from) == Space::Global);
+                    let b = site.env.memory.buffers.get(unit).filter(|_| window_of(from) == Space::Global);
                     let ok = b.is_some_and(|b| g >= 0 && g as usize + bytes <= b.bytes && (into || b.writable));
                     if !ok {
                         let mut a = [0; 32];
                         a[lane] = from;
                         let mut spots = [Spot::default(); 32];
-                        self.global_spots(&a, bytes, pc, 1 << lane, !into, env, sink, blocks, common, &mut spots);
+                        self.global_spots(&a, bytes, 1 << lane, !into, site, &mut spots);
                         continue;
                     }
                     let g = Spot { unit, at: g as usize };
                     place = Some(g);
                     if k == 0 {
-                        self.watch_global(g, bytes, x.kind, pc, lane, env, sink, blocks, common);
+                        self.watch_global(g, bytes, x.kind, lane, site);
                     }
                 }
                 let actor = self.actor(pc, lane as u32);
-                let memory = &mut blocks[r].shared;
+                let memory = &mut site.blocks[r].shared;
                 let clash = if into {
                     memory.begin_copy(spot.at, bytes, lane as u32, &actor)
                 } else {
-                    memory.async_read(spot.at, bytes, lane as u32, &actor, &common.proxied)
+                    memory.async_read(spot.at, bytes, lane as u32, &actor, &site.common.proxied)
                 };
-                if into && env.options.lazy {
+                if into && site.env.options.lazy {
                     memory.bytes[spot.at..spot.at + bytes].fill(0xff);
                 }
                 if let Some(c) = clash {
-                    let who = self.who(env, blocks, common, lane as u32);
-                    self.shared_clash(c, spot, into, pc, lane, env, sink, who);
+                    self.shared_clash(c, spot, into, lane, site);
                 }
                 pieces.push(Piece { shared: spot, global: place, bytes });
             }
@@ -228,12 +208,12 @@ impl Warp {
                 // Each block that a multicast reaches signals its own.
                 for &r in &ranks {
                     let r = if x.multicast.is_some() { r } else { owner };
-                    let bar = blocks.get(r).and_then(|b| b.mbarriers.iter().find(|m| m.is_at(at)));
+                    let bar = site.blocks.get(r).and_then(|b| b.mbarriers.iter().find(|m| m.is_at(at)));
                     let Some(bar) = bar else {
-                        return Err(format!("there is no mbarrier at {}", shared_name(env, at)));
+                        return Err(format!("there is no mbarrier at {}", shared_name(site.env, at)));
                     };
                     if let Some(text) = bar.unready(self.index * 32 + lane as u32, self.views.of(lane as u32)) {
-                        return Err(format!("the mbarrier at {}: {text}", shared_name(env, at)));
+                        return Err(format!("the mbarrier at {}: {text}", shared_name(site.env, at)));
                     }
                     mbarriers.push(((r, at), total as i64));
                 }
@@ -242,15 +222,15 @@ impl Warp {
                 let (unit, at) = shared_place(global);
                 Spot { unit, at }
             });
-            if source.is_some_and(|s| s.unit >= blocks.len() || s.at + total > size) {
+            if source.is_some_and(|s| s.unit >= site.blocks.len() || s.at + total > size) {
                 return Err("the source lies outside shared memory".into());
             }
             if let Some(s) = source {
                 let actor = self.actor(pc, lane as u32);
-                let clash = blocks[s.unit].shared.async_read(s.at, total, lane as u32, &actor, &common.proxied);
+                let clash =
+                    site.blocks[s.unit].shared.async_read(s.at, total, lane as u32, &actor, &site.common.proxied);
                 if let Some(c) = clash {
-                    let who = self.who(env, blocks, common, lane as u32);
-                    self.shared_clash(c, s, false, pc, lane, env, sink, who);
+                    self.shared_clash(c, s, false, lane, site);
                 }
             }
             let clock = self.clock;
@@ -258,38 +238,27 @@ impl Warp {
             let mut past = Past::default();
             self.hand_on(1 << lane, &mut past);
             let copy = BulkCopy { pieces, source, mbarriers, warp: self.index, lane: lane as u32, clock, past };
-            if env.options.lazy {
-                common.copies.push(copy);
+            if site.env.options.lazy {
+                site.common.copies.push(copy);
             } else {
-                land(&copy, env, blocks, &mut common.events);
+                land(&copy, site.env, site.blocks, &mut site.common.events);
             }
         } else {
             let copy = StoreCopy { lane: lane as u32, group: self.copies.bulk_groups[lane], kind: x.kind, pieces };
-            if env.options.lazy {
+            if site.env.options.lazy {
                 self.copies.bulk.push(copy);
             } else {
-                store_out(&copy, env, blocks);
+                store_out(&copy, site.env, site.blocks);
             }
         }
         Ok(())
     }
 
-    #[allow(clippy::too_many_arguments)]
-    fn watch_global(
-        &self,
-        g: Spot,
-        bytes: usize,
-        kind: BulkKind,
-        pc: u32,
-        lane: usize,
-        env: &Env,
-        sink: &mut Sink,
-        blocks: &[Block],
-        common: &mut Common,
-    ) {
+    fn watch_global(&self, g: Spot, bytes: usize, kind: BulkKind, lane: usize, site: &mut Site) {
+        let pc = site.pc;
         let load = kind == BulkKind::Load;
-        let side = Side { cluster: common.id, actor: self.actor(pc, lane as u32) };
-        let shadow = &env.shadows[g.unit];
+        let side = Side { cluster: site.common.id, actor: self.actor(pc, lane as u32) };
+        let shadow = &site.env.shadows[g.unit];
         let clash = match kind {
             BulkKind::Reduce(..) => {
                 let read = shadow.read(g.at, bytes, lane as u32, true, &side);
@@ -298,16 +267,16 @@ impl Warp {
             _ if load => shadow.read(g.at, bytes, lane as u32, false, &side),
             _ => shadow.write(g.at, bytes, lane as u32, false, false, &side),
         };
-        if let Some(c) = clash.filter(|&c| env.options.uninitialised || c != GlobalClash::Uninitialised) {
-            self.global_clash(c, g, !load, pc, lane, env, sink, blocks, common);
+        if let Some(c) = clash.filter(|&c| site.env.options.uninitialised || c != GlobalClash::Uninitialised) {
+            self.global_clash(c, g, !load, lane, site);
         }
         // Neighbouring pieces share a sector: count it with its first.
         let sector = u64::from(g.at.is_multiple_of(32));
-        if env.options.footprint && sector == 1 {
+        if site.env.options.footprint && sector == 1 {
             let way = if load { Way::Past } else { Way::Store };
-            sink.moves(common.footprint.access(g.unit, g.at / 32, way), g.unit, pc);
+            site.sink.moves(site.common.footprint.access(g.unit, g.at / 32, way), g.unit, pc);
         }
-        let t = &mut sink.traffic[g.unit];
+        let t = &mut site.sink.traffic[g.unit];
         if load {
             t.read_bytes += bytes as u64;
             t.read_sectors += sector;
@@ -315,13 +284,13 @@ impl Warp {
             t.write_bytes += bytes as u64;
             t.write_sectors += sector;
         }
-        sink.pcs[pc as usize].sectors += sector;
+        site.sink.pcs[pc as usize].sectors += sector;
     }
 
     fn tensor_map(&self, address: u64, env: &Env) -> Result<TensorMap, String> {
         let bad = || "the tensor map can't be read: make it by TensorMap::encode".to_string();
         let mut bytes = [0u8; 128];
-        let at = (address & ((1 << 56) - 1)) as usize;
+        let at = offset(address);
         match window_of(address) {
             Space::Param => bytes.copy_from_slice(env.params.get(at..at + 128).ok_or_else(bad)?),
             Space::Const => bytes.copy_from_slice(env.constants.get(at..at + 128).ok_or_else(bad)?),

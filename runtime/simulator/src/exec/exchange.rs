@@ -1,30 +1,20 @@
 //! Exchange within a warp: `shfl`, `vote`, `match`, `redux`, `elect`, `bar.warp.sync`.
 
-use super::cluster::{Block, Common};
 use super::warp::{Flow, Path, Wait, Warp};
-use super::{Env, Sink, lanes};
+use super::{Site, lanes};
 use crate::check::Kind;
 use crate::isa::{Op, Redux, Shfl, ShflKind, Slot, Vote};
 
 impl Warp {
     /// Waits until the lanes that `members` names have come; the lanes that go on now, if any do.
-    #[allow(clippy::too_many_arguments)]
-    pub fn gather(
-        &mut self,
-        members: [u64; 32],
-        pc: u32,
-        mask: u32,
-        env: &Env,
-        sink: &mut Sink,
-        blocks: &[Block],
-        common: &Common,
-    ) -> Option<u32> {
+    pub fn gather(&mut self, members: [u64; 32], mask: u32, site: &mut Site) -> Option<u32> {
+        let pc = site.pc;
         let (mut complete, mut missing) = (0, 0);
         for lane in lanes(mask) {
             let want = members[lane] as u32;
             if want >> lane & 1 == 0 {
                 let text = || format!("the mask {want:#010x} of lanes doesn't name lane {lane}, which is here");
-                self.find(env, sink, blocks, common, Kind::DivergentWarp, pc, lane as u32, None, text);
+                self.find(site, Kind::DivergentWarp, lane as u32, None, text);
             }
             let lacking = want & self.live & !mask;
             missing |= lacking;
@@ -36,19 +26,19 @@ impl Warp {
             return Some(mask);
         }
         // It was counted as executed.
-        let undo = |sink: &mut Sink, lanes: u32, warps: u64| {
+        let undo = |sink: &mut super::Sink, lanes: u32, warps: u64| {
             let count = &mut sink.pcs[pc as usize];
             count.warps -= warps;
             count.threads -= u64::from(lanes.count_ones());
         };
         self.split_off_others(mask);
         if complete == 0 {
-            undo(sink, mask, 1);
+            undo(site.sink, mask, 1);
             self.retired -= 1;
             self.paths[self.current].wait = Wait::Lanes { missing };
             return None;
         }
-        undo(sink, mask & !complete, 0);
+        undo(site.sink, mask & !complete, 0);
         let path = &mut self.paths[self.current];
         path.mask = complete;
         let (mask, calls) = (mask & !complete, path.calls.clone());
@@ -56,17 +46,7 @@ impl Warp {
         Some(complete)
     }
 
-    #[allow(clippy::too_many_arguments)]
-    pub fn exchange(
-        &mut self,
-        op: &Op,
-        pc: u32,
-        mask: u32,
-        env: &Env,
-        sink: &mut Sink,
-        blocks: &[Block],
-        common: &Common,
-    ) -> Flow {
+    pub fn exchange(&mut self, op: &Op, mask: u32, site: &mut Site) -> Flow {
         let members: Slot = match op {
             Op::Shfl(s) => s.mask,
             Op::Vote { mask, .. }
@@ -77,12 +57,12 @@ impl Warp {
             _ => unreachable!("BUG: not an exchange"),
         };
         let members = self.regs[members as usize];
-        let Some(mask) = self.gather(members, pc, mask, env, sink, blocks, common) else { return Flow::Again };
+        let Some(mask) = self.gather(members, mask, site) else { return Flow::Again };
         let mut out = [0u64; 32];
         // Lanes that take part together with a lane.
         let group = |lane: usize| members[lane] as u32 & mask;
         match op {
-            Op::Shfl(s) => self.shuffle(s, pc, mask, env, sink, blocks, common),
+            Op::Shfl(s) => self.shuffle(s, mask, site),
             Op::Vote { kind, dst, p, .. } => {
                 let held = p.mask(&self.preds);
                 let mut yes = 0;
@@ -161,8 +141,7 @@ impl Warp {
         Flow::Next
     }
 
-    #[allow(clippy::too_many_arguments)]
-    fn shuffle(&mut self, s: &Shfl, pc: u32, mask: u32, env: &Env, sink: &mut Sink, blocks: &[Block], common: &Common) {
+    fn shuffle(&mut self, s: &Shfl, mask: u32, site: &mut Site) {
         let r = &self.regs;
         let (a, b, c) = (r[s.a as usize], r[s.b as usize], r[s.c as usize]);
         let mut out = a;
@@ -189,7 +168,7 @@ impl Warp {
         }
         if let Some((lane, from)) = bad {
             let text = || format!("lane {lane} asks lane {from}, which takes no part: the value is undefined");
-            self.find(env, sink, blocks, common, Kind::DivergentWarp, pc, lane, None, text);
+            self.find(site, Kind::DivergentWarp, lane, None, text);
         }
         self.put(s.dst, mask, &out);
         if let Some(p) = s.p {

@@ -4,10 +4,9 @@
 //! 16-bit and tf32 operands are exact in f32.  Hardware adds in an order of its own with wider, truncated sums, so
 //! results agree within a few ulp of the largest term, not in bits.  Sums in f16 are made in f32 and rounded once.
 
-use super::cluster::{Block, Common};
 use super::memory::{Spot, shared_place};
 use super::warp::{Flow, Warp};
-use super::{Env, Sink, lanes};
+use super::{Site, lanes};
 use crate::isa::{Matrix, Mma, MmaTy, Op};
 use half::f16;
 
@@ -21,22 +20,12 @@ pub(crate) fn element(bits: u32, ty: MmaTy) -> f32 {
 }
 
 impl Warp {
-    #[allow(clippy::too_many_arguments)]
-    pub fn matrix(
-        &mut self,
-        op: &Op,
-        pc: u32,
-        mask: u32,
-        env: &Env,
-        sink: &mut Sink,
-        blocks: &mut [Block],
-        common: &mut Common,
-    ) -> Flow {
+    pub fn matrix(&mut self, op: &Op, mask: u32, site: &mut Site) -> Flow {
         // All lanes of the warp must take part.
         let all = [u64::from(self.threads); 32];
-        let Some(mask) = self.gather(all, pc, mask, env, sink, blocks, common) else { return Flow::Again };
+        let Some(mask) = self.gather(all, mask, site) else { return Flow::Again };
         match op {
-            Op::Matrix(m) => self.move_rows(m, pc, mask, env, sink, blocks, common),
+            Op::Matrix(m) => self.move_rows(m, mask, site),
             Op::MoveMatrix { dst, a } => {
                 let a = self.regs[*a as usize];
                 let half = |row: usize, col: usize| a[row * 4 + col / 2] >> (16 * (col % 2)) & 0xffff;
@@ -49,25 +38,16 @@ impl Warp {
         Flow::Next
     }
 
-    #[allow(clippy::too_many_arguments)]
-    fn move_rows(
-        &mut self,
-        m: &Matrix,
-        pc: u32,
-        mask: u32,
-        env: &Env,
-        sink: &mut Sink,
-        blocks: &mut [Block],
-        common: &mut Common,
-    ) {
+    fn move_rows(&mut self, m: &Matrix, mask: u32, site: &mut Site) {
+        let pc = site.pc;
         let a = self.addresses(m.address, m.offset);
         // Lanes 8k to 8k + 7 hold the rows of matrix k.
         let rows = mask & if m.regs.len() == 4 { u32::MAX } else { (1 << (8 * m.regs.len())) - 1 };
         let mut spots = [Spot::default(); 32];
-        let good = self.shared_spots(&a, 16, pc, rows, !m.load, env, sink, blocks, common, &mut spots);
+        let good = self.shared_spots(&a, 16, rows, !m.load, site, &mut spots);
         if good != 0 {
             let places: [u64; 32] = std::array::from_fn(|l| shared_place(a[l]).1 as u64);
-            self.count_shared(&places, 16, pc, good, sink);
+            self.count_shared(&places, 16, good, site);
         }
         for (k, reg) in m.regs.iter().enumerate() {
             let mut rows = [[0u16; 8]; 8];
@@ -87,7 +67,7 @@ impl Warp {
                 }
                 let s = spots[lane];
                 let actor = self.actor(pc, lane as u32);
-                let memory = &mut blocks[s.unit].shared;
+                let memory = &mut site.blocks[s.unit].shared;
                 let clash = if m.load {
                     memory.read(s.at, 16, lane as u32, false, &actor)
                 } else {
@@ -101,8 +81,7 @@ impl Warp {
                     }
                 }
                 if let Some(c) = clash {
-                    let who = self.who(env, blocks, common, lane as u32);
-                    self.shared_clash(c, s, !m.load, pc, lane, env, sink, who);
+                    self.shared_clash(c, s, !m.load, lane, site);
                 }
             }
             if m.load {

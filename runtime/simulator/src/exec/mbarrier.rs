@@ -7,7 +7,7 @@ use super::cluster::{Block, Common};
 use super::memory::{shared_place, window_of};
 use super::trouble::shared_name;
 use super::warp::{Flow, Warp};
-use super::{Env, Sink, lanes};
+use super::{Site, lanes};
 use crate::check::Kind;
 use crate::check::past::Past;
 use crate::isa::{MbarrierKind, MbarrierOp};
@@ -60,17 +60,7 @@ pub(crate) fn complete(blocks: &mut [Block], place: (usize, usize), bytes: i64, 
 }
 
 impl Warp {
-    #[allow(clippy::too_many_arguments)]
-    pub fn mbarrier(
-        &mut self,
-        x: &MbarrierOp,
-        pc: u32,
-        mask: u32,
-        env: &Env,
-        sink: &mut Sink,
-        blocks: &mut [Block],
-        common: &mut Common,
-    ) -> Flow {
+    pub fn mbarrier(&mut self, x: &MbarrierOp, mask: u32, site: &mut Site) -> Flow {
         let value = |w: &Warp, lane: usize| x.value.map(|v| w.regs[v as usize][lane]);
         if x.kind == MbarrierKind::PendingCount {
             let mut out = [0; 32];
@@ -83,7 +73,7 @@ impl Warp {
             return Flow::Next;
         }
         if let MbarrierKind::AsyncArrive { .. } = x.kind {
-            self.wait_copies(None, mask, env, blocks);
+            self.wait_copies(None, mask, site.env, site.blocks);
         }
         if matches!(x.kind, MbarrierKind::Arrive { .. } | MbarrierKind::AsyncArrive { .. }) {
             self.clock += 1;
@@ -96,15 +86,15 @@ impl Warp {
                 Some("its address is not in shared memory".to_string())
             } else if !place.1.is_multiple_of(8) {
                 Some("it must lie at a multiple of 8 bytes".to_string())
-            } else if blocks.get(place.0).is_none_or(|b| place.1 + 8 > b.shared.bytes.len()) {
+            } else if site.blocks.get(place.0).is_none_or(|b| place.1 + 8 > b.shared.bytes.len()) {
                 Some("it lies outside shared memory".to_string())
             } else {
                 None
             };
-            let trouble = trouble.or_else(|| self.mbarrier_lane(x, lane, place, blocks, common, &mut passed));
+            let trouble = trouble.or_else(|| self.mbarrier_lane(x, lane, place, site.blocks, site.common, &mut passed));
             if let Some(text) = trouble {
-                let text = || format!("{}: {text}", shared_name(env, place.1));
-                self.find(env, sink, blocks, common, Kind::Mbarrier, pc, lane as u32, Some(a[lane]), text);
+                let text = || format!("{}: {text}", shared_name(site.env, place.1));
+                self.find(site, Kind::Mbarrier, lane as u32, Some(a[lane]), text);
             }
         }
         if let MbarrierKind::Test { .. } = x.kind {
@@ -113,7 +103,7 @@ impl Warp {
                 let place = shared_place(a[left.trailing_zeros() as usize]);
                 let same = lanes(left).filter(|&l| shared_place(a[l]) == place).fold(0u32, |m, l| m | 1 << l);
                 left &= !same;
-                if let Some(b) = blocks.get(place.0).and_then(|b| b.mbarriers.iter().find(|m| m.at == place.1)) {
+                if let Some(b) = site.blocks.get(place.0).and_then(|b| b.mbarriers.iter().find(|m| m.at == place.1)) {
                     self.learn(same, &b.done);
                 }
             }

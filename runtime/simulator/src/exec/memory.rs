@@ -1,9 +1,9 @@
 //! Loads and stores of all spaces, with their checks and counts.
 
-use super::cluster::{Block, Common};
+use super::cluster::Common;
 use super::trouble::{in_variable, local_name, shared_name};
 use super::warp::Warp;
-use super::{Env, Sink, lanes};
+use super::{Env, Site, lanes};
 use crate::check::Kind;
 use crate::check::global::{Clash as GlobalClash, Side};
 use crate::count::{self, Way};
@@ -23,6 +23,11 @@ pub(crate) fn window_of(address: u64) -> Space {
         4 => Space::Param,
         _ => Space::Global,
     }
+}
+
+/// Where a generic address lies in its window.
+pub(crate) fn offset(address: u64) -> usize {
+    (address & ((1 << 56) - 1)) as usize
 }
 
 /// (rank of the block, offset) of an address in a cluster's shared window.
@@ -49,89 +54,81 @@ impl Warp {
         a
     }
 
-    /// Checks global accesses of a warp; the lanes that may go on.
-    #[allow(clippy::too_many_arguments)]
-    pub fn global_spots(
+    /// Where lanes access memory: those that `place` finds nothing for are findings, the others may go on.
+    #[inline(always)]
+    fn spots(
         &self,
         a: &Lanes,
-        size: usize,
-        pc: u32,
         mask: u32,
-        store: bool,
-        env: &Env,
-        sink: &mut Sink,
-        blocks: &[Block],
-        common: &Common,
+        site: &mut Site,
         spots: &mut [Spot; 32],
+        place: impl Fn(&Site, usize) -> Result<Spot, (Kind, String)>,
     ) -> u32 {
         let mut good = 0;
-        if env.early && mask & !self.waited != 0 {
-            self.too_early(a, size, pc, mask & !self.waited, store, env, sink, blocks, common);
-        }
         for lane in lanes(mask) {
-            let (unit, at) = locate(a[lane]);
-            let ok = env.memory.buffers.get(unit).is_some_and(|b| {
-                at >= 0 && at as usize + size <= b.bytes && (at as usize).is_multiple_of(size) && (!store || b.writable)
-            });
-            if ok {
-                spots[lane] = Spot { unit, at: at as usize };
-                good |= 1 << lane;
-            } else {
-                let (kind, text) = self.global_trouble(a[lane], size, store, env);
-                self.find(env, sink, blocks, common, kind, pc, lane as u32, Some(a[lane]), || text);
+            match place(site, lane) {
+                Ok(spot) => {
+                    spots[lane] = spot;
+                    good |= 1 << lane;
+                }
+                Err((kind, text)) => self.find(site, kind, lane as u32, Some(a[lane]), || text),
             }
         }
         good
     }
 
-    /// Accesses of threads that have not waited for earlier launches, of a launch that begins before these have ended.
-    #[allow(clippy::too_many_arguments)]
-    fn too_early(
+    /// [`spots`](Self::spots) in global memory.
+    pub fn global_spots(
         &self,
         a: &Lanes,
         size: usize,
-        pc: u32,
         mask: u32,
         store: bool,
-        env: &Env,
-        sink: &mut Sink,
-        blocks: &[Block],
-        common: &Common,
-    ) {
+        site: &mut Site,
+        spots: &mut [Spot; 32],
+    ) -> u32 {
+        if site.env.early && mask & !self.waited != 0 {
+            self.too_early(a, size, mask & !self.waited, store, site);
+        }
+        self.spots(a, mask, site, spots, |site, lane| {
+            let (unit, at) = locate(a[lane]);
+            let fits = site.env.memory.buffers.get(unit).is_some_and(|b| {
+                at >= 0 && at as usize + size <= b.bytes && (at as usize).is_multiple_of(size) && (!store || b.writable)
+            });
+            if fits {
+                Ok(Spot { unit, at: at as usize })
+            } else {
+                Err(self.global_trouble(a[lane], size, store, site.env))
+            }
+        })
+    }
+
+    /// Accesses of threads that have not waited for earlier launches, of a launch that begins before these have ended.
+    fn too_early(&self, a: &Lanes, size: usize, mask: u32, store: bool, site: &mut Site) {
         for lane in lanes(mask) {
             let (unit, at) = locate(a[lane]);
-            let Some(b) = env.memory.buffers.get(unit) else { continue };
+            let Some(b) = site.env.memory.buffers.get(unit) else { continue };
             let fresh = |at: usize| b.written.get(at..at + size).is_some_and(|w| w.contains(&FRESH));
             if at >= 0 && (store || fresh(at as usize)) {
                 let what = if store { "a write to" } else { "a read of what an earlier launch writes, " };
                 let text = || format!("{what} byte {at} of buffer \"{}\" before griddepcontrol.wait", b.name);
-                self.find(env, sink, blocks, common, Kind::Early, pc, lane as u32, Some(a[lane]), text);
+                self.find(site, Kind::Early, lane as u32, Some(a[lane]), text);
             }
         }
     }
 
     /// Counts sectors and bytes by buffer.
-    #[allow(clippy::too_many_arguments)]
-    pub fn count_global(
-        &self,
-        a: &Lanes,
-        size: usize,
-        pc: u32,
-        mask: u32,
-        way: Way,
-        env: &Env,
-        sink: &mut Sink,
-        common: &mut Common,
-    ) {
+    pub fn count_global(&self, a: &Lanes, size: usize, mask: u32, way: Way, site: &mut Site) {
+        let pc = site.pc;
         let (sectors, n) = count::sectors(a, mask);
         let store = way.stores();
-        if env.options.footprint {
+        if site.env.options.footprint {
             for s in &sectors[..n] {
                 let (unit, at) = locate(s << 5);
-                sink.moves(common.footprint.access(unit, at as usize / 32, way), unit, pc);
+                site.sink.moves(site.common.footprint.access(unit, at as usize / 32, way), unit, pc);
             }
         }
-        sink.pcs[pc as usize].sectors += n as u64;
+        site.sink.pcs[pc as usize].sectors += n as u64;
         let mut i = 0;
         while i < n {
             let unit = locate(sectors[i] << 5).0;
@@ -139,7 +136,7 @@ impl Warp {
             while k < n && locate(sectors[k] << 5).0 == unit {
                 k += 1;
             }
-            let t = &mut sink.traffic[unit];
+            let t = &mut site.sink.traffic[unit];
             if store {
                 t.write_sectors += (k - i) as u64
             } else {
@@ -150,7 +147,7 @@ impl Warp {
         let first = locate(a[mask.trailing_zeros() as usize]).0;
         let whole = lanes(mask).all(|l| locate(a[l]).0 == first);
         let mut add = |unit: usize, bytes: u64| {
-            let t = &mut sink.traffic[unit];
+            let t = &mut site.sink.traffic[unit];
             if store { t.write_bytes += bytes } else { t.read_bytes += bytes }
         };
         if whole {
@@ -161,53 +158,41 @@ impl Warp {
     }
 
     /// Counts passes through shared memory.
-    pub fn count_shared(&self, a: &Lanes, size: usize, pc: u32, mask: u32, sink: &mut Sink) {
+    pub fn count_shared(&self, a: &Lanes, size: usize, mask: u32, site: &mut Site) {
+        let pc = site.pc;
         let (passes, conflicts) = count::banks(a, mask, size);
-        let c = &mut sink.pcs[pc as usize];
+        let c = &mut site.sink.pcs[pc as usize];
         c.passes += passes;
         c.conflicts += conflicts;
     }
 
-    /// Checks shared accesses of a warp; the lanes that may go on.
-    #[allow(clippy::too_many_arguments)]
+    /// [`spots`](Self::spots) in shared memory.
     pub fn shared_spots(
         &self,
         a: &Lanes,
         size: usize,
-        pc: u32,
         mask: u32,
         store: bool,
-        env: &Env,
-        sink: &mut Sink,
-        blocks: &[Block],
-        common: &Common,
+        site: &mut Site,
         spots: &mut [Spot; 32],
     ) -> u32 {
-        let mut good = 0;
-        for lane in lanes(mask) {
+        let what = if store { "a store" } else { "a load" };
+        self.spots(a, mask, site, spots, |site, lane| {
             let (unit, at) = shared_place(a[lane]);
-            if blocks.get(unit).is_some_and(|b| at + size <= b.shared.bytes.len()) && at.is_multiple_of(size) {
-                spots[lane] = Spot { unit, at };
-                good |= 1 << lane;
-                continue;
-            }
-            let what = if store { "a store" } else { "a load" };
-            let (kind, text) = match blocks.get(unit) {
-                Some(b) if at + size <= b.shared.bytes.len() => {
-                    (Kind::Misaligned, format!("{what} of {size} bytes of {} ", shared_name(env, at)))
-                }
-                Some(b) => {
-                    let n = b.shared.bytes.len();
-                    (Kind::OutOfBounds, format!("{what} of {size} bytes at byte {at} of {n} bytes of shared memory"))
-                }
-                None => (
-                    Kind::OutOfBounds,
-                    format!("{what} in shared memory of block {unit} of a cluster of {}", blocks.len()),
-                ),
+            let Some(b) = site.blocks.get(unit) else {
+                let text = format!("{what} in shared memory of block {unit} of a cluster of {}", site.blocks.len());
+                return Err((Kind::OutOfBounds, text));
             };
-            self.find(env, sink, blocks, common, kind, pc, lane as u32, Some(a[lane]), || text);
-        }
-        good
+            let n = b.shared.bytes.len();
+            if at + size > n {
+                let text = format!("{what} of {size} bytes at byte {at} of {n} bytes of shared memory");
+                return Err((Kind::OutOfBounds, text));
+            }
+            if !at.is_multiple_of(size) {
+                return Err((Kind::Misaligned, format!("{what} of {size} bytes of {} ", shared_name(site.env, at))));
+            }
+            Ok(Spot { unit, at })
+        })
     }
 
     /// Lanes of a generic access by space, most of them at once.
@@ -220,89 +205,67 @@ impl Warp {
         all
     }
 
-    #[allow(clippy::too_many_arguments)]
-    pub fn load(
-        &mut self,
-        x: &Access,
-        pc: u32,
-        mask: u32,
-        env: &Env,
-        sink: &mut Sink,
-        blocks: &mut [Block],
-        common: &mut Common,
-    ) {
+    pub fn load(&mut self, x: &Access, mask: u32, site: &mut Site) {
         let a = self.addresses(x.address, x.offset);
         if x.space == Space::Generic {
             for (space, m) in Self::by_space(&a, mask) {
                 if m != 0 {
-                    self.load_from(space, x, &a, pc, m, env, sink, blocks, common);
+                    self.load_from(space, x, &a, m, site);
                 }
             }
         } else {
-            self.load_from(x.space, x, &a, pc, mask, env, sink, blocks, common);
+            self.load_from(x.space, x, &a, mask, site);
         }
     }
 
-    #[allow(clippy::too_many_arguments)]
-    fn load_from(
-        &mut self,
-        space: Space,
-        x: &Access,
-        a: &Lanes,
-        pc: u32,
-        mask: u32,
-        env: &Env,
-        sink: &mut Sink,
-        blocks: &mut [Block],
-        common: &mut Common,
-    ) {
+    fn load_from(&mut self, space: Space, x: &Access, a: &Lanes, mask: u32, site: &mut Site) {
+        let pc = site.pc;
         let width = x.width as usize;
         let size = width * x.regs.len();
         let mut spots = [Spot::default(); 32];
         let good;
         match space {
             Space::Global | Space::Generic => {
-                good = self.global_spots(a, size, pc, mask, false, env, sink, blocks, common, &mut spots);
+                good = self.global_spots(a, size, mask, false, site, &mut spots);
                 if good != 0 {
                     let way = if x.strong { Way::Past } else { Way::Load };
-                    self.count_global(a, size, pc, good, way, env, sink, common);
+                    self.count_global(a, size, good, way, site);
                 }
                 for lane in lanes(good) {
                     let s = spots[lane];
-                    let side = Side { cluster: common.id, actor: self.actor(pc, lane as u32) };
-                    if let Some(c) = env.shadows[s.unit].read(s.at, size, lane as u32, x.strong, &side)
-                        && (env.options.uninitialised || c != GlobalClash::Uninitialised)
+                    let side = Side { cluster: site.common.id, actor: self.actor(pc, lane as u32) };
+                    if let Some(c) = site.env.shadows[s.unit].read(s.at, size, lane as u32, x.strong, &side)
+                        && (site.env.options.uninitialised || c != GlobalClash::Uninitialised)
                     {
-                        self.global_clash(c, s, false, pc, lane, env, sink, blocks, common);
+                        self.global_clash(c, s, false, lane, site);
                     }
                 }
                 let held = (x.strong && width == 8)
-                    .then(|| env.memory.wide.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
+                    .then(|| site.env.memory.wide.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
                 for (k, reg) in x.regs.iter().enumerate() {
                     let Some(dst) = reg else { continue };
                     let d = &mut self.regs[*dst as usize];
                     for lane in lanes(good) {
                         let s = spots[lane];
-                        d[lane] = env.memory.buffers[s.unit].load(s.at + k * width, x.width);
+                        d[lane] = site.env.memory.buffers[s.unit].load(s.at + k * width, x.width);
                     }
                 }
                 drop(held);
                 // After the location was read: what its writer handed on before is there.
                 if x.strong {
-                    self.acquire(a, good, env, common);
+                    self.acquire(a, good, site.env, site.common);
                 }
             }
             Space::Shared => {
-                good = self.shared_spots(a, size, pc, mask, false, env, sink, blocks, common, &mut spots);
+                good = self.shared_spots(a, size, mask, false, site, &mut spots);
                 if good != 0 {
-                    self.count_shared(a, size, pc, good, sink);
+                    self.count_shared(a, size, good, site);
                 }
                 for lane in lanes(good) {
                     let s = spots[lane];
                     let actor = self.actor(pc, lane as u32);
-                    if let Some(c) = blocks[s.unit].shared.read(s.at, size, lane as u32, x.strong, &actor) {
-                        let who = self.who(env, blocks, common, lane as u32);
-                        self.shared_clash(c, s, false, pc, lane, env, sink, who);
+                    if let Some(c) = site.blocks[s.unit].shared.read(s.at, size, lane as u32, x.strong, &actor) {
+                        self.shared_clash(c, s, false, lane, site);
                     }
                 }
                 for (k, reg) in x.regs.iter().enumerate() {
@@ -310,23 +273,31 @@ impl Warp {
                     let d = &mut self.regs[*dst as usize];
                     for lane in lanes(good) {
                         let s = spots[lane];
-                        d[lane] = blocks[s.unit].shared.load(s.at + k * width, x.width);
+                        d[lane] = site.blocks[s.unit].shared.load(s.at + k * width, x.width);
                     }
                 }
                 if x.strong {
-                    self.acquire(a, good, env, common);
+                    self.acquire(a, good, site.env, site.common);
                 }
             }
             Space::Local => {
-                good = self.local_spots(a, size, pc, mask, env, sink, blocks, common, &mut spots);
-                if env.options.uninitialised {
+                good = self.local_spots(a, size, mask, site, &mut spots);
+                if site.env.options.uninitialised {
                     for lane in lanes(good) {
                         let s = spots[lane];
                         if self.local_written[s.at..s.at + size].contains(&0) {
-                            let at = s.at - lane * env.program.local_bytes as usize;
-                            let text = || format!("{} was never written by this thread", local_name(env, at));
-                            let who = self.who(env, blocks, common, lane as u32);
-                            sink.findings.add(env.program, Kind::Uninitialised, pc, None, who, Some(a[lane]), text);
+                            let at = s.at - lane * site.env.program.local_bytes as usize;
+                            let text = || format!("{} was never written by this thread", local_name(site.env, at));
+                            let who = self.who(site.env, site.blocks, site.common, lane as u32);
+                            site.sink.findings.add(
+                                site.env.program,
+                                Kind::Uninitialised,
+                                pc,
+                                None,
+                                who,
+                                Some(a[lane]),
+                                text,
+                            );
                         }
                     }
                 }
@@ -341,21 +312,19 @@ impl Warp {
                 }
             }
             Space::Const | Space::Param => {
-                let (bytes, name) =
-                    if space == Space::Const { (env.constants, "constant") } else { (env.params, "parameter") };
-                let mut ok = 0;
-                for lane in lanes(mask) {
-                    let at = (a[lane] & ((1 << 56) - 1)) as usize;
-                    if at.checked_add(size).is_some_and(|end| end <= bytes.len()) && at.is_multiple_of(width) {
-                        spots[lane].at = at;
-                        ok |= 1 << lane;
-                    } else {
-                        let text =
-                            || format!("a load of {size} bytes at byte {at} of {} of {name} memory", bytes.len());
-                        self.find(env, sink, blocks, common, Kind::OutOfBounds, pc, lane as u32, Some(a[lane]), text);
+                let (bytes, name) = if space == Space::Const {
+                    (site.env.constants, "constant")
+                } else {
+                    (site.env.params, "parameter")
+                };
+                good = self.spots(a, mask, site, &mut spots, |_, lane| {
+                    let (at, all) = (offset(a[lane]), bytes.len());
+                    if at.checked_add(size).is_some_and(|end| end <= all) && at.is_multiple_of(width) {
+                        return Ok(Spot { unit: 0, at });
                     }
-                }
-                good = ok;
+                    let text = format!("a load of {size} bytes at byte {at} of {all} of {name} memory");
+                    Err((Kind::OutOfBounds, text))
+                });
                 for (k, reg) in x.regs.iter().enumerate() {
                     let Some(dst) = reg else { continue };
                     for lane in lanes(good) {
@@ -385,102 +354,64 @@ impl Warp {
         }
     }
 
-    #[allow(clippy::too_many_arguments)]
-    fn local_spots(
-        &self,
-        a: &Lanes,
-        size: usize,
-        pc: u32,
-        mask: u32,
-        env: &Env,
-        sink: &mut Sink,
-        blocks: &[Block],
-        common: &Common,
-        spots: &mut [Spot; 32],
-    ) -> u32 {
-        let all = env.program.local_bytes as usize;
-        let mut good = 0;
-        for lane in lanes(mask) {
-            let at = (a[lane] & ((1 << 56) - 1)) as usize;
-            let inside = at.checked_add(size).is_some_and(|end| end <= all) && in_variable(env, at, size);
-            if inside && at.is_multiple_of(size) {
-                spots[lane].at = lane * all + at;
-                good |= 1 << lane;
-            } else {
-                let (kind, text) = if inside {
-                    (Kind::Misaligned, format!("{size} bytes of {}", local_name(env, at)))
-                } else {
-                    (Kind::OutOfBounds, format!("{size} bytes at byte {at} of {all} bytes of local memory"))
-                };
-                self.find(env, sink, blocks, common, kind, pc, lane as u32, Some(a[lane]), || text);
+    /// [`spots`](Self::spots) in the threads' local memory.
+    fn local_spots(&self, a: &Lanes, size: usize, mask: u32, site: &mut Site, spots: &mut [Spot; 32]) -> u32 {
+        let all = site.env.program.local_bytes as usize;
+        self.spots(a, mask, site, spots, |site, lane| {
+            let at = offset(a[lane]);
+            if at.checked_add(size).is_none_or(|end| end > all) || !in_variable(site.env, at, size) {
+                let text = format!("{size} bytes at byte {at} of {all} bytes of local memory");
+                return Err((Kind::OutOfBounds, text));
             }
-        }
-        good
+            if !at.is_multiple_of(size) {
+                return Err((Kind::Misaligned, format!("{size} bytes of {}", local_name(site.env, at))));
+            }
+            Ok(Spot { unit: 0, at: lane * all + at })
+        })
     }
 
-    #[allow(clippy::too_many_arguments)]
-    pub fn store(
-        &mut self,
-        x: &Access,
-        pc: u32,
-        mask: u32,
-        env: &Env,
-        sink: &mut Sink,
-        blocks: &mut [Block],
-        common: &mut Common,
-    ) {
+    pub fn store(&mut self, x: &Access, mask: u32, site: &mut Site) {
         let a = self.addresses(x.address, x.offset);
         if x.space == Space::Generic {
             for (space, m) in Self::by_space(&a, mask) {
                 if m != 0 {
-                    self.store_to(space, x, &a, pc, m, env, sink, blocks, common);
+                    self.store_to(space, x, &a, m, site);
                 }
             }
         } else {
-            self.store_to(x.space, x, &a, pc, mask, env, sink, blocks, common);
+            self.store_to(x.space, x, &a, mask, site);
         }
     }
 
-    #[allow(clippy::too_many_arguments)]
-    fn store_to(
-        &mut self,
-        space: Space,
-        x: &Access,
-        a: &Lanes,
-        pc: u32,
-        mask: u32,
-        env: &Env,
-        sink: &mut Sink,
-        blocks: &mut [Block],
-        common: &mut Common,
-    ) {
+    fn store_to(&mut self, space: Space, x: &Access, a: &Lanes, mask: u32, site: &mut Site) {
+        let pc = site.pc;
         let width = x.width as usize;
         let size = width * x.regs.len();
         let keep = if width == 8 { u64::MAX } else { (1 << (8 * width)) - 1 };
         let mut spots = [Spot::default(); 32];
         match space {
             Space::Global | Space::Generic => {
-                let good = self.global_spots(a, size, pc, mask, true, env, sink, blocks, common, &mut spots);
+                let good = self.global_spots(a, size, mask, true, site, &mut spots);
                 if good != 0 {
-                    self.count_global(a, size, pc, good, Way::Store, env, sink, common);
+                    self.count_global(a, size, good, Way::Store, site);
                 }
                 if x.strong {
-                    self.publish(x.release, a, good, env, common);
+                    self.publish(x.release, a, good, site.env, site.common);
                 }
                 for lane in lanes(good) {
                     let s = spots[lane];
-                    let buffer = &env.memory.buffers[s.unit];
+                    let buffer = &site.env.memory.buffers[s.unit];
                     let mut same = true;
                     let value = |k: usize| x.regs[k].map_or(0, |r| self.regs[r as usize][lane]) & keep;
                     for k in 0..x.regs.len() {
                         same &= buffer.load(s.at + k * width, x.width) == value(k);
                     }
-                    let side = Side { cluster: common.id, actor: self.actor(pc, lane as u32) };
-                    if let Some(c) = env.shadows[s.unit].write(s.at, size, lane as u32, x.strong, same, &side) {
-                        self.global_clash(c, s, true, pc, lane, env, sink, blocks, common);
+                    let side = Side { cluster: site.common.id, actor: self.actor(pc, lane as u32) };
+                    if let Some(c) = site.env.shadows[s.unit].write(s.at, size, lane as u32, x.strong, same, &side) {
+                        self.global_clash(c, s, true, lane, site);
                     }
                     let held = (x.strong && width == 8)
-                        .then(|| env.memory.wide.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
+                        .then(|| site.env.memory.wide.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
                     if !same {
                         for k in 0..x.regs.len() {
                             buffer.store(s.at + k * width, x.width, value(k));
@@ -488,21 +419,21 @@ impl Warp {
                     }
                     drop(held);
                 }
-                common.events += u64::from(x.strong);
+                site.common.events += u64::from(x.strong);
             }
             Space::Shared => {
-                let good = self.shared_spots(a, size, pc, mask, true, env, sink, blocks, common, &mut spots);
+                let good = self.shared_spots(a, size, mask, true, site, &mut spots);
                 if good != 0 {
-                    self.count_shared(a, size, pc, good, sink);
+                    self.count_shared(a, size, good, site);
                 }
                 if x.strong {
-                    self.publish(x.release, a, good, env, common);
-                    common.events += 1;
+                    self.publish(x.release, a, good, site.env, site.common);
+                    site.common.events += 1;
                 }
                 for lane in lanes(good) {
                     let s = spots[lane];
                     let value = |k: usize| x.regs[k].map_or(0, |r| self.regs[r as usize][lane]) & keep;
-                    let shared = &mut blocks[s.unit].shared;
+                    let shared = &mut site.blocks[s.unit].shared;
                     let mut same = shared.is_written(s.at);
                     for k in 0..x.regs.len() {
                         same &= shared.load(s.at + k * width, x.width) == value(k);
@@ -512,13 +443,12 @@ impl Warp {
                         shared.store(s.at + k * width, x.width, value(k));
                     }
                     if let Some(c) = clash {
-                        let who = self.who(env, blocks, common, lane as u32);
-                        self.shared_clash(c, s, true, pc, lane, env, sink, who);
+                        self.shared_clash(c, s, true, lane, site);
                     }
                 }
             }
             Space::Local => {
-                let good = self.local_spots(a, size, pc, mask, env, sink, blocks, common, &mut spots);
+                let good = self.local_spots(a, size, mask, site, &mut spots);
                 for lane in lanes(good) {
                     let at = spots[lane].at;
                     for (k, r) in x.regs.iter().enumerate() {
@@ -532,7 +462,7 @@ impl Warp {
             Space::Const | Space::Param => {
                 let lane = mask.trailing_zeros();
                 let text = || "a store to memory that can only be read".into();
-                self.find(env, sink, blocks, common, Kind::ReadOnlyWrite, pc, lane, Some(a[lane as usize]), text);
+                self.find(site, Kind::ReadOnlyWrite, lane, Some(a[lane as usize]), text);
             }
         }
     }

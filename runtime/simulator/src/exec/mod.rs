@@ -26,6 +26,7 @@ use crate::check::global::{Releases, Shadows};
 use crate::count::{Move, PcCount, Traffic};
 use crate::isa::Program;
 use crate::memory::GlobalMemory;
+use cluster::{Block, Common};
 
 /// How to run.
 #[derive(Clone, Copy, Debug)]
@@ -63,6 +64,23 @@ pub(crate) struct Env<'a> {
     pub dynamic_shared: u32,
     /// Earlier launches may still run until it waits for them.
     pub early: bool,
+}
+
+/// Where an instruction of a warp runs: what it may use and change beside the warp.
+pub(crate) struct Site<'a> {
+    pub pc: u32,
+    pub env: &'a Env<'a>,
+    pub sink: &'a mut Sink,
+    /// Those of the cluster.
+    pub blocks: &'a mut [Block],
+    pub common: &'a mut Common,
+}
+
+impl Site<'_> {
+    /// The same for the instruction at `pc`.
+    pub fn at(&mut self, pc: u32) -> Site<'_> {
+        Site { pc, env: self.env, sink: self.sink, blocks: self.blocks, common: self.common }
+    }
 }
 
 /// What one worker notes.

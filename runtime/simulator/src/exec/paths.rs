@@ -2,7 +2,7 @@
 
 use super::cluster::{Block, Common};
 use super::warp::{Flow, Path, Wait, Warp};
-use super::{Env, Sink, lanes};
+use super::{Env, Site, lanes};
 use crate::check::Kind;
 use crate::isa::Slot;
 
@@ -101,23 +101,23 @@ impl Warp {
     }
 
     /// Threads leave.
-    pub fn leave(&mut self, pc: u32, mask: u32, env: &Env, sink: &mut Sink, blocks: &mut [Block], common: &mut Common) {
-        if env.early && mask & !self.waited != 0 {
+    pub fn leave(&mut self, mask: u32, site: &mut Site) {
+        if site.env.early && mask & !self.waited != 0 {
             let text =
                 || "a thread leaves that has not waited for earlier launches: who waits for it has not either".into();
             let lane = (mask & !self.waited).trailing_zeros();
-            self.find(env, sink, blocks, common, Kind::Early, pc, lane, None, text);
+            self.find(site, Kind::Early, lane, None, text);
         }
         // Others wait for them at a barrier of the whole block.
-        let waiting = blocks[self.block as usize].barriers.iter().find(|b| b.arrived > 0 && b.expected.is_none());
+        let waiting = site.blocks[self.block as usize].barriers.iter().find(|b| b.arrived > 0 && b.expected.is_none());
         if let Some(pc) = waiting.and_then(|b| b.pc) {
             let text = || super::barriers::left_without(mask.count_ones());
-            self.find(env, sink, blocks, common, Kind::DivergentBarrier, pc, mask.trailing_zeros(), None, text);
+            self.find(&mut site.at(pc), Kind::DivergentBarrier, mask.trailing_zeros(), None, text);
         }
         self.live &= !mask;
-        let block = &mut blocks[self.block as usize];
+        let block = &mut site.blocks[self.block as usize];
         block.live -= mask.count_ones();
-        common.events += 1;
+        site.common.events += 1;
         let path = &mut self.paths[self.current];
         path.mask &= !mask;
         if path.mask == 0 {
@@ -126,21 +126,11 @@ impl Warp {
         } else {
             path.pc += 1;
         }
-        super::barriers::threads_left(blocks, self.block as usize, common);
+        super::barriers::threads_left(site.blocks, self.block as usize, site.common);
     }
 
-    #[allow(clippy::too_many_arguments)]
-    pub fn jump_table(
-        &mut self,
-        index: Slot,
-        targets: &[u32],
-        pc: u32,
-        mask: u32,
-        env: &Env,
-        sink: &mut Sink,
-        blocks: &[Block],
-        common: &Common,
-    ) -> Flow {
+    pub fn jump_table(&mut self, index: Slot, targets: &[u32], mask: u32, site: &mut Site) -> Flow {
+        let pc = site.pc;
         self.split_off_others(mask);
         let index = self.regs[index as usize];
         let calls = self.paths[self.current].calls.clone();
@@ -155,7 +145,7 @@ impl Warp {
                 Some(&t) => t,
                 None => {
                     let text = || format!("jump {i} of a table of {}", targets.len());
-                    self.find(env, sink, blocks, common, Kind::Operand, pc, lane, None, text);
+                    self.find(site, Kind::Operand, lane, None, text);
                     pc + 1
                 }
             };

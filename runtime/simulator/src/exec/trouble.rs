@@ -1,12 +1,11 @@
 //! What is wrong with an access, in words.
 
-use super::cluster::{Block, Common};
 use super::memory::{Spot, window_of};
 use super::warp::Warp;
-use super::{Env, Sink};
+use super::{Env, Site};
+use crate::check::Kind;
 use crate::check::global::Clash as GlobalClash;
 use crate::check::shared::Clash;
-use crate::check::{Kind, Who};
 use crate::memory::{address_of, locate};
 use crate::parse::ast::Space;
 
@@ -42,28 +41,15 @@ impl Warp {
     }
 
     /// Notes a clash in global memory.
-    #[allow(clippy::too_many_arguments)]
-    pub fn global_clash(
-        &self,
-        clash: GlobalClash,
-        spot: Spot,
-        store: bool,
-        pc: u32,
-        lane: usize,
-        env: &Env,
-        sink: &mut Sink,
-        blocks: &[Block],
-        common: &Common,
-    ) {
-        let who = self.who(env, blocks, common, lane as u32);
+    pub fn global_clash(&self, clash: GlobalClash, spot: Spot, store: bool, lane: usize, site: &mut Site) {
         let address = Some(address_of(spot.unit) + spot.at as u64);
-        let name = &env.memory.buffers[spot.unit].name;
+        let name = &site.env.memory.buffers[spot.unit].name;
         let place = format!("byte {} of buffer \"{name}\"", spot.at);
         let what = if store { "write" } else { "read" };
         let other = |cluster: u32, thread: u32| {
             let warp = thread / 32;
-            let block = cluster * blocks.len() as u32 + warp / common.warps_per_block;
-            let thread = warp % common.warps_per_block * 32 + thread % 32;
+            let block = cluster * site.blocks.len() as u32 + warp / site.common.warps_per_block;
+            let thread = warp % site.common.warps_per_block * 32 + thread % 32;
             format!("thread {thread} of block {block}")
         };
         let (kind, at, text) = match clash {
@@ -77,25 +63,14 @@ impl Warp {
                 (Kind::GlobalRace, None, text)
             }
         };
-        sink.findings.add(env.program, kind, pc, at, who, address, || text);
+        self.find_two(site, kind, at, lane as u32, address, || text);
     }
 
     /// Notes a clash in shared memory.
-    #[allow(clippy::too_many_arguments)]
-    pub fn shared_clash(
-        &self,
-        clash: Clash,
-        spot: Spot,
-        store: bool,
-        pc: u32,
-        lane: usize,
-        env: &Env,
-        sink: &mut Sink,
-        who: Who,
-    ) {
-        let place = shared_name(env, spot.at);
+    pub fn shared_clash(&self, clash: Clash, spot: Spot, store: bool, lane: usize, site: &mut Site) {
+        let place = shared_name(site.env, spot.at);
         let what = if store { "write" } else { "read" };
-        let per = env.block.iter().product::<u32>().div_ceil(32);
+        let per = site.env.block.iter().product::<u32>().div_ceil(32);
         let other = |t: u32| {
             let (warp, lane) = (t / 32 % per, t % 32);
             format!("thread {}", warp * 32 + lane)
@@ -126,8 +101,7 @@ impl Warp {
                 (Kind::AsyncUnwaited, Some(pc), text)
             }
         };
-        let _ = lane;
-        sink.findings.add(env.program, kind, pc, at, who, Some(spot.at as u64), || text);
+        self.find_two(site, kind, at, lane as u32, Some(spot.at as u64), || text);
     }
 }
 

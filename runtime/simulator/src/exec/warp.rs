@@ -10,7 +10,7 @@ use super::async_copy::Copies;
 use super::cluster::{Block, Common};
 use super::paths::PATIENCE;
 use super::views::Views;
-use super::{Env, Sink, lanes};
+use super::{Env, Sink, Site, lanes};
 use crate::check::shared::Actor;
 use crate::check::{Kind, Who};
 use crate::isa::{Lanes, Op, Slot, Special};
@@ -237,13 +237,14 @@ impl Warp {
     pub fn run(&mut self, env: &Env, sink: &mut Sink, blocks: &mut [Block], common: &mut Common, turn: u64) -> Stop {
         let mixed = env.options.seed != 0;
         let code = &env.program.code;
+        let mut site = Site { pc: 0, env, sink, blocks, common };
         let end = self.retired + turn;
         'choose: loop {
             if self.live == 0 {
                 return Stop::Ended;
             }
             if self.paths.len() > 1 || self.paths[0].wait != Wait::None {
-                if !self.choose(env, blocks, common, mixed) {
+                if !self.choose(env, site.blocks, site.common, mixed) {
                     return Stop::Blocked;
                 }
             } else {
@@ -259,16 +260,17 @@ impl Warp {
                 let path = &mut self.paths[self.current];
                 let pc = path.pc;
                 let inst = &code[pc as usize];
+                site.pc = pc;
                 let mask = path.mask & inst.guard.mask(&self.preds);
                 self.retired += 1;
-                let count = &mut sink.pcs[pc as usize];
+                let count = &mut site.sink.pcs[pc as usize];
                 count.warps += 1;
                 count.threads += u64::from(mask.count_ones());
                 if let Some(registers) = env.program.touches.get(pc as usize)
                     && !registers.is_empty()
                     && mask != 0
                 {
-                    self.touch(registers, pc, mask, env, sink, blocks, common);
+                    self.touch(registers, mask, &mut site);
                 }
                 let flow = match &inst.op {
                     Op::Alu { f, dst, a, b, c } => {
@@ -311,7 +313,7 @@ impl Warp {
                         continue;
                     }
                     _ if mask == 0 => Flow::Next,
-                    op => self.execute(op, pc, mask, env, sink, blocks, common),
+                    op => self.execute(op, mask, &mut site),
                 };
                 match flow {
                     Flow::Next => self.paths[self.current].pc = pc + 1,
@@ -320,7 +322,7 @@ impl Warp {
                         return Stop::Asked;
                     }
                     Flow::Again => {
-                        if common.stopped {
+                        if site.common.stopped {
                             return Stop::Ended;
                         }
                         continue 'choose;
@@ -336,38 +338,32 @@ impl Warp {
         }
     }
 
-    #[allow(clippy::too_many_arguments)]
-    pub fn find(
+    /// Notes what a lane did wrong.
+    pub fn find(&self, site: &mut Site, kind: Kind, lane: u32, address: Option<u64>, message: impl FnOnce() -> String) {
+        self.find_two(site, kind, None, lane, address, message);
+    }
+
+    /// The same, of this instruction and another.
+    pub fn find_two(
         &self,
-        env: &Env,
-        sink: &mut Sink,
-        blocks: &[Block],
-        common: &Common,
+        site: &mut Site,
         kind: Kind,
-        pc: u32,
+        other: Option<u32>,
         lane: u32,
         address: Option<u64>,
         message: impl FnOnce() -> String,
     ) {
-        sink.findings.add(env.program, kind, pc, None, self.who(env, blocks, common, lane), address, message);
+        let who = self.who(site.env, site.blocks, site.common, lane);
+        site.sink.findings.add(site.env.program, kind, site.pc, other, who, address, message);
     }
 
     /// Instructions other than the commonest, with at least one lane.
-    #[allow(clippy::too_many_arguments)]
-    fn execute(
-        &mut self,
-        op: &Op,
-        pc: u32,
-        mask: u32,
-        env: &Env,
-        sink: &mut Sink,
-        blocks: &mut [Block],
-        common: &mut Common,
-    ) -> Flow {
+    fn execute(&mut self, op: &Op, mask: u32, site: &mut Site) -> Flow {
+        let pc = site.pc;
         let mut out: Lanes = [0; 32];
         match op {
-            Op::Ld(a) => self.load(a, pc, mask, env, sink, blocks, common),
-            Op::St(a) => self.store(a, pc, mask, env, sink, blocks, common),
+            Op::Ld(a) => self.load(a, mask, site),
+            Op::St(a) => self.store(a, mask, site),
             Op::Selp { dst, a, b, p } => {
                 let chosen = p.mask(&self.preds);
                 let (a, b) = (&self.regs[*a as usize], &self.regs[*b as usize]);
@@ -446,11 +442,11 @@ impl Warp {
                 let now = if *narrow { self.retired & 0xffff_ffff } else { self.retired };
                 self.put(*dst, mask, &[now; 32]);
             }
-            Op::Brx { index, targets } => return self.jump_table(*index, targets, pc, mask, env, sink, blocks, common),
+            Op::Brx { index, targets } => return self.jump_table(*index, targets, mask, site),
             Op::Call(call) => {
                 self.split_off_others(mask);
                 for lane in lanes(mask) {
-                    self.copy_local(&call.copies, lane, env.program.local_bytes as usize);
+                    self.copy_local(&call.copies, lane, site.env.program.local_bytes as usize);
                 }
                 let path = &mut self.paths[self.current];
                 path.calls.push(pc);
@@ -459,13 +455,13 @@ impl Warp {
             }
             Op::Ret => {
                 let Some(&call) = self.paths[self.current].calls.last() else {
-                    self.leave(pc, mask, env, sink, blocks, common);
+                    self.leave(mask, site);
                     return Flow::Again;
                 };
                 self.split_off_others(mask);
-                if let Op::Call(c) = &env.program.code[call as usize].op {
+                if let Op::Call(c) = &site.env.program.code[call as usize].op {
                     for lane in lanes(mask) {
-                        self.copy_local(&c.results, lane, env.program.local_bytes as usize);
+                        self.copy_local(&c.results, lane, site.env.program.local_bytes as usize);
                     }
                 }
                 let path = &mut self.paths[self.current];
@@ -474,15 +470,13 @@ impl Warp {
                 return Flow::Again;
             }
             Op::Exit => {
-                self.leave(pc, mask, env, sink, blocks, common);
+                self.leave(mask, site);
                 return Flow::Again;
             }
             Op::Trap => {
                 let lane = mask.trailing_zeros();
-                self.find(env, sink, blocks, common, Kind::Trap, pc, lane, None, || {
-                    "the kernel stops itself here".into()
-                });
-                common.stopped = true;
+                self.find(site, Kind::Trap, lane, None, || "the kernel stops itself here".into());
+                site.common.stopped = true;
                 return Flow::Again;
             }
             Op::IsSpace { p, a, space } => {
@@ -493,29 +487,29 @@ impl Warp {
                 }
                 self.put_pred(*p, mask, r);
             }
-            Op::Atom(a) => self.atomic(a, pc, mask, env, sink, blocks, common),
+            Op::Atom(a) => self.atomic(a, mask, site),
             Op::Shfl(_)
             | Op::Vote { .. }
             | Op::Match { .. }
             | Op::Redux { .. }
             | Op::BarWarp { .. }
             | Op::Elect { .. } => {
-                return self.exchange(op, pc, mask, env, sink, blocks, common);
+                return self.exchange(op, mask, site);
             }
             Op::ActiveMask { dst } => self.put(*dst, mask, &[u64::from(mask); 32]),
-            Op::Bar(b) => return self.barrier(b, pc, mask, env, sink, blocks, common),
+            Op::Bar(b) => return self.barrier(b, mask, site),
             Op::ClusterArrive { aligned } => {
-                return self.cluster_arrive(*aligned, pc, mask, env, sink, blocks, common);
+                return self.cluster_arrive(*aligned, mask, site);
             }
             Op::ClusterWait { .. } => return self.cluster_wait(mask),
-            Op::Fence { wide, proxy } => self.fence(*wide, *proxy, mask, common),
+            Op::Fence { wide, proxy } => self.fence(*wide, *proxy, mask, site.common),
             Op::Matrix(_) | Op::MoveMatrix { .. } | Op::Mma(_) => {
-                return self.matrix(op, pc, mask, env, sink, blocks, common);
+                return self.matrix(op, mask, site);
             }
-            Op::CpAsync(c) => self.copy_async(c, pc, mask, env, sink, blocks, common),
+            Op::CpAsync(c) => self.copy_async(c, mask, site),
             Op::CpAsyncCommit => self.commit(mask),
-            Op::CpAsyncWait { keep } => self.wait_copies(*keep, mask, env, blocks),
-            Op::Mbarrier(b) => return self.mbarrier(b, pc, mask, env, sink, blocks, common),
+            Op::CpAsyncWait { keep } => self.wait_copies(*keep, mask, site.env, site.blocks),
+            Op::Mbarrier(b) => return self.mbarrier(b, mask, site),
             Op::Mapa { dst, a, rank, generic } => {
                 let (a, rank) = (self.regs[*a as usize], self.regs[*rank as usize]);
                 let shift = crate::isa::window::RANK_SHIFT;
@@ -533,11 +527,11 @@ impl Warp {
                 }
                 self.put(*dst, mask, &out);
             }
-            Op::Bulk(b) => self.bulk(b, pc, mask, env, sink, blocks, common),
+            Op::Bulk(b) => self.bulk(b, mask, site),
             Op::BulkCommit => self.bulk_commit(mask),
-            Op::BulkWait { keep } => self.bulk_wait(*keep, mask, env, blocks),
+            Op::BulkWait { keep } => self.bulk_wait(*keep, mask, site.env, site.blocks),
             Op::Wgmma(_) | Op::WgmmaFence | Op::WgmmaCommit | Op::WgmmaWait { .. } => {
-                return self.wgmma(op, pc, mask, env, sink, blocks, common);
+                return self.wgmma(op, mask, site);
             }
             Op::WaitEarlier => self.waited |= mask,
             Op::Nop | Op::Hint => {}

@@ -10,12 +10,12 @@
 //! operands have runs of the swizzle's width along m or n, 8 k to a block: `leading` apart along m or n, `stride` along k
 //! (without swizzle the other way round).
 
-use super::cluster::{Block, Common};
+use super::cluster::Block;
 use super::matrix::element;
 use super::memory::{Spot, shared_place};
 use super::tensor_map::Swizzle;
 use super::warp::{Flow, Warp};
-use super::{Env, Sink};
+use super::{Env, Site};
 use crate::check::Kind;
 use crate::check::shared::{Actor, SharedMemory};
 use crate::isa::{Inst, Lanes, MmaTy, Op, Slot, Wgmma};
@@ -141,24 +141,15 @@ fn operand_size(w: &Wgmma) -> usize {
 }
 
 impl Warp {
-    #[allow(clippy::too_many_arguments)]
-    pub fn wgmma(
-        &mut self,
-        op: &Op,
-        pc: u32,
-        mask: u32,
-        env: &Env,
-        sink: &mut Sink,
-        blocks: &mut [Block],
-        common: &mut Common,
-    ) -> Flow {
+    pub fn wgmma(&mut self, op: &Op, mask: u32, site: &mut Site) -> Flow {
+        let pc = site.pc;
         let all = [u64::from(self.threads); 32];
-        if self.gather(all, pc, mask, env, sink, blocks, common).is_none() {
+        if self.gather(all, mask, site).is_none() {
             return Flow::Again;
         }
         match op {
             Op::Wgmma(w) => {
-                self.order(w, pc, env, sink, blocks, common);
+                self.order(w, site);
                 let a = if w.a_in_shared {
                     vec![self.regs[w.a[0] as usize]]
                 } else {
@@ -171,12 +162,12 @@ impl Warp {
                     keep_d: w.scale_d.mask(&self.preds) & 1 == 1,
                     group: self.wgmma.group,
                 };
-                if !env.options.lazy {
-                    self.multiply(w, &issue, env, sink, blocks, common);
+                if !site.env.options.lazy {
+                    self.multiply(w, &issue, site);
                 }
-                self.each_operand(w, &issue, blocks, |s, at, n, a| s.begin_product(at, n, 0, a));
+                self.each_operand(w, &issue, site.blocks, |s, at, n, a| s.begin_product(at, n, 0, a));
                 self.wgmma.issued.push(issue);
-                self.hide(env);
+                self.hide(site.env);
             }
             Op::WgmmaFence => self.wgmma.fences += 1,
             Op::WgmmaCommit => self.wgmma.group += 1,
@@ -188,14 +179,14 @@ impl Warp {
                     self.regs[r as usize] = held;
                 }
                 for i in &due {
-                    let w = product(env, i);
-                    self.each_operand(w, i, blocks, |s, at, n, a| s.end_product(at, n, 0, a));
-                    if env.options.lazy {
-                        self.multiply(w, i, env, sink, blocks, common);
+                    let w = product(site.env, i);
+                    self.each_operand(w, i, site.blocks, |s, at, n, a| s.end_product(at, n, 0, a));
+                    if site.env.options.lazy {
+                        self.multiply(w, i, &mut site.at(i.pc));
                     }
                 }
                 self.wgmma.issued = rest;
-                self.hide(env);
+                self.hide(site.env);
             }
             _ => {}
         }
@@ -226,17 +217,8 @@ impl Warp {
 
     /// An instruction that is no product uses registers of products.
     #[cold]
-    #[allow(clippy::too_many_arguments)]
-    pub fn touch(
-        &mut self,
-        registers: &[(Slot, bool)],
-        pc: u32,
-        mask: u32,
-        env: &Env,
-        sink: &mut Sink,
-        blocks: &[Block],
-        common: &Common,
-    ) {
+    pub fn touch(&mut self, registers: &[(Slot, bool)], mask: u32, site: &mut Site) {
+        let pc = site.pc;
         let clashes = |&&(r, written): &&(Slot, bool)| match self.wgmma.role(r) {
             Role::None => false,
             Role::A => written,
@@ -246,28 +228,27 @@ impl Warp {
             let does = if self.wgmma.role(r) == Role::D { "writes" } else { "reads" };
             let done = if written { "written" } else { "read" };
             let text = || format!("a register that a product still {does} is {done} before wgmma.wait_group");
-            self.find(env, sink, blocks, common, Kind::AsyncUnwaited, pc, mask.trailing_zeros(), None, text);
+            self.find(site, Kind::AsyncUnwaited, mask.trailing_zeros(), None, text);
         }
         self.wgmma.uses(registers.iter().map(|r| r.0), pc, self.regs.len());
     }
 
     /// A product begins: its registers must be in order by a fence, and A's not the results of one under way.
-    #[allow(clippy::too_many_arguments)]
-    fn order(&mut self, w: &Wgmma, pc: u32, env: &Env, sink: &mut Sink, blocks: &[Block], common: &Common) {
+    fn order(&mut self, w: &Wgmma, site: &mut Site) {
+        let pc = site.pc;
         if w.fragments().iter().any(|&r| self.wgmma.role(r) == Role::D) {
             let text = || "A's registers are what a product still writes: wgmma.wait_group must come before".into();
-            self.find(env, sink, blocks, common, Kind::AsyncUnwaited, pc, 0, None, text);
+            self.find(site, Kind::AsyncUnwaited, 0, None, text);
         }
-        let who = self.who(env, blocks, common, 0);
         if self.wgmma.fences == 0 {
             let text = || "the warp's first product comes before any wgmma.fence".into();
-            sink.findings.add(env.program, Kind::ProductFence, pc, None, who, None, text);
-        } else if let Some(by) = self.wgmma.unordered(w, &env.program.code) {
+            self.find(site, Kind::ProductFence, 0, None, text);
+        } else if let Some(by) = self.wgmma.unordered(w, &site.env.program.code) {
             let text = || {
-                let by = &env.program.mnemonics[by as usize];
+                let by = &site.env.program.mnemonics[by as usize];
                 format!("a register of the product was used by {by} and no wgmma.fence came since")
             };
-            sink.findings.add(env.program, Kind::ProductFence, pc, Some(by), who, None, text);
+            self.find_two(site, Kind::ProductFence, Some(by), 0, None, text);
         }
         self.wgmma.uses(w.registers(), pc, self.regs.len());
     }
@@ -300,15 +281,7 @@ impl Warp {
         all(Operand::new(issue.b, rank, w.transpose_b, size), 0..w.n as usize);
     }
 
-    fn multiply(
-        &mut self,
-        w: &Wgmma,
-        issue: &Issue,
-        env: &Env,
-        sink: &mut Sink,
-        blocks: &mut [Block],
-        common: &mut Common,
-    ) {
+    fn multiply(&mut self, w: &Wgmma, issue: &Issue, site: &mut Site) {
         let (n, k) = (w.n as usize, w.k as usize);
         let size = operand_size(w);
         let rank = self.block as usize;
@@ -316,7 +289,7 @@ impl Warp {
         if w.a_in_shared {
             let from = Operand::new(issue.a[0][0], rank, w.transpose_a, size);
             let first = 16 * (self.within as usize % 4);
-            self.gather_operand(&from, first, 16, k, w.a_ty, &mut a, issue.pc, env, sink, blocks, common);
+            self.gather_operand(&from, first, 16, k, w.a_ty, &mut a, site);
         } else {
             let e = 4 / size;
             for (i, reg) in issue.a.iter().enumerate() {
@@ -330,7 +303,7 @@ impl Warp {
         }
         let mut b = vec![0f32; n * k];
         let from = Operand::new(issue.b, rank, w.transpose_b, size);
-        self.gather_operand(&from, 0, n, k, w.b_ty, &mut b, issue.pc, env, sink, blocks, common);
+        self.gather_operand(&from, 0, n, k, w.b_ty, &mut b, site);
         let sign = if w.negate_a != w.negate_b { -1.0 } else { 1.0 };
         // B by rows of k, so that the inner loop runs along n.
         let mut bt = vec![0f32; n * k];
@@ -377,7 +350,6 @@ impl Warp {
         }
     }
 
-    #[allow(clippy::too_many_arguments)]
     fn gather_operand(
         &self,
         from: &Operand,
@@ -386,33 +358,29 @@ impl Warp {
         k: usize,
         ty: MmaTy,
         out: &mut [f32],
-        pc: u32,
-        env: &Env,
-        sink: &mut Sink,
-        blocks: &mut [Block],
-        common: &mut Common,
+        site: &mut Site,
     ) {
-        let bytes = blocks[from.unit].shared.bytes.len();
+        let pc = site.pc;
+        let bytes = site.blocks[from.unit].shared.bytes.len();
         let mut clash = None;
         for r in 0..rows {
             for i in 0..k {
                 let (_, at) = shared_place(from.place(first + r, i) as u64);
                 if at + from.element > bytes {
                     let text = || format!("an operand reaches byte {at} of {bytes} bytes of shared memory");
-                    self.find(env, sink, blocks, common, Kind::OutOfBounds, pc, 0, Some(at as u64), text);
+                    self.find(site, Kind::OutOfBounds, 0, Some(at as u64), text);
                     return;
                 }
-                let memory = &mut blocks[from.unit].shared;
+                let memory = &mut site.blocks[from.unit].shared;
                 let actor = self.actor(pc, 0);
-                if let Some(c) = memory.async_read(at, from.element, 0, &actor, &common.proxied) {
+                if let Some(c) = memory.async_read(at, from.element, 0, &actor, &site.common.proxied) {
                     clash = clash.or(Some((c, Spot { unit: from.unit, at })));
                 }
                 out[r * k + i] = element(memory.load(at, from.element as u8) as u32, ty);
             }
         }
         if let Some((c, spot)) = clash {
-            let who = self.who(env, blocks, common, 0);
-            self.shared_clash(c, spot, false, pc, 0, env, sink, who);
+            self.shared_clash(c, spot, false, 0, site);
         }
     }
 }

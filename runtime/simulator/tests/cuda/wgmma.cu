@@ -94,8 +94,7 @@ extern "C" __global__ void __launch_bounds__(128) chained(PARAMS) {
     asm volatile("wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 " D4 ", {%4, %5, %6, %7}, %8, 1, 1, 1, 0;" : O4(d) : "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]), "l"(db));
     asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory");
     // MUT fragments_waited: ;
-    for (int i = 0; i < 4; i++) r[i] ^= 0x80008000;
-    for (int i = 0; i < 4; i++) asm volatile("" : "+r"(r[i])::"memory");
+    for (int i = 0; i < 4; i++) asm volatile("xor.b32 %0, %0, 0x80008000;" : "+r"(r[i])::"memory");
     FENCE;
     // MUT other_fragments: ;
     N16;
