@@ -7,7 +7,7 @@ use rambac_codegen::libraries::installed;
 use rambac_codegen::nvrtc::Nvrtc;
 use rambac_codegen::{Kernels, Program, lower_for};
 use rambac_cuda::{CUBLASLT, CudaDevice};
-use rambac_ir::{Bindings, DimError};
+use rambac_ir::{Bindings, DimError, Graph};
 use rambac_passes::{Options, optimise};
 use rambac_runtime::gpu::{Code, Device, Machine, Placement, ProgramId, archs};
 use rambac_runtime::session::{DeviceMemory, SessionParts};
@@ -93,10 +93,15 @@ pub struct Inferring<'a> {
     pub options: &'a SessionOptions,
 }
 
-/// The parts of a session as programs for a GPU.
-pub fn gpu_programs(graphs: &SessionGraphs, passes: &Options) -> SessionParts<Program> {
+/// The parts of a session after a GPU's passes.
+pub fn gpu_graphs(graphs: &SessionGraphs, passes: &Options) -> SessionParts<Graph> {
     let passes = passes.on_gpu();
-    graphs.map(|g| lower_for(&optimise(g, &passes), Kernels::Gpu))
+    graphs.map(|g| optimise(g, &passes))
+}
+
+/// They as programs, with their memory in arrays.
+pub fn gpu_programs(graphs: &SessionGraphs, passes: &Options) -> SessionParts<Program> {
+    gpu_graphs(graphs, passes).map(|g| lower_for(g, Kernels::Gpu))
 }
 
 /// A session where it is to run.
@@ -115,8 +120,8 @@ pub fn session(
         On::Reference => Err(miette!("inference runs on cpu, simulator and cuda:0, not by the ops' definitions")),
         On::Simulator | On::Cuda(_) => pool.install(|| {
             let mut gpu = Gpu::open(how.on)?.at(vec![Bindings::new([("N", 1), ("L", how.segment)])]);
-            let programs = gpu_programs(graphs, &how.options.passes);
-            let programs = Session::device_programs(&programs, how.options.precision);
+            let graphs = gpu_graphs(graphs, &how.options.passes);
+            let programs = Session::device_programs(&graphs, how.options.precision);
             let parts = programs.try_map(|p| gpu.compile(p.clone()))?;
             let memory = DeviceMemory { limit: how.memory, segment: how.segment };
             Session::on_device(gpu.machine, parts, params, pool.clone(), how.options, memory).map_err(wrap)

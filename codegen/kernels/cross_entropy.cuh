@@ -1,8 +1,9 @@
 // Cross-entropy of logits against labels, a block per row: ln Σ exp(z) − z[label], and its gradient.
 //
 // One pass over the row finds maximum and sum at once: a thread keeps (m, s) with s = Σ exp(z − m); pairs are combined as
-// (max, s1·exp(m1 − max) + s2·exp(m2 − max)).  The gradient reads the row twice, the second time from the L2 cache, and can
-// give the loss too.  `vec` neighbouring logits are read at once, two such vectors a thread and turn.
+// (max, s1·exp(m1 − max) + s2·exp(m2 − max)).  The gradient reads the row twice, and can give the loss too.  What the second cache
+// can't keep of long rows shared memory does: the first `held` logits; the rest is read again first, while it is there.  `vec`
+// neighbouring logits are read at once, two such vectors a thread and turn.
 #pragma once
 #include "warp.cuh"
 
@@ -28,8 +29,13 @@ struct LogSum {
     }
 };
 
-// ln Σ exp of a row, for all threads.
-template <int THREADS, int VEC, class T> __device__ __forceinline__ float log_sum_exp(const T* z, int cols, LogSum* scratch) {
+// Hook: nothing is kept.
+struct Forget {
+    template <class X> __device__ __forceinline__ void operator()(int, const X&) const {}
+};
+
+// ln Σ exp of a row, for all threads; `keep(j, x)` gets each vector.
+template <int THREADS, int VEC, class T, class Keep> __device__ __forceinline__ float log_sum_exp(const T* z, int cols, LogSum* scratch, const Keep& keep) {
     constexpr int STEP = THREADS * VEC;
     LogSum a{-infinity(), 0.f}, b = a;
     int j = threadIdx.x * VEC;
@@ -37,9 +43,14 @@ template <int THREADS, int VEC, class T> __device__ __forceinline__ float log_su
         auto x = load<T, VEC>(z + j), y = load<T, VEC>(z + j + STEP);
         a.add(x), b.add(y);
         // MUT loss_halves: a.add(x), b.add(x);
+        keep(j, x), keep(j + STEP, y);
     }
-    if (j < cols) a.add(load<T, VEC>(z + j));
-    // MUT loss_rest: ;
+    if (j < cols) {
+        auto x = load<T, VEC>(z + j);
+        a.add(x);
+        // MUT loss_rest: ;
+        keep(j, x);
+    }
     a.join(b);
 #pragma unroll
     for (int d = 16; d > 0; d /= 2)
@@ -63,15 +74,17 @@ __device__ __forceinline__ void cross_entropy(const Z* z, i64 stride, const i32*
     float loss = 0.f;
     if (label != C::ignore) {
         float at = label >= 0 && label < cols ? to_f32(zr[label]) : 0.f;
-        loss = log_sum_exp<C::threads, C::vec>(zr, cols, scratch) - at;
+        loss = log_sum_exp<C::threads, C::vec>(zr, cols, scratch, Forget{}) - at;
     }
     if (threadIdx.x == 0) y[row] = from_f32<Y>(loss);
 }
 
-// LOSSES: `y` gets them.
+// LOSSES: `y` gets them.  C says `held` too: a multiple of threads · vec, in dynamic shared memory; every thread keeps its own.
 template <class C, bool LOSSES, class Z, class Y, class L, class DZ>
 __device__ __forceinline__ void cross_entropy_row(L* y, const Z* z, i64 stride, const i32* labels, const Y* dloss, DZ* dz, i64 dz_stride, i32 cols) {
     constexpr int VEC = C::vec;
+    extern __shared__ __align__(16) unsigned char kept[];
+    Vec<Z, VEC>* held = reinterpret_cast<Vec<Z, VEC>*>(kept);
     __shared__ LogSum scratch[C::threads / 32];
     i64 row = blockIdx.x;
     i32 label = labels[row];
@@ -81,14 +94,14 @@ __device__ __forceinline__ void cross_entropy_row(L* y, const Z* z, i64 stride, 
     if (label != C::ignore) {
         g = to_f32(dloss[row]);
         float at = LOSSES && label >= 0 && label < cols ? to_f32(zr[label]) : 0.f;
-        lse = log_sum_exp<C::threads, VEC>(zr, cols, scratch);
+        lse = log_sum_exp<C::threads, VEC>(zr, cols, scratch, [&](int j, const Vec<Z, VEC>& x) {
+            if (j < C::held) held[j / VEC] = x;
+        });
         // The gradient may overwrite the logits: before the barrier in there all have been read.
         loss = lse - at;
     }
     if (LOSSES && threadIdx.x == 0) y[row] = from_f32<L>(loss);
-#pragma unroll 2
-    for (int j = threadIdx.x * VEC; j < cols; j += C::threads * VEC) {
-        auto x = load<Z, VEC>(zr + j);
+    auto gradient = [&](int j, const Vec<Z, VEC>& x) {
         float d[VEC];
 #pragma unroll
         for (int i = 0; i < VEC; i++) {
@@ -97,7 +110,15 @@ __device__ __forceinline__ void cross_entropy_row(L* y, const Z* z, i64 stride, 
             // MUT loss_label: d[i] = g * (p - (j == label ? 1.f : 0.f));
         }
         store_f32(dr + j, d);
-    }
+    };
+    // What is held if anything is: nothing of a row without a label.
+    const int end = label != C::ignore ? min_of(C::held, cols) : 0;
+    const int own = threadIdx.x * VEC;
+#pragma unroll 2
+    for (int j = end + own; j < cols; j += C::threads * VEC) gradient(j, load<Z, VEC>(zr + j));
+#pragma unroll 2
+    for (int j = own; j < end; j += C::threads * VEC) gradient(j, held[j / VEC]);
+    // MUT loss_held: for (int j = own; j < end; j += C::threads * VEC) gradient(j, held[threadIdx.x]);
 }
 template <class C, class Z, class Y, class DZ>
 __device__ __forceinline__ void cross_entropy_grad(const Z* z, i64 stride, const i32* labels, const Y* dloss, DZ* dz, i64 dz_stride, i32 cols) {

@@ -155,6 +155,14 @@ template <int N, class T> __device__ __forceinline__ void store_f32(T* p, const 
     }
 }
 
+// A kernel that has nothing to do before: the next may begin, and this one waits for all before it (earlier.cuh).
+__device__ __forceinline__ void after_earlier() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 template <class A> __device__ __forceinline__ constexpr A min_of(A a, A b) { return a < b ? a : b; }
 template <class A> __device__ __forceinline__ constexpr A max_of(A a, A b) { return a > b ? a : b; }
 __device__ __forceinline__ constexpr i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }

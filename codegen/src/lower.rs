@@ -58,7 +58,7 @@ pub fn lower_for(g: &Graph, kernels: Kernels) -> Program {
         })
         .collect();
     l.updates(&mut outputs);
-    if kernels == Kernels::Gpu {
+    if kernels != Kernels::Cpu {
         overlay(g, &mut l.buffers, &mut l.steps, &outputs);
     }
     l.in_place(&mut outputs);

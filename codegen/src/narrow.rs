@@ -2,9 +2,10 @@
 //!
 //! On GPUs an op's operands and results that go together (`rambac_passes::mixed::halves`) are all bf16 or none is.
 
+use crate::cuda::takes_pages;
 use crate::traits::{Kernels, reads_bf16};
-use rambac_ir::ops::Op;
-use rambac_ir::{DType, Graph, NodeId, Ty, Value};
+use rambac_ir::ops::{Op, SourceKind};
+use rambac_ir::{DType, Graph, Node, NodeId, Ty, Value};
 use rambac_passes::mixed::{halves, narrows, widens};
 use std::collections::HashMap;
 
@@ -16,6 +17,11 @@ pub struct Narrow {
     writes: HashMap<Value, Option<Value>>,
     /// Results that are written in bf16 too, and the cast that says so.
     copies: HashMap<Value, Value>,
+}
+
+/// Whether a node is a memory that `op` can read in pages.
+fn in_pages(op: &Op, operand: usize, memory: &Node) -> bool {
+    matches!(&memory.op, Op::Source(s) if s.kind == SourceKind::Input) && takes_pages(op, operand)
 }
 
 /// What a result's readers say of it.
@@ -46,7 +52,10 @@ impl Narrow {
         };
         let mut n = Narrow { reads: vec![], writes: HashMap::new(), copies: HashMap::new() };
         for (id, node) in g.iter() {
-            let half = |i: usize| node.inputs.get(i).is_some_and(|v| widens(g, g.node(v.node)));
+            let half = |i: usize| {
+                let of = node.inputs.get(i).map(|v| g.node(v.node));
+                of.is_some_and(|n| widens(g, n) || (kernels == Kernels::GpuPages && in_pages(&node.op, i, n)))
+            };
             if kernels == Kernels::Cpu {
                 let reads = |(i, v): (usize, &Value)| reads_bf16(&node.op, i, g.ty(*v));
                 n.reads.push(node.inputs.iter().enumerate().map(reads).collect());

@@ -45,6 +45,8 @@ pub enum Kernels {
     Cpu,
     /// What `rambac_passes::mixed::halves` says, in both directions.
     Gpu,
+    /// As [`Gpu`](Self::Gpu), of a program whose memory will lie in pages of bf16 (`cuda::paged`): what attends to it is bf16 too.
+    GpuPages,
 }
 
 /// Implemented for every op.

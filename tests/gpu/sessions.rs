@@ -4,7 +4,6 @@ use crate::harness::Case;
 use crate::rig::Rig;
 use crate::support::{pool, session_graphs};
 use rambac_codegen::cuda::{Target, emit};
-use rambac_codegen::{Kernels, lower_for};
 use rambac_driver::testing::{Faulty, Late, Seen};
 use rambac_models::{Attention, Config, InitRule, ModelType, init_tensor, preset};
 use rambac_passes::optimise;
@@ -65,8 +64,8 @@ fn on(
 ) -> Result<Session, SessionError> {
     let mut machine = Machine::new(device, placement);
     let arch = *archs(machine.device().capability()).first().expect("the device runs code of some architecture");
-    let programs = session_graphs(c).map(|g| lower_for(&optimise(g, &o.passes), Kernels::Gpu));
-    let parts = Session::device_programs(&programs, o.precision).map(|p| {
+    let graphs = session_graphs(c).map(|g| optimise(g, &o.passes));
+    let parts = Session::device_programs(&graphs, o.precision).map(|p| {
         let gpu = Arc::new(emit(p.clone(), Target::of(arch)).expect("a model's parts run on GPUs"));
         let code = rig.compile(&gpu.kernels, &gpu.target).expect("its kernels compile");
         machine.load(gpu, &code).expect("the simulator takes them")

@@ -73,12 +73,12 @@ fn operand(o: Operand) -> String {
 
 fn call(c: &Call) -> Value {
     match c {
-        Call::Launch(Launch { kernel, grid, params, early }) => {
+        Call::Launch(Launch { kernel, grid, params, ahead }) => {
             let mut all = json!({
                 "kernel": kernel.name, "grid": texts(grid), "arguments": params.iter().map(param).collect::<Vec<_>>(),
             });
-            if let Some(ahead) = early {
-                all["early"] = ahead.iter().map(|o| operand(*o)).collect();
+            if !ahead.is_empty() {
+                all["ahead"] = ahead.iter().map(|o| operand(*o)).collect();
             }
             all
         }

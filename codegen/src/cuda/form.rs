@@ -80,8 +80,8 @@ pub struct Launch {
     pub kernel: Kernel,
     pub grid: [Expr; 3],
     pub params: Vec<Param>,
-    /// It may begin before what was started before it has ended, for it waits by itself: the operands that it reads before.
-    pub early: Option<Vec<Operand>>,
+    /// What it reads before it waits for the launches before it, see `earlier.cuh`.
+    pub ahead: Vec<Operand>,
 }
 
 /// A matrix of a product: rows `ld` elements apart, matrices of a batch `step` apart.

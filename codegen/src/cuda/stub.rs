@@ -6,6 +6,7 @@
 //! struct Config { using T = bf16; static constexpr int cols = 1024; };
 //! extern "C" __global__ void __launch_bounds__(128, 4)
 //! rms_norm_bf16_1024(const bf16* x, i64 x_stride, bf16* y, i64 y_stride, i32 rows) {
+//!     after_earlier();
 //!     rms_norm<Config>(x, x_stride, y, y_stride, rows);
 //! }
 //! ```
@@ -75,7 +76,7 @@ impl Stub {
         self.tags.push(tag.to_string());
         self
     }
-    /// The kernel waits by itself for those before it, and reads these operands before (earlier.cuh).
+    /// The template waits by itself for the kernels before it, and reads these operands before (earlier.cuh).
     pub fn early(mut self, ahead: impl IntoIterator<Item = Operand>) -> Stub {
         self.early = Some(ahead.into_iter().collect());
         self
@@ -203,6 +204,9 @@ impl Stub {
         let mut s = head;
         let _ = writeln!(s, "extern \"C\" __global__ void __launch_bounds__({}, {})", self.threads, self.blocks_per_sm);
         s += &packed(&format!("{name}("), "    ", &params, ", ", ") {");
+        if self.early.is_none() {
+            s += "    after_earlier();\n";
+        }
         s += &body;
         s += "}\n";
         let kernel = Kernel {
@@ -217,7 +221,7 @@ impl Stub {
             kernel,
             grid: [x.into(), y.into(), z.into()],
             params: self.params.into_iter().map(|(_, _, p)| p).collect(),
-            early: self.early,
+            ahead: self.early.unwrap_or_default(),
         }
     }
 }
@@ -272,6 +276,7 @@ mod tests {
                     struct Config { using T = bf16; static constexpr int cols = 1024; static constexpr float eps = 1e-5f; };\n\
                     extern \"C\" __global__ void __launch_bounds__(128, 4)\n\
                     rms_norm_bf16_1024(const bf16* x, i64 x_stride, bf16* y) {\n    \
+                    after_earlier();\n    \
                     rms_norm<Config>(x, x_stride, y);\n\
                     }\n";
         assert_eq!(l.kernel.source, want);

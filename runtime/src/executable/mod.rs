@@ -33,7 +33,7 @@ pub use error::ExecutableError;
 pub use read::{Executable, KernelInfo};
 pub use write::{Contents, Written, write};
 
-use rambac_codegen::cuda::{Arch, GpuProgram, Target, emit, paged};
+use rambac_codegen::cuda::{Arch, GpuProgram, Target, emit};
 use rambac_codegen::{Kernels, Program, lower, lower_for};
 use rambac_ir::{DType, Graph, text};
 use rambac_passes::{Options, optimise};
@@ -121,11 +121,8 @@ impl Part {
         // runs on a GPU, its memory lies in pages.
         let gpus = || {
             let lowered = || {
-                let p = lower_for(gpu_graph, Kernels::Gpu);
-                match name {
-                    "upper" => paged(p.clone(), crate::session::PAGED, DType::BF16).unwrap_or(p),
-                    _ => p,
-                }
+                let pages = (name == "upper").then(|| crate::session::upper_half(gpu_graph, DType::BF16).ok()).flatten();
+                pages.unwrap_or_else(|| lower_for(gpu_graph, Kernels::Gpu))
             };
             let program = (!targets.is_empty()).then(|| Arc::new(lowered()));
             let one = |a: &Arch| Ok(Arc::new(emit(program.clone().expect("BUG: there is a target"), Target::of(*a))?));

@@ -1,7 +1,7 @@
 //! A program at given sizes and addresses: launches and products with all their arguments, ready to be started.
 
 use super::error::GpuError;
-use rambac_codegen::cuda::{Call, Expr, Form, Gemm, GemmOperand, GpuProgram, Launch, Operand, Param};
+use rambac_codegen::cuda::{Arch, Call, Expr, Form, Gemm, GemmOperand, GpuProgram, Launch, Operand, Param};
 use rambac_codegen::{BufferKind, View};
 use rambac_driver::{Arg, BufferId, Extent, Float, Matrix, Product};
 use rambac_ir::ops::Op;
@@ -100,7 +100,7 @@ pub fn bind(gpu: &GpuProgram, forms: &[&Form], dims: &Bindings, at: &Places) -> 
                     if e.grid.contains(&0) {
                         continue;
                     }
-                    let early = l.early.as_ref().is_some_and(|ahead| may_begin(gpu, step, ahead)) && !work.is_empty();
+                    let early = gpu.target.arch == Arch::Sm90a && !work.is_empty() && may_begin(gpu, step, &l.ahead);
                     let kernel = gpu.kernels.iter().position(|k| k.name == l.kernel.name);
                     What::Launch(
                         kernel.expect("BUG: `emit` lists every kernel"),

@@ -27,12 +27,12 @@ use crate::store::Store;
 use crate::tensor::Tensor;
 use cpu::Cpu;
 use device::{OnDevice, Wanted};
-use rambac_codegen::cuda::paged;
+use rambac_codegen::cuda::{PagesError, paged};
 use rambac_codegen::cuda::pages::{CHUNK_TABLE, LANDMARK_TABLE};
 use rambac_codegen::program::SourceSlot;
-use rambac_codegen::{Program, lower};
+use rambac_codegen::{Kernels, Program, lower, lower_for};
 use rambac_ir::ops::{Op, SourceKind};
-use rambac_ir::{Bindings, DType};
+use rambac_ir::{Bindings, DType, Graph};
 use rambac_passes::{Options, optimise};
 use saved::fingerprint;
 use std::ops::Range;
@@ -248,16 +248,16 @@ impl Session {
         Ok(s)
     }
 
-    /// The parts as programs for a device, to be compiled there for [`on_device`](Self::on_device): the memory of the upper
-    /// half lies in pages of the options' precision.
-    pub fn device_programs(g: &SessionParts<Program>, precision: Precision) -> SessionParts<Program> {
+    /// Parts that have been through the passes as programs for a device, to be compiled there for [`on_device`](Self::on_device): the
+    /// memory of the upper half lies in pages of the options' precision.
+    pub fn device_programs(graphs: &SessionParts<Graph>, precision: Precision) -> SessionParts<Program> {
         let stored = match precision {
             Precision::Bf16 => DType::BF16,
             Precision::F32 => DType::F32,
         };
-        let mut parts = g.map(Program::clone);
-        parts.upper =
-            parts.upper.map(|p| paged(p, PAGED, stored).expect("BUG: an upper half reads its memory by chunks"));
+        let mut parts = graphs.map(|g| lower_for(g, Kernels::Gpu));
+        let upper = graphs.upper.as_ref();
+        parts.upper = upper.map(|g| upper_half(g, stored).expect("BUG: an upper half reads its memory by chunks"));
         parts
     }
 
@@ -632,6 +632,15 @@ impl Session {
         }
         ranks
     }
+}
+
+/// The upper half as a program for a device, its memory in pages of `stored`.
+///
+/// # Errors
+/// Something reads the memory that takes no pages.
+pub(crate) fn upper_half(g: &Graph, stored: DType) -> Result<Program, PagesError> {
+    let kernels = if stored == DType::BF16 { Kernels::GpuPages } else { Kernels::Gpu };
+    paged(lower_for(g, kernels), PAGED, stored)
 }
 
 /// Inputs of the upper half that are chunks, and what says on a device where they are.

@@ -14,9 +14,15 @@ fn rows_of(more: &[usize]) -> Vec<Dim> {
     [Dim::sym("N"), Dim::sym("L")].into_iter().chain(more.iter().map(|&c| Dim::int(c))).collect()
 }
 
-/// What finds defects of the loss's templates: rows of several warps, of one vector and of two a thread; one that does not count.
+/// What finds defects of the loss's templates: rows of several warps, of one vector and of two a thread; one that does not count;
+/// rows that shared memory holds a part of.
 pub fn quick_loss(rig: &Rig) -> Result<(), String> {
-    let (mut rng, vocab) = (Rng(4), 1500);
+    loss_of(rig, 1500)?;
+    loss_of(rig, 30_000)
+}
+
+fn loss_of(rig: &Rig, vocab: usize) -> Result<(), String> {
+    let mut rng = Rng(4);
     let d = Bindings::new([("N", 1), ("L", 3)]);
     let labels = HostArray::i32(&[1, 3], vec![vocab as i32 - 1, -100, 1]);
     let labels = Input::of(Ty::i32(rows_of(&[])), labels);
@@ -45,6 +51,7 @@ pub fn quick_embedding(rig: &Rig) -> Result<(), String> {
 }
 
 fn cross_entropy(rig: &Rig) -> Result<String, String> {
+    loss_of(rig, 30_000)?;
     let mut rng = Rng(1);
     for (dtype, tolerance) in [(DType::F32, 2e-6), (DType::BF16, 8e-3)] {
         for vocab in [7, 256, 1000] {

@@ -108,7 +108,8 @@ impl Conv {
 }
 
 /// Tokens of a thread: long and short walks.
-const STEPS: [usize; 2] = [32, 8];
+const STEPS: [usize; 3] = [64, 32, 8];
+const SHORT: usize = STEPS[STEPS.len() - 1];
 
 impl Cuda for CausalConv1d {
     fn forms(&self, site: &Site) -> Result<Vec<Form>, Unsupported> {
@@ -140,11 +141,11 @@ impl Cuda for CausalConv1d {
         }
         for steps in STEPS {
             let t = tile(steps);
-            let stub = operands(c.stub("causal_conv", t, THREADS)).blocks_per_sm(4);
+            let stub = operands(c.stub("causal_conv", t, THREADS)).blocks_per_sm(if c.dtype.size() == 2 { 6 } else { 4 });
             let l = stub.i32("l", &c.l).launch((c.tiles(t), c.blocks_of(t), &c.n));
             let why = format!("a thread walks {steps} tokens of {} channels; {} are read twice", t.vec, c.k - 1);
             let form = Form::new("causal_conv", why, vec![l.into()]);
-            forms.push(if steps == STEPS[0] { form.when(c.long(site, t)) } else { form });
+            forms.push(if steps == SHORT { form } else { form.when(c.long(site, t)) });
         }
         Ok(forms)
     }
@@ -164,7 +165,7 @@ impl Cuda for CausalConv1dGrad {
             let t = Tile::choose(c.channels, c.k, c.most.min(4), 16, steps);
             let grad = c
                 .stub("causal_conv_grad", t, THREADS)
-                .blocks_per_sm(if fits_four && steps == STEPS[0] { 4 } else { 3 })
+                .blocks_per_sm(if fits_four && steps != SHORT { 4 } else { 3 })
                 .read("x", c.dtype, X)
                 .i64("x_stride", site.row_stride(X, 2)?)
                 .read("w", c.exact, W)
@@ -197,7 +198,7 @@ impl Cuda for CausalConv1dGrad {
             ];
             let why = format!("a thread walks {steps} tokens of {} channels, weights' gradients per block", t.vec);
             let form = Form::new("causal_conv_grad", why, calls).with("slots", DType::F32, count * size);
-            forms.push(if steps == STEPS[0] { form.when(c.long(site, t)) } else { form });
+            forms.push(if steps == SHORT { form } else { form.when(c.long(site, t)) });
         }
         Ok(forms)
     }

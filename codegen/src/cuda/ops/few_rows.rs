@@ -23,10 +23,10 @@ struct Lie {
 
 impl Lie {
     /// Loads of 16 bytes of weights where rows allow it; threads for all of k up to 256.  Blocks read the same row of x, so few of
-    /// them are better where there are enough.
+    /// them are better while there is one for nearly every multiprocessor.
     fn choose(k: usize, vec: usize, n: &Dim, target: &Target) -> Lie {
         let threads = k.div_ceil(vec).next_power_of_two().clamp(32, 256);
-        let many = n.as_int().is_some_and(|n| n >= 16 * target.sms);
+        let many = n.as_int().is_some_and(|n| n.div_ceil(8) >= 15 * target.sms / 16);
         Lie { vec, threads, outs: if many && threads >= 64 { 8 } else { 4 } }
     }
 }
@@ -217,7 +217,7 @@ mod tests {
     fn threads_lie_along_a_row() {
         let lie = |k, vec, n: usize| Lie::choose(k, vec, &n.into(), &Target::of(Arch::Sm90a));
         assert_eq!(lie(1024, 8, 4384), Lie { vec: 8, threads: 128, outs: 8 });
-        assert_eq!((lie(2048, 8, 1024).outs, lie(64, 8, 4384).outs), (4, 4));
+        assert_eq!((lie(2048, 8, 1024).outs, lie(2048, 8, 768).outs, lie(64, 8, 4384).outs), (8, 4, 4));
         assert_eq!(lie(64, 4, 64).threads, 32);
         assert_eq!(lie(1 << 20, 1, 64).threads, 256);
     }

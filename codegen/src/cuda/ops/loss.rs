@@ -93,6 +93,7 @@ impl<'a> Parts<'a> {
             ignore: self.ignore,
             // Of workspace, so that only rows' length matters.
             vec: row_vector(cols, 4),
+            bytes: if template == "cross_entropy" { 0 } else { self.site.target.shared_per_block / 2 - 2048 },
         };
         Ok(cross_entropy(&s)?.read("z", DType::F32, LOGITS).i64("stride", self.vocab.clone()).read_from(
             "labels",

@@ -138,10 +138,10 @@ fn backward(site: &Site, eps: f64, b: &Backward) -> Result<Vec<Form>, Unsupporte
         (None, None, None) => "rms_norm_grad",
         (None, None, Some(_)) => "rms_norm_grad_copy",
     };
-    // Few slots: a block sums the weights' gradient over many rows.  Twelve of them share evenly whether one, two, three or four are
-    // resident at a time.
-    let blocks = n.rows.clone().ceil_div(n.lanes.rows()).min(12 * site.target.sms);
-    let mut stub = n.read(site, n.stub(name), "x", X)?;
+    // Few slots: a block sums the weights' gradient over many rows.  As many blocks as are resident, so that all end together.
+    let resident = (if b.gate.is_some() { 768 } else { 512 } / n.lanes.threads).clamp(1, 16);
+    let blocks = n.rows.clone().ceil_div(n.lanes.rows()).min(resident * site.target.sms);
+    let mut stub = n.read(site, n.stub(name).blocks_per_sm(resident), "x", X)?;
     if let Some((z, _)) = b.gate {
         stub = n.read(site, stub, "z", z)?;
     }
