@@ -115,14 +115,8 @@ fn bulk_edges(b: &mut Bench) -> Result {
     let (cols, rows, pitch) = (61usize, 9usize, 72usize);
     let x: Vec<u16> = (0..pitch * rows).map(|i| i as u16 + 1).collect();
     let (y, a) = (b.output::<u16>("y", 64 * 8), b.input("x", &x));
-    let map = Tensor {
-        buffer: a,
-        at: 0,
-        float: Float::F16,
-        dims: vec![cols, rows],
-        strides: vec![pitch],
-        tile: vec![64, 8],
-    };
+    let map =
+        Tensor { buffer: a, at: 0, float: Float::F16, dims: vec![cols, rows], strides: vec![pitch], tile: vec![64, 8] };
     b.launch(Extent::line(1, 128), &[y.into(), Arg::Tensor(map.clone()), Arg::from(16i32), Arg::from(5i32)])?;
     let want = (0..64 * 8).map(|i| {
         let (row, col) = (5 + i / 64, 16 + i % 64);
