@@ -90,6 +90,8 @@ template <class C> struct TileHopper {
     struct List {
         i32 unions[MOST][2];
         float weight[C::slots][TOKENS];
+        // Where the tile is, and how many of its tokens there are.
+        i32 sequence, kv_head, token, tokens;
     } list[3];
     // Queries are there; keys and values are, and are no longer read.
     Mbarrier asked[2], full[2], empty[2];
@@ -134,7 +136,7 @@ __device__ __forceinline__ void attend_tiles(typename C::T* o, i64 o_stride, con
 
     // A shared tile of this block, or -1, and its chunks.
     struct Found {
-        int tile, number, sequence, kv_head;
+        int tile, number;
     };
     auto find = [&](int from) {
         int step = gridDim.x;
@@ -143,13 +145,18 @@ __device__ __forceinline__ void attend_tiles(typename C::T* o, i64 o_stride, con
             u32 shared = __ballot_sync(ALL_LANES, number > 0);
             if (shared) {
                 int first = __ffs(shared) - 1;
-                int tile = from + first * step, list = tile / tiles;
-                return Found{tile, __shfl_sync(ALL_LANES, number, first), list / h, list % h};
+                return Found{from + first * step, __shfl_sync(ALL_LANES, number, first)};
             }
         }
-        return Found{-1, 0, 0, 0};
+        return Found{-1, 0};
     };
     auto fetch_list = [&](int slot, Found f) {
+        if (threadIdx.x == 0) {
+            const u32 list = (u32)f.tile / tiles;
+            const int token = ((u32)f.tile - list * tiles) * TOKENS;
+            s.list[slot].sequence = list / h, s.list[slot].kv_head = list % h;
+            s.list[slot].token = token, s.list[slot].tokens = min_of(TOKENS, l - token);
+        }
         int pieces = (f.number + 1) / 2;
 #pragma unroll 1
         for (int i = threadIdx.x; i < pieces + K * TOKENS / 4; i += 128) {
@@ -157,30 +164,31 @@ __device__ __forceinline__ void attend_tiles(typename C::T* o, i64 o_stride, con
             else copy16_async(s.list[slot].weight[0] + (i - pieces) * 4, ordered + (i64)f.tile * K * TOKENS + (i - pieces) * 4);
         }
     };
-    auto token_of = [&](Found f) { return (f.tile - (f.sequence * h + f.kv_head) * tiles) * TOKENS; };
     // One thread asks for copies.  What is used in turns has two places; a place's phases are of parity 0 and 1.
     auto place = [](u32 turn) { return turn % 2; };
     auto parity = [](u32 turn) { return turn / 2 % 2; };
-    auto fetch_q = [&](u32 turn, Found f) {
+    auto fetch_q = [&](u32 turn, int slot) {
         if (threadIdx.x > 0) return;
+        const auto& list = s.list[slot];
         Mbarrier& asked = s.asked[place(turn)];
         asked.expect(sizeof(s.q[0]));
 #pragma unroll
         for (int t = 0; t < TILES; t++)
-            copy_box(shared_address(s.q[place(turn)][t]), q, asked, 0, f.kv_head * G + 64 * t % G, token_of(f) + 64 * t / G, f.sequence);
+            copy_box(shared_address(s.q[place(turn)][t]), q, asked, 0, list.kv_head * G + 64 * t % G, list.token + 64 * t / G, list.sequence);
     };
-    auto fetch_kv = [&](u32 turn, Found f, const i32 (&chunk)[2]) {
+    auto fetch_kv = [&](u32 turn, int slot, int i) {
         if (threadIdx.x > 0) return;
+        const auto& list = s.list[slot];
         s.empty[place(turn)].wait(parity(turn) ^ 1);
         // MUT tile_empty: ;
         Mbarrier& full = s.full[place(turn)];
         full.expect(sizeof(s.kv[0]));
         // MUT tile_bytes: full.expect(sizeof(s.kv[0]) / 2);
-        copy_box(shared_address(s.kv[place(turn)][0]), k, full, f.kv_head * D, chunk[0] * KEYS, f.sequence);
-        copy_box(shared_address(s.kv[place(turn)][1]), v, full, f.kv_head * D, chunk[0] * KEYS, f.sequence);
+        copy_box(shared_address(s.kv[place(turn)][0]), k, full, list.kv_head * D, list.unions[i][0] * KEYS, list.sequence);
+        copy_box(shared_address(s.kv[place(turn)][1]), v, full, list.kv_head * D, list.unions[i][0] * KEYS, list.sequence);
     };
 
-    Found now = find(blockIdx.x), then{-1, 0, 0, 0};
+    Found now = find(blockIdx.x), then{-1, 0};
     if (now.tile < 0) return;
     then = find(now.tile + gridDim.x);
     if (threadIdx.x == 0) {
@@ -193,13 +201,13 @@ __device__ __forceinline__ void attend_tiles(typename C::T* o, i64 o_stride, con
     copies_commit();
     copies_wait<0>();
     __syncthreads();
-    fetch_q(0, now);
-    fetch_kv(0, now, s.list[0].unions[0]);
+    fetch_q(0, 0);
+    fetch_kv(0, 0, 0);
     u32 turn = 0, round = 0;
     int slot = 0;
 #pragma unroll 1
     for (;;) {
-        Found later{-1, 0, 0, 0};
+        Found later{-1, 0};
         if (then.tile >= 0) later = find(then.tile + gridDim.x);
         int next[TILES][2] = {};
         float out[TILES][D / 8][4];
@@ -212,7 +220,7 @@ __device__ __forceinline__ void attend_tiles(typename C::T* o, i64 o_stride, con
                 // All have done with the tile before.
                 __syncthreads();
                 // MUT tile_barrier: ;
-                if (then.tile >= 0) fetch_q(round + 1, then);
+                if (then.tile >= 0) fetch_q(round + 1, (slot + 1) % 3);
                 if (later.tile >= 0) fetch_list((slot + 2) % 3, later);
                 // MUT tile_list: if (later.tile >= 0) fetch_list((slot + 1) % 3, later);
                 copies_commit();
@@ -235,9 +243,9 @@ __device__ __forceinline__ void attend_tiles(typename C::T* o, i64 o_stride, con
                 products_commit();
             }
             // What comes next is fetched while the products run.
-            if (i + 1 < now.number) fetch_kv(turn + 1, now, s.list[slot].unions[i + 1]);
-            else if (then.tile >= 0) fetch_kv(turn + 1, then, s.list[(slot + 1) % 3].unions[0]);
-            // MUT tile_then: else if (then.tile >= 0) fetch_kv(turn + 1, now, s.list[(slot + 1) % 3].unions[0]);
+            if (i + 1 < now.number) fetch_kv(turn + 1, slot, i + 1);
+            else if (then.tile >= 0) fetch_kv(turn + 1, (slot + 1) % 3, 0);
+            // MUT tile_then: else if (then.tile >= 0) fetch_kv(turn + 1, slot, 0);
 #pragma unroll
             for (int t = 0; t < TILES; t++) {
                 float w[2] = {0.f, 0.f}, top[2], sum[2];
@@ -273,15 +281,15 @@ __device__ __forceinline__ void attend_tiles(typename C::T* o, i64 o_stride, con
             for (int t = 0; t < TILES; t++) in_flight(out[t]);
             if (lane == 0) s.empty[place(turn)].arrive();
         }
-        const int token0 = token_of(now), tokens = min_of(TOKENS, l - token0);
-        T* to = o + ((i64)now.sequence * l + token0) * o_stride + (i64)now.kv_head * G * D;
+        const auto& list = s.list[slot];
+        T* to = o + ((i64)list.sequence * l + list.token) * o_stride + (i64)list.kv_head * G * D;
 #pragma unroll
         for (int t = 0; t < TILES; t++) {
             T* at[2];
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 int r = row + 64 * t + 8 * i, token = r / G;
-                at[i] = token < tokens ? to + token * o_stride + r % G * D : nullptr;
+                at[i] = token < list.tokens ? to + token * o_stride + r % G * D : nullptr;
                 // MUT tile_rows: at[i] = to + token * o_stride + r % G * D;
             }
             store_d_global(at[0], at[1], out[t]);
