@@ -9,14 +9,15 @@
 //                  S = Q·Kᵀ (wgmma)   P = w·softmax(S) in registers   O += P·V (A from registers, sums stay in registers)
 //
 // One 64 rows' softmax runs while the other's products do; a chunk's K and V, the next tile's Q and the list after that are on
-// their way meanwhile, so that a tile begins as the one before ends.  Rows whose token did not choose a chunk have w = 0.  A
-// chunk is one tile: no rescaling, no workspace but the lists.  Deterministic.
+// their way meanwhile, so that a tile begins as the one before ends.  Q, K and V are boxes that one thread asks for
+// (tensor_map.cuh): its warp waits until all warps have left the place, the others go on; the block meets once a tile.  Rows whose
+// token did not choose a chunk have w = 0.  A chunk is one tile: no rescaling, no workspace but the lists.  Deterministic.
 // Traffic: q, o once; K and V once per tile and chunk of its union, from L2.  What limits it: 64 rows of a chunk of 64 by 64 take
 // 256 cycles of the tensor cores, as many of exp2, and 200 issues of a warp's 256.  On an H100 they take about 700 with three blocks
 // on a multiprocessor: half of the issue slots are empty for want of warps, and registers have no room for more.
 #pragma once
 #include "attend_chunks.cuh"
-#include "wgmma.cuh"
+#include "tensor_map.cuh"
 
 namespace rambac {
 
@@ -89,7 +90,11 @@ template <class C> struct TileHopper {
     struct List {
         i32 unions[MOST][2];
         float weight[C::slots][TOKENS];
+        // Where the tile is, and how many of its tokens there are.
+        i32 sequence, kv_head, token, tokens;
     } list[3];
+    // Queries are there; keys and values are, and are no longer read.
+    Mbarrier asked[2], full[2], empty[2];
 };
 
 // The greatest of a lane's two rows of a D tile, or zero: as integers, of which three are compared at once.  Where nothing is above
@@ -114,12 +119,12 @@ template <int TILES> __device__ __forceinline__ void row_top(float (&top)[2], co
     }
 }
 
-// q, o: rows of H·head_dim at their strides; K, V rows of h·head_dim.  Tiles that are not shared are passed over.
+// o: rows of H·head_dim at its stride; q: boxes of 64 rows of [N, L, H, head_dim]; k, v: boxes of a chunk of [N, tokens, h·head_dim].
+// Tiles that are not shared are passed over.
 template <class C>
-__device__ __forceinline__ void attend_tiles(typename C::T* o, i64 o_stride, const typename C::T* q, i64 q_stride,
-                                             const typename C::T* k, i64 k_stride, const typename C::T* v, i64 v_stride,
-                                             const i32* numbers, const i32* unions, const float* ordered, i32 all_tiles,
-                                             i32 tiles, i32 l, i32 tokens_kv, i32 h) {
+__device__ __forceinline__ void attend_tiles(typename C::T* o, i64 o_stride, const TensorMap& q, const TensorMap& k,
+                                             const TensorMap& v, const i32* numbers, const i32* unions,
+                                             const float* ordered, i32 all_tiles, i32 tiles, i32 l, i32 h) {
     using S = TileHopper<C>;
     using T = typename C::T;
     constexpr int D = S::D, G = C::heads_per_kv, K = C::slots, KEYS = S::KEYS, TILES = C::tiles, ROWS = 64 * TILES;
@@ -128,11 +133,10 @@ __device__ __forceinline__ void attend_tiles(typename C::T* o, i64 o_stride, con
     extern __shared__ __align__(1024) u8 panels[];
     S& s = *reinterpret_cast<S*>(panels);
     const int lane = lane_id(), row = warp_id() % 4 * 16 + lane / 4;
-    const u32 thread = threadIdx.x % 128;
 
     // A shared tile of this block, or -1, and its chunks.
     struct Found {
-        int tile, number, sequence, kv_head;
+        int tile, number;
     };
     auto find = [&](int from) {
         int step = gridDim.x;
@@ -141,13 +145,18 @@ __device__ __forceinline__ void attend_tiles(typename C::T* o, i64 o_stride, con
             u32 shared = __ballot_sync(ALL_LANES, number > 0);
             if (shared) {
                 int first = __ffs(shared) - 1;
-                int tile = from + first * step, list = tile / tiles;
-                return Found{tile, __shfl_sync(ALL_LANES, number, first), list / h, list % h};
+                return Found{from + first * step, __shfl_sync(ALL_LANES, number, first)};
             }
         }
-        return Found{-1, 0, 0, 0};
+        return Found{-1, 0};
     };
     auto fetch_list = [&](int slot, Found f) {
+        if (threadIdx.x == 0) {
+            const u32 list = (u32)f.tile / tiles;
+            const int token = ((u32)f.tile - list * tiles) * TOKENS;
+            s.list[slot].sequence = list / h, s.list[slot].kv_head = list % h;
+            s.list[slot].token = token, s.list[slot].tokens = min_of(TOKENS, l - token);
+        }
         int pieces = (f.number + 1) / 2;
 #pragma unroll 1
         for (int i = threadIdx.x; i < pieces + K * TOKENS / 4; i += 128) {
@@ -155,68 +164,77 @@ __device__ __forceinline__ void attend_tiles(typename C::T* o, i64 o_stride, con
             else copy16_async(s.list[slot].weight[0] + (i - pieces) * 4, ordered + (i64)f.tile * K * TOKENS + (i - pieces) * 4);
         }
     };
-    // Where a tile's rows are, and how many of its tokens there are.
-    auto begin = [&](Found f, i64 stride, int& tokens) {
-        int token0 = (f.tile - (f.sequence * h + f.kv_head) * tiles) * TOKENS;
-        tokens = min_of(TOKENS, l - token0);
-        return ((i64)f.sequence * l + token0) * stride + (i64)f.kv_head * G * D;
-    };
-    auto fetch_q = [&](int slot, Found f) {
-        int tokens;
-        const T* from = q + begin(f, q_stride, tokens);
+    // One thread asks for copies.  What is used in turns has two places; a place's phases are of parity 0 and 1.
+    auto place = [](u32 turn) { return turn % 2; };
+    auto parity = [](u32 turn) { return turn / 2 % 2; };
+    auto fetch_q = [&](u32 turn, int slot) {
+        if (threadIdx.x > 0) return;
+        const auto& list = s.list[slot];
+        Mbarrier& asked = s.asked[place(turn)];
+        asked.expect(sizeof(s.q[0]));
 #pragma unroll
-        for (u32 i = 0; i < ROWS; i += 1024 / D) {
-            u32 at = thread / (D / 8), row = i + at, piece = thread % (D / 8), token = row / G;
-            bool valid = (int)token < tokens;
-            u32 to = Panels<64>(s.q[slot][i / 64]).at(at, piece) + i % 64 * Panels<64>::ROW_BYTES;
-            copy16_async(to, from + (valid ? token * q_stride + (row % G * D + piece * 8) : 0), valid);
-        }
+        for (int t = 0; t < TILES; t++)
+            copy_box(shared_address(s.q[place(turn)][t]), q, asked, 0, list.kv_head * G + 64 * t % G, list.token + 64 * t / G, list.sequence);
     };
-    auto fetch_kv = [&](int stage, Found f, int chunk) {
-        i64 first = (i64)f.sequence * tokens_kv + (i64)chunk * KEYS;
-        int col = f.kv_head * D;
-        copy_panels_async<128, KEYS, D>(Panels<KEYS>(s.kv[stage][0]), k + first * k_stride + col, k_stride);
-        copy_panels_async<128, KEYS, D>(Panels<KEYS>(s.kv[stage][1]), v + first * v_stride + col, v_stride);
+    auto fetch_kv = [&](u32 turn, int slot, int i) {
+        if (threadIdx.x > 0) return;
+        const auto& list = s.list[slot];
+        s.empty[place(turn)].wait(parity(turn) ^ 1);
+        // MUT tile_empty: ;
+        Mbarrier& full = s.full[place(turn)];
+        full.expect(sizeof(s.kv[0]));
+        // MUT tile_bytes: full.expect(sizeof(s.kv[0]) / 2);
+        copy_box(shared_address(s.kv[place(turn)][0]), k, full, list.kv_head * D, list.unions[i][0] * KEYS, list.sequence);
+        copy_box(shared_address(s.kv[place(turn)][1]), v, full, list.kv_head * D, list.unions[i][0] * KEYS, list.sequence);
     };
 
-    Found now = find(blockIdx.x), then{-1, 0, 0, 0};
+    Found now = find(blockIdx.x), then{-1, 0};
     if (now.tile < 0) return;
     then = find(now.tile + gridDim.x);
+    if (threadIdx.x == 0) {
+        prefetch_map(q), prefetch_map(k), prefetch_map(v);
+        for (int i = 0; i < 2; i++) s.asked[i].init(1), s.full[i].init(1), s.empty[i].init(4);
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
     fetch_list(0, now);
     if (then.tile >= 0) fetch_list(1, then);
-    fetch_q(0, now);
     copies_commit();
     copies_wait<0>();
     __syncthreads();
-    fetch_kv(0, now, s.list[0].unions[0][0]);
-    copies_commit();
-    int slot = 0, q_slot = 0, stage = 0;
+    fetch_q(0, 0);
+    fetch_kv(0, 0, 0);
+    u32 turn = 0, round = 0;
+    int slot = 0;
 #pragma unroll 1
     for (;;) {
-        Found later{-1, 0, 0, 0};
+        Found later{-1, 0};
         if (then.tile >= 0) later = find(then.tile + gridDim.x);
         int next[TILES][2] = {};
         float out[TILES][D / 8][4];
 #pragma unroll
         for (int t = 0; t < TILES; t++) clear(out[t]);
 #pragma unroll 1
-        for (int i = 0; i < now.number; i++, stage ^= 1) {
-            copies_wait<0>();
-            shared_to_products();
-            // All have done with the chunk before, at a tile's first with the tile before.
-            __syncthreads();
-            // MUT tile_barrier: ;
+        for (int i = 0; i < now.number; i++, turn++) {
             if (i == 0) {
-                if (then.tile >= 0) fetch_q(q_slot ^ 1, then);
+                copies_wait<0>();
+                // All have done with the tile before.
+                __syncthreads();
+                // MUT tile_barrier: ;
+                if (then.tile >= 0) fetch_q(round + 1, (slot + 1) % 3);
                 if (later.tile >= 0) fetch_list((slot + 2) % 3, later);
                 // MUT tile_list: if (later.tile >= 0) fetch_list((slot + 1) % 3, later);
+                copies_commit();
+                s.asked[place(round)].wait(parity(round));
+                // MUT tile_asked: ;
             }
+            s.full[place(turn)].wait(parity(turn));
+            // MUT tile_full: ;
             u32 chosen_by = s.list[slot].unions[i][1];
-            const Panels<KEYS> keys(s.kv[stage][0]), values(s.kv[stage][1]);
+            const Panels<KEYS> keys(s.kv[place(turn)][0]), values(s.kv[place(turn)][1]);
             float logits[TILES][KEYS / 8][4];
 #pragma unroll
             for (int t = 0; t < TILES; t++) {
-                const Panels<64> queries(s.q[q_slot][t]);
+                const Panels<64> queries(s.q[place(round)][t]);
                 products_begin();
                 // MUT tile_unfenced_q: ;
 #pragma unroll
@@ -225,10 +243,9 @@ __device__ __forceinline__ void attend_tiles(typename C::T* o, i64 o_stride, con
                 products_commit();
             }
             // What comes next is fetched while the products run.
-            if (i + 1 < now.number) fetch_kv(stage ^ 1, now, s.list[slot].unions[i + 1][0]);
-            else if (then.tile >= 0) fetch_kv(stage ^ 1, then, s.list[(slot + 1) % 3].unions[0][0]);
-            // MUT tile_then: else if (then.tile >= 0) fetch_kv(stage ^ 1, now, s.list[(slot + 1) % 3].unions[0][0]);
-            copies_commit();
+            if (i + 1 < now.number) fetch_kv(turn + 1, slot, i + 1);
+            else if (then.tile >= 0) fetch_kv(turn + 1, (slot + 1) % 3, 0);
+            // MUT tile_then: else if (then.tile >= 0) fetch_kv(turn + 1, slot, 0);
 #pragma unroll
             for (int t = 0; t < TILES; t++) {
                 float w[2] = {0.f, 0.f}, top[2], sum[2];
@@ -262,23 +279,24 @@ __device__ __forceinline__ void attend_tiles(typename C::T* o, i64 o_stride, con
             products_wait<0>();
 #pragma unroll
             for (int t = 0; t < TILES; t++) in_flight(out[t]);
+            if (lane == 0) s.empty[place(turn)].arrive();
         }
-        int tokens;
-        T* to = o + begin(now, o_stride, tokens);
+        const auto& list = s.list[slot];
+        T* to = o + ((i64)list.sequence * l + list.token) * o_stride + (i64)list.kv_head * G * D;
 #pragma unroll
         for (int t = 0; t < TILES; t++) {
             T* at[2];
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 int r = row + 64 * t + 8 * i, token = r / G;
-                at[i] = token < tokens ? to + token * o_stride + r % G * D : nullptr;
+                at[i] = token < list.tokens ? to + token * o_stride + r % G * D : nullptr;
                 // MUT tile_rows: at[i] = to + token * o_stride + r % G * D;
             }
             store_d_global(at[0], at[1], out[t]);
         }
         if (then.tile < 0) break;
         now = then, then = later;
-        slot = (slot + 1) % 3, q_slot ^= 1;
+        slot = (slot + 1) % 3, round++;
     }
 }
 

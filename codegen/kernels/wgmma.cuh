@@ -84,6 +84,8 @@ struct Mbarrier {
     u64 state;
     __device__ __forceinline__ void init(u32 count) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&state)), "r"(count) : "memory"); }
     __device__ __forceinline__ void arrive() { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&state)) : "memory"); }
+    // An arrival, and so many bytes of copies that the phase waits for, too.
+    __device__ __forceinline__ void expect(u32 bytes) { asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&state)), "r"(bytes) : "memory"); }
     // Until the phase of that parity is over.
     __device__ __forceinline__ void wait(u32 parity) {
         u32 done;

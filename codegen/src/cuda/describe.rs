@@ -12,7 +12,7 @@
 //! ```
 
 use super::emit::{GpuProgram, GpuStep};
-use super::form::{Call, Form, Gemm, GemmOperand, Kernel, Launch, Operand, Param, Workspace};
+use super::form::{Call, Form, Gemm, GemmOperand, Kernel, Launch, Operand, Param, TensorParam, Workspace};
 use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -110,5 +110,9 @@ fn param(p: &Param) -> Value {
         // JSON has no infinities.
         Param::Float(v) => json!({ "f32": format!("{v:?}") }),
         Param::Table(words) => json!({ "table": words.iter().map(param).collect::<Vec<_>>() }),
+        Param::Tensor(TensorParam { at, first, dtype, dims, strides, tile }) => json!({
+            "tensor": operand(*at), "first": first.to_string(), "type": dtype.name(), "dims": texts(dims),
+            "strides": texts(strides), "box": tile,
+        }),
     }
 }

@@ -72,6 +72,22 @@ pub enum Param {
     Float(f32),
     /// Words of 64 bits by value: addresses and `i64`s.
     Table(Vec<Param>),
+    /// A tensor map by value.
+    Tensor(TensorParam),
+}
+
+/// A tensor that boxes are copied of; dims count from the innermost.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TensorParam {
+    pub at: Operand,
+    /// The first element.
+    pub first: Expr,
+    pub dtype: DType,
+    pub dims: Vec<Expr>,
+    /// Elements from one index to the next of every dim but the first.
+    pub strides: Vec<Expr>,
+    /// Elements of a box along each dim.
+    pub tile: Vec<usize>,
 }
 
 /// One launch.

@@ -12,7 +12,7 @@
 //! ```
 
 use super::expr::Expr;
-use super::form::{Kernel, Launch, Operand, Param};
+use super::form::{Kernel, Launch, Operand, Param, TensorParam};
 use rambac_ir::DType;
 use std::fmt::Write;
 
@@ -167,6 +167,10 @@ impl Stub {
     pub fn table(self, name: &str, words: Vec<Param>) -> Stub {
         let ty = format!("const __grid_constant__ Table<{}>", words.len());
         self.param(ty, name, Param::Table(words))
+    }
+    /// A tensor map, by value.
+    pub fn tensor(self, name: &str, t: TensorParam) -> Stub {
+        self.param("const __grid_constant__ TensorMap".into(), name, Param::Tensor(t))
     }
     pub fn f32(self, name: &str, v: f32) -> Stub {
         self.param("float".into(), name, Param::Float(v))

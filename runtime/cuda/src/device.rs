@@ -534,6 +534,7 @@ impl Device for CudaDevice {
                     // Of nothing at all, such as rows of an empty array, it may lie outside: no kernel looks there.
                     Arg::Buffer(b, more) => bytes.extend((self.place(*b, 0, 0)? + more).to_ne_bytes()),
                     Arg::Bytes(b) => bytes.extend(b),
+                    Arg::Tensor(t) => bytes.extend(crate::tensor::encode(t, self.place(t.buffer, 0, 0)? + t.at)?),
                     Arg::Table(_) => return Err(Error::refused("a table in a table")),
                 }
             }

@@ -13,6 +13,7 @@ mod host;
 mod library;
 mod ranges;
 mod survey;
+mod tensor;
 
 pub use device::CudaDevice;
 pub use library::{CUBLASLT, CUBLASLT_HELP, DRIVER_HELP, Library};

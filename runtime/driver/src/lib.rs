@@ -11,12 +11,14 @@
 mod error;
 mod host;
 mod product;
+mod tensor;
 #[cfg(feature = "testing")]
 pub mod testing;
 
 pub use error::{Error, Result};
 pub use host::HostMemory;
 pub use product::{Float, Matrix, Product};
+pub use tensor::Tensor;
 
 /// A loaded module.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -47,6 +49,8 @@ pub enum Arg {
     Bytes(Vec<u8>),
     /// A struct of such, by value: addresses and words of 64 bits, one after another.
     Table(Vec<Arg>),
+    /// A tensor map, by value: what copies of boxes need to know of a tensor.
+    Tensor(Tensor),
 }
 
 macro_rules! scalars {

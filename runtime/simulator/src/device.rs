@@ -6,12 +6,13 @@ use crate::decode::{Image, decode};
 use crate::error::Error;
 use crate::exec::Options;
 use crate::exec::launch::{Request, run};
+use crate::exec::tensor_map::{Swizzle, TensorMap};
 use crate::isa::{Param, Program};
 use crate::memory::{Buffer, GlobalMemory, MAX_BYTES, address_of};
 use crate::parse::ast::{Module, Space as At};
 use crate::parse::parse;
 use rambac_driver as driver;
-pub use rambac_driver::{Arg, BufferId, Code, Device, Extent, ModuleId};
+pub use rambac_driver::{Arg, BufferId, Code, Device, Extent, ModuleId, Tensor};
 use rambac_driver::{EventId, HostId, HostMemory, Product, Space};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -165,7 +166,7 @@ impl Simulator {
         }
         let mut out = vec![0u8; p.param_bytes];
         for (index, (param, arg)) in p.params.iter().zip(args).enumerate() {
-            let bytes = bytes_of(arg);
+            let bytes = bytes_of(arg).map_err(|what| Error::Argument { kernel: p.name.clone(), index, what })?;
             if bytes.len() != param.bytes {
                 let kernel = p.name.clone();
                 return Err(Error::ParamSize { kernel, index, want: param.bytes, got: bytes.len() });
@@ -177,12 +178,22 @@ impl Simulator {
 }
 
 /// An argument as a kernel sees it.
-fn bytes_of(arg: &Arg) -> Vec<u8> {
-    match arg {
+fn bytes_of(arg: &Arg) -> Result<Vec<u8>, String> {
+    Ok(match arg {
         Arg::Bytes(b) => b.clone(),
         Arg::Buffer(b, more) => (address_of(b.0) + more).to_le_bytes().to_vec(),
-        Arg::Table(all) => all.iter().flat_map(bytes_of).collect(),
-    }
+        Arg::Table(all) => all.iter().map(bytes_of).collect::<Result<Vec<_>, _>>()?.concat(),
+        Arg::Tensor(t) => tensor_map(t)?.encode().to_vec(),
+    })
+}
+
+fn tensor_map(t: &Tensor) -> Result<TensorMap, String> {
+    let bytes = t.float.bytes();
+    let dims: Option<Vec<u32>> = t.dims.iter().map(|&d| d.try_into().ok()).collect();
+    let tile: Option<Vec<u16>> = t.tile.iter().map(|&d| d.try_into().ok()).collect();
+    let strides: Vec<u64> = t.strides.iter().map(|&s| (s * bytes) as u64).collect();
+    let (Some(dims), Some(tile)) = (dims, tile) else { return Err("a side of more than 2^32 elements".into()) };
+    TensorMap::new(address_of(t.buffer.0) + t.at, bytes as u8, &dims, &strides, &tile, Swizzle::B128)
 }
 
 /// `kernel(b64, b32, b8[128])`

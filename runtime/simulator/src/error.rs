@@ -29,6 +29,8 @@ pub enum Error {
     ParamCount { kernel: String, want: usize, got: usize, signature: String },
     #[error("parameter {index} of {kernel} is {want} bytes wide, {got} were given")]
     ParamSize { kernel: String, index: usize, want: usize, got: usize },
+    #[error("argument {index} of {kernel}: {what}")]
+    Argument { kernel: String, index: usize, what: String },
     #[error("a launch of {kernel} can't have {what}")]
     Launch { kernel: String, what: String },
     #[error("buffer \"{name}\" can't be made: {what}")]

@@ -3,7 +3,7 @@
 use super::error::GpuError;
 use rambac_codegen::cuda::{Arch, Call, Expr, Form, Gemm, GemmOperand, GpuProgram, Launch, Operand, Param};
 use rambac_codegen::{BufferKind, View};
-use rambac_driver::{Arg, BufferId, Extent, Float, Matrix, Product};
+use rambac_driver::{Arg, BufferId, Extent, Float, Matrix, Product, Tensor};
 use rambac_ir::ops::Op;
 use rambac_ir::ty::ConcreteTy;
 use rambac_ir::{Bindings, DType, DimError};
@@ -168,8 +168,29 @@ fn argument(p: &Param, dims: &Bindings, place: &impl Fn(Operand) -> Result<Place
         Param::Int(e) => i32::try_from(e.eval(dims)?).map_err(|_| overflow(e))?.into(),
         Param::Long(e) => i64::try_from(e.eval(dims)?).map_err(|_| overflow(e))?.into(),
         Param::Float(v) => (*v).into(),
+        Param::Tensor(t) => {
+            let (buffer, from) = place(t.at)?;
+            let all = |of: &[Expr]| of.iter().map(|e| e.eval(dims)).collect::<Result<Vec<_>, _>>();
+            Arg::Tensor(Tensor {
+                buffer,
+                at: (from + t.first.eval(dims)? * t.dtype.size()) as u64,
+                float: float(t.dtype),
+                dims: all(&t.dims)?,
+                strides: all(&t.strides)?,
+                tile: t.tile.clone(),
+            })
+        }
         Param::Table(words) => Arg::Table(words.iter().map(|w| argument(w, dims, place)).collect::<Result<_, _>>()?),
     })
+}
+
+/// What devices call a float type; others are none.
+fn float(t: DType) -> Float {
+    match t {
+        DType::BF16 => Float::Bf16,
+        DType::F16 => Float::F16,
+        _ => Float::F32,
+    }
 }
 
 fn product(
@@ -180,12 +201,7 @@ fn product(
     let matrix = |o: &GemmOperand| -> Result<Matrix, DimError> {
         let (buffer, at) = place(o.at)?;
         let at = at + o.first.eval(dims)? * o.dtype.size();
-        let float = match o.dtype {
-            DType::BF16 => Float::Bf16,
-            DType::F16 => Float::F16,
-            _ => Float::F32,
-        };
-        Ok(Matrix { buffer, at, float, ld: o.ld.eval(dims)?, step: o.step.eval(dims)?, trans: o.trans })
+        Ok(Matrix { buffer, at, float: float(o.dtype), ld: o.ld.eval(dims)?, step: o.step.eval(dims)?, trans: o.trans })
     };
     Ok(Product {
         batch: g.batch.eval(dims)?,

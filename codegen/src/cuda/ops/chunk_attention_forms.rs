@@ -4,7 +4,7 @@ use super::chunk_attention_sizes::{Sizes, Tile, WORTH_SHARING};
 use super::inverted_index::InvertedIndex;
 use super::{Pages, Site, Unsupported, because};
 use crate::cuda::expr::Expr;
-use crate::cuda::form::{Call, Condition, Form, Launch, Operand};
+use crate::cuda::form::{Call, Condition, Form, Launch, Operand, TensorParam};
 use crate::cuda::stub::Stub;
 use crate::cuda::target::Target;
 use rambac_ir::{DType, Dim};
@@ -325,18 +325,42 @@ impl<'a> Attending<'a> {
             .blocks_per_sm(t.blocks_per_sm)
             .write("o", self.dtype, Operand::Output(0))
             .i64("o_stride", o_stride);
-        let attend = self
-            .read_qkv(attend)
+        let [q, k, v] = self.tensors(64);
+        let attend = attend
+            .tensor("q", q)
+            .tensor("k", k)
+            .tensor("v", v)
             .read("numbers", DType::I32, numbers)
             .read("unions", DType::I32, unions)
             .read("ordered", DType::F32, ordered)
             .i32("all_tiles", all.clone())
             .i32("tiles", tiles)
             .i32("l", &self.l)
-            .i32("tokens_kv", &self.tokens_kv)
             .i32("h", self.h);
         calls.push(attend.launch((all.min(Expr::int(target.sms * t.blocks_per_sm)), 1, 1)).into());
         scattered
+    }
+    /// Queries in boxes of so many rows (token, query head of a key head), keys and values in boxes of a chunk; 128 bytes wide.
+    fn tensors(&self, rows: usize) -> [TensorParam; 3] {
+        let Sizes { element, head_dim, chunk, group, .. } = self.sizes;
+        let [q, k, v] = self.strides.clone();
+        let tensor = |at, strides: Vec<Expr>, dims: Vec<Expr>, tile: Vec<usize>| TensorParam {
+            at,
+            first: Expr::int(0),
+            dtype: self.dtype,
+            dims,
+            strides,
+            tile: [128 / element].into_iter().chain(tile).collect(),
+        };
+        let (n, l, tokens) = (Expr::from(&self.n), Expr::from(&self.l), Expr::from(&self.tokens_kv));
+        let keys = |at, row: Expr| {
+            let dims = vec![Expr::int(self.h * head_dim), tokens.clone(), n.clone()];
+            tensor(at, vec![row.clone(), row * tokens.clone()], dims, vec![chunk, 1])
+        };
+        let heads = group.min(rows);
+        let dims = vec![Expr::int(head_dim), Expr::int(self.h * group), l.clone(), n.clone()];
+        let strides = vec![Expr::int(head_dim), q.clone(), q * l];
+        [tensor(Q, strides, dims, vec![heads, rows / heads, 1]), keys(K, k), keys(V, v)]
     }
     /// Reserves what [`shared_tiles`](Self::shared_tiles) writes.
     fn reserve_shared(&self, f: Form) -> Form {

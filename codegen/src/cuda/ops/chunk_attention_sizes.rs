@@ -193,9 +193,10 @@ impl Sizes {
         {
             return None;
         }
-        let lists = 3 * (8 * self.shared_most() + 4 * self.slots * self.shared_tokens());
+        let lists = 3 * (8 * self.shared_most() + 4 * self.slots * self.shared_tokens() + 16);
         // Two tiles of queries, two of keys and values; 164 registers, 168 where the two rows of a thread are of two tokens.
-        let shared = 2 * 64 * (2 * 128 + 2 * 2 * 64) + lists;
+        let barriers = 3 * 2 * 8;
+        let shared = 2 * 64 * (2 * 128 + 2 * 2 * 64) + lists + barriers;
         let blocks_per_sm = 3.min(target.shared_per_sm / (shared + Target::SHARED_RESERVED));
         (blocks_per_sm > 0).then_some(Tile { warps: 4, keys: 64, shared, blocks_per_sm })
     }
@@ -243,7 +244,7 @@ mod tests {
         assert_eq!((s.chunk_major_hopper(&t), s.grad_hopper(&t)), (None, None));
         let h = Target::of(Arch::Sm90a);
         assert_eq!(s.chunk_major_hopper(&h), Some(Tile { warps: 8, keys: 64, shared: 50176, blocks_per_sm: 3 }));
-        assert_eq!(s.shared_tile(&h), Some(Tile { warps: 4, keys: 64, shared: 66832, blocks_per_sm: 3 }));
+        assert_eq!(s.shared_tile(&h), Some(Tile { warps: 4, keys: 64, shared: 66928, blocks_per_sm: 3 }));
         assert_eq!((s.shared_tokens(), s.shared_most(), s.shared_tile(&t)), (8, 22, None));
         assert_eq!(s.grad_hopper(&h), Some(Tile { warps: 4, keys: 64, shared: 66560, blocks_per_sm: 3 }));
     }

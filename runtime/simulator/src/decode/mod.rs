@@ -444,11 +444,11 @@ fn touches(code: &[Inst], names: &[Box<[(Slot, bool)]>]) -> Vec<Box<[(Slot, bool
     if of_products.is_empty() {
         return vec![];
     }
-    let of = |(i, names): (&Inst, &Box<[(Slot, bool)]>)| match i.op.product() {
+    let of = |i: &Inst, names: &[(Slot, bool)]| match i.op.product() {
         Some(_) => [].into(),
         None => names.iter().copied().filter(|r| of_products.contains(&r.0)).collect(),
     };
-    code.iter().zip(names).map(of).collect()
+    code.iter().zip(names).map(|(i, names)| of(i, names)).collect()
 }
 
 /// Exactly `N` operands.

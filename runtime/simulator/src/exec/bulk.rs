@@ -188,7 +188,9 @@ impl Warp {
                 let actor = self.actor(pc, lane as u32);
                 let memory = &mut site.blocks[r].shared;
                 let clash = if into {
-                    memory.begin_copy(spot.at, bytes, lane as u32, &actor)
+                    // Elements at an end of the tensor come one by one: their 16 bytes are one place.
+                    let first = spot.at.is_multiple_of(16);
+                    first.then(|| memory.begin_copy(spot.at, 16, lane as u32, &actor)).flatten()
                 } else {
                     memory.async_read(spot.at, bytes, lane as u32, &actor, &site.common.proxied)
                 };

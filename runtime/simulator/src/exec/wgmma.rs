@@ -289,7 +289,7 @@ impl Warp {
         if w.a_in_shared {
             let from = Operand::new(issue.a[0][0], rank, w.transpose_a, size);
             let first = 16 * (self.within as usize % 4);
-            self.gather_operand(&from, first, 16, k, w.a_ty, &mut a, site);
+            self.gather_operand(&from, first..first + 16, k, w.a_ty, &mut a, site);
         } else {
             let e = 4 / size;
             for (i, reg) in issue.a.iter().enumerate() {
@@ -303,7 +303,7 @@ impl Warp {
         }
         let mut b = vec![0f32; n * k];
         let from = Operand::new(issue.b, rank, w.transpose_b, size);
-        self.gather_operand(&from, 0, n, k, w.b_ty, &mut b, site);
+        self.gather_operand(&from, 0..n, k, w.b_ty, &mut b, site);
         let sign = if w.negate_a != w.negate_b { -1.0 } else { 1.0 };
         // B by rows of k, so that the inner loop runs along n.
         let mut bt = vec![0f32; n * k];
@@ -353,8 +353,7 @@ impl Warp {
     fn gather_operand(
         &self,
         from: &Operand,
-        first: usize,
-        rows: usize,
+        rows: std::ops::Range<usize>,
         k: usize,
         ty: MmaTy,
         out: &mut [f32],
@@ -363,9 +362,9 @@ impl Warp {
         let pc = site.pc;
         let bytes = site.blocks[from.unit].shared.bytes.len();
         let mut clash = None;
-        for r in 0..rows {
+        for (r, row) in rows.enumerate() {
             for i in 0..k {
-                let (_, at) = shared_place(from.place(first + r, i) as u64);
+                let (_, at) = shared_place(from.place(row, i) as u64);
                 if at + from.element > bytes {
                     let text = || format!("an operand reaches byte {at} of {bytes} bytes of shared memory");
                     self.find(site, Kind::OutOfBounds, 0, Some(at as u64), text);

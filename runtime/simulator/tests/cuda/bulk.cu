@@ -120,6 +120,27 @@ extern "C" __global__ void boxes(const __grid_constant__ Map stored, const __gri
     }
 }
 
+// A box of 64 x 8 halves that the tensor ends within: what is outside is zero.
+extern "C" __global__ void edges(unsigned short* y, const __grid_constant__ Map x, int col, int row) {
+    __shared__ __align__(1024) unsigned short s[64 * 8];
+    __shared__ u64 full;
+    int t = threadIdx.x;
+    if (t == 0) init(&full, 1);
+    __syncthreads();
+    if (t == 0) {
+        expect(&full, sizeof(s));
+        // MUT edges_bytes: expect(&full, sizeof(s) - 16);
+        asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(at(s)),
+                     "l"(&x), "r"(col), "r"(row), "r"(at(&full))
+                     : "memory");
+    }
+    wait(&full, 0);
+    // MUT edges_unwaited: ;
+    // Pieces of eight are exchanged by the row.
+    for (int i = t; i < 64 * 8; i += 128) y[i] = s[i ^ i / 64 % 8 * 8];
+    // MUT edges_swizzle: for (int i = t; i < 64 * 8; i += 128) y[i] = s[i];
+}
+
 // Registers to shared memory as 8 x 8 matrices, four as they are and two transposed.
 extern "C" __global__ void matrices(unsigned short* y, const u32* x) {
     __shared__ __align__(16) unsigned short s[6 * 64];

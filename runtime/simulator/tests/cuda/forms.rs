@@ -3,7 +3,8 @@
 use crate::cases::{Result, rng, whole};
 use crate::support::{Bench, Case, same};
 use half::{bf16, f16};
-use rambac_simulator::device::{Arg, Extent};
+use rambac_driver::Float;
+use rambac_simulator::device::{Arg, Extent, Tensor};
 use rambac_simulator::exec::tensor_map::{Swizzle, TensorMap};
 use rand::Rng;
 
@@ -16,6 +17,7 @@ cases! {
     bulk_to_everyone: "bulk.cu", "sm_90a", "everyone";
     bulk_across: "bulk.cu", "sm_90a", "across";
     bulk_boxes: "bulk.cu", "sm_90a", "boxes";
+    bulk_edges: "bulk.cu", "sm_90a", "edges";
     stored_matrices: "bulk.cu", "sm_90a", "matrices";
     wgmma_negated: "wgmma.cu", "sm_90a", "n8_f16_negated";
     wgmma_transposed: "wgmma.cu", "sm_90a", "n24_bf16_transposed";
@@ -106,6 +108,34 @@ fn bulk_boxes(b: &mut Bench) -> Result {
     }
     same("stored", &b.get(stored), &want)?;
     same("added", &b.get(added), &sums)
+}
+
+fn bulk_edges(b: &mut Bench) -> Result {
+    // A box of 64 columns and 8 rows at (16, 5) of a tensor of 61 columns, which end within a piece, and 9 rows.
+    let (cols, rows, pitch) = (61usize, 9usize, 72usize);
+    let x: Vec<u16> = (0..pitch * rows).map(|i| i as u16 + 1).collect();
+    let (y, a) = (b.output::<u16>("y", 64 * 8), b.input("x", &x));
+    let map =
+        Tensor { buffer: a, at: 0, float: Float::F16, dims: vec![cols, rows], strides: vec![pitch], tile: vec![64, 8] };
+    b.launch(Extent::line(1, 128), &[y.into(), Arg::Tensor(map.clone()), Arg::from(16i32), Arg::from(5i32)])?;
+    let want = (0..64 * 8).map(|i| {
+        let (row, col) = (5 + i / 64, 16 + i % 64);
+        if row < rows && col < cols { x[row * pitch + col] } else { 0 }
+    });
+    same("y", &b.get(y), &want.collect::<Vec<u16>>())?;
+    // What no hardware copies is refused before anything runs.
+    for (wrong, says) in [
+        (Tensor { strides: vec![pitch + 1], ..map.clone() }, "multiples of 16"),
+        (Tensor { tile: vec![128, 8], ..map.clone() }, "inner side"),
+        (Tensor { at: 2, ..map }, "multiples of 16"),
+    ] {
+        let e = b.launch(Extent::line(1, 128), &[y.into(), Arg::Tensor(wrong), Arg::from(0i32), Arg::from(0i32)]);
+        let e = e.err().unwrap_or_default();
+        if !e.contains(says) || !e.contains("argument 1 of edges") {
+            return Err(format!("\"{says}\" is expected, the launch says: {e}"));
+        }
+    }
+    Ok(())
 }
 
 fn stored_matrices(b: &mut Bench) -> Result {
