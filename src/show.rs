@@ -49,6 +49,11 @@ pub fn rate(x: f64) -> String {
     if x >= 1000.0 { count(x as u64) } else { digits(x) }
 }
 
+/// `123k`, `12.3k`, `56.6`, of things per second.
+pub fn thousands(x: f64) -> String {
+    if x >= 1000.0 { format!("{}k", digits(x / 1e3)) } else { digits(x) }
+}
+
 /// How often a long run speaks up where no bar can be drawn.
 const BEAT: Duration = Duration::from_secs(10);
 

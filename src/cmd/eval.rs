@@ -10,7 +10,7 @@ use crate::profile::Profile;
 use crate::show::count;
 use crate::workbench::learn::Asker;
 use crate::{machine, metrics, model, show};
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};
 use miette::{IntoDiagnostic, miette};
 use rambac_models::Config;
 use rambac_models::data::PasskeyCase;
@@ -196,11 +196,11 @@ fn whole(a: &Eval, config: &Config, weights: &std::path::Path, pool: &Arc<rayon:
                 .zip(chosen)
                 .map_or(String::new(), |(r, c)| format!(", the needle's rank {r:.1}, chosen {:.0} %", 100.0 * c));
             println!(
-                "{:>9} tokens, {} cases: {:.1} % of digits right{needle}, {:.0}k tokens/s",
+                "{:>9} tokens, {} cases: {:.1} % of digits right{needle}, {} tokens/s",
                 count(len as u64),
                 a.cases,
                 100.0 * s.accuracy(),
-                rate / 1e3
+                show::thousands(rate)
             );
         }
     }
@@ -226,13 +226,13 @@ pub fn row(s: &Score) -> String {
     let digits = s.digits as f64 / (s.cases * DIGITS).max(1) as f64;
     let chosen = s.chosen_part().map_or("-  ".into(), |part| format!("{:.0} %", 100.0 * part));
     format!(
-        "{:>11} {:>7} {:>6} {:>4.0} % {:>12.1} % {chosen:>15} {:>9.0}k {:>15} {:>10}",
+        "{:>11} {:>7} {:>6} {:>4.0} % {:>12.1} % {chosen:>15} {:>10} {:>15} {:>10}",
         count(s.len as u64),
         s.cases,
         s.right,
         100.0 * s.accuracy(),
         100.0 * digits,
-        (s.len * s.cases) as f64 / s.seconds / 1e3,
+        show::thousands((s.len * s.cases) as f64 / s.seconds),
         show::bytes(s.stored),
         show::bytes(s.resident),
     )
@@ -262,6 +262,8 @@ pub fn passkey(
     let at = Inferring { on: how.on, memory: how.memory, segment, options: &how.session };
     let mut session = device::session(&at, &graphs, store.clone(), pool)?;
     let bar = if how.progress { ProgressBar::new((len * cases) as u64) } else { ProgressBar::hidden() };
+    // It goes before an error is told, too.
+    let bar = bar.with_finish(ProgressFinish::AndClear);
     let style = "{human_pos}/{human_len} tokens  {per_sec}  {msg}  {eta} left";
     bar.set_style(ProgressStyle::with_template(style).into_diagnostic()?);
     let mut profile = how.profile.as_ref().map(|p| Profile::session(p, &mut session)).transpose()?;

@@ -26,6 +26,7 @@ pub const ALL: &[Case] = &[
     ("sessions_of_attention_variants", variants),
     ("between_choices_tokens_are_decoded_by_records", between),
     ("prompts_of_several_sequences_are_replayed", replayed),
+    ("landmarks_beyond_the_limit_come_in_parts", in_parts),
 ];
 
 fn params(c: &Config) -> Store {
@@ -191,7 +192,7 @@ fn few_slots(rig: &Rig) -> Result<String, String> {
     let c = Config { chunk_size: 16, chunk_topk: 3, ..tiny()? };
     let o = options(1, Precision::Bf16);
     let need = match on_device(rig, &c, &o, Some(1)) {
-        Err(SessionError::DeviceMemory { have: 1, need }) => need,
+        Err(SessionError::DeviceMemory { have: 1, need, .. }) => need,
         Err(e) => return Err(format!("a limit of one byte: {e}")),
         Ok(_) => return Err("a limit of one byte was taken".into()),
     };
@@ -315,7 +316,7 @@ fn between(rig: &Rig) -> Result<String, String> {
     let mut needs = vec![];
     for c in [&c, &plain] {
         match watched(rig, c, &options(1, Precision::F32), Some(1)) {
-            Err(SessionError::DeviceMemory { have: 1, need }) => needs.push(need),
+            Err(SessionError::DeviceMemory { have: 1, need, .. }) => needs.push(need),
             other => return Err(format!("a limit of one byte: {:?}", other.err())),
         }
     }
@@ -402,4 +403,52 @@ fn file(rig: &Rig) -> Result<String, String> {
     let mut again = text(on_device(rig, &c, &o, None))?;
     let worst = near("what follows", &text(again.feed(0, &all[60..]))?.hidden, &want)?;
     Ok(format!(": within {worst:.1e}"))
+}
+
+/// A text of 64 times as many chunks as a page of landmarks has, on a device that holds few of them: bit for bit what a device that
+/// holds all makes of it, in the memory of a text of one page.
+fn in_parts(rig: &Rig) -> Result<String, String> {
+    let c = Config { chunk_size: 16, chunk_topk: 3, ..small()? };
+    let dir = tempfile::tempdir().map_err(|e| e.to_string())?;
+    let least = match watched(rig, &c, &options(1, Precision::Bf16), Some(1)) {
+        Err(SessionError::DeviceMemory { have: 1, need, parts }) if parts.contains("a page of landmarks") => need,
+        other => return Err(format!("a limit of one byte: {:?}", other.err())),
+    };
+    // Pages enough that some stay and others pass, and a few tokens' slots.
+    let limit = least + (400 << 10);
+    // What was read before is in a file, which the CPU made: to read so much, a simulator takes long.
+    let long = |tokens: usize, limit: Option<usize>| -> Result<(Vec<Segment>, usize, Session), String> {
+        let path = dir.path().join(format!("{tokens} {limit:?}"));
+        let o = SessionOptions { tier: Tier::File(path.clone()), ..options(1, Precision::Bf16) };
+        let mut s = text(Session::new(&session_graphs(&c), params(&c), pool(), &o))?;
+        ids(tokens, 3).chunks(4096).try_for_each(|part| text(s.skim(0, part)))?;
+        text(s.save())?;
+        drop(s);
+        let o = SessionOptions { tier: Tier::Resume(path), ..o };
+        let (mut a, seen) = text(watched(rig, &c, &o, limit))?;
+        let mut out = vec![];
+        for part in ids(30, 8)[..].chunks(9) {
+            out.push(text(a.feed(0, part))?);
+        }
+        Ok((out, seen.peak(), a))
+    };
+    let short = long(128 * 16, Some(limit))?.1;
+    let (got, peak, a) = long(64 * 128 * 16, Some(limit))?;
+    let (want, all, _) = long(64 * 128 * 16, None)?;
+    let r = a.residency().ok_or("chunks are on the device")?;
+    if r.landmark_parts < 4 || r.landmark_pages < 4 || r.evicted == 0 {
+        return Err(format!("{r:?}: landmarks come in parts"));
+    }
+    for (i, (x, y)) in got.iter().zip(&want).enumerate() {
+        if (&x.retrieved.indices, &x.retrieved.count) != (&y.retrieved.indices, &y.retrieved.count) {
+            return Err(format!("part {i}: {:?}, {:?} wanted", x.retrieved.indices, y.retrieved.indices));
+        }
+        if x.hidden != y.hidden || x.retrieved.weights != y.retrieved.weights {
+            return Err(format!("part {i}: other bits than where all is on the device"));
+        }
+    }
+    if peak > limit || peak as f64 > 1.1 * short as f64 || all < 2 * peak {
+        return Err(format!("{peak} of {limit} bytes were taken, {short} for a text of one page, {all} without a limit"));
+    }
+    Ok(format!(": {} parts, {peak} of {limit} bytes ({short} at a 64th of the text, {all} without a limit)", r.landmark_parts))
 }

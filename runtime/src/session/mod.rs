@@ -28,7 +28,7 @@ use crate::tensor::Tensor;
 use cpu::Cpu;
 use device::{OnDevice, Wanted};
 use rambac_codegen::cuda::paged;
-use rambac_codegen::cuda::pages::{CHUNK_TABLE, LANDMARK_TABLE};
+use rambac_codegen::cuda::pages::{CHUNK_TABLE, LANDMARK_TABLE, LANDMARK_WINDOW};
 use rambac_codegen::program::SourceSlot;
 use rambac_codegen::{Program, lower};
 use rambac_ir::ops::{Op, SourceKind};
@@ -102,19 +102,24 @@ pub enum SessionError {
     #[error(transparent)]
     Gpu(#[from] GpuError),
     #[error(
-        "{} of device memory are too few: weights, states, activations and the chunks of one token take {}; give more with \
-             --device-memory, or feed shorter segments", mib(*have), mib(*need)
+        "{} of device memory are too few, {} are needed: {parts}; give more with --device-memory, or feed shorter segments",
+        exact(*have), exact(*need)
     )]
-    DeviceMemory { have: usize, need: usize },
-    #[error(
-        "the landmarks of this context take {} on the device, where {} are left for them; give more with --device-memory",
-        mib(*need), mib(*have)
-    )]
-    Landmarks { have: usize, need: usize },
+    DeviceMemory {
+        have: usize,
+        need: usize,
+        /// Of what it is the sum.
+        parts: String,
+    },
 }
 
 fn mib(bytes: usize) -> String {
     format!("{:.1} MiB", bytes as f64 / (1 << 20) as f64)
+}
+
+/// As it was given, so that two that differ by little are told apart.
+fn exact(bytes: usize) -> String {
+    format!("{bytes} bytes ({})", mib(bytes))
 }
 
 /// What a sequence carries besides its scan states.
@@ -636,7 +641,7 @@ impl Session {
 
 /// Inputs of the upper half that are chunks, and what says on a device where they are.
 pub(crate) const PAGED: &[&str] = &["k", "v", "landmarks"];
-const TABLES: &[&str] = &[CHUNK_TABLE, LANDMARK_TABLE];
+const TABLES: &[&str] = &[CHUNK_TABLE, LANDMARK_TABLE, LANDMARK_WINDOW];
 
 impl Engine {
     fn states(&mut self) -> Result<Vec<(String, Tensor)>, SessionError> {
