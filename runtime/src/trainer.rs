@@ -362,10 +362,10 @@ impl Trainer {
             }
             let ended = match times {
                 Some(times) => on.timed(step, batch, &self.store, times)?,
-                None => {
-                    on.start(step, batch, &self.store)?;
-                    on.finish()?.expect("BUG: a step was begun above")
-                }
+                None => match on.start(step, batch, &self.store)? {
+                    Some(ended) => ended,
+                    None => on.finish()?.expect("BUG: a step was begun above"),
+                },
             };
             return Ok(gpu_report(ended)?.1);
         }

@@ -76,11 +76,20 @@ pub struct Score {
     pub stored: usize,
     /// Largest resident memory seen, in bytes.
     pub resident: usize,
+    /// The most that a device held, in bytes, and the parts in which landmarks came there; 0: none did.
+    pub device: Option<usize>,
+    pub parts: usize,
 }
 
 impl Score {
     pub fn accuracy(&self) -> f64 {
         self.right as f64 / self.cases.max(1) as f64
+    }
+    /// What is taken now.
+    fn see(&mut self, session: &mut Session) {
+        self.resident = self.resident.max(machine::rss());
+        self.device = self.device.max(session.device().map(|(m, _)| m.bytes()));
+        self.parts = self.parts.max(session.residency().map_or(0, |r| r.landmark_parts));
     }
     /// Of the cases, those in which the needle was chosen; `None`: there are no chunks to choose.
     pub fn chosen_part(&self) -> Option<f64> {
@@ -151,6 +160,7 @@ pub fn run(a: &Eval, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
             "digits_right": s.digits, "digits": s.cases * DIGITS, "needle_chunk_chosen": s.chosen,
             "tokens_per_s": (s.len * s.cases) as f64 / s.seconds, "seconds": s.seconds,
             "memory_bytes": s.stored, "resident_bytes": s.resident, "flash": how.flash,
+            "device_bytes": s.device, "landmark_parts": s.parts,
         });
         if a.json {
             println!("{line}");
@@ -235,7 +245,11 @@ pub fn row(s: &Score) -> String {
         show::thousands((s.len * s.cases) as f64 / s.seconds),
         show::bytes(s.stored),
         show::bytes(s.resident),
-    )
+    ) + &match (s.device, s.parts) {
+        (None, _) => String::new(),
+        (Some(b), 0) => format!("   {} on the device", show::bytes(b)),
+        (Some(b), n) => format!("   {} on the device, landmarks in {}", show::bytes(b), show::plural(n, "part")),
+    }
 }
 
 /// What retrieval did for one digit: over heads, the best of the chunks that hold the digit or the byte before it.
@@ -290,7 +304,7 @@ pub fn passkey(
                 hidden = seg.hidden.split_off((n - 1) * config.hidden_size);
                 retrieved = seg.retrieved;
             }
-            score.resident = score.resident.max(machine::rss());
+            score.see(&mut session);
             read += n as u64;
             bar.inc(n as u64);
             let status = format!("{}/{index} keys right, {} resident", score.right, show::bytes(machine::rss()));
@@ -326,7 +340,7 @@ pub fn passkey(
         score.right += usize::from(digits == DIGITS);
         score.chosen += usize::from(found.iter().all(|f| f.weight > 0.0));
         score.stored = score.stored.max(session.chunks(0).map_or(0, |c| c.bytes()));
-        score.resident = score.resident.max(machine::rss());
+        score.see(&mut session);
         if how.diagnose {
             let line = diagnosis(index, case.needle_offset(), len, &found, config.chunk_topk, how.json);
             bar.suspend(|| println!("{line}"));

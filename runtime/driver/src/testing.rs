@@ -88,14 +88,14 @@ impl<D: Device> Faulty<D> {
     fn call(&mut self, name: &'static str) -> Result<()> {
         let mut s = self.seen.state();
         if s.lost {
-            return Err(Self::lost(s.started));
+            return Err(Self::lost(s.started.filter(|_| !s.recording)));
         }
         s.calls.push(name);
         match self.fails {
             Some((n, fault)) if n + 1 == s.calls.len() => {
                 s.lost = fault == Fault::Lost;
                 return Err(if s.lost {
-                    Self::lost(s.started)
+                    Self::lost(s.started.filter(|_| !s.recording))
                 } else {
                     Error::refused(format!("a refused {name}, {INJECTED}"))
                 });

@@ -200,12 +200,7 @@ impl<D: Device> Machine<D> {
         first
     }
 
-    pub(super) fn run_asked(
-        &mut self,
-        id: ProgramId,
-        ask: &Ask,
-        pager: Option<&mut dyn Pager<D>>,
-    ) -> Outcome<Results> {
+    pub(super) fn run_asked(&mut self, id: ProgramId, ask: &Ask, pager: Option<&mut dyn Pager<D>>) -> Outcome<Results> {
         let mut temporary = vec![];
         let name = self.programs[id.0].gpu.program.name.clone();
         self.device.begin_range(&name);

@@ -1,7 +1,7 @@
 //! A session's programs on a device, and the part of its chunks that is there.
 //!
 //! ```text
-//! device    landmarks of all chunks (every token looks through them) | slots with keys and values of some chunks
+//! device    landmarks of all chunks (every token looks through them), or of some at a time | slots with keys and values of some
 //!           tables: the page of every 128 landmarks, the slot of every chunk                 codegen/src/cuda/pages.rs
 //! host      the chunk store of every sequence, in memory or in a file: all chunks            chunk_store
 //! ```
@@ -9,10 +9,11 @@
 //! needs nothing of the host but its token: all parts run as one chain (`gpu/chain.rs`), which from the third token on is a
 //! record of the device.  What changes from token to token is on the device: the token, the sequences' positions (`start`, by
 //! which kernels know which chunks are visible), the tables.  What is a size changes rarely: tables have as many entries as the
-//! next power of two of the chunks, and slots and pages of landmarks are doubled when they are full.  Where slots are fewer, the upper half stops before it attends: chosen chunks that
-//! are not there are gathered from the store into slots that the clock gives (`slots.rs`); what lies before, between and behind is
-//! a record each.  A segment whose choices might need
-//! more slots than there are goes through the upper half in parts.
+//! next power of two of the chunks, and slots and pages of landmarks are doubled when they are full, up to the limit of memory
+//! (`pools.rs`).  Where slots are fewer, the upper half stops before it attends: chosen chunks that are not there are gathered from
+//! the store into slots that the clock gives (`slots.rs`); landmarks that are not there come in parts before a choice.  What lies
+//! before, between and behind is a record each.  A segment whose choices might need more slots than there are goes through the
+//! upper half in parts.
 
 use super::pools::{Bringing, Least, Pools};
 use super::{Segment, Sequence, SessionError, SessionParts, mib};
@@ -153,7 +154,8 @@ impl OnDevice {
         for (name, t) in &params.0 {
             machine.set(name, &Bytes::from_tensor(t.view()))?;
         }
-        let mut s = OnDevice { machine, parts, states: vec![], hidden: vec![], made: Default::default(), pools, taken, have };
+        let mut s =
+            OnDevice { machine, parts, states: vec![], hidden: vec![], made: Default::default(), pools, taken, have };
         for (name, t) in states {
             s.set_state(name, t)?;
         }
@@ -432,7 +434,11 @@ fn part_bytes(m: &Machine, id: ProgramId, n: usize, segment: usize, chunk: usize
         vec![LANDMARK_PAGE]
     };
     let segment = segment.max(1);
-    let parts = if lengths.len() > 1 { vec![(1, segment), (1, segment.min(64)), (1, segment.min(7)), (n, 1)] } else { vec![(1, segment), (n, 1)] };
+    let parts = if lengths.len() > 1 {
+        vec![(1, segment), (1, segment.min(64)), (1, segment.min(7)), (n, 1)]
+    } else {
+        vec![(1, segment), (n, 1)]
+    };
     let mut most = (0, 0);
     for (n, l) in parts {
         for &c in &lengths {
@@ -474,7 +480,8 @@ impl Taken {
             parts.push(("tables of all chunks", c.tables));
         }
         let need = parts.iter().map(|p| p.1).sum();
-        let parts: Vec<String> = parts.iter().filter(|p| p.1 > 0).map(|(name, b)| format!("{} {name}", mib(*b))).collect();
+        let parts: Vec<String> =
+            parts.iter().filter(|p| p.1 > 0).map(|(name, b)| format!("{} {name}", mib(*b))).collect();
         SessionError::DeviceMemory { have, need, parts: parts.join(", ") }
     }
 }

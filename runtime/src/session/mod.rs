@@ -687,3 +687,22 @@ fn refuse(options: &SessionOptions, n: usize, halves: bool) -> Result<(), Sessio
         _ => Ok(()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// 4.3M and what is needed beyond it are the same number of MiB to one digit.
+    #[test]
+    fn a_limit_is_told_as_it_was_given() {
+        let e = SessionError::DeviceMemory { have: 4_508_876, need: 4_508_900, parts: "4.3 MiB weights".into() };
+        let text = e.to_string();
+        assert!(
+            text.starts_with(
+                "4508876 bytes (4.3 MiB) of device memory are too few, 4508900 bytes (4.3 MiB) are needed"
+            ),
+            "{text}"
+        );
+        assert!(text.contains(": 4.3 MiB weights; give more with --device-memory"), "{text}");
+    }
+}

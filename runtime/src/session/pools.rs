@@ -357,8 +357,11 @@ impl Pools {
         let (width, passing, near) = (c / LANDMARK_PAGE, self.passing(), self.near());
         let (mut table, mut window, mut pass) = (vec![-1; seqs.len() * width], vec![], vec![]);
         let of_part = part * passing..(part + 1) * passing;
-        for ((stay, first), (row, pages)) in
-            self.split(seqs.clone()).0.into_iter().zip(table.chunks_exact_mut(width).zip(&self.landmark_pages[seqs.clone()]))
+        for ((stay, first), (row, pages)) in self
+            .split(seqs.clone())
+            .0
+            .into_iter()
+            .zip(table.chunks_exact_mut(width).zip(&self.landmark_pages[seqs.clone()]))
         {
             let others = &pages[stay..];
             let from = of_part.start.saturating_sub(first).min(others.len());

@@ -33,6 +33,8 @@ enum How {
     Ahead,
     /// As one.
     Chained,
+    /// Each is waited for, step by step, with a look at the device's clock.
+    Watched,
 }
 
 /// Programs that share one machine; a round runs each, in order, at these sizes.
@@ -82,10 +84,17 @@ impl Work {
                 firsts.iter().zip(names).map(|(f, n)| f.iter().map(|f| (f.as_str(), n)).collect()).collect();
             let all = || ids.iter().zip(&given).zip(&keep);
             match how {
-                How::Waiting => {
+                How::Waiting | How::Watched => {
                     for ((id, given), keep) in all() {
+                        if how == How::Watched {
+                            m.watch(1)?;
+                        }
                         out.extend(m.run_keeping(*id, d, given, keep)?);
+                        if how == How::Watched && m.watched().len() != 1 {
+                            text("a run that was watched has times".into());
+                        }
                     }
+                    m.end_watch()?;
                 }
                 How::Ahead => {
                     let tickets =
@@ -118,7 +127,7 @@ impl Work {
         let mut total = 0;
         // What is tested is the host: kernels need not be watched.
         let first = Simulator::new(Schedule { races: false, ..Schedule::default() });
-        let ways = [How::Waiting, How::Ahead, How::Chained].map(|how| (Placement::Arena, how));
+        let ways = [How::Waiting, How::Ahead, How::Chained, How::Watched].map(|how| (Placement::Arena, how));
         for (placement, how) in ways.into_iter().chain([(Placement::Apart, How::Waiting)]) {
             let machine = |fails| {
                 let device = Faulty::new(Late::new(first.like()), fails);
@@ -139,7 +148,9 @@ impl Work {
             }
             let always = ["alloc_host", "upload", "launch", "product", "download", "copy", "copy_out", "synchronise"];
             let replayed = ["begin_record", "end_record", "replay"];
-            let expected = always.iter().chain(replayed.iter().filter(|_| placement == Placement::Arena));
+            let records = placement == Placement::Arena && how != How::Watched;
+            let expected = always.iter().chain(replayed.iter().filter(|_| records));
+            let expected = expected.chain(["mark", "laps"].iter().filter(|_| how == How::Watched));
             let ahead = ["event", "wait"].iter().filter(|_| how == How::Ahead);
             // What is begun keeps nothing.
             let expected = expected.chain(ahead).filter(|c| **c != "copy" || how != How::Ahead);

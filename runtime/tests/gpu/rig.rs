@@ -469,7 +469,9 @@ impl Check {
                 }
                 // Behind the first part, nothing of a sequence is no beginning.
                 let none = if part > 0 { [1, 1] } else { [0, 0] };
-                ends.extend(if pages.is_empty() { none } else { [pages.start - first, pages.end - first] }.map(|x| x as i32));
+                ends.extend(
+                    if pages.is_empty() { none } else { [pages.start - first, pages.end - first] }.map(|x| x as i32),
+                );
             }
             parts.push(vec![
                 ("x1", Bytes::from_host(&HostArray::float(stored, &[slots, rows, shape[2], shape[3]], pool))),
