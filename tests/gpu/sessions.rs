@@ -489,21 +489,21 @@ fn faults(rig: &Rig) -> Result<String, String> {
     }
     drop(a);
     // One token behind the prompt, call by call: one that chooses what is not there.
-    let run =
-        |token: i32, fails| -> Result<(std::ops::Range<usize>, Seen, Result<Segment, SessionError>, u64), String> {
-            let simulator = Simulator::new(Schedule { races: false, ..Schedule::default() });
-            let device = Faulty::new(Late::new(simulator), fails);
-            let seen = device.seen();
-            let mut a = text(on(rig, Box::new(device), Placement::Arena, &c, &o, Some(need)))?;
-            text(a.feed(0, &prompt))?;
-            let gathered = |a: &Session| a.residency().map_or(0, |r| r.gathered);
-            let (before, had) = (seen.calls().len(), gathered(&a));
-            let out = a.step(&[token]);
-            let brought = gathered(&a) - had;
-            let after = seen.calls().len();
-            drop(a);
-            Ok((before..after, seen, out, brought))
-        };
+    type Tried = (std::ops::Range<usize>, Seen, Result<Segment, SessionError>, u64);
+    let run = |token: i32, fails| -> Result<Tried, String> {
+        let simulator = Simulator::new(Schedule { races: false, ..Schedule::default() });
+        let device = Faulty::new(Late::new(simulator), fails);
+        let seen = device.seen();
+        let mut a = text(on(rig, Box::new(device), Placement::Arena, &c, &o, Some(need)))?;
+        text(a.feed(0, &prompt))?;
+        let gathered = |a: &Session| a.residency().map_or(0, |r| r.gathered);
+        let (before, had) = (seen.calls().len(), gathered(&a));
+        let out = a.step(&[token]);
+        let brought = gathered(&a) - had;
+        let after = seen.calls().len();
+        drop(a);
+        Ok((before..after, seen, out, brought))
+    };
     let token = (0..40).find(|&t| run(t, None).is_ok_and(|r| r.3 > 0)).ok_or("no token chooses what is not there")?;
     let (calls, seen, ..) = run(token, None)?;
     let all = seen.calls();

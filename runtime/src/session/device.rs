@@ -16,7 +16,7 @@
 //! upper half in parts.
 
 use super::pools::{Bringing, Least, Pools};
-use super::{Segment, Sequence, SessionError, SessionParts, mib};
+use super::{Segment, Sequence, SessionError, SessionParts, size};
 use crate::chunk_store::Geometry;
 use crate::gpu::{Bytes, GpuError, Link, Machine, ProgramId};
 use crate::store::Store;
@@ -481,7 +481,7 @@ impl Taken {
         }
         let need = parts.iter().map(|p| p.1).sum();
         let parts: Vec<String> =
-            parts.iter().filter(|p| p.1 > 0).map(|(name, b)| format!("{} {name}", mib(*b))).collect();
+            parts.iter().filter(|p| p.1 > 0).map(|(name, b)| format!("{} {name}", size(*b))).collect();
         SessionError::DeviceMemory { have, need, parts: parts.join(", ") }
     }
 }

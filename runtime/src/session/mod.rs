@@ -113,13 +113,17 @@ pub enum SessionError {
     },
 }
 
-fn mib(bytes: usize) -> String {
-    format!("{:.1} MiB", bytes as f64 / (1 << 20) as f64)
+fn size(bytes: usize) -> String {
+    match bytes as f64 {
+        b if b < 1024.0 => format!("{bytes} B"),
+        b if b < 1048576.0 => format!("{:.1} KiB", b / 1024.0),
+        b => format!("{:.1} MiB", b / 1048576.0),
+    }
 }
 
 /// As it was given, so that two that differ by little are told apart.
 fn exact(bytes: usize) -> String {
-    format!("{bytes} bytes ({})", mib(bytes))
+    format!("{bytes} bytes ({})", size(bytes))
 }
 
 /// What a sequence carries besides its scan states.
