@@ -1,6 +1,6 @@
 //! Devices by name, and programs made ready for one: the only place of the command that opens a device.
 
-use crate::error::{Result, wrap};
+use crate::error::{Result, chained, warn, wrap};
 use miette::miette;
 use rambac_codegen::cuda::{Arch, Cache, GpuProgram, Target, emit, tune};
 use rambac_codegen::libraries::installed;
@@ -179,7 +179,8 @@ impl Gpu {
             let oldest = Arch::ALL[0];
             return Err(miette!("{name} is too old: kernels are made for {oldest} and later"));
         }
-        let (machine, cache) = (Machine::new(device, placement), Cache::standard());
+        let (mut machine, cache) = (Machine::new(device, placement), Cache::standard());
+        machine.on_warning(Box::new(warn));
         Ok(Gpu { machine, archs, sizes: vec![], nvrtc: None, cache })
     }
 
@@ -235,8 +236,14 @@ impl rambac_runtime::trainer_gpu::Gpu for Gpu {
         Target::of(self.archs[0])
     }
     fn load(&mut self, program: Program) -> std::result::Result<ProgramId, String> {
-        self.compile(program).map_err(|e| e.to_string())
+        self.compile(program).map_err(|e| told(&e))
     }
+}
+
+/// All that a report says, in words.
+fn told(e: &miette::Report) -> String {
+    let text = chained(e.as_ref());
+    e.help().map_or(text.clone(), |help| format!("{text}; {help}"))
 }
 
 #[cfg(test)]
@@ -302,6 +309,22 @@ mod tests {
         assert!(m.kernels.contains(&launched));
         assert!(!runs(&measured(p.clone(), &sizes, "NVIDIA Other", &cache).unwrap(), 40));
         assert!(!runs(&measured(p, &[at(80)], name, &cache).unwrap(), 40));
+    }
+
+    /// A trainer, which knows no reports, is told causes and help, too.
+    #[test]
+    fn nothing_of_an_error_is_lost() {
+        #[derive(Debug, thiserror::Error)]
+        #[error("above")]
+        struct Above(#[source] std::io::Error);
+        let cause = std::io::Error::other("the cause");
+        assert_eq!(chained(&Above(cause)), "above: the cause");
+        let e = wrap(Above(std::io::Error::other("what lies above")));
+        assert_eq!(told(&e), "above: what lies above");
+        let e = miette!(help = "do this", "{}", "no").wrap_err("not loaded");
+        let text = told(&e);
+        assert!(text.starts_with("not loaded: no"), "{text}");
+        assert_eq!(told(&miette!(help = "do this", "no")), "no; do this");
     }
 
     #[test]

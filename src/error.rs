@@ -11,8 +11,18 @@ pub type Result<T> = std::result::Result<T, Report>;
 
 /// Anything the crates below refuse, as a report with their message.
 pub fn wrap(e: impl std::error::Error + Send + Sync + 'static) -> Report {
-    // Messages already say where and what to do; chains would repeat them.
-    Report::msg(e.to_string())
+    Report::msg(chained(&e))
+}
+
+/// An error and its causes in one line; most messages hold those of their causes already.
+pub fn chained(e: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = e.to_string();
+    for cause in std::iter::successors(e.source(), |c| c.source()).map(ToString::to_string) {
+        if !text.contains(&cause) {
+            text += &format!(": {cause}");
+        }
+    }
+    text
 }
 
 /// A limit of memory that cannot be met, with what would help; other errors as [`wrap`].

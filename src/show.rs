@@ -49,6 +49,11 @@ pub fn rate(x: f64) -> String {
     if x >= 1000.0 { count(x as u64) } else { digits(x) }
 }
 
+/// `123k`, `12.3k`, `56.6`, of things per second.
+pub fn thousands(x: f64) -> String {
+    if x >= 1000.0 { format!("{}k", digits(x / 1e3)) } else { digits(x) }
+}
+
 /// How often a long run speaks up where no bar can be drawn.
 const BEAT: Duration = Duration::from_secs(10);
 
@@ -150,6 +155,10 @@ mod tests {
         assert_eq!([si(0.0, "FLOP"), si(1500.0, "B"), si(2.5e9, "FLOP/s")], ["0 FLOP", "1.50 kB", "2.50 GFLOP/s"]);
         assert_eq!([bytes(3), bytes(1 << 20), bytes(100 << 30)], ["3 B", "1.00 MiB", "100 GiB"]);
         assert_eq!([seconds(1.5), seconds(0.0123), seconds(1e-5)], ["1.50 s", "12.3 ms", "10.0 µs"]);
+        assert_eq!(
+            [thousands(0.12), thousands(45.6), thousands(86_100.0), thousands(235_400.0)],
+            ["0.12", "45.6", "86.1k", "235k"]
+        );
         assert_eq!([share(1.0, 8.0), share(1.0, 0.0)], ["12.5 %", "-"]);
         assert_eq!([plural(1, "step"), plural(0, "step")], ["1 step", "0 steps"]);
     }

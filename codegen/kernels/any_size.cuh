@@ -249,23 +249,21 @@ __device__ __forceinline__ void any_heads(W* dw, const float* stats, const i32* 
     dw[i] = from_f32<W>(sum);
 }
 
-// The choice of chunks, a warp per row of [N, L, h]: K times the best below the last.
-template <class C, class Landmarks, class W>
-__device__ __forceinline__ void any_select_of(i32* indices, i32* count, W* weights, W* scores,
-                                              const typename C::T* q, i64 q_stride, const Landmarks& landmarks,
-                                              const i32* start, i32 l, i32 h, i32 r) {
-    using T = typename C::T;
+// The choice of chunks, a warp per row of [N, L, h]: K times the best below the last, of the landmarks that are there and of the
+// `K` in `found`, if any.  Returns how many there are.
+template <class C, class Landmarks>
+__device__ __forceinline__ int any_best(u64* best, const i32* found, const typename C::T* q, i64 q_stride, const Landmarks& landmarks,
+                                        const i32* start, i32 l, i32 h, i32 r) {
     constexpr int K = C::slots;
-    __shared__ u64 best[K];
-    __shared__ float score[K], weight[K];
-    __shared__ i32 index[K];
-    i64 row = blockIdx.x, token = row / h, sequence = token / l;
-    int head = (int)(row % h), visible = max_of(0, min_of(landmarks.chunks, (start[sequence] + (int)(token % l)) / C::chunk)), n = 0;
-    const T* a = q + token * q_stride + (i64)head * r;
+    const i64 row = blockIdx.x, token = row / h, sequence = token / l;
+    const Window here = landmarks.here(sequence);
+    const int head = (int)(row % h), visible = max_of(0, min_of(landmarks.chunks, (start[sequence] + (int)(token % l)) / C::chunk));
+    const typename C::T* a = q + token * q_stride + (i64)head * r;
     u64 before = ~0ull;
+    int n = 0;
     for (; n < K; n++) {
         u64 most = 0;
-        for (int c = lane_id(); c < visible; c += 32) {
+        for (int c = here.first * LANDMARK_PAGE + lane_id(); c < min_of(visible, here.end * LANDMARK_PAGE); c += 32) {
             auto b = landmarks.row(sequence, c) + (i64)head * r;
             float x = 0.f;
             for (int i = 0; i < r; i++) x = fmaf(to_f32(a[i]), to_f32(b[i]), x);
@@ -273,12 +271,28 @@ __device__ __forceinline__ void any_select_of(i32* indices, i32* count, W* weigh
             u64 key = candidate(x, c);
             if (key < before && x > __uint_as_float(0xff800000u)) most = max_of(most, key);
         }
+        for (int i = lane_id(); found != nullptr && i < K; i += 32) {
+            u64 key = load_key(found + i * 2);
+            if (key < before) most = max_of(most, key);
+        }
 #pragma unroll
         for (int d = 16; d > 0; d /= 2) most = max_of(most, (u64)__shfl_xor_sync(ALL_LANES, most, d));
         if (most == 0) break;
         before = most;
         if (lane_id() == 0) best[n] = most;
     }
+    return n;
+}
+template <class C, class W>
+__device__ __forceinline__ void any_select(i32* indices, i32* count, W* weights, W* scores,
+                                           const typename C::T* q, i64 q_stride, const typename C::T* landmarks,
+                                           i64 landmark_stride, const i32* start, i64 rows, i32 l, i32 h, i32 chunks, i32 r) {
+    constexpr int K = C::slots;
+    __shared__ u64 best[K];
+    __shared__ float score[K], weight[K];
+    __shared__ i32 index[K];
+    const i64 row = blockIdx.x;
+    const int n = any_best<C>(best, nullptr, q, q_stride, ArrayLandmarks<C>{landmarks, landmark_stride, chunks}, start, l, h, r);
     if (lane_id() != 0) return;
     for (int i = 0; i < n; i++) {
         int to = i;
@@ -298,17 +312,21 @@ __device__ __forceinline__ void any_select_of(i32* indices, i32* count, W* weigh
         scores[row * K + i] = from_f32<W>(score[i]);
     }
 }
-template <class C, class W>
-__device__ __forceinline__ void any_select(i32* indices, i32* count, W* weights, W* scores,
-                                           const typename C::T* q, i64 q_stride, const typename C::T* landmarks,
-                                           i64 landmark_stride, const i32* start, i64 rows, i32 l, i32 h, i32 chunks, i32 r) {
-    any_select_of<C>(indices, count, weights, scores, q, q_stride, ArrayLandmarks<C>{landmarks, landmark_stride, chunks}, start, l, h, r);
-}
-template <class C, class W>
-__device__ __forceinline__ void any_select_paged(i32* indices, i32* count, W* weights, W* scores,
-                                                 const typename C::T* q, i64 q_stride, const typename C::Stored* landmarks,
-                                                 i64 landmark_stride, const i32* table, const i32* start, i32 l, i32 h, i32 chunks, i32 r) {
-    any_select_of<C>(indices, count, weights, scores, q, q_stride, PagedLandmarks<C>{landmarks, landmark_stride, table, chunks}, start, l, h, r);
+// keys [rows, K], for `select_merge`.
+template <class C>
+__device__ __forceinline__ void any_select_part(i32* keys, const typename C::T* q, i64 q_stride, const typename C::Stored* landmarks,
+                                                i64 landmark_stride, const i32* table, const i32* window, const i32* start,
+                                                i32 l, i32 h, i32 chunks, i32 r) {
+    constexpr int K = C::slots;
+    __shared__ u64 best[K];
+    const PagedLandmarks<C> at{landmarks, landmark_stride, table, window, chunks};
+    const Window here = at.here(blockIdx.x / h / l);
+    // What was found before stays.
+    if (!here.fresh() && here.first >= here.end) return;
+    i32* kept = keys + (i64)blockIdx.x * K * 2;
+    const int n = any_best<C>(best, here.fresh() ? nullptr : kept, q, q_stride, at, start, l, h, r);
+    __syncwarp();
+    for (int i = lane_id(); i < K; i += 32) store_key(kept + i * 2, i < n ? best[i] : 0);
 }
 
 // dq of a thread's element.

@@ -4,6 +4,9 @@
 //   pages                               rows table[s, c]·S …               a pool [slots, S, h, d], table i32 [N, C]
 //   landmarks in pages                  row table[s, c / PAGE]·PAGE + c % PAGE      a pool [pages, PAGE, h, r]
 //
+// Of landmarks a part may be there at a time: window[s] = the first page of a sequence and the one behind the last.  What looks
+// through them is then started once per part, and goes on from what it found before; its first part begins at page 0.
+//
 // A pool's elements (C::Stored) may be narrower than T: they are widened on their way to shared memory, as a copy that is
 // under way until the next barrier.
 #pragma once
@@ -64,6 +67,14 @@ template <class C> struct PagedChunks {
     // MUT pages_chunk: __device__ __forceinline__ i64 first(i64 sequence, int chunk) const { return (i64)table[chunk] * C::chunk; }
 };
 
+// Pages of a sequence's landmarks.
+struct Window {
+    int first, end;
+    // Nothing was found before.
+    __device__ __forceinline__ bool fresh() const { return first == 0; }
+    // MUT pages_fresh: __device__ __forceinline__ bool fresh() const { return true; }
+};
+
 // Landmarks, rows of h·width at their stride.
 template <class C> struct ArrayLandmarks {
     using Stored = typename C::T;
@@ -72,17 +83,23 @@ template <class C> struct ArrayLandmarks {
     i32 chunks;
     // The row of a chunk; those of a tile that divides a page, and of which this is the first, lie side by side.
     __device__ __forceinline__ const Stored* row(i64 sequence, int chunk) const { return at + (sequence * chunks + chunk) * stride; }
+    __device__ __forceinline__ Window here(i64) const { return {0, (int)ceil_div(chunks, LANDMARK_PAGE)}; }
 };
 template <class C> struct PagedLandmarks {
     using Stored = typename C::Stored;
     const Stored* at;
     i64 stride;
-    const i32* table;
+    const i32 *table, *window;
     i32 chunks;
     __device__ __forceinline__ const Stored* row(i64 sequence, int chunk) const {
         i64 page = table[sequence * (chunks / LANDMARK_PAGE) + chunk / LANDMARK_PAGE];
         return at + (page * LANDMARK_PAGE + chunk % LANDMARK_PAGE) * stride;
         // MUT pages_landmark: return at + (page * LANDMARK_PAGE + chunk) * stride;
+    }
+    __device__ __forceinline__ Window here(i64 sequence) const {
+        auto x = load<i32, 2>(window + sequence * 2);
+        // MUT pages_window: auto x = load<i32, 2>(window);
+        return {x[0], x[1]};
     }
 };
 

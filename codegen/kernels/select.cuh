@@ -29,6 +29,12 @@ __device__ __forceinline__ u32 ordered(float x) {
 }
 __device__ __forceinline__ float of_ordered(u32 x) { return __uint_as_float(x >> 31 ? x & 0x7fffffffu : ~x); }
 __device__ __forceinline__ u64 candidate(float score, int chunk) { return (u64)ordered(score + 0.f) << 32 | ~(u32)chunk; }
+// A candidate in memory: two words.
+__device__ __forceinline__ u64 load_key(const i32* at) {
+    auto x = load<u32, 2>((const u32*)at);
+    return (u64)x[1] << 32 | x[0];
+}
+__device__ __forceinline__ void store_key(i32* at, u64 key) { store_global(at, Vec<i32, 2>{{(i32)key, (i32)(key >> 32)}}); }
 __device__ __forceinline__ float exp_fast(float x) { return exp2_fast(x * LOG2E); }
 __device__ __forceinline__ float sigmoid(float x) { return 1.f / (1.f + exp_fast(-x)); }
 __device__ __forceinline__ float softplus(float x) { return fmaxf(x, 0.f) + LN2 * __log2f(1.f + exp_fast(-fabsf(x))); }
@@ -233,10 +239,10 @@ template <class C> struct SelectRows {
     __device__ __forceinline__ i64 place(int row, i32 l, i32 h) const { return (sequence * l + token0 + row) * h + head; }
 };
 
-// Fills s.best from tiles from `tile0` on, before `tile1`, and lets all threads see it.
-template <class C, class Landmarks>
+// Fills s.best, which begins as `before(slot, row)`, from tiles from `tile0` on, before `tile1`, and lets all threads see it.
+template <class C, class Landmarks, class Before>
 __device__ __forceinline__ void find_best(Selecting<C>& s, const SelectRows<C>& at, const typename C::T* q, i64 q_stride,
-                                          const Landmarks& landmarks, i32 l, int tile0, int tile1) {
+                                          const Landmarks& landmarks, i32 l, int tile0, int tile1, const Before& before) {
     using S = Selecting<C>;
     using T = typename C::T;
     using Scores = typename ScoresOf<C, C::warpgroups>::Type;
@@ -244,7 +250,7 @@ __device__ __forceinline__ void find_best(Selecting<C>& s, const SelectRows<C>& 
     int own = threadIdx.x, tokens = at.tokens, visible = own < tokens ? at.visible(own, landmarks.chunks) : 0;
     int most = at.visible(tokens - 1, landmarks.chunks), tiles = min_of(tile1, (int)ceil_div(most, C::tile));
     if (own < ROWS)
-        for (int i = 0; i < K; i++) s.best[i][own] = 0;
+        for (int i = 0; i < K; i++) s.best[i][own] = before(i, own);
 
     // A thread copies one 16-byte piece of every STEP-th row.
     const T* q0 = q + (at.sequence * l + at.token0) * q_stride + at.head * C::width;
@@ -330,7 +336,7 @@ __device__ __forceinline__ void select_of(i32* indices, i32* count, W* weights, 
     S& s = *reinterpret_cast<S*>(panels);
     SelectRows<C> at(blockIdx.x, start, l, h);
     int own = threadIdx.x;
-    find_best<C>(s, at, q, q_stride, landmarks, l, 0, 0x7fffffff);
+    find_best<C>(s, at, q, q_stride, landmarks, l, 0, 0x7fffffff, [](int, int) { return (u64)0; });
 
     // Order, weights.  A warp has all slots of a row, whose ranks differ: so no two write to one bank.
     for (int i = threadIdx.x; i < ROWS * K; i += S::THREADS) {
@@ -373,12 +379,12 @@ __device__ __forceinline__ void select(i32* indices, i32* count, W* weights, W* 
                                        i64 landmark_stride, const i32* start, i32 l, i32 h, i32 chunks) {
     select_of<C>(indices, count, weights, scores, q, q_stride, ArrayLandmarks<C>{landmarks, landmark_stride, chunks}, start, l, h);
 }
-// table: [N, chunks / LANDMARK_PAGE].
+// table: [N, chunks / LANDMARK_PAGE]; every page is there.
 template <class C, class W>
 __device__ __forceinline__ void select_paged(i32* indices, i32* count, W* weights, W* scores,
                                              const typename C::T* q, i64 q_stride, const typename C::Stored* landmarks,
                                              i64 landmark_stride, const i32* table, const i32* start, i32 l, i32 h, i32 chunks) {
-    select_of<C>(indices, count, weights, scores, q, q_stride, PagedLandmarks<C>{landmarks, landmark_stride, table, chunks}, start, l, h);
+    select_of<C>(indices, count, weights, scores, q, q_stride, PagedLandmarks<C>{landmarks, landmark_stride, table, nullptr, chunks}, start, l, h);
 }
 
 // The best of `tiles_each` tiles of landmarks: keys [segments, N·L·h, K], two words each.  A block per (what `select` has a
@@ -392,12 +398,18 @@ __device__ __forceinline__ void select_part_of(i32* keys, const typename C::T* q
     S& s = *reinterpret_cast<S*>(panels);
     SelectRows<C> at(blockIdx.x / segments, start, l, h);
     int segment = blockIdx.x % segments;
-    find_best<C>(s, at, q, q_stride, landmarks, l, segment * tiles_each, (segment + 1) * tiles_each);
-    for (int i = threadIdx.x; i < at.tokens * C::slots; i += S::THREADS) {
-        u64 key = s.best[i % C::slots][i / C::slots];
-        store_global(keys + ((segment * rows + at.place(i / C::slots, l, h)) * C::slots + i % C::slots) * 2,
-                     Vec<i32, 2>{{(i32)key, (i32)(key >> 32)}});
-    }
+    const Window here = landmarks.here(at.sequence);
+    constexpr int EACH = LANDMARK_PAGE / C::tile;
+    const int tile0 = max_of(segment * tiles_each, here.first * EACH), tile1 = min_of((segment + 1) * tiles_each, here.end * EACH);
+    // MUT select_window: const int tile0 = segment * tiles_each, tile1 = (segment + 1) * tiles_each;
+    // What was found before stays.
+    if (!here.fresh() && tile0 >= tile1) return;
+    auto kept = [&](int slot, int row) { return keys + ((segment * rows + at.place(row, l, h)) * C::slots + slot) * 2; };
+    find_best<C>(s, at, q, q_stride, landmarks, l, tile0, tile1, [&](int slot, int row) {
+        return here.fresh() || row >= at.tokens ? (u64)0 : load_key(kept(slot, row));
+    });
+    for (int i = threadIdx.x; i < at.tokens * C::slots; i += S::THREADS)
+        store_key(kept(i % C::slots, i / C::slots), s.best[i % C::slots][i / C::slots]);
 }
 template <class C>
 __device__ __forceinline__ void select_part(i32* keys, const typename C::T* q, i64 q_stride, const typename C::T* landmarks,
@@ -407,9 +419,9 @@ __device__ __forceinline__ void select_part(i32* keys, const typename C::T* q, i
 }
 template <class C>
 __device__ __forceinline__ void select_part_paged(i32* keys, const typename C::T* q, i64 q_stride, const typename C::Stored* landmarks,
-                                                  i64 landmark_stride, const i32* table, const i32* start, i32 l, i32 h,
-                                                  i32 chunks, i32 segments, i32 tiles_each, i64 rows) {
-    select_part_of<C>(keys, q, q_stride, PagedLandmarks<C>{landmarks, landmark_stride, table, chunks}, start, l, h, segments, tiles_each, rows);
+                                                  i64 landmark_stride, const i32* table, const i32* window, const i32* start,
+                                                  i32 l, i32 h, i32 chunks, i32 segments, i32 tiles_each, i64 rows) {
+    select_part_of<C>(keys, q, q_stride, PagedLandmarks<C>{landmarks, landmark_stride, table, window, chunks}, start, l, h, segments, tiles_each, rows);
 }
 
 // The best of all segments, their order and weights.  A block of C::threads threads per row.
@@ -428,8 +440,7 @@ __device__ __forceinline__ void select_merge(i32* indices, i32* count, W* weight
     for (; n < K; n++) {
         u64 mine = 0;
         for (int i = own; i < segments * K; i += C::threads) {
-            auto x = load<u32, 2>((const u32*)keys + ((i / K * rows + row) * K + i % K) * 2);
-            u64 key = (u64)x[1] << 32 | x[0];
+            u64 key = load_key(keys + ((i / K * rows + row) * K + i % K) * 2);
             if (key < before) mine = max_of(mine, key);
         }
 #pragma unroll

@@ -25,8 +25,8 @@ template <class C> struct SelectScan {
 
 template <class C>
 __device__ __forceinline__ void select_scan(i32* keys, const typename C::T* q, i64 q_stride, const typename C::Stored* pool,
-                                            i64 stride, const i32* table, const i32* start, i32 l, i32 h, i32 chunks,
-                                            i32 segments, i32 tiles_each, i64 rows) {
+                                            i64 stride, const i32* table, const i32* window, const i32* start, i32 l, i32 h,
+                                            i32 chunks, i32 segments, i32 tiles_each, i64 rows) {
     using S = SelectScan<C>;
     using E = typename C::Stored;
     constexpr int K = S::K, V = S::V;
@@ -37,7 +37,13 @@ __device__ __forceinline__ void select_scan(i32* keys, const typename C::T* q, i
     const int segment = blockIdx.x % segments, head = (int)(row % h), own = threadIdx.x;
     const int visible = max_of(0, min_of(chunks, (start[sequence] + (int)(token % l)) / C::chunk));
     // MUT scan_visible: const int visible = max_of(0, min_of(chunks, start[sequence] / C::chunk));
-    const PagedLandmarks<C> landmarks{pool, stride, table, chunks};
+    const PagedLandmarks<C> landmarks{pool, stride, table, window, chunks};
+    const Window here = landmarks.here(sequence);
+    const int tile0 = max_of(segment * tiles_each, here.first * (LANDMARK_PAGE / S::TILE));
+    const int tile1 = min_of(min_of((segment + 1) * tiles_each, here.end * (LANDMARK_PAGE / S::TILE)), (int)ceil_div(visible, S::TILE));
+    // MUT scan_window: const int tile1 = min_of((segment + 1) * tiles_each, (int)ceil_div(visible, S::TILE));
+    // What was found before stays.
+    if (!here.fresh() && tile0 >= tile1) return;
 
     // The query once per block; its lanes then read 16 bytes side by side.
     for (int i = own; i < C::width / 4; i += S::THREADS) {
@@ -47,7 +53,8 @@ __device__ __forceinline__ void select_scan(i32* keys, const typename C::T* q, i
         store_f32(staged + ((piece * (V / 4) + part) * S::LANES + lane) * 4, x);
         // MUT scan_part: store_f32(staged + ((piece * (V / 4) + 1 - part) * S::LANES + lane) * 4, x);
     }
-    for (int i = own; i < 2 * (K + S::TILE); i += S::THREADS) found[0][i] = 0;
+    i32* kept = keys + (segment * rows + row) * K * 2;
+    for (int i = own; i < 2 * (K + S::TILE); i += S::THREADS) found[0][i] = !here.fresh() && i < K ? load_key(kept + i * 2) : 0;
     __syncthreads();
     float query[S::PIECES][V / 4][4] = {};
 #pragma unroll
@@ -56,10 +63,9 @@ __device__ __forceinline__ void select_scan(i32* keys, const typename C::T* q, i
         for (int part = 0; part < V / 4; part++)
             if (S::has(p)) load_f32(query[p][part], staged + ((p * (V / 4) + part) * S::LANES + lane_id() % S::LANES) * 4);
 
-    const int tile1 = min_of((segment + 1) * tiles_each, (int)ceil_div(visible, S::TILE));
     int at = 0;
 #pragma unroll 1
-    for (int tile = segment * tiles_each; tile < tile1; tile++, at ^= 1) {
+    for (int tile = tile0; tile < tile1; tile++, at ^= 1) {
         const E* first = landmarks.row(sequence, tile * S::TILE) + head * C::width;
         float sum[S::EACH] = {};
 #pragma unroll
@@ -96,10 +102,7 @@ __device__ __forceinline__ void select_scan(i32* keys, const typename C::T* q, i
         __syncthreads();
         // MUT scan_kept: ;
     }
-    for (int i = own; i < K; i += S::THREADS) {
-        const u64 key = found[at][i];
-        store_global(keys + ((segment * rows + row) * K + i) * 2, Vec<i32, 2>{{(i32)key, (i32)(key >> 32)}});
-    }
+    for (int i = own; i < K; i += S::THREADS) store_key(kept + i * 2, found[at][i]);
 }
 
 }  // namespace rambac

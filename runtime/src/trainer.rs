@@ -173,6 +173,36 @@ impl Trainer {
         Ok(())
     }
 
+    /// Mean over batches of the output `loss` of a graph whose params are those that are trained, as they are now: made and run
+    /// where training runs, in f32.
+    ///
+    /// # Errors
+    /// A refused input; a step that the device has no kernel for; the device fails.
+    pub fn evaluate(
+        &mut self,
+        loss: &Graph,
+        batches: &[MicroBatch],
+        pool: &Arc<rayon::ThreadPool>,
+    ) -> Result<f32, TrainError> {
+        // A limit of memory holds for this too, whose forward keeps nothing.
+        self.rest();
+        let g = optimise(loss, &Options::default());
+        let mut sum = 0.0;
+        if let Programs::Gpu { on, .. } = &mut self.programs {
+            let losses = on.evaluate(lower_for(&g, Kernels::Gpu), batches, &self.store)?;
+            sum = losses.iter().sum();
+        } else {
+            let mut e = Executor::new(lower(&g), pool.clone());
+            for m in batches {
+                let views: Vec<(&str, TensorRef)> = m.inputs.iter().map(|(n, t)| (*n, t.view())).collect();
+                let out = e.run(&m.dims, &views, &mut self.store)?;
+                let loss = out.iter().find(|(n, _)| n == "loss").and_then(|(_, t)| t.as_f32()?.first().copied());
+                sum += loss.unwrap_or(f32::NAN);
+            }
+        }
+        Ok(sum / batches.len().max(1) as f32)
+    }
+
     /// Gives the memory of activations on this machine back until the next step.
     pub fn rest(&mut self) {
         match &mut self.programs {
@@ -332,10 +362,10 @@ impl Trainer {
             }
             let ended = match times {
                 Some(times) => on.timed(step, batch, &self.store, times)?,
-                None => {
-                    on.start(step, batch, &self.store)?;
-                    on.finish()?.expect("BUG: a step was begun above")
-                }
+                None => match on.start(step, batch, &self.store)? {
+                    Some(ended) => ended,
+                    None => on.finish()?.expect("BUG: a step was begun above"),
+                },
             };
             return Ok(gpu_report(ended)?.1);
         }

@@ -167,7 +167,29 @@ impl OnGpu {
         }
         let last = self.apply.map(|id| self.begin(id, &Bindings::default(), &[])).transpose()?;
         let before = self.begun.replace((step, each, last));
-        Ok(before.map(|b| self.end(b)).transpose()?)
+        // A device that does not run ahead has come to its end: its time is this step's.
+        let ended = if before.is_none() && self.gpu.machine().waits() { self.begun.take() } else { before };
+        Ok(ended.map(|b| self.end(b)).transpose()?)
+    }
+
+    /// The outputs `loss` of another program over batches: its params are those that are here.
+    pub fn evaluate(
+        &mut self,
+        program: Program,
+        batches: &[MicroBatch],
+        store: &Store,
+    ) -> Result<Vec<f32>, TrainError> {
+        let id = self.gpu.load(program).map_err(TrainError::Load)?;
+        if let Some(m) = batches.first().filter(|_| !self.resident) {
+            self.upload(&m.dims, store)?;
+        }
+        let mut losses = vec![];
+        for m in batches {
+            let ticket = self.begin(id, &m.dims, &m.inputs)?;
+            let out = scalars(self.gpu.machine().finish(ticket)?);
+            losses.push(out.iter().find(|(n, _)| n == "loss").map_or(f32::NAN, |(_, v)| *v));
+        }
+        Ok(losses)
     }
 
     /// A step that is waited for, with the time of every step of the program that reads a batch.

@@ -8,7 +8,7 @@ use crate::workbench::checks::{self, Checks};
 use crate::workbench::cost::{self, Costs};
 use crate::workbench::learn::{self, Budget, Learnt};
 use crate::workbench::page::{self, Entry};
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};
 use miette::{IntoDiagnostic, miette};
 use rambac_ir::Severity;
 use std::path::PathBuf;
@@ -183,7 +183,7 @@ fn train_it(s: &Subject, how: &TryArgs, len: usize, pool: &Arc<rayon::ThreadPool
         },
         show::count(budget.tokens)
     );
-    let bar = ProgressBar::new(budget.tokens);
+    let bar = ProgressBar::new(budget.tokens).with_finish(ProgressFinish::AndClear);
     let style = "  {elapsed_precise} [{bar:20}] {msg}";
     bar.set_style(ProgressStyle::with_template(style).into_diagnostic()?.progress_chars("=> "));
     let l = learn::run(s, &config, &budget, pool, |curve, total| {
@@ -197,11 +197,11 @@ fn train_it(s: &Subject, how: &TryArgs, len: usize, pool: &Arc<rayon::ThreadPool
     let ends = (l.curve.first(), l.curve.last());
     if let (Some(a), Some(b)) = ends {
         println!(
-            "  {:.2} → {:.2} in {} ({:.1}k tokens/s, {} planned for a step)",
+            "  {:.2} → {:.2} in {} ({} tokens/s, {} planned for a step)",
             a.loss,
             b.loss,
             show::seconds(l.seconds),
-            l.tokens as f64 / l.seconds / 1e3,
+            show::thousands(l.tokens as f64 / l.seconds),
             show::bytes(l.peak)
         );
     }

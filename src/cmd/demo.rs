@@ -51,11 +51,11 @@ pub fn run(a: &Demo, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
     let done = run.train()?;
     let p = &run.state.position;
     println!(
-        "{} {} tokens in {:.0} s ({:.1}k tokens/s)\n",
+        "{} {} tokens in {:.0} s ({} tokens/s)\n",
         if done { "trained on" } else { "stopped after" },
         show::count(p.tokens),
         t.elapsed().as_secs_f64(),
-        p.tokens as f64 / p.seconds / 1e3
+        show::thousands(p.tokens as f64 / p.seconds)
     );
     if train::interrupted() {
         let (r, d) = (program(), out.display());

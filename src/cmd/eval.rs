@@ -10,7 +10,7 @@ use crate::profile::Profile;
 use crate::show::count;
 use crate::workbench::learn::Asker;
 use crate::{machine, metrics, model, show};
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};
 use miette::{IntoDiagnostic, miette};
 use rambac_models::Config;
 use rambac_models::data::PasskeyCase;
@@ -76,11 +76,20 @@ pub struct Score {
     pub stored: usize,
     /// Largest resident memory seen, in bytes.
     pub resident: usize,
+    /// The most that a device held, in bytes, and the parts in which landmarks came there; 0: none did.
+    pub device: Option<usize>,
+    pub parts: usize,
 }
 
 impl Score {
     pub fn accuracy(&self) -> f64 {
         self.right as f64 / self.cases.max(1) as f64
+    }
+    /// What is taken now.
+    fn see(&mut self, session: &mut Session) {
+        self.resident = self.resident.max(machine::rss());
+        self.device = self.device.max(session.device().map(|(m, _)| m.bytes()));
+        self.parts = self.parts.max(session.residency().map_or(0, |r| r.landmark_parts));
     }
     /// Of the cases, those in which the needle was chosen; `None`: there are no chunks to choose.
     pub fn chosen_part(&self) -> Option<f64> {
@@ -151,6 +160,7 @@ pub fn run(a: &Eval, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
             "digits_right": s.digits, "digits": s.cases * DIGITS, "needle_chunk_chosen": s.chosen,
             "tokens_per_s": (s.len * s.cases) as f64 / s.seconds, "seconds": s.seconds,
             "memory_bytes": s.stored, "resident_bytes": s.resident, "flash": how.flash,
+            "device_bytes": s.device, "landmark_parts": s.parts,
         });
         if a.json {
             println!("{line}");
@@ -196,11 +206,11 @@ fn whole(a: &Eval, config: &Config, weights: &std::path::Path, pool: &Arc<rayon:
                 .zip(chosen)
                 .map_or(String::new(), |(r, c)| format!(", the needle's rank {r:.1}, chosen {:.0} %", 100.0 * c));
             println!(
-                "{:>9} tokens, {} cases: {:.1} % of digits right{needle}, {:.0}k tokens/s",
+                "{:>9} tokens, {} cases: {:.1} % of digits right{needle}, {} tokens/s",
                 count(len as u64),
                 a.cases,
                 100.0 * s.accuracy(),
-                rate / 1e3
+                show::thousands(rate)
             );
         }
     }
@@ -226,16 +236,20 @@ pub fn row(s: &Score) -> String {
     let digits = s.digits as f64 / (s.cases * DIGITS).max(1) as f64;
     let chosen = s.chosen_part().map_or("-  ".into(), |part| format!("{:.0} %", 100.0 * part));
     format!(
-        "{:>11} {:>7} {:>6} {:>4.0} % {:>12.1} % {chosen:>15} {:>9.0}k {:>15} {:>10}",
+        "{:>11} {:>7} {:>6} {:>4.0} % {:>12.1} % {chosen:>15} {:>10} {:>15} {:>10}",
         count(s.len as u64),
         s.cases,
         s.right,
         100.0 * s.accuracy(),
         100.0 * digits,
-        (s.len * s.cases) as f64 / s.seconds / 1e3,
+        show::thousands((s.len * s.cases) as f64 / s.seconds),
         show::bytes(s.stored),
         show::bytes(s.resident),
-    )
+    ) + &match (s.device, s.parts) {
+        (None, _) => String::new(),
+        (Some(b), 0) => format!("   {} on the device", show::bytes(b)),
+        (Some(b), n) => format!("   {} on the device, landmarks in {}", show::bytes(b), show::plural(n, "part")),
+    }
 }
 
 /// What retrieval did for one digit: over heads, the best of the chunks that hold the digit or the byte before it.
@@ -262,6 +276,8 @@ pub fn passkey(
     let at = Inferring { on: how.on, memory: how.memory, segment, options: &how.session };
     let mut session = device::session(&at, &graphs, store.clone(), pool)?;
     let bar = if how.progress { ProgressBar::new((len * cases) as u64) } else { ProgressBar::hidden() };
+    // It goes before an error is told, too.
+    let bar = bar.with_finish(ProgressFinish::AndClear);
     let style = "{human_pos}/{human_len} tokens  {per_sec}  {msg}  {eta} left";
     bar.set_style(ProgressStyle::with_template(style).into_diagnostic()?);
     let mut profile = how.profile.as_ref().map(|p| Profile::session(p, &mut session)).transpose()?;
@@ -288,7 +304,7 @@ pub fn passkey(
                 hidden = seg.hidden.split_off((n - 1) * config.hidden_size);
                 retrieved = seg.retrieved;
             }
-            score.resident = score.resident.max(machine::rss());
+            score.see(&mut session);
             read += n as u64;
             bar.inc(n as u64);
             let status = format!("{}/{index} keys right, {} resident", score.right, show::bytes(machine::rss()));
@@ -324,7 +340,7 @@ pub fn passkey(
         score.right += usize::from(digits == DIGITS);
         score.chosen += usize::from(found.iter().all(|f| f.weight > 0.0));
         score.stored = score.stored.max(session.chunks(0).map_or(0, |c| c.bytes()));
-        score.resident = score.resident.max(machine::rss());
+        score.see(&mut session);
         if how.diagnose {
             let line = diagnosis(index, case.needle_offset(), len, &found, config.chunk_topk, how.json);
             bar.suspend(|| println!("{line}"));

@@ -3,7 +3,7 @@
 use crate::cli::{Data, Run};
 use crate::cmd::compile::{drawn, what};
 use crate::cmd::generate::{Writing, write_on};
-use crate::device::Gpu;
+use crate::device::{Gpu, On};
 use crate::error::{Result, warn, wrap};
 use crate::model;
 use crate::profile::Profile;
@@ -32,6 +32,9 @@ use std::time::Instant;
 
 /// Runs the verb.
 pub fn run(a: &Run, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
+    if a.device == On::Reference {
+        return Err(miette!("an executable runs on cpu, simulator and cuda:0, not by the ops' definitions"));
+    }
     let e = pool.install(|| Executable::open(&a.file)).map_err(wrap)?;
     let config = match &e.config {
         Some(text) => Some(Config::from_json(text, &a.file.display().to_string()).map_err(wrap)?.config),

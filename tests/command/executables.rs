@@ -52,6 +52,7 @@ fn an_executable_writes_on_as_its_model_does() {
     refuses(&["run", &file], &["--prompt TEXT"]);
     refuses(&["run", &file, "--ids", "1,99999999"], &["99999999", "not in the vocabulary"]);
     refuses(&["run", &file, "--prompt", "a", "--device", "simulator"], &["compiled for the cpu alone"]);
+    refuses(&["run", &file, "--prompt", "a", "--device", "reference"], &["not by the ops' definitions"]);
     refuses(&["generate", &model, "--prompt", "a", "--device-memory", "1G"], &["--device cuda:0"]);
     for verb in [&["generate", model.as_str()][..], &["run", file.as_str()]] {
         let args = [verb, &["--prompt", "a", "--profile", "t.json"]].concat();

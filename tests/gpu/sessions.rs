@@ -1,10 +1,10 @@
 //! Inference on a device: the same programs, states and chunks as on this machine's cores, on the simulator, without findings.
 
 use crate::harness::Case;
-use crate::rig::Rig;
+use crate::rig::{NOT_HERE, Rig};
 use crate::support::{pool, session_graphs};
 use rambac_codegen::cuda::{Target, emit};
-use rambac_driver::testing::{Faulty, Late, Seen};
+use rambac_driver::testing::{Fault, Faulty, INJECTED, Late, Seen};
 use rambac_models::{Attention, Config, InitRule, ModelType, init_tensor, preset};
 use rambac_passes::optimise;
 use rambac_runtime::chunk_store::Precision;
@@ -25,6 +25,8 @@ pub const ALL: &[Case] = &[
     ("sessions_of_attention_variants", variants),
     ("between_choices_tokens_are_decoded_by_records", between),
     ("prompts_of_several_sequences_are_replayed", replayed),
+    ("landmarks_beyond_the_limit_come_in_parts", in_parts),
+    ("faults_while_chunks_are_gathered", faults),
 ];
 
 fn params(c: &Config) -> Store {
@@ -190,11 +192,12 @@ fn few_slots(rig: &Rig) -> Result<String, String> {
     let c = Config { chunk_size: 16, chunk_topk: 3, ..tiny()? };
     let o = options(1, Precision::Bf16);
     let need = match on_device(rig, &c, &o, Some(1)) {
-        Err(SessionError::DeviceMemory { have: 1, need }) => need,
+        Err(SessionError::DeviceMemory { have: 1, need, .. }) => need,
         Err(e) => return Err(format!("a limit of one byte: {e}")),
         Ok(_) => return Err("a limit of one byte was taken".into()),
     };
-    let (a, b) = pair(rig, &c, &o, Some(need))?;
+    // A few slots more than one token needs.
+    let (a, b) = pair(rig, &c, &o, Some(need + (12 << 10)))?;
     let (worst, mut a) = compare(a, b, &[64, 64, 64, 32], 20)?;
     let (r, chunks) = (a.residency().ok_or("chunks are on the device")?, a.chunks(0).map_or(0, |c| c.chunks()));
     if r.slots >= chunks || r.resident > r.slots || r.evicted == 0 || r.gathered <= r.evicted {
@@ -314,7 +317,7 @@ fn between(rig: &Rig) -> Result<String, String> {
     let mut needs = vec![];
     for c in [&c, &plain] {
         match watched(rig, c, &options(1, Precision::F32), Some(1)) {
-            Err(SessionError::DeviceMemory { have: 1, need }) => needs.push(need),
+            Err(SessionError::DeviceMemory { have: 1, need, .. }) => needs.push(need),
             other => return Err(format!("a limit of one byte: {:?}", other.err())),
         }
     }
@@ -401,4 +404,125 @@ fn file(rig: &Rig) -> Result<String, String> {
     let mut again = text(on_device(rig, &c, &o, None))?;
     let worst = near("what follows", &text(again.feed(0, &all[60..]))?.hidden, &want)?;
     Ok(format!(": within {worst:.1e}"))
+}
+
+/// A text of 64 times as many chunks as a page of landmarks has, on a device that holds few of them: bit for bit what a device that
+/// holds all makes of it, in the memory of a text of one page.
+fn in_parts(rig: &Rig) -> Result<String, String> {
+    let c = Config { chunk_size: 16, chunk_topk: 3, ..small()? };
+    let dir = tempfile::tempdir().map_err(|e| e.to_string())?;
+    let least = match watched(rig, &c, &options(1, Precision::Bf16), Some(1)) {
+        Err(SessionError::DeviceMemory { have: 1, need, parts }) if parts.contains("a page of landmarks") => need,
+        other => return Err(format!("a limit of one byte: {:?}", other.err())),
+    };
+    // Pages enough that some stay and others pass, and a few tokens' slots.
+    let limit = least + (150 << 10);
+    // What was read before is in a file, which the CPU made: to read so much, a simulator takes long.
+    let long = |tokens: usize, limit: Option<usize>| -> Result<(Vec<Segment>, usize, Session), String> {
+        let path = dir.path().join(format!("{tokens} {limit:?}"));
+        let o = SessionOptions { tier: Tier::File(path.clone()), ..options(1, Precision::Bf16) };
+        let mut s = text(Session::new(&session_graphs(&c), params(&c), pool(), &o))?;
+        ids(tokens, 3).chunks(4096).try_for_each(|part| text(s.skim(0, part)))?;
+        text(s.save())?;
+        drop(s);
+        let o = SessionOptions { tier: Tier::Resume(path), ..o };
+        let (mut a, seen) = text(watched(rig, &c, &o, limit))?;
+        let mut out = vec![];
+        // No more at a time than the slots allow: what is cut otherwise is rounded otherwise.
+        for part in ids(20, 8).chunks(2) {
+            out.push(text(a.feed(0, part))?);
+        }
+        Ok((out, seen.peak(), a))
+    };
+    let (one, many) = (126 * 16, 64 * 126 * 16);
+    let short = long(one, Some(limit))?.1;
+    let (got, peak, a) = long(many, Some(limit))?;
+    let (want, all, _) = long(many, None)?;
+    let r = a.residency().ok_or("chunks are on the device")?;
+    if r.landmark_parts < 4 || r.landmark_pages < 4 {
+        return Err(format!("{r:?}: landmarks come in parts"));
+    }
+    for (i, (x, y)) in got.iter().zip(&want).enumerate() {
+        if (&x.retrieved.indices, &x.retrieved.count) != (&y.retrieved.indices, &y.retrieved.count) {
+            return Err(format!("part {i}: {:?}, {:?} wanted", x.retrieved.indices, y.retrieved.indices));
+        }
+        if x.hidden != y.hidden || x.retrieved.weights != y.retrieved.weights {
+            return Err(format!("part {i}: other bits than where all is on the device"));
+        }
+    }
+    if peak > limit || peak as f64 > 1.1 * short as f64 || all < 2 * peak {
+        return Err(format!(
+            "{peak} of {limit} bytes were taken, {short} for a text of one page, {all} without a limit"
+        ));
+    }
+    Ok(format!(
+        ": {} parts, {peak} of {limit} bytes ({short} at a 64th of the text, {all} without a limit)",
+        r.landmark_parts
+    ))
+}
+
+/// A store that is cut under a session, and a device of which every call fails once while it chooses, brings and attends: an error
+/// each time, nothing is left, and nothing panics.
+fn faults(rig: &Rig) -> Result<String, String> {
+    if rig.cuda.is_some() {
+        return Err(format!("{NOT_HERE} injected faults: they are for the simulator"));
+    }
+    let c = Config { chunk_size: 16, chunk_topk: 1, ..small()? };
+    let dir = tempfile::tempdir().map_err(|e| e.to_string())?;
+    let o = options(1, Precision::F32);
+    let need = match watched(rig, &c, &o, Some(1)) {
+        Err(SessionError::DeviceMemory { need, .. }) => need,
+        other => return Err(format!("a limit of one byte: {:?}", other.err())),
+    };
+    let prompt = ids(56, 3);
+    let path = dir.path().join("cut");
+    let in_file = SessionOptions { tier: Tier::File(path.clone()), ..o.clone() };
+    let mut a = text(watched(rig, &c, &in_file, Some(need)))?.0;
+    text(a.feed(0, &prompt))?;
+    let file = std::fs::OpenOptions::new().write(true).open(&path).map_err(|e| e.to_string())?;
+    file.set_len(4096).map_err(|e| e.to_string())?;
+    // Not as many as complete a chunk, which would be written.
+    match (0..7).find_map(|token| a.step(&[token]).err()) {
+        Some(SessionError::Store(e)) if e.to_string().contains("read") => {}
+        other => return Err(format!("a store that was cut: {other:?}")),
+    }
+    drop(a);
+    // One token behind the prompt, call by call: one that chooses what is not there.
+    type Tried = (std::ops::Range<usize>, Seen, Result<Segment, SessionError>, u64);
+    let run = |token: i32, fails| -> Result<Tried, String> {
+        let simulator = Simulator::new(Schedule { races: false, ..Schedule::default() });
+        let device = Faulty::new(Late::new(simulator), fails);
+        let seen = device.seen();
+        let mut a = text(on(rig, Box::new(device), Placement::Arena, &c, &o, Some(need)))?;
+        text(a.feed(0, &prompt))?;
+        let gathered = |a: &Session| a.residency().map_or(0, |r| r.gathered);
+        let (before, had) = (seen.calls().len(), gathered(&a));
+        let out = a.step(&[token]);
+        let brought = gathered(&a) - had;
+        let after = seen.calls().len();
+        drop(a);
+        Ok((before..after, seen, out, brought))
+    };
+    let token = (0..40).find(|&t| run(t, None).is_ok_and(|r| r.3 > 0)).ok_or("no token chooses what is not there")?;
+    let (calls, seen, ..) = run(token, None)?;
+    let all = seen.calls();
+    for n in calls.clone() {
+        // All of a prompt is run for each: the kinds of faults take turns.
+        let fault = [Fault::Once, Fault::Lost][n % 2];
+        let at = format!("call {n} ({}), {fault:?}", all[n]);
+        let (_, seen, out, _) = run(token, Some((n, fault)))?;
+        match out {
+            Err(SessionError::Gpu(e)) if e.lost() == (fault == Fault::Lost) => {
+                let e = e.to_string();
+                if !e.contains(INJECTED) && !e.contains("there is no memory for") {
+                    return Err(format!("{at}: {e}"));
+                }
+            }
+            other => return Err(format!("{at}: {:?}", other.map(|s| s.hidden.len()).map_err(|e| e.to_string()))),
+        }
+        if seen.live() + seen.records() > 0 {
+            return Err(format!("{at}: {} buffers and {} records live on", seen.live(), seen.records()));
+        }
+    }
+    Ok(format!(": {} calls", calls.len()))
 }

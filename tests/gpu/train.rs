@@ -31,6 +31,7 @@ pub const ALL: &[Case] = &[
     ("training_loses_its_device", lost),
     ("training_is_traced", traced),
     ("training_variants", variants),
+    ("training_is_validated_where_it_runs", validated),
 ];
 
 /// Largest relative distance of a step's loss from the CPU's, over all steps.
@@ -411,4 +412,46 @@ fn traced(rig: &Rig) -> Result<String, String> {
         Some(n) => Err(format!("nothing counts {n}")),
         None => Ok(format!(", {} steps", steps.len())),
     }
+}
+
+/// The loss of a text that is held out is made on the device, of the weights that are there, and is the CPU's; and a device that
+/// does not run ahead tells of every step when it is started, so that its time is that step's.
+fn validated(rig: &Rig) -> Result<String, String> {
+    if rig.cuda.is_some() {
+        return Err(format!("{NOT_HERE} a look at what is asked of a device: it is for the simulator"));
+    }
+    let text = |e: TrainError| e.to_string();
+    let b = Bench::new(rig, small()?);
+    let loss = stack::loss(&b.config, Carry::Zero, false).map_err(|e| format!("{e:?}"))?;
+    let mut held_out: Vec<MicroBatch> = (50..52).flat_map(|s| b.batch(s)).collect();
+    held_out.iter_mut().for_each(|m| m.inputs.retain(|(n, _)| *n != "carry"));
+    let pool = Arc::new(rayon::ThreadPoolBuilder::new().num_threads(2).build().expect("two threads"));
+    let mut all = vec![];
+    for placement in [None, Some(Placement::Arena), Some(Placement::Apart)] {
+        let device = Faulty::new(Late::new(Simulator::strict(schedules()[1])), None);
+        let seen = device.seen();
+        let mut t = match placement {
+            None => b.trainer(None, b.weights())?,
+            Some(p) => b.trainer_on(Box::new(device), p, Precision::F32, b.weights())?,
+        };
+        for s in 0..2 {
+            let told = t.start(s, &b.batch(s)).map_err(text)?.map(|(n, _)| n);
+            if placement == Some(Placement::Apart) && told != Some(s) {
+                return Err(format!("step {s} was started, and {told:?} is known"));
+            }
+        }
+        t.finish().map_err(text)?;
+        // The host's store is old.
+        let before = seen.calls().len();
+        all.push(t.evaluate(&loss, &held_out, &pool).map_err(text)?);
+        let launches = seen.calls()[before..].iter().filter(|c| **c == "launch").count();
+        if (launches > 0) != placement.is_some() {
+            return Err(format!("{placement:?}: {launches} launches to validate"));
+        }
+    }
+    let worst = all.iter().map(|l| (l - all[0]).abs() / all[0]).fold(0.0, f32::max);
+    if worst.is_nan() || worst > F32 {
+        return Err(format!("losses {worst:.1e} apart: {all:?}"));
+    }
+    Ok(format!(", {:.3}, {worst:.1e} apart", all[0]))
 }

@@ -5,10 +5,14 @@
 //!                                         state chunk_table: i32[N, C]               the slot of every chunk
 //! input landmarks f32[N, C, h, r]     →   state landmarks: [landmark_pages, 128, h, r]
 //!                                         state landmark_table: i32[N, C / 128]      the page of every 128 chunks
+//!                                         state landmark_window: i32[N, 2]           its pages that are there, from, to
 //! ```
-//! The steps that read such a source get its table as one more operand, behind those that their op has.  Pools and tables are
+//! The steps that read such a source get its tables as more operands, behind those that their op has.  Pools and tables are
 //! states: they stay on the device, and whoever owns them fills them between runs.  A pool's elements may be narrower than what
 //! the graph says.
+//!
+//! Where not all landmarks fit the device ([`LANDMARKS_AWAY`] is 1), the first call of a step that chooses among them is started
+//! once per part of them, each behind the writes of its pages, table and window; what it found stays in its workspace.
 
 use crate::program::{Buffer, BufferId, BufferKind, Program, SourceSlot, View};
 use rambac_ir::ops::{Op, SourceKind};
@@ -24,6 +28,10 @@ pub const LANDMARK_PAGES: &str = "landmark_pages";
 pub const CHUNK_TABLE: &str = "chunk_table";
 /// State that says where every page of landmarks is.
 pub const LANDMARK_TABLE: &str = "landmark_table";
+/// State that says which pages of landmarks are there.
+pub const LANDMARK_WINDOW: &str = "landmark_window";
+/// Symbol: 1 where only a part of the landmarks is there at a time, else 0.
+pub const LANDMARKS_AWAY: &str = "landmarks_away";
 
 /// Why a source can't be pages.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -94,19 +102,27 @@ pub fn paged(mut p: Program, names: &[&str], stored: DType) -> Result<Program, P
             let unit = format!("{rows} rows");
             return Err(PagesError::Shape { program, name: name.to_string(), ty: ty.to_string(), unit });
         };
-        if !p.syms.iter().any(|s| s.as_str() == symbol) {
-            p.syms.push(Sym::new(symbol));
+        let also = if unit == Unit::Landmarks { Some(LANDMARKS_AWAY) } else { None };
+        for symbol in also.into_iter().chain([symbol]) {
+            if !p.syms.iter().any(|s| s.as_str() == symbol) {
+                p.syms.push(Sym::new(symbol));
+            }
         }
         let pool = Ty::new(stored, [Dim::sym(symbol), Dim::int(rows), ty.shape[2].clone(), ty.shape[3].clone()]);
         p.buffers[buffer.index()].ty = pool.clone();
         p.sources[source].ty = pool.clone();
         p.sources[source].kind = SourceKind::State;
-        let table = table_source(&mut p, table, Ty::i32([ty.shape[0].clone(), entries]));
+        let mut tables = vec![table_source(&mut p, table, Ty::i32([ty.shape[0].clone(), entries]))];
+        if unit == Unit::Landmarks {
+            tables.push(table_source(&mut p, LANDMARK_WINDOW, Ty::i32([ty.shape[0].clone(), Dim::int(2)])));
+        }
         for (step, i, _) in readers {
             let inputs = &mut p.steps[step].inputs;
             inputs[i].ty = pool.clone();
-            if !inputs.contains(&table) {
-                inputs.push(table.clone());
+            for table in &tables {
+                if !inputs.contains(table) {
+                    inputs.push(table.clone());
+                }
             }
         }
     }
@@ -162,7 +178,7 @@ mod tests {
         assert_eq!(ty("landmarks"), "bf16[landmark_pages, 128, 1, 8]");
         assert_eq!((ty("chunk_table"), ty("landmark_table")), ("i32[N, C]".into(), "i32[N, C/128]".into()));
         let operands: Vec<usize> = p.steps.iter().map(|s| s.inputs.len()).collect();
-        assert_eq!(operands, [4, 7], "one table each, for k and v together");
+        assert_eq!(operands, [5, 7], "one table each, for k and v together, and the landmarks' window");
     }
 
     #[test]

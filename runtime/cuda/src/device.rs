@@ -180,7 +180,8 @@ impl CudaDevice {
     fn keep<T>(&mut self, result: Result<T>) -> Result<T> {
         result.map_err(|e| match e {
             Error::Lost { what, .. } => {
-                let counted = self.progress.as_ref().filter(|_| !self.replayed);
+                // What is recorded is not started, and what was replayed not counted.
+                let counted = self.progress.as_ref().filter(|_| !self.replayed && !self.recording);
                 let finished = counted.map(Progress::finished);
                 let what = match finished {
                     None => format!("{what} (with {BLOCKING}=1 the step would be known)"),

@@ -48,3 +48,34 @@ impl Ranges {
         unsafe { (self.pop)() };
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::Command;
+
+    /// Ranges of a library that writes down what it is told: names in order, each begun and ended.
+    #[test]
+    fn ranges_are_told() {
+        const TOOL: &str = r#"#include <stdio.h>
+            static void say(const char* what) { FILE* f = fopen(TOLD, "a"); fprintf(f, "%s\n", what); fclose(f); }
+            int nvtxRangePushA(const char* name) { say(name); return 0; }
+            int nvtxRangePop(void) { say("."); return 0; }"#;
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name).to_str().unwrap().to_string();
+        let (source, library, told) = (at("tool.c"), at("libtool.so"), at("told"));
+        std::fs::write(&source, TOOL).unwrap();
+        let told_there = format!("-DTOLD=\"{told}\"");
+        match Command::new("cc").args([&told_there, "-shared", "-fPIC", "-o", &library, &source]).status() {
+            Ok(s) => assert!(s.success(), "cc refuses the tool"),
+            Err(e) => return eprintln!("skipped: ranges need a C compiler to be tested: cc: {e}"),
+        }
+        let ranges = Ranges::open(&library).unwrap();
+        ranges.begin("outer");
+        ranges.begin("zero\0byte");
+        ranges.end();
+        ranges.end();
+        assert_eq!(std::fs::read_to_string(&told).unwrap(), "outer\nzero byte\n.\n.\n");
+        assert!(Ranges::open("libthere-is-no-such.so").is_none());
+    }
+}

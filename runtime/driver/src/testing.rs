@@ -5,7 +5,7 @@ mod late;
 pub use late::Late;
 
 use crate::{Arg, BufferId, Code, Device, Error, EventId, Extent, HostId, ModuleId, Product, RecordId, Result, Space};
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 /// How a call fails.
@@ -24,11 +24,16 @@ pub struct Seen(Arc<Mutex<State>>);
 #[derive(Debug, Default)]
 struct State {
     calls: Vec<&'static str>,
-    live: HashSet<BufferId>,
+    live: HashMap<BufferId, usize>,
+    /// Bytes of the device that were in use at once, at most.
+    peak: usize,
     hosts: HashSet<HostId>,
     events: usize,
     records: usize,
     lost: bool,
+    /// Launches and products since the last synchronise, as a device counts them: not while it records, nor once it replayed.
+    started: Option<usize>,
+    recording: bool,
 }
 
 impl Seen {
@@ -43,6 +48,10 @@ impl Seen {
     pub fn live(&self) -> usize {
         let s = self.state();
         s.live.len() + s.hosts.len() + s.events
+    }
+    /// Bytes of the device that were in use at once, at most.
+    pub fn peak(&self) -> usize {
+        self.state().peak
     }
     /// Records that were made and not given back.
     pub fn records(&self) -> usize {
@@ -63,30 +72,44 @@ pub const INJECTED: &str = "injected for a test";
 
 impl<D: Device> Faulty<D> {
     pub fn new(inner: D, fails: Option<(usize, Fault)>) -> Faulty<D> {
-        Faulty { inner, fails, seen: Seen::default() }
+        let seen = Seen::default();
+        seen.state().started = Some(0);
+        Faulty { inner, fails, seen }
     }
 
     pub fn seen(&self) -> Seen {
         self.seen.clone()
     }
 
-    fn lost() -> Error {
-        Error::Lost { what: format!("a fault, {INJECTED}"), finished: None }
+    fn lost(finished: Option<usize>) -> Error {
+        Error::Lost { what: format!("a fault, {INJECTED}"), finished }
     }
 
     fn call(&mut self, name: &'static str) -> Result<()> {
         let mut s = self.seen.state();
         if s.lost {
-            return Err(Self::lost());
+            return Err(Self::lost(s.started.filter(|_| !s.recording)));
         }
         s.calls.push(name);
         match self.fails {
             Some((n, fault)) if n + 1 == s.calls.len() => {
                 s.lost = fault == Fault::Lost;
-                Err(if s.lost { Self::lost() } else { Error::refused(format!("a refused {name}, {INJECTED}")) })
+                return Err(if s.lost {
+                    Self::lost(s.started.filter(|_| !s.recording))
+                } else {
+                    Error::refused(format!("a refused {name}, {INJECTED}"))
+                });
             }
-            _ => Ok(()),
+            _ => {}
         }
+        match name {
+            "launch" | "product" if !s.recording => s.started = s.started.map(|n| n + 1),
+            "replay" => s.started = None,
+            "synchronise" => s.started = Some(0),
+            "begin_record" => s.recording = true,
+            _ => {}
+        }
+        Ok(())
     }
 }
 
@@ -111,14 +134,16 @@ impl<D: Device> Device for Faulty<D> {
             e => e,
         })?;
         let b = self.inner.alloc(name, bytes)?;
-        assert!(self.seen.state().live.insert(b), "BUG: a buffer that is in use was given again");
+        let mut s = self.seen.state();
+        assert!(s.live.insert(b, bytes).is_none(), "BUG: a buffer that is in use was given again");
+        s.peak = s.peak.max(s.live.values().sum());
         Ok(b)
     }
     fn free(&mut self, buffer: BufferId) -> Result<()> {
         let mut s = self.seen.state();
-        assert!(s.live.remove(&buffer), "BUG: a buffer is given back that is not in use");
+        assert!(s.live.remove(&buffer).is_some(), "BUG: a buffer is given back that is not in use");
         // Of a lost device all memory is gone.
-        if s.lost { Err(Self::lost()) } else { self.inner.free(buffer) }
+        if s.lost { Err(Self::lost(s.started)) } else { self.inner.free(buffer) }
     }
     fn copy_in(&mut self, buffer: BufferId, at: usize, data: &[u8]) -> Result<()> {
         self.call("copy_in")?;
@@ -140,7 +165,7 @@ impl<D: Device> Device for Faulty<D> {
     }
     fn free_host(&mut self, host: HostId) -> Result<()> {
         assert!(self.seen.state().hosts.remove(&host), "BUG: memory is given back that is not in use");
-        if self.seen.state().lost { Err(Self::lost()) } else { self.inner.free_host(host) }
+        if self.seen.state().lost { Err(Self::lost(None)) } else { self.inner.free_host(host) }
     }
     fn write_host(&mut self, host: HostId, at: usize, data: &[u8]) -> Result<()> {
         self.call("write_host")?;
@@ -190,6 +215,7 @@ impl<D: Device> Device for Faulty<D> {
     }
     fn end_record(&mut self) -> Result<RecordId> {
         // Whatever comes of it, it no longer records.
+        self.seen.state().recording = false;
         let record = self.inner.end_record()?;
         if let Err(e) = self.call("end_record") {
             self.inner.forget(record)?;

@@ -17,6 +17,7 @@ pub use error::StoreError;
 use pages::Pages;
 use rayon::prelude::*;
 use std::io;
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Mutex;
 
@@ -299,26 +300,33 @@ impl ChunkStore {
         }
     }
 
-    /// The bytes of a chunk as they are stored, of all heads: rows `[S, h, d]` of keys or values, the landmarks `[h, r]`;
+    /// The bytes of chunks as they are stored, of all heads: rows `[S, h, d]` of keys or values a chunk, landmarks `[h, r]`;
     /// zeros where the file fails, see [`failure`](Self::failure).
-    pub fn raw(&self, part: Part, chunk: usize, out: &mut Vec<u8>) {
+    pub fn raw(&self, part: Part, chunks: Range<usize>, out: &mut Vec<u8>) {
         let g = &self.geometry;
-        let (rows, width) = match part {
-            Part::Landmarks => (1, g.landmark_dim * g.precision.bytes()),
-            _ => (g.chunk, g.dim * g.precision.bytes()),
+        // Landmarks of a head lie side by side in a page; keys only chunk by chunk.
+        let (run, rows, width) = match part {
+            Part::Landmarks => (PAGE, 1, g.landmark_dim * g.precision.bytes()),
+            _ => (1, g.chunk, g.dim * g.precision.bytes()),
         };
         out.clear();
-        out.resize(rows * g.heads * width, 0);
-        for head in 0..g.heads {
-            let at = self.place(part, head, chunk);
-            let read = self.pages.read(chunk / PAGE, at, rows * width, |bytes| {
-                for (t, row) in bytes.chunks_exact(width).enumerate() {
-                    out[(t * g.heads + head) * width..][..width].copy_from_slice(row);
+        out.resize(chunks.len() * rows * g.heads * width, 0);
+        let mut first = chunks.start;
+        while first < chunks.end {
+            let many = (run - first % run).min(chunks.end - first);
+            let out = &mut out[(first - chunks.start) * rows * g.heads * width..];
+            for head in 0..g.heads {
+                let at = self.place(part, head, first);
+                let read = self.pages.read(first / PAGE, at, many * rows * width, |bytes| {
+                    for (t, row) in bytes.chunks_exact(width).enumerate() {
+                        out[(t * g.heads + head) * width..][..width].copy_from_slice(row);
+                    }
+                });
+                if let Err(e) = read {
+                    self.failed.lock().unwrap_or_else(|p| p.into_inner()).get_or_insert(e);
                 }
-            });
-            if let Err(e) = read {
-                self.failed.lock().unwrap_or_else(|p| p.into_inner()).get_or_insert(e);
             }
+            first += many;
         }
     }
 
@@ -416,10 +424,16 @@ mod tests {
                         prop_assert_eq!(x, round(v[(row * heads + head) * dim + d]));
                     }
                     let (mut raw, width) = (vec![], precision.bytes());
-                    s.raw(Part::Keys, first, &mut raw);
+                    s.raw(Part::Keys, first..first + 1, &mut raw);
                     prop_assert_eq!(raw.len(), chunk * heads * dim * width);
                     for (i, b) in raw.chunks_exact(width).enumerate() {
                         let x = k[first * chunk * heads * dim + i];
+                        let want = if f32s { x.to_le_bytes().to_vec() } else { half::bf16::from_f32(x).to_le_bytes().to_vec() };
+                        prop_assert_eq!(b, &want[..]);
+                    }
+                    s.raw(Part::Landmarks, first..first + n, &mut raw);
+                    for (i, b) in raw.chunks_exact(width).enumerate() {
+                        let x = lm[first * heads * landmark_dim + i];
                         let want = if f32s { x.to_le_bytes().to_vec() } else { half::bf16::from_f32(x).to_le_bytes().to_vec() };
                         prop_assert_eq!(b, &want[..]);
                     }

@@ -40,17 +40,16 @@ pub struct Bound {
     pub work: Vec<Work>,
     /// As many as the program has outputs that are no updates.
     pub outputs: Vec<(ConcreteTy, Place)>,
-    /// Choices of chunks that steps read out of pages, in order.
-    pub choices: Vec<Choice>,
+    /// Where the host may have to bring what lies in pages, in order.
+    pub stops: Vec<Stop>,
 }
 
-/// What a step that attends in pages is about to read.
-pub struct Choice {
-    /// The first work of the step.
-    pub work: usize,
-    /// i32 `[N, L, h, K]` and `[N, L, h]`.
-    pub indices: (ConcreteTy, Place),
-    pub count: (ConcreteTy, Place),
+/// A step that reads pages which may not be on the device.
+pub enum Stop {
+    /// This work looks through landmarks: once per part of them.
+    Landmarks { work: usize },
+    /// From this work on chunks are attended to: i32 `[N, L, h, K]` and, of each row, how many of these `[N, L, h]`.
+    Choice { work: usize, indices: (ConcreteTy, Place), count: (ConcreteTy, Place) },
 }
 
 /// Where the operands of a program are.
@@ -71,18 +70,23 @@ pub fn bind(gpu: &GpuProgram, forms: &[&Form], dims: &Bindings, at: &Places) -> 
         let (buffer, first) = at.buffers[v.buffer.index()].expect("BUG: the plan has a place for every buffer in use");
         Ok((buffer, first + v.offset.eval(dims)? * v.ty.dtype.size()))
     };
-    let (mut work, mut choices) = (vec![], Vec::<Choice>::new());
+    let (mut work, mut stops) = (vec![], vec![]);
     // Several steps attend to one choice.
     let mut known: Option<Place> = None;
     for (step, form) in forms.iter().enumerate() {
         let s = &p.steps[step];
         match &s.op {
-            Op::Selection(_) => known = None,
+            Op::Selection(_) => {
+                known = None;
+                if s.inputs.len() > 3 {
+                    stops.push(Stop::Landmarks { work: work.len() });
+                }
+            }
             Op::ChunkAttention(_) if s.inputs.len() > 6 && known != Some(of(&s.inputs[3])?) => {
                 let operand = |i: usize| Ok::<_, DimError>((s.inputs[i].ty.bind(dims)?, of(&s.inputs[i])?));
                 let (indices, count) = (operand(3)?, operand(4)?);
                 known = Some(indices.1);
-                choices.push(Choice { work: work.len(), indices, count });
+                stops.push(Stop::Choice { work: work.len(), indices, count });
             }
             _ => {}
         }
@@ -114,7 +118,7 @@ pub fn bind(gpu: &GpuProgram, forms: &[&Form], dims: &Bindings, at: &Places) -> 
     }
     let outputs = p.outputs.iter().filter(|o| !o.update);
     let outputs = outputs.map(|o| Ok((o.view.ty.bind(dims)?, of(&o.view)?))).collect::<Result<_, DimError>>()?;
-    Ok(Bound { work, outputs, choices })
+    Ok(Bound { work, outputs, stops })
 }
 
 /// Whether no step before this one writes what the launch reads before it waits.  The first launch of a run never begins early, so

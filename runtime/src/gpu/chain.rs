@@ -10,10 +10,11 @@
 
 use super::bound::{Bound, Place};
 use super::bytes::Bytes;
-use super::machine::{Machine, Outcome, Placement, ProgramId, Record, blame, device};
+use super::error::GpuError;
+use super::machine::{Machine, Outcome, ProgramId, Record, device, span};
 use super::run::{Ask, find};
 use rambac_codegen::cuda::GpuProgram;
-use rambac_driver::{BufferId, Device, HostId};
+use rambac_driver::{BufferId, Device, Error, HostId};
 use rambac_ir::Bindings;
 use rambac_ir::ty::ConcreteTy;
 use std::sync::Arc;
@@ -110,7 +111,7 @@ impl<D: Device> Machine<D> {
     /// # Errors
     /// As [`run`](Self::run).
     pub fn run_chain(&mut self, links: &[Link], read: &mut Read) -> Outcome<()> {
-        if self.placement == Placement::Apart || self.watching() {
+        if self.waits() {
             return self.one_by_one(links, read);
         }
         self.tick += 1;
@@ -180,22 +181,21 @@ impl<D: Device> Machine<D> {
             let value = links[m.link].inputs.iter().find(|(n, _)| *n == m.name).expect("BUG: `fits` looked").1;
             self.device.write_host(c.host, m.at, &value.data).map_err(device(&name, m.name.as_str()))?;
         }
-        let (gpu, bound) = (c.links[0].gpu.clone(), c.links[0].bound.clone());
-        let whole = |e| blame(&gpu, &bound, "its steps and those of what follows".into(), e);
-        match c.record {
-            Record::Made(r) => self.device.replay(r).map_err(whole)?,
-            Record::Second if self.device.begin_record().map_err(whole)? => {
-                let kept = self.start_chain(c);
-                let record = self.end_record(kept, &gpu, &bound)?;
-                c.record = Record::Made(record);
-                self.device.replay(record).map_err(whole)?;
-            }
-            first => {
-                self.start_chain(c)?;
-                c.record = if first == Record::First { Record::Second } else { Record::Never };
-            }
+        if c.record == Record::Second {
+            let made = self.record(|e| whole(c, e), |m| m.start_chain(c))?;
+            c.record = made.map_or(Record::Never, Record::Made);
         }
-        self.device.synchronise().map_err(|e| blame_chain(c, e))?;
+        if let Record::Made(r) = c.record {
+            self.device.replay(r).and_then(|()| self.device.synchronise()).map_err(|e| whole(c, e))?;
+        } else {
+            let started = self.start_chain(c).map_err(|e| match e {
+                // Of what was started before, in whichever link.
+                GpuError::Device { error: error @ Error::Lost { finished: Some(_), .. }, .. } => blame(c, error),
+                e => e,
+            });
+            started.and_then(|()| self.device.synchronise().map_err(|e| blame(c, e)))?;
+            c.record = if c.record == Record::First { Record::Second } else { Record::Never };
+        }
         self.device.read_host(c.host, 0, &mut c.read).map_err(device(&name, "results"))
     }
 
@@ -312,16 +312,21 @@ fn fits(c: &Chain, links: &[Link]) -> bool {
 }
 
 /// The error of a chain whose links were started one by one: of the link whose work had not come to its end.
-fn blame_chain(c: &Chain, e: rambac_driver::Error) -> super::error::GpuError {
-    let mut finished = match &e {
-        rambac_driver::Error::Lost { finished: Some(n), .. } => *n,
-        _ => usize::MAX,
-    };
+fn blame(c: &Chain, e: Error) -> GpuError {
+    let Error::Lost { finished: Some(finished), .. } = &e else { return whole(c, e) };
+    let mut finished = *finished;
     for l in &c.links {
         if let Some(w) = l.bound.work.get(finished) {
             return device(&l.gpu.program.name, w.describe(&l.gpu))(e);
         }
-        finished = finished.saturating_sub(l.bound.work.len());
+        finished -= l.bound.work.len();
     }
-    device(&c.links[0].gpu.program.name, "its end")(e)
+    device(&c.links[c.links.len() - 1].gpu.program.name, "its end")(e)
+}
+
+/// The error of a chain of which no more is known.
+fn whole(c: &Chain, e: Error) -> GpuError {
+    let names: Vec<&str> = c.links.iter().map(|l| l.gpu.program.name.as_str()).collect();
+    let links: Vec<String> = c.links.iter().map(|l| span(&l.gpu, &l.bound.work)).collect();
+    device(&names.join(", then "), links.join("; or "))(e)
 }

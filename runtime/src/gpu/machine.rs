@@ -9,7 +9,7 @@
 //! What a run starts (kernels with their arguments) is worked out once per sizes and kept until a value moves; of programs that
 //! see ever new sizes only the last ones are kept ([`Machine::KEPT`]).  `run.rs` runs programs, `chain.rs` several as one.
 
-use super::bound::{Bound, Place, Places, bind, label};
+use super::bound::{Bound, Place, Places, Work, bind, label};
 use super::bytes::Bytes;
 use super::chain::Chain;
 use super::code::Code;
@@ -41,8 +41,25 @@ pub struct ProgramId(pub(super) usize);
 
 pub(super) type Outcome<T> = Result<T, GpuError>;
 
-/// Hears which chunks a step is about to attend to, see [`Machine::run_choosing`].
-pub type Chosen<'a, D> = dyn FnMut(&mut Machine<D>, &[i32], &[i32]) -> Outcome<()> + 'a;
+/// Who brings to the device what a run reads in pages, see [`Machine::run_paged`].  It may write values, not move them.
+pub trait Pager<D: Device = Box<dyn Device>> {
+    /// In how many parts landmarks come; 0: they are all there.
+    fn parts(&self) -> usize {
+        0
+    }
+    /// A step is about to look through a part of the landmarks.
+    ///
+    /// # Errors
+    /// The device fails.
+    fn landmarks(&mut self, _: &mut Machine<D>, _part: usize) -> Result<(), GpuError> {
+        Ok(())
+    }
+    /// A step is about to attend to chunks: their indices `[N, L, h, K]`, of which the first `count` `[N, L, h]` of a row are meant.
+    ///
+    /// # Errors
+    /// The device fails.
+    fn chosen(&mut self, m: &mut Machine<D>, indices: &[i32], count: &[i32]) -> Result<(), GpuError>;
+}
 
 pub(super) struct Loaded {
     pub gpu: Arc<GpuProgram>,
@@ -107,7 +124,13 @@ pub struct Machine<D: Device = Box<dyn Device>> {
     /// Counts runs.
     pub(super) tick: u64,
     pub(super) profiling: Option<Profiling>,
+    /// Who hears once that work runs more slowly than it could; and that it was told.
+    warn: Warn,
+    warned: bool,
 }
+
+/// Hears what is not as it should be, but goes on.
+pub type Warn = Box<dyn FnMut(String) + Send>;
 
 pub(super) fn device(program: &str, what: impl Into<String>) -> impl FnOnce(DriverError) -> GpuError {
     let (program, what) = (program.to_string(), what.into());
@@ -121,6 +144,16 @@ pub(super) fn blame(gpu: &GpuProgram, bound: &Bound, what: String, e: DriverErro
         _ => None,
     };
     device(&gpu.program.name, culprit.map_or(what, |w| w.describe(gpu)))(e)
+}
+
+/// What was started as one.
+pub(super) fn span(gpu: &GpuProgram, work: &[Work]) -> String {
+    let name = |w: &Work| format!("step {} ({})", w.step, gpu.program.steps[w.step].op.mnemonic());
+    match work {
+        [] => "nothing".into(),
+        [only] => only.describe(gpu),
+        [first, .., last] => format!("one of {} launches of a record, {} to {}", work.len(), name(first), name(last)),
+    }
 }
 
 impl<D: Device> Machine<D> {
@@ -143,7 +176,14 @@ impl<D: Device> Machine<D> {
             chains: vec![],
             tick: 0,
             profiling: None,
+            warn: Box::new(|text| eprintln!("warning: {text}")),
+            warned: false,
         }
+    }
+
+    /// Who hears warnings; without anybody they go to standard error.
+    pub fn on_warning(&mut self, warn: Warn) {
+        self.warn = warn;
     }
 
     pub fn device(&mut self) -> &mut D {
@@ -294,6 +334,43 @@ impl<D: Device> Machine<D> {
         self.values.insert(name.into(), (ty.clone(), b));
         self.moved();
         Ok(b)
+    }
+
+    /// A record of what `start` starts.  `None`: the device records nothing, or not this, which is told once; nothing was started.
+    ///
+    /// # Errors
+    /// The device is lost.
+    pub(super) fn record(
+        &mut self,
+        failed: impl Fn(DriverError) -> GpuError,
+        start: impl FnOnce(&mut Self) -> Outcome<()>,
+    ) -> Outcome<Option<RecordId>> {
+        match self.device.begin_record() {
+            Ok(true) => {}
+            Ok(false) => return Ok(None),
+            Err(e) => return self.unrecorded(failed(e)),
+        }
+        let started = start(self);
+        // What was begun is ended, whatever it holds.
+        match (started, self.device.end_record()) {
+            (Ok(()), Ok(r)) => Ok(Some(r)),
+            (Ok(()), Err(e)) => self.unrecorded(failed(e)),
+            (Err(e), Err(_)) => self.unrecorded(e),
+            (Err(e), Ok(r)) => {
+                self.device.forget(r).map_err(failed)?;
+                self.unrecorded(e)
+            }
+        }
+    }
+
+    fn unrecorded(&mut self, e: GpuError) -> Outcome<Option<RecordId>> {
+        if e.lost() {
+            return Err(e);
+        }
+        if !std::mem::replace(&mut self.warned, true) {
+            (self.warn)(format!("{e}; what can't be recorded is started kernel by kernel each time, which is slower"));
+        }
+        Ok(None)
     }
 
     /// Buffers went or moved.

@@ -20,7 +20,7 @@ pub use bytes::Bytes;
 pub use chain::{Link, Read};
 pub use code::{Code, archs};
 pub use error::GpuError;
-pub use machine::{Chosen, Machine, Placement, ProgramId};
+pub use machine::{Machine, Pager, Placement, ProgramId, Warn};
 pub use measure::{Measurer, Timed, clock};
 pub use profile::RunTimes;
 pub use rambac_driver::{Device, Error as DeviceError};

@@ -5,16 +5,16 @@
 //! begin the next run, meanwhile; runs happen one after another all the same.  While a program's work is not recorded, its runs
 //! are waited for at once: an error then names the step.
 
-use super::bound::{Bound, Place, What, Work};
+use super::bound::{Bound, Place, Stop, What, Work};
 use super::bytes::Bytes;
 use super::error::GpuError;
-use super::machine::{Chosen, Machine, Outcome, Placement, ProgramId, Record, blame, device};
+use super::machine::{Machine, Outcome, Pager, Placement, ProgramId, Record, blame, device, span};
 use super::profile::Ends;
 use super::stage::Pinned;
 use crate::executor::StepTimes;
 use rambac_codegen::cuda::GpuProgram;
 use rambac_codegen::program::SourceSlot;
-use rambac_driver::{BufferId, Device, EventId, HostId};
+use rambac_driver::{BufferId, Device, Error, EventId, HostId};
 use rambac_ir::Bindings;
 use rambac_ir::ops::SourceKind;
 use rambac_ir::ty::ConcreteTy;
@@ -54,7 +54,9 @@ struct Landing {
 
 /// A run that was begun.
 pub(super) struct Flight {
-    program: String,
+    program: Arc<GpuProgram>,
+    /// All of it, where it was started as one.
+    whole: Option<Arc<Bound>>,
     landing: Landing,
     end: EventId,
 }
@@ -93,19 +95,18 @@ impl<D: Device> Machine<D> {
         self.run_asked(id, &Ask { dims, inputs, keep, both: false }, None)
     }
 
-    /// As [`run`](Self::run); before a step attends to chunks in pages, `chosen` hears which: their indices
-    /// `[N, L, h, K]`, of which the first `count` `[N, L, h]` of a row are meant.  It may write values, not move them.
+    /// As [`run`](Self::run); what steps are about to read in pages, `pager` brings before.
     ///
     /// # Errors
     /// As [`run`](Self::run).
-    pub fn run_choosing(
+    pub fn run_paged(
         &mut self,
         id: ProgramId,
         dims: &Bindings,
         inputs: &[(&str, &Bytes)],
-        chosen: &mut Chosen<D>,
+        pager: &mut dyn Pager<D>,
     ) -> Outcome<Results> {
-        self.run_asked(id, &Ask { dims, inputs, keep: &[], both: false }, Some(chosen))
+        self.run_asked(id, &Ask { dims, inputs, keep: &[], both: false }, Some(pager))
     }
 
     /// As [`run_keeping`](Self::run_keeping); adds the seconds of every step of the program to `times`, by the device's
@@ -142,10 +143,10 @@ impl<D: Device> Machine<D> {
     pub fn begin(&mut self, id: ProgramId, dims: &Bindings, inputs: &[(&str, &Bytes)]) -> Outcome<Ticket> {
         let mut temporary = vec![];
         let ask = Ask { dims, inputs, keep: &[], both: false };
-        if self.placement == Placement::Apart || self.watching() {
+        if self.waits() {
             let here = self.run_asked(id, &ask, None)?;
             let landing = Landing { to: None, parts: vec![], here, bytes: 0 };
-            return self.fly(self.programs[id.0].gpu.program.name.clone(), landing);
+            return self.fly(self.programs[id.0].gpu.clone(), None, landing);
         }
         let name = self.programs[id.0].gpu.program.name.clone();
         self.device.begin_range(&name);
@@ -157,14 +158,20 @@ impl<D: Device> Machine<D> {
             let ended = self.device.synchronise();
             self.landed(ended.map_err(|e| blame(&begun.gpu, &begun.bound, "its end".into(), e)), &begun.landing)?;
         }
-        self.fly(begun.gpu.program.name.clone(), begun.landing)
+        let whole = begun.whole.then_some(begun.bound);
+        self.fly(begun.gpu, whole, begun.landing)
     }
 
-    fn fly(&mut self, program: String, landing: Landing) -> Outcome<Ticket> {
-        let end = self.device.event().map_err(device(&program, "its end"));
+    /// A run that is begun now comes to its end at once: nothing runs ahead.
+    pub fn waits(&self) -> bool {
+        self.placement == Placement::Apart || self.watching()
+    }
+
+    fn fly(&mut self, program: Arc<GpuProgram>, whole: Option<Arc<Bound>>, landing: Landing) -> Outcome<Ticket> {
+        let end = self.device.event().map_err(|e| ending(&program, whole.as_deref(), e));
         let end = self.landed(end, &landing)?;
         self.tick += 1;
-        self.flights.insert(self.tick, Flight { program, landing, end });
+        self.flights.insert(self.tick, Flight { program, whole, landing, end });
         Ok(Ticket(self.tick))
     }
 
@@ -175,9 +182,10 @@ impl<D: Device> Machine<D> {
     pub fn finish(&mut self, ticket: Ticket) -> Outcome<Results> {
         let f = self.flights.remove(&ticket.0).expect("BUG: a ticket is of this machine, and finished once");
         let waited = self.device.wait(f.end);
-        let ended = waited.and(self.device.release(f.end)).map_err(device(&f.program, "its end"));
+        let ended = waited.and(self.device.release(f.end));
+        let ended = ended.map_err(|e| ending(&f.program, f.whole.as_deref(), e));
         self.landed(ended, &f.landing)?;
-        self.read(&f.program, f.landing)
+        self.read(&f.program.program.name, f.landing)
     }
 
     /// Gives up runs whose results nobody wants.
@@ -192,11 +200,11 @@ impl<D: Device> Machine<D> {
         first
     }
 
-    pub(super) fn run_asked(&mut self, id: ProgramId, ask: &Ask, chosen: Option<&mut Chosen<D>>) -> Outcome<Results> {
+    pub(super) fn run_asked(&mut self, id: ProgramId, ask: &Ask, pager: Option<&mut dyn Pager<D>>) -> Outcome<Results> {
         let mut temporary = vec![];
         let name = self.programs[id.0].gpu.program.name.clone();
         self.device.begin_range(&name);
-        let begun = self.run_with(id, ask, &mut temporary, chosen);
+        let begun = self.run_with(id, ask, &mut temporary, pager);
         let result = begun.and_then(|b| self.end(id, ask, b));
         self.device.end_range();
         self.unwatch();
@@ -209,7 +217,10 @@ impl<D: Device> Machine<D> {
 
     /// Waits for a run and reads its results.
     fn end(&mut self, id: ProgramId, ask: &Ask, b: Begun) -> Outcome<Results> {
-        let late = |e| blame(&b.gpu, &b.bound, "its end".into(), e);
+        let late = |e| match b.whole {
+            true => ending(&b.gpu, Some(&b.bound), e),
+            false => blame(&b.gpu, &b.bound, "its end".into(), e),
+        };
         let ended = self.device.synchronise().map_err(late);
         let ended = ended.and_then(|()| self.note(id, ask.dims, [given(ask), b.landing.bytes]));
         self.landed(ended, &b.landing)?;
@@ -242,7 +253,7 @@ impl<D: Device> Machine<D> {
         id: ProgramId,
         ask: &Ask,
         temporary: &mut Vec<BufferId>,
-        chosen: Option<&mut Chosen<D>>,
+        pager: Option<&mut dyn Pager<D>>,
     ) -> Outcome<Begun> {
         let gpu = self.programs[id.0].gpu.clone();
         let name = gpu.program.name.as_str();
@@ -257,10 +268,20 @@ impl<D: Device> Machine<D> {
             }
         }
         self.point(Ends::Inputs)?;
-        let whole = match chosen {
+        let whole = match pager {
             // The host looks in between.
-            Some(f) if !bound.choices.is_empty() => {
-                self.choosing(id, ask.dims, &gpu, &bound, f)?;
+            Some(p) if !bound.stops.is_empty() => {
+                let parts = p.parts();
+                let done = self.stopping((id, ask.dims), &gpu, &bound, (parts, p));
+                let late = |e| blame(&gpu, &bound, "its end".into(), e);
+                // Launches are counted up to here: some of them several times.
+                let done = done.and_then(|()| if parts > 0 { self.device.synchronise().map_err(late) } else { Ok(()) });
+                done.map_err(|e| match e {
+                    GpuError::Device { error: Error::Lost { what, finished: Some(n) }, .. } if parts > 0 => {
+                        late(Error::Lost { what, finished: Some(once(&bound, parts, n)) })
+                    }
+                    e => e,
+                })?;
                 false
             }
             _ => self.start((id, ask.dims), &gpu, &bound, 0, 0..bound.work.len())?,
@@ -269,28 +290,43 @@ impl<D: Device> Machine<D> {
         Ok(Begun { gpu, bound, landing, whole })
     }
 
-    /// Work up to each choice, and from the last one on, is a stretch that is recorded like a whole run.
-    fn choosing(
+    /// Work between stops is a stretch that is recorded like a whole run.
+    fn stopping(
         &mut self,
-        id: ProgramId,
-        dims: &Bindings,
+        (id, dims): (ProgramId, &Bindings),
         gpu: &GpuProgram,
         bound: &Bound,
-        f: &mut Chosen<D>,
+        (parts, pager): (usize, &mut dyn Pager<D>),
     ) -> Outcome<()> {
         let mut from = 0;
-        for (i, c) in bound.choices.iter().enumerate() {
-            self.start((id, dims), gpu, bound, 1 + i, from..c.work)?;
-            let read = self.integers(&c.indices).and_then(|indices| Ok((indices, self.integers(&c.count)?)));
-            let (indices, count) = read.map_err(|e| {
-                let next = bound.work.get(c.work).map_or("its end".into(), |w| w.describe(gpu));
-                blame(gpu, bound, format!("the choice of chunks for {next}, or a step before it"), e)
-            })?;
-            f(self, &indices, &count)?;
-            self.point(Ends::Gathering)?;
-            from = c.work;
+        for (i, stop) in bound.stops.iter().enumerate() {
+            // A stop has a stretch before it, and one of its own where it is gone through several times.
+            let nth = 1 + 2 * i;
+            match stop {
+                Stop::Landmarks { .. } if parts == 0 => {}
+                Stop::Landmarks { work } => {
+                    self.start((id, dims), gpu, bound, nth, from..*work)?;
+                    for part in 0..parts {
+                        pager.landmarks(self, part)?;
+                        self.point(Ends::Gathering)?;
+                        self.start((id, dims), gpu, bound, nth + 1, *work..work + 1)?;
+                    }
+                    from = work + 1;
+                }
+                Stop::Choice { work, indices, count } => {
+                    self.start((id, dims), gpu, bound, nth, from..*work)?;
+                    let read = self.integers(indices).and_then(|indices| Ok((indices, self.integers(count)?)));
+                    let (indices, count) = read.map_err(|e| {
+                        let next = bound.work.get(*work).map_or("its end".into(), |w| w.describe(gpu));
+                        blame(gpu, bound, format!("the choice of chunks for {next}, or a step before it"), e)
+                    })?;
+                    pager.chosen(self, &indices, &count)?;
+                    self.point(Ends::Gathering)?;
+                    from = *work;
+                }
+            }
         }
-        self.start((id, dims), gpu, bound, 1 + bound.choices.len(), from..bound.work.len()).map(drop)
+        self.start((id, dims), gpu, bound, 1 + 2 * bound.stops.len(), from..bound.work.len()).map(drop)
     }
 
     fn integers(&mut self, (ty, at): &(ConcreteTy, Place)) -> Result<Vec<i32>, rambac_driver::Error> {
@@ -386,39 +422,23 @@ impl<D: Device> Machine<D> {
         }
         let kept = self.programs[id.0].bound.get(dims);
         let record = kept.map_or(Record::Never, |k| k.records.get(nth).copied().unwrap_or(Record::First));
-        let whole = |e| blame(gpu, bound, "its steps".into(), e);
+        let whole = |e| device(&gpu.program.name, span(gpu, work))(e);
         let next = match record {
             Record::Made(r) => return self.device.replay(r).map(|()| true).map_err(whole),
             Record::First => Record::Second,
-            Record::Second if self.device.begin_record().map_err(whole)? => {
-                let kept = work.iter().try_for_each(|w| self.one(id, gpu, bound, w));
-                let record = self.end_record(kept, gpu, bound)?;
-                self.keep_record(id, dims, nth, Record::Made(record));
-                return self.device.replay(record).map(|()| true).map_err(whole);
+            Record::Second => {
+                let all = |m: &mut Self| work.iter().try_for_each(|w| m.one(id, gpu, bound, w));
+                if let Some(r) = self.record(whole, all)? {
+                    self.keep_record(id, dims, nth, Record::Made(r));
+                    return self.device.replay(r).map(|()| true).map_err(whole);
+                }
+                Record::Never
             }
-            Record::Second | Record::Never => Record::Never,
+            Record::Never => Record::Never,
         };
         work.iter().try_for_each(|w| self.one(id, gpu, bound, w))?;
         self.keep_record(id, dims, nth, next);
         Ok(false)
-    }
-
-    /// A record that was begun is ended, whatever it holds.
-    pub(super) fn end_record(
-        &mut self,
-        kept: Outcome<()>,
-        gpu: &GpuProgram,
-        bound: &Bound,
-    ) -> Outcome<rambac_driver::RecordId> {
-        let whole = |e| blame(gpu, bound, "its steps".into(), e);
-        let record = self.device.end_record().map_err(whole);
-        if let Err(e) = kept {
-            if let Ok(r) = record {
-                self.device.forget(r).map_err(whole)?;
-            }
-            return Err(e);
-        }
-        record
     }
 
     fn keep_record(&mut self, id: ProgramId, dims: &Bindings, nth: usize, record: Record) {
@@ -463,6 +483,23 @@ impl<D: Device> Machine<D> {
         }
         Ok(())
     }
+}
+
+/// The number of a launch among work, of which some was started once per part.
+fn once(bound: &Bound, parts: usize, mut launch: usize) -> usize {
+    for stop in &bound.stops {
+        if let Stop::Landmarks { work } = stop
+            && launch > *work
+        {
+            launch -= (launch - work).min(parts - 1);
+        }
+    }
+    launch
+}
+
+/// The error of a run's end, which tells of any of its steps where they were started as one.
+fn ending(gpu: &GpuProgram, whole: Option<&Bound>, e: rambac_driver::Error) -> GpuError {
+    device(&gpu.program.name, whole.map_or("its end".into(), |b| span(gpu, &b.work)))(e)
 }
 
 /// The value of an input, if it was given.

@@ -1,7 +1,7 @@
 //! A session's programs on a device, and the part of its chunks that is there.
 //!
 //! ```text
-//! device    landmarks of all chunks (every token looks through them) | slots with keys and values of some chunks
+//! device    landmarks of all chunks (every token looks through them), or of some at a time | slots with keys and values of some
 //!           tables: the page of every 128 landmarks, the slot of every chunk                 codegen/src/cuda/pages.rs
 //! host      the chunk store of every sequence, in memory or in a file: all chunks            chunk_store
 //! ```
@@ -9,18 +9,19 @@
 //! needs nothing of the host but its token: all parts run as one chain (`gpu/chain.rs`), which from the third token on is a
 //! record of the device.  What changes from token to token is on the device: the token, the sequences' positions (`start`, by
 //! which kernels know which chunks are visible), the tables.  What is a size changes rarely: tables have as many entries as the
-//! next power of two of the chunks, and slots and pages of landmarks are doubled when they are full.  Where slots are fewer, the upper half stops before it attends: chosen chunks that
-//! are not there are gathered from the store into slots that the clock gives (`slots.rs`); what lies before, between and behind is
-//! a record each.  A segment whose choices might need
-//! more slots than there are goes through the upper half in parts.
+//! next power of two of the chunks, and slots and pages of landmarks are doubled when they are full, up to the limit of memory
+//! (`pools.rs`).  Where slots are fewer, the upper half stops before it attends: chosen chunks that are not there are gathered from
+//! the store into slots that the clock gives (`slots.rs`); landmarks that are not there come in parts before a choice.  What lies
+//! before, between and behind is a record each.  A segment whose choices might need more slots than there are goes through the
+//! upper half in parts.
 
-use super::pools::Pools;
-use super::{Segment, Sequence, SessionError, SessionParts};
+use super::pools::{Bringing, Least, Pools};
+use super::{Segment, Sequence, SessionError, SessionParts, size};
 use crate::chunk_store::Geometry;
 use crate::gpu::{Bytes, GpuError, Link, Machine, ProgramId};
 use crate::store::Store;
 use crate::tensor::Tensor;
-use rambac_codegen::cuda::pages::{KV_SLOTS, LANDMARK_PAGE, LANDMARK_PAGES};
+use rambac_codegen::cuda::pages::{KV_SLOTS, LANDMARK_PAGE, LANDMARK_PAGES, LANDMARKS_AWAY};
 use rambac_ir::ops::{Op, SourceKind};
 use rambac_ir::ty::ConcreteTy;
 use rambac_ir::{Bindings, DType};
@@ -48,6 +49,9 @@ pub struct Residency {
     /// Chunks that were brought to the device, and those that went for others.
     pub gathered: u64,
     pub evicted: u64,
+    /// Pages of landmarks that there is room for, and parts in which those come that are more; 0: all are there.
+    pub landmark_pages: usize,
+    pub landmark_parts: usize,
     /// Bytes of slots, landmarks and tables.
     pub bytes: usize,
 }
@@ -102,6 +106,9 @@ pub(super) struct OnDevice {
     hidden: Vec<f32>,
     made: [Vec<f32>; 3],
     pools: Option<Pools>,
+    /// What is taken beside chunks, and what may be in all.
+    taken: Taken,
+    have: usize,
 }
 
 impl OnDevice {
@@ -116,36 +123,39 @@ impl OnDevice {
         memory: DeviceMemory,
     ) -> Result<OnDevice, SessionError> {
         let of_states: usize = states.iter().map(|(_, t)| t.ty().bytes()).sum();
-        // Beside those of all sequences, those of the one that runs alone.
-        let alone = if sequences > 1 { of_states / sequences } else { 0 };
-        let mut used = params.0.values().map(|t| t.ty().bytes()).sum::<usize>() + of_states + alone;
-        let mut arena = 0;
+        let mut taken = Taken {
+            weights: params.0.values().map(|t| t.ty().bytes()).sum(),
+            // Beside those of all sequences, those of the one that runs alone.
+            states: of_states + if sequences > 1 { of_states / sequences } else { 0 },
+            ..Taken::default()
+        };
         for (part, &id) in parts.named() {
             let rows = if part == "head" { HEAD_ROWS } else { memory.segment };
             let (own, inputs) = part_bytes(&machine, id, sequences, rows, geometry.chunk)?;
             // One arena serves all, inputs stay where they are.
-            (arena, used) = (arena.max(own), used + inputs);
+            (taken.activations, taken.inputs) = (taken.activations.max(own), taken.inputs + inputs);
         }
-        used += arena;
         let have = match (memory.limit, machine.device().space()) {
             (Some(limit), _) => limit,
             (None, Ok(Some(space))) => space.free / 10 * 9,
             // As much as there is: more chunks than positions can be counted.
             _ => usize::MAX / 8,
         };
-        let too_few = |chunks: usize| SessionError::DeviceMemory { have, need: used + chunks };
-        let pools = match (parts.upper, have.checked_sub(used)) {
+        let left = have.checked_sub(taken.bytes());
+        let pools = match (parts.upper, left) {
             (Some(upper), left) => {
                 let per_token = chosen_per_token(&machine, upper);
-                Some(Pools::new(geometry, per_token, sequences, left.unwrap_or(0)).map_err(too_few)?)
+                let pools = Pools::new(geometry, per_token, sequences, left.unwrap_or(0));
+                Some(pools.map_err(|least| taken.too_few(have, Some(least)))?)
             }
-            (None, None) => return Err(too_few(0)),
+            (None, None) => return Err(taken.too_few(have, None)),
             (None, Some(_)) => None,
         };
         for (name, t) in &params.0 {
             machine.set(name, &Bytes::from_tensor(t.view()))?;
         }
-        let mut s = OnDevice { machine, parts, states: vec![], hidden: vec![], made: Default::default(), pools };
+        let mut s =
+            OnDevice { machine, parts, states: vec![], hidden: vec![], made: Default::default(), pools, taken, have };
         for (name, t) in states {
             s.set_state(name, t)?;
         }
@@ -254,7 +264,8 @@ impl OnDevice {
     /// Chunks were added to the store of sequence `seq`.
     pub fn appended(&mut self, seq: usize, sequences: &[Sequence]) -> Result<(), SessionError> {
         let Some(p) = &mut self.pools else { return Ok(()) };
-        p.appended(&mut self.machine, seq, sequences)
+        let (taken, have) = (self.taken, self.have);
+        p.appended(&mut self.machine, seq, sequences, |least| taken.too_few(have, Some(least)))
     }
 
     pub fn flash(&mut self, shape: [usize; 3]) -> Result<(), SessionError> {
@@ -303,19 +314,9 @@ impl OnDevice {
             let (hidden, start) = (bytes_f32(&[n, rows, d], part), bytes_i32(&[n], &begin));
             let inputs = [(HIDDEN, &hidden), ("start", &start)];
             let dims = Bindings::new(p.sizes(n, rows, c));
-            let mut failed = None;
-            let mut chosen = |m: &mut Machine, indices: &[i32], count: &[i32]| {
-                p.gather(m, seqs.clone(), c, sequences, indices, count).or_else(|e| match e {
-                    SessionError::Gpu(e) => Err(e),
-                    // The run goes on over what is there and then fails.
-                    other => {
-                        failed = Some(other);
-                        Ok(())
-                    }
-                })
-            };
-            let made = self.machine.run_choosing(id, &dims, &inputs, &mut chosen)?;
-            if let Some(e) = failed {
+            let mut pager = Bringing { pools: &mut *p, seqs: seqs.clone(), c, sequences, failed: None };
+            let made = self.machine.run_paged(id, &dims, &inputs, &mut pager)?;
+            if let Some(e) = pager.failed {
                 return Err(e);
             }
             made.iter().for_each(|(name, b)| tell(name, &b.data, out));
@@ -425,13 +426,64 @@ fn chosen_per_token(machine: &Machine, upper: ProgramId) -> usize {
 
 /// Bytes of activations of a part, and of its inputs: for segments, and for a token of every sequence.
 fn part_bytes(m: &Machine, id: ProgramId, n: usize, segment: usize, chunk: usize) -> Result<(usize, usize), GpuError> {
+    let program = m.program(id);
+    // Workspace of a choice depends on what it is made among, and on how many tokens make it: in parts where slots are few.
+    let lengths: Vec<usize> = if program.program.syms.iter().any(|s| s.as_str() == "C") {
+        (0..).map(|i| 1 << (4 * i)).take_while(|c| c * chunk <= i32::MAX as usize).map(|c| c * LANDMARK_PAGE).collect()
+    } else {
+        vec![LANDMARK_PAGE]
+    };
+    let segment = segment.max(1);
+    let parts = if lengths.len() > 1 {
+        vec![(1, segment), (1, segment.min(64)), (1, segment.min(7)), (n, 1)]
+    } else {
+        vec![(1, segment), (n, 1)]
+    };
     let mut most = (0, 0);
-    for (n, l) in [(1, segment.max(1)), (n, 1)] {
-        let dims = [("N", n), ("L", l), ("C", LANDMARK_PAGE), ("B", l / chunk + 1), (KV_SLOTS, 1), (LANDMARK_PAGES, 1)];
-        let plan = m.program(id).plan(&Bindings::new(dims))?;
-        most = (most.0.max(plan.arena), most.1.max(plan.inputs));
+    for (n, l) in parts {
+        for &c in &lengths {
+            for away in 0..lengths.len().min(2) {
+                let pools = [(KV_SLOTS, 1), (LANDMARK_PAGES, 1), (LANDMARKS_AWAY, away)];
+                let sizes = [("N", n), ("L", l), ("C", c), ("B", l / chunk + 1)];
+                let plan = program.plan(&Bindings::new(sizes.into_iter().chain(pools)))?;
+                most = (most.0.max(plan.arena), most.1.max(plan.inputs));
+            }
+        }
     }
     Ok(most)
+}
+
+/// Bytes of the device that are taken beside chunks.
+#[derive(Clone, Copy, Debug, Default)]
+struct Taken {
+    weights: usize,
+    states: usize,
+    activations: usize,
+    inputs: usize,
+}
+
+impl Taken {
+    fn bytes(&self) -> usize {
+        self.weights + self.states + self.activations + self.inputs
+    }
+    /// The error of a limit that all this, and what chunks need, does not fit.
+    fn too_few(&self, have: usize, chunks: Option<Least>) -> SessionError {
+        let mut parts = vec![
+            ("weights", self.weights),
+            ("states", self.states),
+            ("activations", self.activations),
+            ("what goes from part to part", self.inputs),
+        ];
+        if let Some(c) = chunks {
+            parts.push(("the chunks that one token may choose", c.slots));
+            parts.push(("a page of landmarks", c.landmarks));
+            parts.push(("tables of all chunks", c.tables));
+        }
+        let need = parts.iter().map(|p| p.1).sum();
+        let parts: Vec<String> =
+            parts.iter().filter(|p| p.1 > 0).map(|(name, b)| format!("{} {name}", size(*b))).collect();
+        SessionError::DeviceMemory { have, need, parts: parts.join(", ") }
+    }
 }
 
 /// Params that a program wants in bf16.

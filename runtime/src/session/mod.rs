@@ -27,8 +27,8 @@ use crate::store::Store;
 use crate::tensor::Tensor;
 use cpu::Cpu;
 use device::{OnDevice, Wanted};
+use rambac_codegen::cuda::pages::{CHUNK_TABLE, LANDMARK_TABLE, LANDMARK_WINDOW};
 use rambac_codegen::cuda::{PagesError, paged};
-use rambac_codegen::cuda::pages::{CHUNK_TABLE, LANDMARK_TABLE};
 use rambac_codegen::program::SourceSlot;
 use rambac_codegen::{Kernels, Program, lower, lower_for};
 use rambac_ir::ops::{Op, SourceKind};
@@ -102,19 +102,28 @@ pub enum SessionError {
     #[error(transparent)]
     Gpu(#[from] GpuError),
     #[error(
-        "{} of device memory are too few: weights, states, activations and the chunks of one token take {}; give more with \
-             --device-memory, or feed shorter segments", mib(*have), mib(*need)
+        "{} of device memory are too few, {} are needed: {parts}; give more with --device-memory, or feed shorter segments",
+        exact(*have), exact(*need)
     )]
-    DeviceMemory { have: usize, need: usize },
-    #[error(
-        "the landmarks of this context take {} on the device, where {} are left for them; give more with --device-memory",
-        mib(*need), mib(*have)
-    )]
-    Landmarks { have: usize, need: usize },
+    DeviceMemory {
+        have: usize,
+        need: usize,
+        /// Of what it is the sum.
+        parts: String,
+    },
 }
 
-fn mib(bytes: usize) -> String {
-    format!("{:.1} MiB", bytes as f64 / (1 << 20) as f64)
+fn size(bytes: usize) -> String {
+    match bytes as f64 {
+        b if b < 1024.0 => format!("{bytes} B"),
+        b if b < 1048576.0 => format!("{:.1} KiB", b / 1024.0),
+        b => format!("{:.1} MiB", b / 1048576.0),
+    }
+}
+
+/// As it was given, so that two that differ by little are told apart.
+fn exact(bytes: usize) -> String {
+    format!("{bytes} bytes ({})", size(bytes))
 }
 
 /// What a sequence carries besides its scan states.
@@ -645,7 +654,7 @@ pub(crate) fn upper_half(g: &Graph, stored: DType) -> Result<Program, PagesError
 
 /// Inputs of the upper half that are chunks, and what says on a device where they are.
 pub(crate) const PAGED: &[&str] = &["k", "v", "landmarks"];
-const TABLES: &[&str] = &[CHUNK_TABLE, LANDMARK_TABLE];
+const TABLES: &[&str] = &[CHUNK_TABLE, LANDMARK_TABLE, LANDMARK_WINDOW];
 
 impl Engine {
     fn states(&mut self) -> Result<Vec<(String, Tensor)>, SessionError> {
@@ -689,5 +698,24 @@ fn refuse(options: &SessionOptions, n: usize, halves: bool) -> Result<(), Sessio
         Some(_) if n > 1 => Err(SessionError::OneSequence(n)),
         Some(path) if !halves => Err(SessionError::NoChunks(path.into())),
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// 4.3M and what is needed beyond it are the same number of MiB to one digit.
+    #[test]
+    fn a_limit_is_told_as_it_was_given() {
+        let e = SessionError::DeviceMemory { have: 4_508_876, need: 4_508_900, parts: "4.3 MiB weights".into() };
+        let text = e.to_string();
+        assert!(
+            text.starts_with(
+                "4508876 bytes (4.3 MiB) of device memory are too few, 4508900 bytes (4.3 MiB) are needed"
+            ),
+            "{text}"
+        );
+        assert!(text.contains(": 4.3 MiB weights; give more with --device-memory"), "{text}");
     }
 }

@@ -564,7 +564,8 @@ pub fn quick_selection(rig: &Rig) -> Result<(), String> {
         // By warpgroups, where they make the products.
         rig.check(&c.on(Arch::Sm90a))?;
     }
-    Ok(())
+    let c = (F32, [1, 3, 256, 1, 16], 1, 4, vec![250], Order::Recent, Weighting::StickBreaking);
+    rig.check(&check_selection(&mut rng, c).in_pages(F32).in_parts(2).in_form("split")).map(drop)
 }
 
 pub fn quick_selection_grad(rig: &Rig) -> Result<(), String> {

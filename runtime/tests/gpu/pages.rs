@@ -36,6 +36,11 @@ fn selection(rig: &Rig) -> Result<String, String> {
         for form in ["split", "select_64"] {
             rig.check(&case.clone().in_form(form))?;
         }
+        // All landmarks are never there at once: the same, page by page and several together.
+        let pages = sizes[0] * sizes[2] / 128;
+        for (form, parts) in [("scan", pages), ("split", pages), ("parts", pages), ("parts", pages.div_ceil(2))] {
+            rig.check(&case.clone().in_parts(parts).in_form(form))?;
+        }
         if k <= 16 && sizes[4] <= 128 {
             rig.check(&case.clone().in_form("select_128"))?;
         }
@@ -44,8 +49,20 @@ fn selection(rig: &Rig) -> Result<String, String> {
     let many = (BF16, [1, 200, 128, 1, 64], 3, 8, vec![5], Order::Recent, StickBreaking);
     rig.check(&check_selection(&mut rng, many.clone()).in_pages(BF16))?;
     rig.check(&check_selection(&mut rng, many).in_pages(BF16).on(Arch::Sm90a))?;
+    // Landmarks that are not all there: by warps and by warpgroups.
+    let long = (BF16, [2, 140, 384, 1, 64], 3, 8, vec![1000, 500], Order::Recent, StickBreaking);
+    let long = check_selection(&mut rng, long).in_pages(BF16).in_parts(4).sms(4);
+    for arch in [Arch::Sm80, Arch::Sm90a] {
+        let seen = rig.check(&long.clone().on(arch))?;
+        let name = seen.program.steps[0].forms[0].name;
+        if name != "parts" {
+            return Err(format!("{name} was chosen for landmarks that come in parts"));
+        }
+    }
     let odd = (F32, [2, 3, 128, 2, 7], 3, 4, vec![300, 20], Order::Recent, StickBreaking);
-    rig.check(&check_selection(&mut rng, odd).in_pages(BF16).in_form("any_size"))?;
+    let odd = check_selection(&mut rng, odd).in_pages(BF16).in_form("any_size");
+    rig.check(&odd)?;
+    rig.check(&odd.in_parts(2))?;
     // What a decoding step of the 370M model over 512 chunks moves.
     let long = (F32, [1, 1, 512, 1, 1024], 1, 8, vec![511], Order::Recent, StickBreaking);
     let seen = rig.check(&check_selection(&mut rng, long).in_pages(BF16))?;
@@ -63,7 +80,9 @@ pub fn quick_scan(rig: &Rig) -> Result<(), String> {
     let mut rng = Rng(25);
     let sizes = [2, 3, 256, 1, 64];
     let case = (F32, sizes, 1, 6, vec![250, 2], Order::Recent, Weighting::StickBreaking);
-    rig.check(&check_selection(&mut rng, case).in_pages(BF16)).map(drop)
+    let case = check_selection(&mut rng, case).in_pages(BF16);
+    rig.check(&case)?;
+    rig.check(&case.in_parts(4)).map(drop)
 }
 
 /// As [`quick_scan`], of attention.

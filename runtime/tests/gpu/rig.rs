@@ -5,7 +5,7 @@
 
 use rambac_codegen::cuda::compile::OPTIONS;
 use rambac_codegen::cuda::headers::included;
-use rambac_codegen::cuda::pages::LANDMARK_PAGE;
+use rambac_codegen::cuda::pages::{LANDMARK_PAGE, LANDMARK_PAGES, LANDMARK_TABLE, LANDMARK_WINDOW, LANDMARKS_AWAY};
 use rambac_codegen::cuda::{Arch, Cache, Form, GpuProgram, Kernel, Target, emit, paged};
 use rambac_codegen::libraries::installed;
 use rambac_codegen::nvrtc::{Compiled, Nvrtc, NvrtcError};
@@ -15,7 +15,7 @@ use rambac_ir::ops::Op;
 use rambac_ir::testing::Rng;
 use rambac_ir::{Bindings, Builder, DType, Dim, HostArray, Ty, Value};
 use rambac_passes::mixed::halves;
-use rambac_runtime::gpu::{Bytes, Code, Device, Machine, Placement, archs};
+use rambac_runtime::gpu::{Bytes, Code, Device, GpuError, Machine, Pager, Placement, archs};
 use rambac_simulator::Options as Schedule;
 use rambac_simulator::count::Counts;
 use rambac_simulator::device::Simulator;
@@ -96,6 +96,8 @@ pub struct Check {
     pub form: Option<&'static str>,
     /// Elements of the pages that keys, values or landmarks lie in, if they do.
     pub pages: Option<DType>,
+    /// Parts in which pages of landmarks come; 0: all are there.
+    pub parts: usize,
     /// Results are read in bf16, too, where the op's kernels write them so (`Halves::copies`).
     pub copies: bool,
 }
@@ -255,7 +257,7 @@ impl Rig {
         let want = c.want();
         let mut target = Target::of(c.arch);
         target.sms = c.sms.unwrap_or(target.sms);
-        let (dims, states) = c.pools();
+        let (dims, states, mut parts) = c.pools();
         let mut program = lower_for(&graph, Kernels::Gpu);
         if let Some(stored) = c.pages {
             let names: Vec<&str> = states.iter().map(|s| s.0).filter(|n| n.starts_with('x')).collect();
@@ -272,7 +274,7 @@ impl Rig {
         let inputs: Vec<(String, Bytes)> = given.into_iter().filter(|(n, _)| states.iter().all(|s| s.0 != n)).collect();
         let states: Vec<(String, Bytes)> = states.into_iter().map(|(n, b)| (n.to_string(), b)).collect();
         let (program, code, outputs, counts) =
-            self.run(program, &dims, &states, &inputs).map_err(|e| format!("{e}\n{}", c.describe()))?;
+            self.run_in(program, &dims, &states, &inputs, &mut parts).map_err(|e| format!("{e}\n{}", c.describe()))?;
         let (results, copies) = outputs.split_at(want.len());
         let worst = c.compare(results, &want)?;
         for (&i, copy) in c.copied().iter().zip(copies) {
@@ -293,10 +295,22 @@ impl Rig {
     #[allow(clippy::type_complexity)] // what it is called once for
     pub fn run(
         &self,
+        program: GpuProgram,
+        dims: &Bindings,
+        states: &[(String, Bytes)],
+        inputs: &[(String, Bytes)],
+    ) -> Result<(GpuProgram, Code, Vec<HostArray>, Vec<Counts>), String> {
+        self.run_in(program, dims, states, inputs, &mut Parts(vec![]))
+    }
+
+    #[allow(clippy::type_complexity)] // as above
+    fn run_in(
+        &self,
         mut program: GpuProgram,
         dims: &Bindings,
         states: &[(String, Bytes)],
         inputs: &[(String, Bytes)],
+        parts: &mut Parts,
     ) -> Result<(GpuProgram, Code, Vec<HostArray>, Vec<Counts>), String> {
         // Forms that these sizes don't take need not be compiled.
         for s in &mut program.steps {
@@ -322,7 +336,7 @@ impl Rig {
                 e.set(name, value).map_err(|e| e.to_string())?;
             }
             let inputs: Vec<(&str, &Bytes)> = inputs.iter().map(|(n, b)| (n.as_str(), b)).collect();
-            let out = e.run(id, dims, &inputs).map_err(|e| format!("{at}: {e}"))?;
+            let out = e.run_paged(id, dims, &inputs, parts).map_err(|e| format!("{at}: {e}"))?;
             counts = e.device().counts();
             let out: Vec<Bytes> = out.into_iter().map(|(_, b)| b).collect();
             match &first {
@@ -333,6 +347,21 @@ impl Rig {
         }
         let outputs: Vec<HostArray> = first.unwrap_or_default().iter().map(Bytes::to_host).collect();
         Ok((Arc::unwrap_or_clone(program), code, outputs, counts))
+    }
+}
+
+/// Values that are set before each part of the landmarks is looked through.
+struct Parts(Vec<Vec<(&'static str, Bytes)>>);
+
+impl<D: Device> Pager<D> for Parts {
+    fn parts(&self) -> usize {
+        self.0.len()
+    }
+    fn landmarks(&mut self, m: &mut Machine<D>, part: usize) -> Result<(), GpuError> {
+        self.0[part].iter().try_for_each(|(name, value)| m.set(name, value))
+    }
+    fn chosen(&mut self, _: &mut Machine<D>, _: &[i32], _: &[i32]) -> Result<(), GpuError> {
+        Ok(())
     }
 }
 
@@ -347,6 +376,7 @@ impl Check {
             tolerance,
             form: None,
             pages: None,
+            parts: 0,
             copies: false,
         }
     }
@@ -383,13 +413,19 @@ impl Check {
         self
     }
 
-    /// Pools in place of the operands that are to lie in pages, with their tables, and all sizes.
-    fn pools(&self) -> (Bindings, Vec<(&'static str, Bytes)>) {
+    /// Pages of landmarks come in so many parts.
+    pub fn in_parts(mut self, parts: usize) -> Check {
+        self.parts = parts;
+        self
+    }
+
+    /// Pools in place of the operands that are to lie in pages, with their tables, and all sizes; the parts in which they come.
+    fn pools(&self) -> (Bindings, Vec<(&'static str, Bytes)>, Parts) {
         let mut dims = self.dims.clone();
-        let Some(stored) = self.pages else { return (dims, vec![]) };
+        let Some(stored) = self.pages else { return (dims, vec![], Parts(vec![])) };
         let (names, rows, symbol, table) = match &self.op {
             Op::ChunkAttention(a) => (&["x1", "x2"][..], a.chunk, "kv_slots", "chunk_table"),
-            _ => (&["x1"][..], LANDMARK_PAGE, "landmark_pages", "landmark_table"),
+            _ => (&["x1"][..], LANDMARK_PAGE, LANDMARK_PAGES, LANDMARK_TABLE),
         };
         let mut rng = Rng(77);
         let shape = &self.inputs[1].value.shape;
@@ -412,7 +448,38 @@ impl Check {
         places.truncate(used);
         out.push((table, Bytes::from_host(&HostArray::i32(&[shape[0], entries], places))));
         dims.assign(&[(symbol, slots)]);
-        (dims, out)
+        if table != LANDMARK_TABLE {
+            return (dims, out, Parts(vec![]));
+        }
+        let window = |all: Vec<i32>| (LANDMARK_WINDOW, Bytes::from_host(&HostArray::i32(&[shape[0], 2], all)));
+        out.push(window([0, entries as i32].repeat(shape[0])));
+        dims.assign(&[(LANDMARKS_AWAY, usize::from(self.parts > 0))]);
+        // As many pages a part, of one sequence after another, in places of their own.
+        let (each, mut parts) = (used.div_ceil(self.parts.max(1)), vec![]);
+        for part in 0..self.parts {
+            let (mut at, mut ends) = (vec![-1; used], vec![]);
+            let mut pool = vec![1e4; slots * rows * row];
+            for s in 0..shape[0] {
+                let (first, end) = (s * entries, (s + 1) * entries);
+                let pages = (part * each).clamp(first, end)..((part + 1) * each).clamp(first, end);
+                for page in pages.clone() {
+                    at[page] = (page % each) as i32;
+                    let from = &self.inputs[1].value.f()[page * rows * row..][..rows * row];
+                    pool[page % each * rows * row..][..rows * row].copy_from_slice(from);
+                }
+                // Behind the first part, nothing of a sequence is no beginning.
+                let none = if part > 0 { [1, 1] } else { [0, 0] };
+                ends.extend(
+                    if pages.is_empty() { none } else { [pages.start - first, pages.end - first] }.map(|x| x as i32),
+                );
+            }
+            parts.push(vec![
+                ("x1", Bytes::from_host(&HostArray::float(stored, &[slots, rows, shape[2], shape[3]], pool))),
+                (table, Bytes::from_host(&HostArray::i32(&[shape[0], entries], at))),
+                window(ends),
+            ]);
+        }
+        (dims, out, Parts(parts))
     }
 
     /// The op alone, with its operands as inputs.

@@ -10,14 +10,13 @@ use crate::error::{self, Result, wrap};
 use crate::loader::Loader;
 use crate::profile::Profile;
 use crate::show::{self, Beat};
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};
 use miette::IntoDiagnostic;
 use rambac_ir::Bindings;
 use rambac_models::data::rng::stream;
 use rambac_models::data::{MixTask, Task};
 use rambac_models::recipe::Recipe;
 use rambac_models::stack::{self, Carry};
-use rambac_passes::Options;
 use rambac_passes::train_step::STEP;
 use rambac_runtime::{MicroBatch, StepReport, Tensor};
 use std::sync::Arc;
@@ -90,6 +89,8 @@ impl Run {
         let total = self.state.recipe.tokens();
         let dashboard = if self.tui { Some(self.dashboard()?) } else { None };
         let bar = if self.json || self.tui { ProgressBar::hidden() } else { ProgressBar::new(total) };
+        // An error is not to stand in it.
+        let bar = bar.with_finish(ProgressFinish::AndClear);
         let style = "{elapsed_precise} [{wide_bar}] {human_pos}/{human_len}  {msg}  {eta} left";
         bar.set_style(ProgressStyle::with_template(style).into_diagnostic()?.progress_chars("=> "));
         bar.set_position(self.state.recipe.tokens_before(self.state.position.planned));
@@ -225,8 +226,8 @@ impl Run {
         }
         (shown.tokens, shown.seconds) = (shown.tokens + tokens, shown.seconds + seconds);
         if shown.seconds > 0.5 {
-            let rate = shown.tokens as f64 / shown.seconds / 1e3;
-            shown.bar.set_message(format!("loss {smooth:.3}  {rate:.1}k tok/s"));
+            let rate = show::thousands(shown.tokens as f64 / shown.seconds);
+            shown.bar.set_message(format!("loss {smooth:.3}  {rate} tok/s"));
             (shown.tokens, shown.seconds) = (0, 0.0);
         }
         let done = self.state.recipe.tokens_before(self.state.position.planned);
@@ -247,31 +248,24 @@ impl Run {
         Ok(())
     }
 
-    /// Mean loss over batches of the held-out part of a text.
+    /// Mean loss over batches of the held-out part of a text, where training runs.
     fn validation_loss(&mut self) -> Result<Option<f32>> {
         let Some(task) = &self.validation else { return Ok(None) };
         let Some(s) = self.state.recipe.stages.last() else { return Ok(None) };
-        // A limit of memory holds for this too, whose forward keeps nothing.
-        self.trainer.rest();
-        let g = stack::loss(&self.config, Carry::Zero, false).map_err(wrap)?;
-        let program = rambac_codegen::lower(&rambac_passes::optimise(&g, &Options::default()));
-        let mut e = rambac_runtime::Executor::new(program, self.pool.clone());
-        let (mut sum, parts) = (0.0, 8);
-        for i in 0..parts {
+        let mut batches = vec![];
+        for i in 0..8 {
             // A held-out part shorter than a row is no reason to fail a finished run.
             let Ok(b) = task.batch(i, s.rows, s.len) else { return Ok(None) };
             let shape = [s.rows, s.len];
-            let (ids, labels) = (Tensor::i32(&shape, b.input_ids), Tensor::i32(&shape, b.labels));
-            let weights = Tensor::f32(&shape, b.loss_weights);
-            let inputs = [("input_ids", ids.view()), ("labels", labels.view()), ("loss_weights", weights.view())];
-            let out =
-                e.run(&Bindings::new([("N", s.rows), ("L", s.len)]), &inputs, &mut self.trainer.store).map_err(wrap)?;
-            sum += out
-                .iter()
-                .find(|(n, _)| n == "loss")
-                .and_then(|(_, t)| t.as_f32()?.first().copied())
-                .unwrap_or(f32::NAN);
+            let inputs = vec![
+                ("input_ids", Tensor::i32(&shape, b.input_ids)),
+                ("labels", Tensor::i32(&shape, b.labels)),
+                ("loss_weights", Tensor::f32(&shape, b.loss_weights)),
+            ];
+            batches.push(MicroBatch { dims: Bindings::new([("N", s.rows), ("L", s.len)]), inputs });
         }
-        Ok(Some(sum / parts as f32))
+        let loss = stack::loss(&self.config, Carry::Zero, false).map_err(wrap)?;
+        let evaluated = self.trainer.evaluate(&loss, &batches, &self.pool);
+        evaluated.map(Some).map_err(error::train)
     }
 }

@@ -2,7 +2,7 @@
 //! shows.
 
 use super::inverted_index::InvertedIndex;
-use super::selection::rule;
+use super::selection::{WINDOW, rule};
 use super::{Pages, Site, Unsupported};
 use crate::cuda::expr::Expr;
 use crate::cuda::form::{Call, Form, Operand};
@@ -240,34 +240,63 @@ pub(super) fn selection(op: &Selection, site: &Site, why: String) -> Result<Vec<
         Order::Recent => "RECENT",
         Order::Score => "SCORE",
     };
-    let pages = site.pages(3, landmarks)?;
-    let mut stub = Stub::new("any_size", if pages.is_some() { "any_select_paged" } else { "any_select" }, 32)
-        .element("T", t)
-        .int("slots", op.k)
-        .int("chunk", op.chunk)
-        .float("scale", op.scale)
-        .line(format!("static constexpr Order order = Order::{order};"))
-        .line(rule(op.rule))
-        .hashed()
-        .write("indices", DType::I32, indices)
-        .write("count", DType::I32, count)
-        .write("weights", site.dtype(weights), weights)
-        .write("scores", site.dtype(scores), scores)
-        .read("q", t, q)
-        .i64("q_stride", site.row_stride(q, 2)?)
-        .read("landmarks", pages.map_or(t, |p| p.stored), landmarks)
-        .i64("landmark_stride", site.row_stride(landmarks, 2)?);
-    let mut chunks = Expr::from(&site.inputs[1].ty.shape[1]);
-    stub = match pages {
-        Some(p) => {
-            chunks = Expr::from(p.entries) * LANDMARK_PAGE;
-            stub.element("Stored", p.stored).read("table", DType::I32, p.table).read("start", DType::I32, start)
-        }
-        None => stub.read("start", DType::I32, start).i64("rows", rows.clone()),
+    let why = format!("a warp per row, which is slow: {why}");
+    let config = |header, template, threads: usize| {
+        Stub::new(header, template, threads)
+            .element("T", t)
+            .int("slots", op.k)
+            .int("chunk", op.chunk)
+            .float("scale", op.scale)
+            .line(format!("static constexpr Order order = Order::{order};"))
+            .line(rule(op.rule))
+            .hashed()
     };
-    let launch =
-        stub.i32("l", &shape[1]).i32("h", &shape[2]).i32("chunks", chunks).i32("r", &shape[3]).launch((rows, 1, 1));
-    Ok(vec![Form::new("any_size", format!("a warp per row, which is slow: {why}"), vec![launch.into()])])
+    let write = |s: Stub| {
+        s.write("indices", DType::I32, indices)
+            .write("count", DType::I32, count)
+            .write("weights", site.dtype(weights), weights)
+            .write("scores", site.dtype(scores), scores)
+    };
+    let (q_stride, landmark_stride) = (site.row_stride(q, 2)?, site.row_stride(landmarks, 2)?);
+    let Some(p) = site.pages(3, landmarks)? else {
+        let launch = write(config("any_size", "any_select", 32))
+            .read("q", t, q)
+            .i64("q_stride", q_stride)
+            .read("landmarks", t, landmarks)
+            .i64("landmark_stride", landmark_stride)
+            .read("start", DType::I32, start)
+            .i64("rows", rows.clone())
+            .i32("l", &shape[1])
+            .i32("h", &shape[2])
+            .i32("chunks", &site.inputs[1].ty.shape[1])
+            .i32("r", &shape[3])
+            .launch((rows, 1, 1));
+        return Ok(vec![Form::new("any_size", why, vec![launch.into()])]);
+    };
+    // Landmarks may come part by part, so what was found is kept in between.
+    let keys = Operand::Workspace(0);
+    let part = config("any_size", "any_select_part", 32)
+        .element("Stored", p.stored)
+        .write("keys", DType::I32, keys)
+        .read("q", t, q)
+        .i64("q_stride", q_stride)
+        .read("landmarks", p.stored, landmarks)
+        .i64("landmark_stride", landmark_stride)
+        .read("table", DType::I32, p.table)
+        .read("window", DType::I32, WINDOW)
+        .read("start", DType::I32, start)
+        .i32("l", &shape[1])
+        .i32("h", &shape[2])
+        .i32("chunks", Expr::from(p.entries) * LANDMARK_PAGE)
+        .i32("r", &shape[3])
+        .launch((rows.clone(), 1, 1));
+    let merge = write(config("select", "select_merge", THREADS).int("threads", THREADS))
+        .read("keys", DType::I32, keys)
+        .i32("segments", Expr::int(1))
+        .i64("rows", rows.clone())
+        .launch((rows.clone(), 1, 1));
+    let form = Form::new("any_size", why, vec![part.into(), merge.into()]);
+    Ok(vec![form.with("keys", DType::I32, rows * (2 * op.k))])
 }
 
 /// Its gradient.

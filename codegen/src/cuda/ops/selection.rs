@@ -5,11 +5,11 @@ use super::inverted_index::InvertedIndex;
 use super::{Cuda, Pages, Site, Unsupported, because};
 use crate::cuda::expr::Expr;
 use crate::cuda::form::{Call, Condition, Form, Operand};
-use crate::cuda::pages::LANDMARK_PAGE;
+use crate::cuda::pages::{LANDMARK_PAGE, LANDMARKS_AWAY};
 use crate::cuda::stub::Stub;
 use crate::cuda::target::{Arch, Target};
-use rambac_ir::DType;
 use rambac_ir::ops::*;
+use rambac_ir::{DType, Dim};
 
 /// Tokens of a block and its threads, as `Selecting` has them.
 const ROWS: usize = 128;
@@ -20,6 +20,13 @@ const GRAD_WARPS: usize = 4;
 /// Parts that the chunks are cut in, at most, where tokens are few.
 const SEGMENTS: usize = 256;
 const ADD_THREADS: usize = 128;
+/// Which pages of landmarks are there: the operand behind their table.
+pub(super) const WINDOW: Operand = Operand::Input(4);
+
+/// That all landmarks are there at once.
+fn all_there() -> Condition {
+    Condition::Below(Expr::from(&Dim::sym(LANDMARKS_AWAY)), Expr::int(1))
+}
 
 /// How the selection's tiles are cut.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -177,7 +184,7 @@ fn tiled(op: &Selection, site: &Site) -> Result<Vec<Form>, Unsupported> {
             .shared(tile.shared)
             .blocks_per_sm(tile.blocks_per_sm)
     };
-    let read = |s: Stub| -> Result<Stub, Unsupported> {
+    let read = |s: Stub, whole: bool| -> Result<Stub, Unsupported> {
         let stored = pages.map_or(t, |p| p.stored);
         let mut s = s
             .read("q", t, q)
@@ -186,6 +193,9 @@ fn tiled(op: &Selection, site: &Site) -> Result<Vec<Form>, Unsupported> {
             .i64("landmark_stride", site.row_stride(landmarks, 2)?);
         if let Some(p) = pages {
             s = s.element("Stored", stored).read("table", DType::I32, p.table);
+            if !whole {
+                s = s.read("window", DType::I32, WINDOW);
+            }
         }
         Ok(s.read("start", DType::I32, start).i32("l", &shape[1]).i32("h", h).i32("chunks", chunks.clone()))
     };
@@ -206,8 +216,9 @@ fn tiled(op: &Selection, site: &Site) -> Result<Vec<Form>, Unsupported> {
     };
     let whole = |name, tile: SelectTile| -> Result<Form, Unsupported> {
         let template = if pages.is_some() { "select_paged" } else { "select" };
-        let launch = read(write(search(template, &tile)))?.launch((blocks.clone(), 1, 1));
-        Ok(Form::new(name, why(&tile), vec![launch.into()]))
+        let launch = read(write(search(template, &tile)), true)?.launch((blocks.clone(), 1, 1));
+        let form = Form::new(name, why(&tile), vec![launch.into()]);
+        Ok(if pages.is_some() { form.when(all_there()) } else { form })
     };
     let Some(narrow) = SelectTile::choose(site.target, t, op.k, 64) else {
         return because(format!("{} slots do not fit {} bytes", op.k, site.target.shared_per_block));
@@ -217,11 +228,14 @@ fn tiled(op: &Selection, site: &Site) -> Result<Vec<Form>, Unsupported> {
     let segments = chunks.clone().ceil_div(64).ceil_div_by(tiles_each.clone());
     let keys = Operand::Workspace(0);
     let template = if pages.is_some() { "select_part_paged" } else { "select_part" };
-    let part = read(search(template, &narrow).write("keys", DType::I32, keys))?
-        .i32("segments", segments.clone())
-        .i32("tiles_each", tiles_each)
-        .i64("rows", rows.clone())
-        .launch((blocks.clone() * segments.clone(), 1, 1));
+    let part = |segments: Expr, tiles_each: Expr| -> Result<Call, Unsupported> {
+        Ok(read(search(template, &narrow).write("keys", DType::I32, keys), false)?
+            .i32("segments", segments.clone())
+            .i32("tiles_each", tiles_each)
+            .i64("rows", rows.clone())
+            .launch((blocks.clone() * segments, 1, 1))
+            .into())
+    };
     let merge = |segments: Expr| {
         write(config(Stub::new("select", "select_merge", ADD_THREADS), &narrow).int("threads", ADD_THREADS))
             .read("keys", DType::I32, keys)
@@ -235,10 +249,9 @@ fn tiled(op: &Selection, site: &Site) -> Result<Vec<Form>, Unsupported> {
         let scan = Scan { op, site, r, t, h, pages: p, rows: rows.clone(), keys };
         forms.extend(scan.form(&merge)?);
     }
-    let merge = merge(segments.clone());
     forms.push(
-        Form::new("split", reason, vec![part.into(), merge.into()])
-            .with("keys", DType::I32, segments * rows * (2 * op.k))
+        Form::new("split", reason, vec![part(segments.clone(), tiles_each)?, merge(segments.clone()).into()])
+            .with("keys", DType::I32, segments * rows.clone() * (2 * op.k))
             .when(Condition::Below(blocks.clone() * 4, Expr::int(site.target.sms)))
             .when(Condition::AtLeast(chunks.clone(), Expr::int(256))),
     );
@@ -247,6 +260,12 @@ fn tiled(op: &Selection, site: &Site) -> Result<Vec<Form>, Unsupported> {
         forms.push(whole("select_128", wide)?.when(Condition::AtLeast(chunks.clone(), Expr::int(256))));
     }
     forms.push(whole("select_64", narrow)?);
+    if pages.is_some() {
+        let why = format!("landmarks come to the device part by part: {}", why(&narrow));
+        let tiles = chunks.clone().ceil_div(64);
+        let calls = vec![part(Expr::int(1), tiles)?, merge(Expr::int(1)).into()];
+        forms.push(Form::new("parts", why, calls).with("keys", DType::I32, rows.clone() * (2 * op.k)));
+    }
     Ok(forms)
 }
 
@@ -307,6 +326,7 @@ impl Scan<'_> {
             .read("landmarks", self.pages.stored, landmarks)
             .i64("landmark_stride", site.row_stride(landmarks, 2)?)
             .read("table", DType::I32, self.pages.table)
+            .read("window", DType::I32, WINDOW)
             .read("start", DType::I32, start)
             .i32("l", &shape[1])
             .i32("h", self.h)
