@@ -69,6 +69,15 @@ impl Beat {
     }
 }
 
+/// The lengths around `len` that are whole chunks.
+pub fn nearest(len: usize, unit: usize) -> String {
+    let above = len.next_multiple_of(unit);
+    match above - unit {
+        0 => format!("the nearest is --len {above}: rows are whole chunks of {unit} tokens"),
+        below => format!("the nearest are --len {below} and --len {above}: rows are whole chunks of {unit} tokens"),
+    }
+}
+
 /// `1 step`, `2 steps`
 pub fn plural(n: usize, noun: &str) -> String {
     if n == 1 { format!("1 {noun}") } else { format!("{} {noun}s", count(n as u64)) }
