@@ -175,8 +175,13 @@ fn possible(config: &Config, len: usize, seed: u64) -> Result<()> {
 
 /// A model with an attention variant reads every text at once, so lengths are bounded by memory.
 fn whole(a: &Eval, config: &Config, weights: &std::path::Path, pool: &Arc<rayon::ThreadPool>) -> Result<ExitCode> {
+    let unit = rambac_models::stack::segment_unit(config).map_err(|e| miette!("{e}"))?;
     for &len in &a.len {
         possible(config, len, a.seed)?;
+        if !len.is_multiple_of(unit) {
+            let help = crate::show::nearest(len, unit);
+            return Err(miette!(help = help, "--len {len}: the attention reads texts in multiples of {unit} tokens"));
+        }
     }
     let store = model::parameters(config, Some(weights), rambac_models::InitRule::Normal, 0)?;
     let mut asker = Asker::new(config, store, pool)?;

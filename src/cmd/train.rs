@@ -371,15 +371,20 @@ impl Run {
         let train = text.as_ref().map(|t| t.task(r.seed, Split::Train));
         let validation = text.as_ref().map(|t| t.task(r.seed, Split::Validation));
         let tasks = r.tasks(train.as_ref()).map_err(wrap)?;
+        let unit = match &config.attention {
+            Some(_) => stack::segment_unit(&config).map_err(|e| miette!("{e}"))?,
+            None => config.chunk_size,
+        };
         for (t, s) in tasks.iter().zip(&r.stages) {
             // Finds a row that is too short or a chunk that does not divide before anything is compiled.
             t.row(0, 0, s.len).map_err(wrap)?;
-            if config.num_upper_groups > 0 && !s.len.is_multiple_of(config.chunk_size) {
+            if config.num_upper_groups > 0 && !s.len.is_multiple_of(unit) {
+                let whose =
+                    if config.attention.is_some() { "what its attention reads," } else { "the model's chunk_size" };
                 return Err(miette!(
-                    help = show::nearest(s.len, config.chunk_size),
-                    "--len {}: not divisible by the model's chunk_size {}",
-                    s.len,
-                    config.chunk_size
+                    help = show::nearest(s.len, unit),
+                    "--len {}: not divisible by {whose} {unit}",
+                    s.len
                 ));
             }
             if t.vocab_size() > config.vocab_size {

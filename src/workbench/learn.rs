@@ -8,7 +8,7 @@ use crate::error::{self, Result, wrap};
 use crate::trouble::{self, Failed};
 use rambac_codegen::{Memory, lower};
 use rambac_ir::ops::Op;
-use rambac_ir::{Bindings, Graph};
+use rambac_ir::{Bindings, Graph, NodeId};
 use rambac_models::data::passkey::{DIGITS, min_len};
 use rambac_models::data::recall::needle_row;
 use rambac_models::data::{IGNORED, MixTask, PasskeyCase, RecallMix, RecallTask, Task};
@@ -259,7 +259,15 @@ fn with_choices(mut g: Graph) -> (Graph, Vec<String>) {
             g.outputs.push(rambac_ir::Output { name: format!("choice.{i}.{name}").into(), value });
         }
     }
-    let labels = chosen.iter().map(|(id, _)| g.label(id.result(0))).collect();
+    let label = |id: NodeId| g.label(id.result(0));
+    let labels = chosen.iter().map(|&(id, _)| match &g.node(id).scope {
+        // Layers that are alike.
+        Some(scope) if chosen.iter().any(|&(other, _)| other != id && label(other) == label(id)) => {
+            format!("{} of {scope}", label(id))
+        }
+        _ => label(id),
+    });
+    let labels = labels.collect();
     (g, labels)
 }
 

@@ -41,7 +41,7 @@ pub fn html(title: &str, entries: &[Entry]) -> String {
          table{{border-collapse:collapse;margin:8px 0 20px}}td,th{{padding:3px 12px 3px 0;text-align:right;border-bottom:1px solid \
          #e5e7eb;font-variant-numeric:tabular-nums}}td:first-child,th:first-child{{text-align:left}}td:last-child{{max-width:620px}}\
          pre{{background:#f8fafc;padding:12px;overflow:auto;font-size:12px}}h2{{margin-top:32px}}.row{{display:flex;gap:32px;\
-         flex-wrap:wrap}}.left td{{text-align:left}}</style><h1>{0}</h1>\n",
+         flex-wrap:wrap}}.left td,.left th{{text-align:left}}</style><h1>{0}</h1>\n",
         escaped(title)
     );
     learning(&mut out, entries);
@@ -180,7 +180,12 @@ fn one(out: &mut String, e: &Entry) {
         e.checks.answers.iter().map(|a| vec![a.what.to_string(), mark(a.ok), a.detail.clone()]).collect();
     table(out, &["question", "", "answer"], &rows);
     for d in &e.checks.findings {
-        let _ = write!(out, "<p><b>{}</b><br>{}</p>", escaped(&d.message), escaped(d.help.as_deref().unwrap_or("")));
+        let line = d
+            .span
+            .as_ref()
+            .map_or(String::new(), |s| format!("line {}: ", 1 + e.text[..s.start].matches('\n').count()));
+        let help = escaped(d.help.as_deref().unwrap_or(""));
+        let _ = write!(out, "<p><b>{line}{}</b><br>{help}</p>", escaped(&d.message));
     }
     if let Some(c) = e.costs {
         let fused: Vec<String> = c.fused.iter().map(|(op, n)| format!("{n} {op}")).collect();
@@ -203,7 +208,7 @@ fn one(out: &mut String, e: &Entry) {
 /// Tokens downwards, units to the right; the needle's column is marked.
 fn heat(h: &Heat) -> String {
     let columns = h.rows.first().map_or(0, Vec::len);
-    let cell = (560.0 / columns.max(1) as f64).min(14.0);
+    let cell = (560.0 / columns.max(1) as f64).min(24.0);
     let (w, height) = (cell * columns as f64, 4.0 * h.rows.len() as f64);
     let mut s = format!(
         "<p><b>What tokens choose</b> by {} in a passkey text: units of {} to the right{}, every {} token downwards; the line \
