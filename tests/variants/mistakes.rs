@@ -38,7 +38,8 @@ fn rambac(dir: &Path, args: &[&str]) -> (Option<i32>, String) {
 #[track_caller]
 fn expect(text: &str, parts: &[&str]) {
     // Whatever the width of the terminal.
-    let flat = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    let flat =
+        text.split(|c: char| c.is_whitespace() || c == '│').filter(|w| !w.is_empty()).collect::<Vec<_>>().join(" ");
     for p in parts {
         assert!(flat.contains(p), "{p:?} is not in:\n{text}");
     }
