@@ -69,13 +69,12 @@ impl Beat {
     }
 }
 
-/// The lengths around `len` that are whole chunks.
+/// The lengths around `len`, which is none, that are whole chunks.
 pub fn nearest(len: usize, unit: usize) -> String {
-    let above = len.next_multiple_of(unit);
-    match above - unit {
-        0 => format!("the nearest is --len {above}: rows are whole chunks of {unit} tokens"),
-        below => format!("the nearest are --len {below} and --len {above}: rows are whole chunks of {unit} tokens"),
-    }
+    let below = len / unit * unit;
+    let above = below.saturating_add(unit);
+    let known = if below == 0 { format!("is --len {above}") } else { format!("are --len {below} and --len {above}") };
+    format!("the nearest {known}: rows are whole chunks of {unit} tokens")
 }
 
 /// `1 step`, `2 steps`
