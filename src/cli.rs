@@ -228,6 +228,9 @@ pub struct Train {
     pub model: Option<String>,
     #[command(flatten)]
     pub attention: AttentionArgs,
+    /// Train even an attention of which `rambac try` says that it sees the future, mixes sequences or gives NaN
+    #[arg(long, requires = "attention")]
+    pub anyway: bool,
     /// Generated data
     #[arg(long, value_enum, default_value_t = Data::Passkey)]
     pub task: Data,

@@ -4,6 +4,7 @@ use miette::{Diagnostic, LabeledSpan, NamedSource, Report, Severity, miette};
 use rambac_codegen::FitError;
 use rambac_ir::{Sym, diagnostic};
 use rambac_runtime::TrainError;
+use std::fmt;
 use std::path::PathBuf;
 
 /// What a verb returns.
@@ -82,17 +83,27 @@ impl Diagnostic for Finding {
 }
 
 /// Every finding of a file.
-#[derive(Debug, thiserror::Error)]
-#[error("{path}: {count} {noun}", path = path.display(), count = findings.len(),
-        noun = if findings.len() == 1 { "error" } else { "errors" })]
-pub struct Findings {
+#[derive(Debug)]
+struct Findings {
     path: PathBuf,
     findings: Vec<Finding>,
 }
 
+impl fmt::Display for Findings {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let errors = self.findings.iter().filter(|d| d.severity == Severity::Error).count();
+        let warnings = self.findings.len() - errors;
+        let each = [(errors, "error"), (warnings, "warning")].into_iter().filter(|(n, _)| *n > 0);
+        let counts: Vec<String> = each.map(|(n, noun)| crate::show::plural(n, noun)).collect();
+        write!(f, "{}: {}", self.path.display(), counts.join(", "))
+    }
+}
+
+impl std::error::Error for Findings {}
+
 impl Diagnostic for Findings {
-    fn related<'a>(&'a self) -> Option<Box<dyn Iterator<Item = &'a dyn Diagnostic> + 'a>> {
-        Some(Box::new(self.findings.iter().map(|f| f as &dyn Diagnostic)))
+    fn severity(&self) -> Option<Severity> {
+        self.findings.iter().map(|d| d.severity).max()
     }
 }
 
@@ -111,9 +122,17 @@ pub fn findings(path: &std::path::Path, text: &str, all: Vec<diagnostic::Diagnos
     Report::new(Findings { path: path.into(), findings: all.into_iter().map(finding).collect() })
 }
 
-/// Prints an error to standard error.
+/// Prints an error to standard error; of a file its findings one below the other.
 pub fn report(e: Report) {
-    eprintln!("{e:?}");
+    match e.downcast::<Findings>() {
+        Ok(all) => {
+            let head = all.to_string();
+            let severity = all.severity().unwrap_or(Severity::Error);
+            eprintln!("{:?}", miette!(severity = severity, "{head}"));
+            all.findings.into_iter().for_each(|f| eprintln!("{:?}", Report::new(f)));
+        }
+        Err(e) => eprintln!("{e:?}"),
+    }
 }
 
 /// Prints a warning to standard error.

@@ -20,6 +20,7 @@ mod page;
 mod profile;
 mod sample;
 pub mod show;
+mod trouble;
 mod work;
 mod workbench;
 

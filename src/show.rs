@@ -74,6 +74,14 @@ impl Beat {
     }
 }
 
+/// The lengths around `len`, which is none, that are whole chunks.
+pub fn nearest(len: usize, unit: usize) -> String {
+    let below = len / unit * unit;
+    let above = below.saturating_add(unit);
+    let known = if below == 0 { format!("is --len {above}") } else { format!("are --len {below} and --len {above}") };
+    format!("the nearest {known}: rows are whole chunks of {unit} tokens")
+}
+
 /// `1 step`, `2 steps`
 pub fn plural(n: usize, noun: &str) -> String {
     if n == 1 { format!("1 {noun}") } else { format!("{} {noun}s", count(n as u64)) }

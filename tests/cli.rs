@@ -76,7 +76,7 @@ fn failures_have_status_1_and_say_what_to_do() {
     fails(&["explain", "tiny", "--len", "17"], &["17 is not divisible by 16"]);
     fails(&["explain", "tiny", "--dims", "N=4611686018427387904"], &["overflows"]);
     fails(&["explain", "tiny", "--train", "--dims", "N=1099511627776,L=65536"], &["overflows"]);
-    fails(&["bench", "train", "--preset", "tiny", "--len", "17"], &["use --len 16"]);
+    fails(&["bench", "train", "--preset", "tiny", "--len", "17"], &["the nearest are --len 16 and --len 32"]);
     fails(&["bench", "attend", "--preset", "mamba2-130m"], &["selects no chunks"]);
     fails(&["bench", "train", "--preset", "tiny", "--len", "16", "--weights", "bf16"], &["training updates f32"]);
     fails(&["bench", "train", "--preset", "3b", "--len", "1048576", "--batch", "64"], &["needs", "this machine has"]);

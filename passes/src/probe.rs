@@ -140,12 +140,147 @@ pub fn causality(g: &Graph, l: usize, seed: u64) -> Result<Vec<Diagnostic>, Prob
         while let Some(&v) = g.node(at.node).inputs.iter().find(|v| ahead(v)) {
             at = v;
         }
-        let finding = on(g, at.node, format!("tokens before {t} change with what token {t} is"), remedy(g, at.node));
+        let what = || on(g, at.node, format!("tokens before {t} change with what token {t} is"), remedy(g, at.node));
+        let finding = early_choice(g, &base, at.node).unwrap_or_else(what);
         if !out.iter().any(|o| o.node == finding.node) {
             out.push(finding);
         }
     }
     Ok(out)
+}
+
+/// The choice that what is attended comes from, through whatever moves or adjusts indices.
+fn choice_of(g: &Graph, indices: Value) -> Option<NodeId> {
+    let mut todo = vec![indices];
+    while let Some(v) = todo.pop() {
+        let n = g.node(v.node);
+        match n.op {
+            Op::Select(_) => return Some(v.node),
+            _ => todo.extend(n.inputs.iter().filter(|v| !g.ty(**v).dtype.is_float())),
+        }
+    }
+    None
+}
+
+/// Where scores let a token choose a chunk that is not complete, for an `attend` that reads such a one.
+fn early_choice(g: &Graph, values: &HashMap<Value, HostArray>, attend: NodeId) -> Option<Diagnostic> {
+    let Op::Attend(op) = &g.node(attend).op else { return None };
+    let choice = choice_of(g, g.node(attend).inputs[3])?;
+    let early = |v: Value| {
+        let a = &values[&v];
+        let [_, l, h, c] = a.shape[..] else { return None };
+        let visible = |t: usize, unit: usize| (0..h).any(|i| a.get((t * h + i) * c + unit).is_finite());
+        (0..l).find_map(|t| (t / op.chunk..c).find(|&unit| visible(t, unit)).map(|unit| (t, unit)))
+    };
+    let mut at = g.node(choice).inputs[0];
+    let (t, unit) = early(at)?;
+    // Backward, as long as an operand of the op lets as much be chosen and the op itself is no mask.
+    loop {
+        let n = g.node(at.node);
+        let masks = matches!(n.op, Op::Mask(_) | Op::Score(_)) || hides(g, at, values);
+        let same = |v: &&Value| g.ty(**v).shape == g.ty(at).shape && g.ty(**v).dtype.is_float() && early(**v).is_some();
+        match n.inputs.iter().find(same).filter(|_| !masks && n.op.def().is_elementwise()) {
+            Some(&v) if !matches!(g.node(v.node).op, Op::Constant(_)) => at = v,
+            _ => break,
+        }
+    }
+    let s = op.chunk;
+    let help = format!(
+        "token t sees chunk c once it is complete, t >= (c + 1)*{s}: `score` hides the others, and so does mask %scores, %start \
+         {{chunk = {s}}} with %start = constant 0 : i32[N]"
+    );
+    let last = (unit + 1) * s - 1;
+    Some(on(g, at.node, format!("it lets token {t} choose chunk {unit}, whose last token is {last}"), help))
+}
+
+/// Whether a value has an -inf where an operand of its shape has none.
+fn hides(g: &Graph, v: Value, values: &HashMap<Value, HostArray>) -> bool {
+    let out = &values[&v];
+    let hidden = |i: usize| out.get(i) == f64::NEG_INFINITY;
+    g.node(v.node).inputs.iter().map(|x| &values[x]).any(|x| {
+        x.shape == out.shape && x.dtype.is_float() && (0..out.len()).any(|i| hidden(i) && x.get(i).is_finite())
+    })
+}
+
+/// Whether chunks are chosen by the query heads that attend them: query head `i` of `H` goes with key head `i·h/H` of `h`.
+///
+/// # Errors
+/// Sizes that do not fit.
+pub fn heads_together(g: &Graph, l: usize, seed: u64) -> Result<Vec<Diagnostic>, ProbeError> {
+    let Some((_, Op::Source(q))) = g.source("q").map(|(id, _)| (id, &g.node(id).op)) else { return Ok(vec![]) };
+    let heads = q.ty.shape.get(2).and_then(Dim::as_int).unwrap_or(0);
+    let shared = |by: Value| {
+        let h = g.ty(by).shape.get(2).and_then(Dim::as_int).unwrap_or(0);
+        (h > 1 && heads > h && heads.is_multiple_of(h)).then_some(h)
+    };
+    let choices: Vec<Value> = g.nodes.iter().filter(|n| matches!(n.op, Op::Select(_))).map(|n| n.inputs[0]).collect();
+    let choices: Vec<(Value, usize)> = choices.into_iter().filter_map(|by| Some((by, shared(by)?))).collect();
+    if choices.is_empty() {
+        return Ok(vec![]);
+    }
+    let mut cut = g.clone();
+    cut.outputs = choices.iter().map(|(v, _)| Output { name: "scores".into(), value: *v }).collect();
+    let cut = crate::dce::dce(&cut);
+    let wanted: Vec<Value> = cut.outputs.iter().map(|o| o.value).collect();
+    let d = dims(1, l);
+    let sources = random_sources(g, &d, seed)?;
+    let base = interp::run(&cut, &d, &sources, &wanted, Precision::Exact)?;
+    // By choice and key head: the query heads that its scores depend on.
+    let mut by: Vec<Vec<Vec<usize>>> = choices.iter().map(|(_, h)| vec![vec![]; *h]).collect();
+    for head in 0..heads {
+        let mut moved = sources.clone();
+        if let Some(Data::Float(v)) = moved.get_mut("q").map(|a| &mut a.data) {
+            let dim = v.len() / (l * heads);
+            v.chunks_mut(dim).skip(head).step_by(heads).flatten().for_each(|x| *x = 0.5 - *x);
+        }
+        let after = interp::run(&cut, &d, &moved, &wanted, Precision::Exact)?;
+        for (((_, h), by), (a, b)) in choices.iter().zip(&mut by).zip(base.iter().zip(&after)) {
+            let c = a.shape[3];
+            for (j, by) in by.iter_mut().enumerate() {
+                let differs = |i: usize| a.get(i) != b.get(i) && (a.get(i) - b.get(i)).abs() > 1e-11;
+                if (0..a.len()).any(|i| i / c % h == j && differs(i)) {
+                    by.push(head);
+                }
+            }
+        }
+    }
+    let mut out: Vec<Diagnostic> = vec![];
+    for ((v, h), by) in choices.iter().zip(by) {
+        let group = heads / h;
+        let Some((j, others)) =
+            by.iter().enumerate().find(|(j, b)| b.len() <= group && b.iter().any(|head| head / group != *j))
+        else {
+            continue;
+        };
+        let at = grouped(g, *v, heads).unwrap_or(v.node);
+        let list = |all: &mut dyn Iterator<Item = usize>| all.map(|i| i.to_string()).collect::<Vec<_>>().join(", ");
+        let what = format!(
+            "key head {j} is chosen for by query heads {}, but query heads {} attend what it chooses",
+            list(&mut others.iter().copied()),
+            list(&mut (j * group..(j + 1) * group))
+        );
+        let help = "query head i goes with key head i*kv_heads/heads, so neighbours share one: reshape {shape = [N, L, kv_heads, \
+                    heads/kv_heads, dim]}, then reduce {f = sum, axes = [3]}";
+        if !out.iter().any(|o| o.node == Some(at)) {
+            out.push(on(g, at, what, help));
+        }
+    }
+    Ok(out)
+}
+
+/// The reshape behind `v` that puts query heads into groups.
+fn grouped(g: &Graph, v: Value, heads: usize) -> Option<NodeId> {
+    let (mut todo, mut seen) = (vec![v], std::collections::HashSet::new());
+    while let Some(v) = todo.pop() {
+        let n = g.node(v.node);
+        let from = n.inputs.first().map(|x| &g.ty(*x).shape);
+        let split = |s: &Vec<Dim>| s.get(2).and_then(Dim::as_int) == Some(heads) && n.tys[0].rank() > s.len();
+        if matches!(n.op, Op::Reshape(_)) && from.is_some_and(split) {
+            return Some(v.node);
+        }
+        todo.extend(n.inputs.iter().filter(|x| seen.insert(**x)));
+    }
+    None
 }
 
 /// What to do where the future comes in.
@@ -311,18 +446,19 @@ pub fn with_gradients(g: &Graph) -> Result<(Graph, Vec<(String, Value)>), ProbeE
 /// # Errors
 /// Sizes that do not fit; an op without a gradient.
 pub fn learning(g: &Graph, l: usize, seed: u64) -> Result<Learning, ProbeError> {
-    let d = dims(2, l);
+    let d = dims(1, l);
     let (cut, detached) = cut_at_detach(g);
-    let (probed, loss) = probed(cut)?;
-    let wrt: Vec<(NodeId, Source)> = probed
+    // The loss alone, which is asked for often.
+    let (forward, loss) = probed(cut)?;
+    let wrt: Vec<(NodeId, Source)> = forward
         .sources()
         .filter(|(_, s)| s.ty.dtype.is_float() && !s.name.starts_with("probe.") && !s.name.starts_with("detached."))
         .map(|(id, s)| (id, s.clone()))
         .collect();
     let values: Vec<Value> = wrt.iter().map(|(id, _)| id.result(0)).collect();
-    let (graph, grads) = gradients(probed, loss, &values)?;
+    let (graph, grads) = gradients(forward.clone(), loss, &values)?;
     let mut out = Learning::default();
-    let mut reached: HashMap<&str, f64> = HashMap::new();
+    let mut reached: HashMap<String, f64> = HashMap::new();
     for round in 0..2 {
         let mut sources = random_sources(&graph, &d, seed + 100 * round)?;
         // What is detached has the values that it has.
@@ -335,28 +471,27 @@ pub fn learning(g: &Graph, l: usize, seed: u64) -> Result<Learning, ProbeError> 
         let mut rng = Rng(seed ^ 0x96ad ^ round);
         for ((_, s), grad) in wrt.iter().zip(&analytic) {
             let v = grad.f();
-            let rms = (v.iter().map(|x| x * x).sum::<f64>() / v.len().max(1) as f64).sqrt();
-            let best = reached.entry(&s.name).or_default();
-            *best = best.max(rms);
+            let best = reached.entry(s.name.clone()).or_default();
+            *best = best.max(rms(v));
             // A choice may flip between the two sides; a smaller step makes that unlikely.
-            let errors = [1e-5, 1e-6, 1e-7].map(|h| -> Result<f64, ProbeError> {
+            let mut least = f64::INFINITY;
+            for h in [1e-5, 1e-6, 1e-7] {
                 let direction: Vec<f64> = v.iter().map(|_| rng.uniform(-1.0, 1.0)).collect();
                 let at = |by: f64| -> Result<f64, ProbeError> {
                     let mut moved = sources.clone();
                     if let Some(Data::Float(x)) = moved.get_mut(&s.name).map(|a| &mut a.data) {
                         x.iter_mut().zip(&direction).for_each(|(x, u)| *x += by * u);
                     }
-                    Ok(interp::run(&graph, &d, &moved, &[loss], Precision::Exact)?[0].get(0))
+                    Ok(interp::run(&forward, &d, &moved, &[loss], Precision::Exact)?[0].get(0))
                 };
                 let slope = (at(h)? - at(-h)?) / (2.0 * h);
                 let given: f64 = v.iter().zip(&direction).map(|(g, u)| g * u).sum();
-                Ok((slope - given).abs() / (1.0 + slope.abs().max(given.abs())))
-            });
-            let mut least = f64::INFINITY;
-            for e in errors {
+                let e = (slope - given).abs() / (1.0 + slope.abs().max(given.abs()));
                 // NaN counts as wrong.
-                let e = e?;
                 least = if e.is_nan() { least } else { least.min(e) };
+                if least < 1e-6 {
+                    break;
+                }
             }
             out.worst = out.worst.max(least);
             if least >= 1e-4 {
@@ -370,15 +505,43 @@ pub fn learning(g: &Graph, l: usize, seed: u64) -> Result<Learning, ProbeError> 
             }
         }
     }
+    let (params, unreached) = params(g, &reached);
+    out.params = params;
+    out.findings.extend(unreached);
+    Ok(out)
+}
+
+fn rms(v: &[f64]) -> f64 {
+    (v.iter().map(|x| x * x).sum::<f64>() / v.len().max(1) as f64).sqrt()
+}
+
+/// Every param with the size of its gradient, and those that none reaches.
+fn params(g: &Graph, reached: &HashMap<String, f64>) -> (Vec<(String, f64)>, Vec<Diagnostic>) {
+    let (mut all, mut findings) = (vec![], vec![]);
     for (id, s) in g.sources().filter(|(_, s)| s.kind == SourceKind::Param && s.ty.dtype.is_float()) {
-        let rms = reached.get(s.name.as_str()).copied().unwrap_or(0.0);
-        out.params.push((s.name.clone(), rms));
+        let rms = reached.get(&s.name).copied().unwrap_or(0.0);
+        all.push((s.name.clone(), rms));
         if rms == 0.0 {
             let what = format!("no gradient reaches \"{}\", so it never learns", s.name);
             let help = "a choice has no gradient: let its scores weigh what was chosen (weigh … {rule = stick_breaking} and \
                         aggregate), or give them a loss of their own: return …, \"aux\" = %loss";
-            out.findings.push(on(g, id, what, help));
+            findings.push(on(g, id, what, help));
         }
     }
-    Ok(out)
+    (all, findings)
+}
+
+/// Params that no gradient reaches: what [`learning`] finds of that, by one run.
+///
+/// # Errors
+/// As [`learning`].
+pub fn unreached(g: &Graph, l: usize, seed: u64) -> Result<Vec<Diagnostic>, ProbeError> {
+    let (graph, outputs) = with_gradients(g)?;
+    let d = dims(1, l);
+    let grads: Vec<(&str, Value)> =
+        outputs.iter().filter_map(|(name, v)| Some((name.strip_prefix("grad.")?, *v))).collect();
+    let wanted: Vec<Value> = grads.iter().map(|(_, v)| *v).collect();
+    let values = interp::run(&graph, &d, &random_sources(&graph, &d, seed)?, &wanted, Precision::Exact)?;
+    let reached = grads.iter().zip(values).map(|((name, _), a)| (name.to_string(), rms(a.f()))).collect();
+    Ok(params(g, &reached).1)
 }

@@ -54,6 +54,9 @@ impl Default for AdamW {
 /// Name of the step counter, an f32 scalar that counts finished steps.
 pub const STEP: &str = "optim.step";
 
+/// Name of the output that is the global norm of the gradient before clipping.
+pub const GRAD_NORM: &str = "grad_norm";
+
 /// Name of the accumulated number of tokens.
 pub const TOKENS: &str = "accum.tokens";
 
@@ -208,7 +211,7 @@ fn update(b: &mut Builder, opt: &AdamW, grads: &[Grad], tokens: Option<Value>, d
             None => norm,
         }
     };
-    b.output("grad_norm", norm);
+    b.output(GRAD_NORM, norm);
     let shrink = (opt.clip > 0.0).then(|| {
         let eps = c(b, 1e-6);
         let n = b.add(norm, eps);

@@ -8,7 +8,7 @@ use crate::store::Store;
 use crate::tensor::{Tensor, TensorRef};
 use memmap2::MmapMut;
 use rambac_codegen::plan::ALIGN;
-use rambac_codegen::program::SourceSlot;
+use rambac_codegen::program::{OutputSlot, SourceSlot};
 use rambac_codegen::traits::{kernel_traits, reads_bf16};
 use rambac_codegen::{BufferId, BufferKind, MemoryPlan, Program, Step, View, plan};
 use rambac_cpu::{ChunkRows, par};
@@ -156,6 +156,9 @@ fn streams(p: &Program, steps: &[(Vec<BoundView>, Vec<BoundView>)]) -> Vec<Optio
 /// Time spent per step, for profiles.
 pub type StepTimes = Vec<Duration>;
 
+/// Whether a run ends after a step that gave these results.
+type Ends<'a> = &'a mut (dyn FnMut(usize, &[Arg]) -> bool + Send);
+
 /// A Program ready to run.
 pub struct Executor {
     program: Arc<Program>,
@@ -168,6 +171,8 @@ pub struct Executor {
     pool: Arc<rayon::ThreadPool>,
     /// Time of every step since [`record`](Executor::record).
     recorded: Option<StepTimes>,
+    /// See [`guard`](Executor::guard): the step, and which of its results.
+    guard: Option<(usize, usize)>,
     workspace: Workspace,
 }
 
@@ -202,6 +207,7 @@ impl Executor {
             arena: Arena::default(),
             pool,
             recorded: None,
+            guard: None,
             workspace: Workspace::default(),
         }
     }
@@ -219,6 +225,37 @@ impl Executor {
     /// Times since [`record`](Self::record), one per step of the program; none before the first run.
     pub fn recorded(&self) -> &[Duration] {
         self.recorded.as_deref().unwrap_or_default()
+    }
+
+    /// From now on a run ends as soon as the scalar `output` is known and is not finite: what comes after it, updates of the
+    /// store above all, is not done, and later outputs mean nothing.
+    pub fn guard(&mut self, output: &str) {
+        let float = |o: &&OutputSlot| o.name == output && o.view.ty.dtype == DType::F32 && o.view.strided.is_none();
+        let Some(slot) = self.program.outputs.iter().find(float) else { return };
+        let made = |s: &Step| s.outputs.iter().position(|v| *v == slot.view);
+        self.guard = self.program.steps.iter().enumerate().rev().find_map(|(i, s)| Some((i, made(s)?)));
+    }
+
+    /// Runs until a step gives results of which `found` says so; the step.  The store is updated as far as the run came.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    pub fn run_until(
+        &mut self,
+        dims: &Bindings,
+        inputs: &[(&str, TensorRef)],
+        store: &mut Store,
+        found: &mut (dyn FnMut(&[Tensor]) -> bool + Send),
+    ) -> Result<Option<usize>, ExecError> {
+        let mut at = None;
+        let mut ends = |i: usize, y: &[Arg]| {
+            let all: Vec<Tensor> = y.iter().map(Arg::to_tensor).collect();
+            let end = found(&all);
+            at = end.then_some(i);
+            end
+        };
+        self.execute(dims, inputs, store, &mut Outputs::new(), None, Some(&mut ends))?;
+        Ok(at)
     }
 
     fn bind(&mut self, dims: &Bindings) -> Result<Arc<Bound>, DimError> {
@@ -320,10 +357,10 @@ impl Executor {
         times: Option<&mut StepTimes>,
     ) -> Result<(), ExecError> {
         if times.is_some() {
-            return self.execute(dims, inputs, store, outputs, times);
+            return self.execute(dims, inputs, store, outputs, times, None);
         }
         let mut times = self.recorded.take();
-        let done = self.execute(dims, inputs, store, outputs, times.as_mut());
+        let done = self.execute(dims, inputs, store, outputs, times.as_mut(), None);
         self.recorded = times;
         done
     }
@@ -335,6 +372,7 @@ impl Executor {
         store: &mut Store,
         outputs: &mut Outputs,
         mut times: Option<&mut StepTimes>,
+        mut ends: Option<Ends>,
     ) -> Result<(), ExecError> {
         let bound = self.bind(dims)?;
         let p = self.program.clone();
@@ -402,6 +440,7 @@ impl Executor {
         if let Some(t) = &mut times {
             t.resize(p.steps.len(), Duration::ZERO);
         }
+        let guard = self.guard;
         let (mut x, mut y) = (emptied(x), emptied(y));
         let steps = || -> Result<(), ExecError> {
             for (i, (step, (ins, outs))) in p.steps.iter().zip(&bound.steps).enumerate() {
@@ -417,6 +456,10 @@ impl Executor {
                 done.map_err(|error| ExecError::Kernel { program: name(), step: i, op: step.op.mnemonic(), error })?;
                 if let Some(times) = &mut times {
                     times[i] += t.elapsed();
+                }
+                let guarded = guard.is_some_and(|(step, result)| step == i && !y[result].is_finite());
+                if guarded || ends.as_mut().is_some_and(|ends| ends(i, &y)) {
+                    break;
                 }
             }
             Ok(())

@@ -14,7 +14,7 @@ use rambac_codegen::{FitError, Kernels, Machine, Memory, MemoryPlan, Program, lo
 use rambac_ir::ops::SourceKind;
 use rambac_ir::{Bindings, Graph};
 use rambac_passes::mixed::shadowed;
-use rambac_passes::train_step::{AdamW, accumulate, apply, train_step};
+use rambac_passes::train_step::{AdamW, GRAD_NORM, accumulate, apply, train_step};
 use rambac_passes::{AutodiffError, Options, Precision, optimise};
 use std::sync::Arc;
 
@@ -32,10 +32,7 @@ pub enum TrainError {
     /// A program could not be made ready for its device.
     #[error("{0}")]
     Load(String),
-    #[error(
-        "step {step}: the loss is {loss} and the gradient's norm {grad_norm}; lower the learning rate (or check the \
-         data), the last checkpoint is whole"
-    )]
+    #[error("step {step}: the loss is {loss} and the gradient's norm {grad_norm}")]
     NotFinite { step: u64, loss: f32, grad_norm: f32 },
     #[error("{given} micro-batches for {expected} accumulation parts")]
     Parts { expected: usize, given: usize },
@@ -110,7 +107,9 @@ impl Trainer {
         let compile = |g: Graph, reserved: usize| -> Result<Executor, TrainError> {
             let options =
                 rambac_codegen::fit::options(&g, memory, &Machine::Cpu(scratch), reserved, &Options::default())?;
-            Ok(Executor::new(lower(&optimise(&g, &options)), pool.clone()))
+            let mut e = Executor::new(lower(&optimise(&g, &options)), pool.clone());
+            e.guard(GRAD_NORM);
+            Ok(e)
         };
         let programs = if parts <= 1 {
             Programs::Whole(compile(train_step(loss, opt, decays)?, 0)?)
@@ -119,7 +118,9 @@ impl Trainer {
             let apply = lower(&optimise(&apply(loss, opt, decays, &[])?, &Options::default()));
             let reserved = beside(&apply, &plan(&apply, &Bindings::default(), scratch).map_err(FitError::from)?);
             let accumulate = compile(accumulate(loss)?, reserved)?;
-            Programs::Parts { accumulate, apply: Box::new(Executor::new(apply, pool.clone())), parts }
+            let mut apply = Box::new(Executor::new(apply, pool.clone()));
+            apply.guard(GRAD_NORM);
+            Programs::Parts { accumulate, apply, parts }
         };
         Ok(Self { programs, store: params, views: Views::default(), outputs: Default::default() })
     }
@@ -274,7 +275,8 @@ impl Trainer {
     /// One step over `batch`, which has as many micro-batches as the trainer has parts.
     ///
     /// # Errors
-    /// A refused input, or a loss or gradient that is not finite (the store is then spoilt; go back to the last checkpoint).
+    /// A refused input, or a loss or gradient that is not finite: on this machine's cores parameters and moments are then what
+    /// they were before the step; a GPU's are spoilt.
     pub fn step(&mut self, step: u64, batch: &[MicroBatch]) -> Result<StepReport, TrainError> {
         self.step_timed(step, batch, None)
     }
@@ -389,7 +391,7 @@ impl Trainer {
             Programs::Gpu { .. } => unreachable!("BUG: returned above"),
         };
         let scalar = |name: &str| scalar(last, name);
-        finite(step, StepReport { loss, grad_norm: scalar("grad_norm"), lr: scalar("lr") })
+        finite(step, StepReport { loss, grad_norm: scalar(GRAD_NORM), lr: scalar("lr") })
     }
 }
 
@@ -411,6 +413,6 @@ fn gpu_report((step, each, last): Ended) -> Result<(u64, StepReport), TrainError
             (sum("loss_sum") / sum("tokens").max(1e-6), update)
         }
     };
-    let report = StepReport { loss, grad_norm: of(update, "grad_norm"), lr: of(update, "lr") };
+    let report = StepReport { loss, grad_norm: of(update, GRAD_NORM), lr: of(update, "lr") };
     Ok((step, finite(step, report)?))
 }

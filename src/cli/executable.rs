@@ -56,6 +56,9 @@ pub struct Compile {
     pub model: String,
     #[command(flatten)]
     pub attention: AttentionArgs,
+    /// Compile even an attention of which `rambac try` says that it sees the future, mixes sequences or gives NaN
+    #[arg(long, requires = "attention")]
+    pub anyway: bool,
     /// Inference with an attention variant: tokens that there is room for, prompt and answer together, for what it keeps of a
     /// text has its place in the file's programs; other models read any text
     #[arg(long, value_name = "TOKENS", value_parser = size, default_value = "4096", conflicts_with = "train")]

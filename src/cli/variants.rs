@@ -1,11 +1,12 @@
 //! Arguments of the workbench for attention that selects.
 
 use super::size;
-use crate::error::Result;
+use crate::error::{Result, findings};
 use clap::Args;
 use miette::miette;
+use rambac_models::variants::{Fragment, Sizes};
 use rambac_models::{Attention, Config};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Another attention in a model's stack.
 #[derive(Args, Clone, Debug, Default)]
@@ -19,16 +20,24 @@ pub struct AttentionArgs {
 }
 
 impl AttentionArgs {
+    /// The file that holds a variant of one's own.
+    pub fn file(&self) -> Option<&Path> {
+        self.attention.as_deref().map(Path::new).filter(|p| p.is_file())
+    }
+
     /// The configuration with what the flags say.
     ///
     /// # Errors
     /// A variant that is none, or none at the model's sizes.
     pub fn apply(&self, config: Config) -> Result<Config> {
         let Some(name) = &self.attention else { return Ok(config) };
-        let attention = if std::path::Path::new(name).exists() {
-            let text = std::fs::read_to_string(name).map_err(|e| miette!("{name}: {e}"))?;
-            Attention::own(&text)
-                .map_err(|e| miette!(help = format!("rambac try {name} --no-train shows where"), "{name}: {e}"))?
+        let attention = if let Some(path) = self.file() {
+            let text = std::fs::read_to_string(path).map_err(|e| miette!("{name}: {e}"))?;
+            let told = |e| findings(path, &text, e);
+            let own = Fragment::read(&text, &[]).map_err(told)?;
+            // Mistakes at the model's sizes have their lines too.
+            Fragment::at(&text, &Sizes::of(&config), &[]).map_err(told)?;
+            Attention { name: own.graph.name, text: text.into() }
         } else {
             Attention::named(name).map_err(|e| miette!("--attention: {e}"))?
         };
@@ -71,7 +80,7 @@ pub struct TryArgs {
     pub transformer: bool,
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
-    /// Where the report goes [default: NAME.html, compare.html]
+    /// Where the report goes [default: beside the file, FILE.html; compare.html]
     #[arg(long, value_name = "FILE.html")]
     pub out: Option<PathBuf>,
 }

@@ -6,7 +6,7 @@ use crate::show::{self, Table};
 use crate::workbench::Subject;
 use crate::workbench::checks::{self, Checks};
 use crate::workbench::cost::{self, Costs};
-use crate::workbench::learn::{self, Budget, Learnt};
+use crate::workbench::learn::{self, Budget, Grid, Learnt};
 use crate::workbench::page::{self, Entry};
 use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};
 use miette::{IntoDiagnostic, miette};
@@ -20,16 +20,18 @@ use std::time::{Duration, Instant};
 struct Found {
     subject: Subject,
     checks: Checks,
-    costs: Costs,
+    /// `None` where nothing could be asked of it.
+    costs: Option<Costs>,
     learnt: Option<Learnt>,
 }
 
 /// Runs `try`.
 pub fn run(a: &Attempt, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
     let began = Instant::now();
-    let found = examine(&a.variant, &a.how, &pool)?;
+    let subject = Subject::open(&a.variant, &a.how.set)?;
+    let (out, grid) = (a.how.out.clone().unwrap_or_else(|| subject.report()), Grid::of(&subject));
+    let found = examine(subject, grid, &a.how, &pool)?;
     let title = format!("{}: {}", found.subject.name, if found.checks.ok() { "right" } else { "not right" });
-    let out = a.how.out.clone().unwrap_or_else(|| PathBuf::from(format!("{}.html", found.subject.name)));
     write(&out, &title, std::slice::from_ref(&found))?;
     println!("\n{} in all; the report: {}", show::seconds(began.elapsed().as_secs_f64()), out.display());
     let ok = found.checks.ok();
@@ -42,11 +44,18 @@ pub fn compare(a: &Compare, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
     if a.variants.len() < 2 {
         return Err(miette!("give two variants or more to compare, or one to `rambac try`"));
     }
-    let mut all = vec![];
-    for v in &a.variants {
-        all.push(examine(v, &a.how, &pool)?);
+    // All of them, before any is trained.
+    let mut subjects = a.variants.iter().map(|v| Subject::open(v, &a.how.set)).collect::<Result<Vec<_>>>()?;
+    let names: Vec<String> = subjects.iter().map(|s| s.name.clone()).collect();
+    for s in subjects.iter_mut().filter(|s| names.iter().filter(|n| **n == s.name).count() > 1) {
+        s.name = s.path.with_extension("").display().to_string();
     }
-    println!("\nSide by side, under one budget");
+    let grid = subjects.iter().map(Grid::of).reduce(Grid::with).expect("BUG: there are two or more");
+    let mut all = vec![];
+    for s in subjects {
+        all.push(examine(s, grid, &a.how, &pool)?);
+    }
+    println!("\n{}", budget(&all));
     let at = |l: &Learnt, task: &str, i: usize| {
         let of: Vec<_> = l.scores.iter().filter(|s| s.task == task).collect();
         of.get(i).map_or("-".into(), |s| format!("{:.0} % @{}", 100.0 * s.accuracy(), s.len))
@@ -69,15 +78,15 @@ pub fn compare(a: &Compare, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
         ],
     );
     for f in &all {
-        let c = &f.costs.lines[2];
+        let c = f.costs.as_ref().map(|c| &c.lines[2]);
         let l = f.learnt.as_ref();
         let learnt = |g: &dyn Fn(&Learnt) -> String| l.map_or("-".into(), g);
         t.row([
             f.subject.name.clone(),
             f.checks.lines.to_string(),
             if f.checks.ok() { "yes" } else { "no" }.into(),
-            format!("{} of full", show::share(c.own.flops, c.full.flops)),
-            show::bytes(c.own.peak),
+            c.map_or("-".into(), |c| format!("{} of full", show::share(c.own.flops, c.full.flops))),
+            c.map_or("-".into(), |c| show::bytes(c.own.peak)),
             learnt(&|l| format!("{:.1}k", l.tokens as f64 / l.seconds.max(1e-9) / 1e3)),
             learnt(&|l| l.curve.last().map_or("-".into(), |p| format!("{:.2}", p.loss))),
             learnt(&|l| at(l, "recall", 1)),
@@ -97,6 +106,19 @@ pub fn compare(a: &Compare, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
     Ok(if ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
+/// What every variant was trained on: the same tokens, but for those that were stopped.
+fn budget(all: &[Found]) -> String {
+    let learnt = || all.iter().filter_map(|f| Some((&f.subject.name, f.learnt.as_ref()?)));
+    let Some((_, first)) = learnt().next() else { return "Side by side".into() };
+    let stopped = learnt().filter(|(_, l)| l.tokens < l.planned);
+    let stopped: Vec<String> = stopped.map(|(n, l)| format!("{n} after {}", show::count(l.tokens))).collect();
+    let mut text = format!("Side by side, each trained on the same {} tokens", show::count(first.planned));
+    if !stopped.is_empty() {
+        text += &format!("; out of time, so not comparable: {} (give more --seconds)", stopped.join(", "));
+    }
+    show::wrapped(&text, 96, "  ")
+}
+
 /// Prints what is wrong, at its lines.
 fn complain(f: Found) {
     let mut findings = f.checks.findings;
@@ -113,7 +135,13 @@ fn write(out: &std::path::Path, title: &str, all: &[Found]) -> Result<()> {
     let entries: Vec<Entry> = all
         .iter()
         .zip(&texts)
-        .map(|(f, (name, text))| Entry { name, text, checks: &f.checks, costs: &f.costs, learnt: f.learnt.as_ref() })
+        .map(|(f, (name, text))| Entry {
+            name,
+            text,
+            checks: &f.checks,
+            costs: f.costs.as_ref(),
+            learnt: f.learnt.as_ref(),
+        })
         .collect();
     if let Some(dir) = out.parent().filter(|d| !d.as_os_str().is_empty()) {
         std::fs::create_dir_all(dir).map_err(|e| miette!("{}: {e}", dir.display()))?;
@@ -121,8 +149,7 @@ fn write(out: &std::path::Path, title: &str, all: &[Found]) -> Result<()> {
     std::fs::write(out, page::html(title, &entries)).map_err(|e| miette!("{}: {e}", out.display()))
 }
 
-fn examine(name: &str, how: &TryArgs, pool: &Arc<rayon::ThreadPool>) -> Result<Found> {
-    let s = Subject::open(name, &how.set)?;
+fn examine(s: Subject, grid: Grid, how: &TryArgs, pool: &Arc<rayon::ThreadPool>) -> Result<Found> {
     println!("{} ({})", s.name, s.path.display());
     let mut t = Table::new(2, &["", "type"]);
     checks::interface(&s).into_iter().for_each(|(what, ty)| t.row([what, ty]));
@@ -130,7 +157,7 @@ fn examine(name: &str, how: &TryArgs, pool: &Arc<rayon::ThreadPool>) -> Result<F
     let consts: Vec<String> = s.fragment.consts.iter().map(|(n, v)| format!("{n} {}", short(*v))).collect();
     println!("  {}", show::wrapped(&format!("at {}; texts in multiples of {}", consts.join(", "), s.unit), 96, "  "));
 
-    let len = how.len.next_multiple_of(s.unit);
+    let len = how.len.next_multiple_of(grid.unit);
     let checks = pool.install(|| checks::run(&s, len, pool))?;
     println!("\nIs it right?  ({} operations)", checks.lines);
     for a in &checks.answers {
@@ -138,7 +165,21 @@ fn examine(name: &str, how: &TryArgs, pool: &Arc<rayon::ThreadPool>) -> Result<F
         println!("  {} {}", if a.ok { "✓" } else { "✗" }, show::wrapped(&text, 92, "                    "));
     }
 
-    let costs = cost::run(&s)?;
+    let costs = if checks.asked() { Some(cost::run(&s)?) } else { None };
+    match &costs {
+        Some(c) => show_costs(c),
+        None => println!("\nnot asked further, nor costs counted: first put this right"),
+    }
+    // Nothing is to be learnt of what is wrong.
+    let train = !how.no_train && checks.ok();
+    let learnt = if train { Some(train_it(&s, how, (len, grid), pool)?) } else { None };
+    if !how.no_train && checks.asked() && !checks.ok() {
+        println!("\nnot trained: first put right what is wrong");
+    }
+    Ok(Found { subject: s, checks, costs, learnt })
+}
+
+fn show_costs(costs: &Costs) {
     println!("\nWhat does it cost?  (forward and backward of the attention alone, beside full attention)");
     let mut t = Table::new(0, &["tokens", "work", "of full", "moved", "memory", "of full"]);
     for l in &costs.lines {
@@ -157,22 +198,16 @@ fn examine(name: &str, how: &TryArgs, pool: &Arc<rayon::ThreadPool>) -> Result<F
     for u in &costs.unfused {
         println!("  {}", show::wrapped(u, 96, "    "));
     }
-    // Nothing is to be learnt of what is wrong.
-    let train = !how.no_train && checks.ok();
-    let learnt = if train { Some(train_it(&s, how, len, pool)?) } else { None };
-    if !how.no_train && !checks.ok() {
-        println!("\nnot trained: first put right what is wrong");
-    }
-    Ok(Found { subject: s, checks, costs, learnt })
 }
 
 fn short(v: f64) -> String {
     if v.fract() == 0.0 { format!("{v}") } else { format!("{v:.3}") }
 }
 
-fn train_it(s: &Subject, how: &TryArgs, len: usize, pool: &Arc<rayon::ThreadPool>) -> Result<Learnt> {
+fn train_it(s: &Subject, how: &TryArgs, (len, grid): (usize, Grid), pool: &Arc<rayon::ThreadPool>) -> Result<Learnt> {
     let config = s.model(how.transformer)?;
-    let budget = Budget { tokens: how.tokens, time: Duration::from_secs(how.seconds), seed: how.seed, len, lr: how.lr };
+    let budget =
+        Budget { tokens: how.tokens, time: Duration::from_secs(how.seconds), seed: how.seed, len, lr: how.lr, grid };
     println!(
         "\nDoes it learn?  ({} parameters: {}; {} tokens of recall, copying and passkeys)",
         show::count(config.n_parameters()),
@@ -208,20 +243,26 @@ fn train_it(s: &Subject, how: &TryArgs, len: usize, pool: &Arc<rayon::ThreadPool
     if let Some(why) = &l.stopped {
         println!("  {why}: give more --seconds, or fewer --tokens");
     }
-    let mut t = Table::new(1, &["task", "tokens", "right", "of", "needle's rank", "chosen"]);
+    let mut head: Vec<String> = ["task", "tokens", "right", "of"].map(String::from).to_vec();
+    for label in &l.choices {
+        let of = if l.choices.len() > 1 { format!(" by {label}") } else { String::new() };
+        head.extend([format!("needle's rank{of}"), "chosen".into()]);
+    }
+    let mut t = Table::new(1, &head.iter().map(String::as_str).collect::<Vec<_>>());
     for x in &l.scores {
-        let (rank, chosen) = match x.needle {
-            Some((r, c)) => (format!("{r:.1}"), format!("{:.0} %", 100.0 * c)),
-            None => ("-".into(), "-".into()),
-        };
-        t.row([
+        let mut row = vec![
             x.task.to_string(),
             show::count(x.len as u64),
             format!("{:.0} %", 100.0 * x.accuracy()),
             x.asked.to_string(),
-            rank,
-            chosen,
-        ]);
+        ];
+        for i in 0..l.choices.len() {
+            row.extend(match x.needles.get(i).copied().flatten() {
+                Some(n) => [format!("{:.1}", n.rank), format!("{:.0} %", 100.0 * n.chosen)],
+                None => ["-".into(), "-".into()],
+            });
+        }
+        t.row(row);
     }
     t.print();
     Ok(l)

@@ -53,7 +53,7 @@ pub fn run(a: &Bench, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
     if !config.is_plain() && a.what != Work::Scan && !a.len.is_multiple_of(config.chunk_size) {
         let s = config.chunk_size;
         return Err(miette!(
-            help = format!("use --len {}", (a.len / s).max(1) * s),
+            help = show::nearest(a.len, s),
             "--len {} is not a multiple of {s}, the chunk size of {}",
             a.len,
             a.preset

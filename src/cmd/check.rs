@@ -41,7 +41,19 @@ pub fn run(a: &Check, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
         .into_diagnostic()?;
     paths.sort();
     let is_fixture = |p: &PathBuf| p.extension().is_some_and(|e| e == "safetensors") || p.join("config.json").exists();
-    paths.retain(|p| is_fixture(p) && a.only.as_ref().is_none_or(|o| p.to_string_lossy().contains(o.as_str())));
+    paths.retain(is_fixture);
+    if let (Some(only), false) = (&a.only, paths.is_empty()) {
+        let name = |p: &PathBuf| p.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+        let all: Vec<String> = paths.iter().map(name).collect();
+        paths.retain(|p| name(p).contains(only.as_str()));
+        if paths.is_empty() {
+            return Err(miette!(
+                help = format!("there are {}", all.join(", ")),
+                "--only {only}: no fixture in {} has that in its name",
+                a.dir.display()
+            ));
+        }
+    }
     if paths.is_empty() {
         return Err(miette!(
             help = "a fixture is a .safetensors file (an op) or a folder with config.json (a model)",

@@ -5,6 +5,7 @@ use crate::cmd::explain::{ir_step, model_step};
 use crate::error::{self, Result, warn, wrap};
 use crate::model::{self, Named};
 use crate::show::{self, Table};
+use crate::workbench::gate::{self, Use};
 use miette::miette;
 use rambac_codegen::Machine;
 use rambac_codegen::cuda::{Arch, Cache, Target};
@@ -41,6 +42,15 @@ pub fn run(a: &Compile, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
 fn compile(a: &Compile) -> Result<ExitCode> {
     let began = Instant::now();
     let named = model::resolve_with(&a.model, &a.attention)?;
+    match (&named, a.attention.file()) {
+        (Named::Model { config, .. }, Some(path)) => {
+            let len = Some(if a.train { a.len } else { a.context });
+            gate::pass(path, config, Use { trained: a.train, len, anyway: a.anyway })?;
+        }
+        // Whatever it is for: it may be no attention of a model.
+        (Named::Ir { path, text, .. }, _) => gate::tell(path, text, a.train),
+        _ => {}
+    }
     let mut targets: Vec<Arch> = a.target.iter().filter_map(|t| t.arch()).collect();
     targets.sort();
     targets.dedup();

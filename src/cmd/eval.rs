@@ -8,7 +8,7 @@ use crate::device::{self, Inferring, On};
 use crate::error::{Result, warn, wrap};
 use crate::profile::Profile;
 use crate::show::count;
-use crate::workbench::learn::Asker;
+use crate::workbench::learn::{Asker, Needle};
 use crate::{machine, metrics, model, show};
 use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};
 use miette::{IntoDiagnostic, miette};
@@ -185,8 +185,13 @@ fn possible(config: &Config, len: usize, seed: u64) -> Result<()> {
 
 /// A model with an attention variant reads every text at once, so lengths are bounded by memory.
 fn whole(a: &Eval, config: &Config, weights: &std::path::Path, pool: &Arc<rayon::ThreadPool>) -> Result<ExitCode> {
+    let unit = rambac_models::stack::segment_unit(config).map_err(|e| miette!("{e}"))?;
     for &len in &a.len {
         possible(config, len, a.seed)?;
+        if !len.is_multiple_of(unit) {
+            let help = crate::show::nearest(len, unit);
+            return Err(miette!(help = help, "--len {len}: the attention reads texts in multiples of {unit} tokens"));
+        }
     }
     let store = model::parameters(config, Some(weights), rambac_models::InitRule::Normal, 0)?;
     let mut asker = Asker::new(config, store, pool)?;
@@ -194,17 +199,22 @@ fn whole(a: &Eval, config: &Config, weights: &std::path::Path, pool: &Arc<rayon:
         let t = Instant::now();
         let s = asker.passkey(len, a.cases as u64, a.seed)?;
         let rate = (len * a.cases) as f64 / t.elapsed().as_secs_f64();
-        let (rank, chosen) = s.needle.unzip();
+        let known = asker.choices().iter().zip(&s.needles).filter_map(|(label, n)| Some((label, (*n)?)));
+        let needles: Vec<_> = known.collect();
         if a.json {
+            let choice =
+                |(label, n): &(&String, Needle)| json!({ "choice": label, "rank": n.rank, "chosen": n.chosen });
             let line = json!({
-                "len": len, "cases": a.cases, "digits_right": s.right, "digits": s.asked, "needle_rank": rank,
-                "needle_chosen": chosen, "tokens_per_s": rate,
+                "len": len, "cases": a.cases, "digits_right": s.right, "digits": s.asked,
+                "needles": needles.iter().map(choice).collect::<Vec<_>>(), "tokens_per_s": rate,
             });
             println!("{line}");
         } else {
-            let needle = rank
-                .zip(chosen)
-                .map_or(String::new(), |(r, c)| format!(", the needle's rank {r:.1}, chosen {:.0} %", 100.0 * c));
+            let told = |(label, n): &(&String, Needle)| {
+                let by = if asker.choices().len() > 1 { format!(" by {label}") } else { String::new() };
+                format!(", the needle's rank{by} {:.1}, chosen {:.0} %", n.rank, 100.0 * n.chosen)
+            };
+            let needle: String = needles.iter().map(told).collect();
             println!(
                 "{:>9} tokens, {} cases: {:.1} % of digits right{needle}, {} tokens/s",
                 count(len as u64),

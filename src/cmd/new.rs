@@ -2,6 +2,7 @@
 
 use crate::cli::New;
 use crate::error::{Result, wrap};
+use crate::show;
 use miette::miette;
 use rambac_models::variants::{self, BUILT_IN};
 use std::path::PathBuf;
@@ -11,8 +12,7 @@ use std::process::ExitCode;
 pub fn run(a: &New) -> Result<ExitCode> {
     if a.list {
         for v in BUILT_IN {
-            let first = v.text.lines().next().unwrap_or_default().trim_start_matches("# ");
-            println!("{:<15} {first}", v.name);
+            println!("{:<15} {}", v.name, show::wrapped(&about(v.text), 84, &" ".repeat(16)));
         }
         return Ok(ExitCode::SUCCESS);
     }
@@ -42,6 +42,13 @@ pub fn run(a: &New) -> Result<ExitCode> {
     println!("  rambac compare {} full", path.display());
     println!("  rambac train small --attention {} --len 1024 --out runs/{name}", path.display());
     Ok(ExitCode::SUCCESS)
+}
+
+/// The first sentence of a text's comment.
+fn about(text: &str) -> String {
+    let lines = text.lines().map_while(|l| l.strip_prefix("# "));
+    let all = lines.collect::<Vec<_>>().join(" ");
+    all.split_once(". ").map_or(all.clone(), |(first, _)| format!("{first}."))
 }
 
 /// The built-in text under a new name, with what a fragment is.

@@ -10,6 +10,7 @@ use crate::device::{Gpu, On};
 use crate::error::{self, Result, warn, wrap};
 use crate::metrics::Metrics;
 use crate::profile::Profile;
+use crate::workbench::gate::{self, Use};
 use crate::{machine, model, show};
 use miette::{IntoDiagnostic, Report, miette};
 use rambac_codegen::Memory;
@@ -142,8 +143,13 @@ pub fn run(a: &Train, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
             let out = a.out.clone().ok_or_else(|| miette!(help = "add --out DIR", "where should checkpoints go?"))?;
             let (config, weights) = model::config(name)?;
             let config = a.attention.apply(config)?;
+            let recipe = recipe(a)?;
+            if let Some(path) = a.attention.file() {
+                let len = recipe.stages.iter().map(|s| s.len).max();
+                pool.install(|| gate::pass(path, &config, Use { trained: true, len, anyway: a.anyway }))?;
+            }
             let state = RunState {
-                recipe: recipe(a)?,
+                recipe,
                 position: Position { step: 0, planned: 0, tokens: 0, smooth: None, seconds: 0.0 },
                 recompute: a.memory.recompute,
                 precision: a.place.precision.unwrap_or_default(),
@@ -163,6 +169,7 @@ pub fn run(a: &Train, pool: Arc<rayon::ThreadPool>) -> Result<ExitCode> {
     run.save_every = a.save_every;
     run.json = a.json;
     run.tui = a.tui;
+    run.attention = a.attention.file().map(Path::to_path_buf);
     if let Some(path) = &a.profile {
         run.profile = Some(run.watched(path, a.profile_steps)?);
     }
@@ -230,6 +237,11 @@ fn recipe(a: &Train) -> Result<Recipe> {
     Ok(r)
 }
 
+/// Whether rows go on from the states of rows before.
+fn carry(r: &Recipe) -> Carry {
+    if r.carry_share > 0.0 { Carry::States } else { Carry::Zero }
+}
+
 /// The sizes of the stage with the most tokens a step.
 fn largest(r: &Recipe) -> Option<Bindings> {
     let s = r.stages.iter().max_by_key(|s| s.len.saturating_mul(s.rows))?;
@@ -269,6 +281,8 @@ pub struct Run {
     /// Draw a dashboard in place of the bar.
     pub tui: bool,
     pub profile: Option<Profile>,
+    /// The file of the attention, if it came from one.
+    pub attention: Option<PathBuf>,
     /// Total time after which the run stops by itself.
     pub time_limit: Option<Duration>,
 }
@@ -357,15 +371,20 @@ impl Run {
         let train = text.as_ref().map(|t| t.task(r.seed, Split::Train));
         let validation = text.as_ref().map(|t| t.task(r.seed, Split::Validation));
         let tasks = r.tasks(train.as_ref()).map_err(wrap)?;
+        let unit = match &config.attention {
+            Some(_) => stack::segment_unit(&config).map_err(|e| miette!("{e}"))?,
+            None => config.chunk_size,
+        };
         for (t, s) in tasks.iter().zip(&r.stages) {
             // Finds a row that is too short or a chunk that does not divide before anything is compiled.
             t.row(0, 0, s.len).map_err(wrap)?;
-            if config.num_upper_groups > 0 && !s.len.is_multiple_of(config.chunk_size) {
+            if config.num_upper_groups > 0 && !s.len.is_multiple_of(unit) {
+                let whose =
+                    if config.attention.is_some() { "what its attention reads," } else { "the model's chunk_size" };
                 return Err(miette!(
-                    help = format!("choose a multiple of {}", config.chunk_size),
-                    "--len {}: not divisible by the model's chunk_size {}",
-                    s.len,
-                    config.chunk_size
+                    help = show::nearest(s.len, unit),
+                    "--len {}: not divisible by {whose} {unit}",
+                    s.len
                 ));
             }
             if t.vocab_size() > config.vocab_size {
@@ -377,8 +396,7 @@ impl Run {
                 ));
             }
         }
-        let carry = if r.carry_share > 0.0 { Carry::States } else { Carry::Zero };
-        let loss = stack::loss(&config, carry, false).map_err(wrap)?;
+        let loss = stack::loss(&config, carry(r), false).map_err(wrap)?;
         let adamw = model::adamw(r);
         let specs = config.parameters();
         let decays = |name: &str| specs.iter().any(|s| s.name == name && s.decay);
@@ -407,6 +425,7 @@ impl Run {
             json: false,
             tui: false,
             profile: None,
+            attention: None,
             time_limit: None,
         })
     }

@@ -4,7 +4,7 @@ use super::Subject;
 use crate::error::{Result, wrap};
 use rambac_ir::interp::{self, Precision};
 use rambac_ir::ops::{Op, SourceKind};
-use rambac_ir::{Bindings, Diagnostic, Severity, Sym, verify};
+use rambac_ir::{Bindings, Diagnostic, Graph, Severity, Sym, verify};
 use rambac_passes::{Options, optimise, probe};
 use rambac_runtime::{Executor, Store, Tensor};
 use std::sync::Arc;
@@ -23,6 +23,8 @@ pub struct Checks {
     pub findings: Vec<Diagnostic>,
     /// Operations of the attention: lines without inputs, params and constants.
     pub lines: usize,
+    /// Nothing more could be asked after what was found.
+    cut_short: bool,
 }
 
 impl Checks {
@@ -31,6 +33,10 @@ impl Checks {
         let detail = if ok { fine.into() } else { found[0].message.clone() };
         self.answers.push(Answer { what, ok, detail });
         self.findings.extend(found);
+    }
+    /// Whether all was asked that there is to ask, and costs mean something.
+    pub fn asked(&self) -> bool {
+        !self.cut_short
     }
     /// Whether nothing is wrong.
     pub fn ok(&self) -> bool {
@@ -47,25 +53,41 @@ pub fn run(s: &Subject, train_len: usize, pool: &Arc<rayon::ThreadPool>) -> Resu
     let mut c = Checks { lines: s.fragment.attention_nodes().len(), ..Checks::default() };
     // What the verifier warns of is wrong in a variant.
     let strict = |d: Diagnostic| Diagnostic { severity: Severity::Error, ..d };
-    let lints: Vec<Diagnostic> = verify::lint(g).into_iter().map(strict).chain(too_many(s, train_len)).collect();
+    let many = too_many(g, train_len);
+    c.cut_short = !many.is_empty();
+    let lints: Vec<Diagnostic> = verify::lint(g).into_iter().map(strict).chain(many).collect();
     c.answer("well-formed", lints, "the verifier has nothing to say");
+    // Slots that are never filled cost as much as those that are.
+    if c.cut_short {
+        return Ok(c);
+    }
     let bad = probe::finite(g, l, seed).map_err(wrap)?;
     let finite = bad.is_none();
     c.answer("finite", bad.into_iter().collect(), "no NaN and no infinity comes out");
     if !finite {
         return Ok(c);
     }
-    let ahead = probe::causality(g, l, seed).map_err(wrap)?;
-    c.answer("causal", ahead, format!("no change at a token moves what earlier ones get ({l} tokens)"));
-    let length = probe::any_length(g, l, seed).map_err(wrap)?;
-    c.answer(
-        "any length",
-        length.into_iter().collect(),
-        format!("{l} tokens get the same alone and in a text of {}", 2 * l),
+    // They know nothing of each other, and some take long at real sizes.
+    let ((ahead, length), ((mixed, heads), learning)) = rayon::join(
+        || (probe::causality(g, l, seed), probe::any_length(g, l, seed)),
+        || {
+            let forward = || (probe::sequences_apart(g, l, seed), probe::heads_together(g, l, seed));
+            rayon::join(forward, || probe::learning(g, l, seed))
+        },
     );
-    let mixed = probe::sequences_apart(g, l, seed).map_err(wrap)?;
+    let (ahead, length, mixed, heads) =
+        (ahead.map_err(wrap)?, length.map_err(wrap)?, mixed.map_err(wrap)?, heads.map_err(wrap)?);
+    let causal = ahead.is_empty();
+    c.answer("causal", ahead, format!("no change at a token moves what earlier ones get ({l} tokens)"));
+    let same = format!("{l} tokens get the same alone and in a text of {}", 2 * l);
+    c.answer("any length", length.into_iter().collect(), same);
+    // Who sees the future gets something else where there is more of it: said once.
+    if !causal && !c.answers.last().is_some_and(|a| a.ok) {
+        c.findings.pop();
+    }
     c.answer("sequences apart", mixed.into_iter().collect(), "exchanging sequences exchanges their outputs");
-    let learning = probe::learning(g, l, seed).map_err(wrap)?;
+    c.answer("heads together", heads, "query heads choose for the key head that they share");
+    let learning = learning.map_err(wrap)?;
     let sizes: Vec<String> = learning.params.iter().map(|(n, v)| format!("{n} {v:.1e}")).collect();
     let reach = if sizes.is_empty() {
         "it learns nothing of its own".into()
@@ -81,8 +103,7 @@ pub fn run(s: &Subject, train_len: usize, pool: &Arc<rayon::ThreadPool>) -> Resu
 }
 
 /// Choices of more units than there are at the length that is trained.
-fn too_many(s: &Subject, len: usize) -> Vec<Diagnostic> {
-    let g = &s.fragment.graph;
+pub fn too_many(g: &Graph, len: usize) -> Vec<Diagnostic> {
     let dims = Bindings::new([("N", 1), ("L", len)]);
     let check = |(id, n): (rambac_ir::NodeId, &rambac_ir::Node)| {
         let Op::Select(op) = &n.op else { return None };
@@ -95,8 +116,9 @@ fn too_many(s: &Subject, len: usize) -> Vec<Diagnostic> {
                 op.k
             );
             let remedy = format!(
-                "choose fewer (k = {}), make chunks smaller, or train on longer texts: --len",
-                (have / 2).max(1)
+                "choose fewer (k = {}), make chunks smaller, or train on longer texts: --len {} or more",
+                (have / 2).max(1),
+                op.k.saturating_mul(len / have.max(1))
             );
             Diagnostic::error(message).on(id, &n.loc).help(remedy)
         })

@@ -5,10 +5,10 @@
 
 use super::Subject;
 use crate::error::{self, Result, wrap};
-use miette::miette;
+use crate::trouble::{self, Failed};
 use rambac_codegen::{Memory, lower};
 use rambac_ir::ops::Op;
-use rambac_ir::{Bindings, Graph};
+use rambac_ir::{Bindings, Graph, NodeId};
 use rambac_models::data::passkey::{DIGITS, min_len};
 use rambac_models::data::recall::needle_row;
 use rambac_models::data::{IGNORED, MixTask, PasskeyCase, RecallMix, RecallTask, Task};
@@ -30,6 +30,26 @@ pub struct Budget {
     /// Length of the last rows.
     pub len: usize,
     pub lr: f64,
+    pub grid: Grid,
+}
+
+/// What rows must be multiples of; variants that share it see the same rows, and as many tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Grid {
+    /// Texts have a multiple of so many tokens.
+    pub unit: usize,
+    /// The shortest rows have four chunks of so many.
+    pub chunk: usize,
+}
+
+impl Grid {
+    pub fn of(s: &Subject) -> Self {
+        Self { unit: s.unit.max(1), chunk: s.sizes().chunk }
+    }
+    /// The grid that both can do with.
+    pub fn with(self, other: Self) -> Self {
+        Self { unit: super::lcm(self.unit, other.unit), chunk: self.chunk.max(other.chunk) }
+    }
 }
 
 /// A point of the curve.
@@ -47,8 +67,17 @@ pub struct Score {
     pub len: usize,
     pub asked: usize,
     pub right: usize,
-    /// Mean rank of the needle's unit among those the token that asks could choose, and how often it was chosen.
-    pub needle: Option<(f64, f64)>,
+    /// Of every choice of the variant (see [`Learnt::choices`]), where it could choose the needle's unit.
+    pub needles: Vec<Option<Needle>>,
+}
+
+/// How a choice stands to the unit that holds the needle.
+#[derive(Clone, Copy, Debug)]
+pub struct Needle {
+    /// Its mean rank among the units that the token that asks could choose, from 1.
+    pub rank: f64,
+    /// How often it was chosen.
+    pub chosen: f64,
 }
 
 impl Score {
@@ -59,22 +88,31 @@ impl Score {
 
 /// Which units the tokens of one text chose.
 pub struct Heat {
+    /// The choice.
+    pub label: String,
     /// Rows of units, the number of heads that chose it, for tokens `step` apart.
     pub rows: Vec<Vec<u8>>,
     pub heads: u8,
     pub step: usize,
+    /// Tokens of a unit, and how many there are.
     pub unit: usize,
-    /// The unit that holds the needle.
+    pub units: usize,
+    /// The column that holds the needle.
     pub needle: usize,
 }
 
 /// What a training gave.
 pub struct Learnt {
     pub curve: Vec<Point>,
+    /// Labels of its choices, in the order of the text.
+    pub choices: Vec<String>,
     pub scores: Vec<Score>,
-    pub heat: Option<Heat>,
+    /// One for every choice.
+    pub heat: Vec<Heat>,
     pub parameters: u64,
     pub tokens: u64,
+    /// Tokens of the whole recipe, which rounds the budget to whole rows.
+    pub planned: u64,
     pub seconds: f64,
     /// Planned memory of a step.
     pub peak: usize,
@@ -86,9 +124,9 @@ pub struct Learnt {
 const STEP_TOKENS: usize = 1024;
 
 /// Rows that practise recall first, then passkeys too, at growing lengths.
-fn recipe(c: &Config, unit: usize, b: &Budget) -> Recipe {
+fn recipe(b: &Budget) -> Recipe {
     use Rows::*;
-    let whole = |len: usize| len.next_multiple_of(unit.max(1));
+    let whole = |len: usize| len.next_multiple_of(b.grid.unit.max(1));
     let stage = |len: usize, share: f64, mix: &[(f64, Rows)]| {
         let rows = (STEP_TOKENS / len).max(1);
         Stage {
@@ -100,7 +138,7 @@ fn recipe(c: &Config, unit: usize, b: &Budget) -> Recipe {
         }
     };
     // Rows of passkeys hold a needle and a question.
-    let (long, least) = (whole(b.len).max(whole(min_len())), whole((4 * c.chunk_size).max(64)));
+    let (long, least) = (whole(b.len).max(whole(min_len())), whole((4 * b.grid.chunk).max(64)));
     let short = least.min(long);
     let mid = whole(b.len / 2).max(short).max(whole(min_len()));
     let stages = vec![
@@ -126,7 +164,7 @@ pub fn run(
     pool: &Arc<rayon::ThreadPool>,
     mut seen: impl FnMut(&[Point], u64),
 ) -> Result<Learnt> {
-    let r = recipe(config, s.unit, budget);
+    let r = recipe(budget);
     let loss = stack::loss(config, Carry::Zero, false).map_err(wrap)?;
     let store = crate::model::parameters(config, None, InitRule::FanIn, budget.seed)?;
     let adamw = crate::model::adamw(&r);
@@ -153,7 +191,15 @@ pub fn run(
             ("loss_weights", Tensor::f32(&shape, b.loss_weights)),
         ];
         let batch = [MicroBatch { dims: Bindings::new([("N", rows), ("L", len)]), inputs }];
-        let report = trainer.step(step, &batch).map_err(|e| miette!("{}: {e}", s.name))?;
+        let report = match trainer.step(step, &batch) {
+            Ok(report) => report,
+            Err(e) => {
+                let again = Some((&batch[..], &mut trainer.store));
+                let attention = Some(s.path.as_path());
+                let failed = Failed { config, carry: Carry::Zero, again, attention };
+                return Err(trouble::explain(e, failed, pool, None));
+            }
+        };
         tokens += (rows * len) as u64;
         let now = smooth.map_or(report.loss, |m| m + 0.05 * (report.loss - m));
         smooth = Some(now);
@@ -166,7 +212,7 @@ pub fn run(
     let mut asker = Asker::new(config, trainer.store, pool)?;
     let mut scores = vec![];
     let longest = r.stages.iter().map(|s| s.len).max().unwrap_or(0);
-    for len in [longest / 2, longest, 2 * longest, 4 * longest].map(|l| l.next_multiple_of(s.unit)) {
+    for len in [longest / 2, longest, 2 * longest, 4 * longest].map(|l| l.next_multiple_of(budget.grid.unit)) {
         scores.push(asker.recall(len, budget.seed)?);
         scores.push(asker.needle(len, budget.seed)?);
         if len >= min_len() {
@@ -175,7 +221,8 @@ pub fn run(
     }
     scores.sort_by_key(|s| ["recall", "needle", "passkey"].iter().position(|t| *t == s.task));
     let heat = asker.heat(longest, budget.seed)?;
-    Ok(Learnt { curve, scores, heat, parameters: config.n_parameters(), tokens, seconds, peak, stopped })
+    let (choices, parameters, planned) = (asker.choices, config.n_parameters(), r.tokens());
+    Ok(Learnt { curve, choices, scores, heat, parameters, tokens, planned, seconds, peak, stopped })
 }
 
 /// A trained model that reads whole texts, with its choices as outputs.
@@ -183,18 +230,28 @@ pub struct Asker {
     executor: Executor,
     store: Store,
     vocab: usize,
-    choices: usize,
+    /// Labels.
+    choices: Vec<String>,
 }
 
 /// What one text gave.
 struct Read {
     logits: Vec<f32>,
-    /// Indices, counts and scores of the first choice, with their shapes `[.., h, K]` and `[.., h, C]`.
-    choice: Option<(Tensor, Tensor, Tensor)>,
+    choices: Vec<Choice>,
+}
+
+/// What a choice gave for one text.
+struct Choice {
+    /// `i32[1, L, h, K]`
+    indices: Tensor,
+    /// `i32[1, L, h]`
+    count: Tensor,
+    /// `f32[1, L, h, C]`
+    scores: Tensor,
 }
 
 /// The forward with every choice and what it was made by as outputs.
-fn with_choices(mut g: Graph) -> (Graph, usize) {
+fn with_choices(mut g: Graph) -> (Graph, Vec<String>) {
     let chosen: Vec<_> =
         g.iter().filter(|(_, n)| matches!(n.op, Op::Select(_))).map(|(id, n)| (id, n.inputs[0])).collect();
     for (i, (id, by)) in chosen.iter().enumerate() {
@@ -202,7 +259,16 @@ fn with_choices(mut g: Graph) -> (Graph, usize) {
             g.outputs.push(rambac_ir::Output { name: format!("choice.{i}.{name}").into(), value });
         }
     }
-    (g, chosen.len())
+    let label = |id: NodeId| g.label(id.result(0));
+    let labels = chosen.iter().map(|&(id, _)| match &g.node(id).scope {
+        // Layers that are alike.
+        Some(scope) if chosen.iter().any(|&(other, _)| other != id && label(other) == label(id)) => {
+            format!("{} of {scope}", label(id))
+        }
+        _ => label(id),
+    });
+    let labels = labels.collect();
+    (g, labels)
 }
 
 impl Asker {
@@ -216,18 +282,22 @@ impl Asker {
         Ok(Self { executor, store, vocab: c.vocab_size, choices })
     }
 
+    /// Labels of the choices that the model makes, layer by layer.
+    pub fn choices(&self) -> &[String] {
+        &self.choices
+    }
+
     fn read(&mut self, tokens: &[i32]) -> Result<Read> {
         let dims = Bindings::new([("N", 1), ("L", tokens.len())]);
         let ids = Tensor::i32(&[1, tokens.len()], tokens.to_vec());
         let mut out = self.executor.run(&dims, &[("input_ids", ids.view())], &mut self.store).map_err(wrap)?;
         let mut take = |name: &str| out.iter().position(|(n, _)| n == name).map(|i| out.swap_remove(i).1);
         let logits = take("logits").and_then(|t| t.as_f32().map(<[f32]>::to_vec)).unwrap_or_default();
-        let mut part = |name| take(&format!("choice.0.{name}"));
-        let choice = match self.choices {
-            0 => None,
-            _ => part("indices").zip(part("count")).zip(part("scores")).map(|((i, n), s)| (i, n, s)),
+        let mut choice = |i: usize| {
+            let mut part = |name| take(&format!("choice.{i}.{name}")).expect("BUG: every choice is an output");
+            Choice { indices: part("indices"), count: part("count"), scores: part("scores") }
         };
-        Ok(Read { logits, choice })
+        Ok(Read { logits, choices: (0..self.choices.len()).map(&mut choice).collect() })
     }
 
     fn best(&self, r: &Read, at: usize) -> i32 {
@@ -248,7 +318,7 @@ impl Asker {
                 right += usize::from(self.best(&r, at) == label);
             }
         }
-        Ok(Score { task: "recall", len, asked, right, needle: None })
+        Ok(Score { task: "recall", len, asked, right, needles: vec![] })
     }
 
     fn needle(&mut self, len: usize, seed: u64) -> Result<Score> {
@@ -259,9 +329,9 @@ impl Asker {
             let r = self.read(&n.tokens)?;
             right += usize::from(self.best(&r, len - 1) == n.value);
             // The value, or the key before it: either will do.
-            found.extend(rank(&r, len - 1, [n.at, n.at + 1]));
+            found.push(ranks(&r, len - 1, [n.at, n.at + 1]));
         }
-        Ok(Score { task: "needle", len, asked: cases as usize, right, needle: mean(&found) })
+        Ok(Score { task: "needle", len, asked: cases as usize, right, needles: means(&found) })
     }
 
     /// Digits of passkeys that are the first choice, over so many cases.
@@ -276,37 +346,40 @@ impl Asker {
             let first = case.prompt_len() - 1;
             let digits = case.answer();
             right += (0..DIGITS).filter(|&i| self.best(&r, first + i) == i32::from(digits[i])).count();
-            found.extend(rank(&r, first, [case.digits_offset() - 1, case.digits_offset()]));
+            found.push(ranks(&r, first, [case.digits_offset() - 1, case.digits_offset()]));
         }
-        Ok(Score { task: "passkey", len, asked: cases as usize * DIGITS, right, needle: mean(&found) })
+        Ok(Score { task: "passkey", len, asked: cases as usize * DIGITS, right, needles: means(&found) })
     }
 
-    fn heat(&mut self, len: usize, seed: u64) -> Result<Option<Heat>> {
+    fn heat(&mut self, len: usize, seed: u64) -> Result<Vec<Heat>> {
         if len < min_len() {
-            return Ok(None);
+            return Ok(vec![]);
         }
         let (tokens, case) = passkey_tokens(seed ^ 0x5eed, 3, len)?;
         let r = self.read(&tokens)?;
-        let Some((indices, count, scores)) = &r.choice else { return Ok(None) };
-        let (Some(i), Some(n)) = (indices.as_i32(), count.as_i32()) else { return Ok(None) };
-        let (h, k, units) = (indices.shape[2], indices.shape[3], scores.shape[3]);
-        let step = len.div_ceil(96);
-        // Units of single tokens are shown in groups.
-        let columns = units.min(96);
-        let rows = (0..len).step_by(step).map(|t| {
-            let mut row = vec![0u8; columns];
-            for head in 0..h {
-                let at = t * h + head;
-                for &c in &i[at * k..][..n[at] as usize] {
-                    let cell = &mut row[c as usize * columns / units];
-                    *cell = cell.saturating_add(1);
-                }
-            }
-            row
-        });
-        let unit = len.div_ceil(columns.max(1));
-        Ok(Some(Heat { rows: rows.collect(), heads: h as u8, step, unit, needle: case.digits_offset() / unit }))
+        Ok(r.choices.iter().zip(&self.choices).map(|(c, label)| heat(c, label, len, case.digits_offset())).collect())
     }
+}
+
+/// What the tokens of a text of `len` chose; the needle is at token `needle`.
+fn heat(c: &Choice, label: &str, len: usize, needle: usize) -> Heat {
+    let (h, k, units) = (c.indices.shape[2], c.indices.shape[3], c.scores.shape[3]);
+    let (i, n) = (c.indices.as_i32().unwrap_or_default(), c.count.as_i32().unwrap_or_default());
+    let step = len.div_ceil(96);
+    // Units of single tokens are shown in groups.
+    let columns = units.min(96);
+    let rows = (0..len).step_by(step).map(|t| {
+        let mut row = vec![0u8; columns];
+        for at in t * h..(t + 1) * h {
+            for &c in &i[at * k..][..n[at] as usize] {
+                let cell = &mut row[c as usize * columns / units];
+                *cell = cell.saturating_add(1);
+            }
+        }
+        row
+    });
+    let (rows, unit) = (rows.collect(), len / units.max(1));
+    Heat { label: label.into(), rows, heads: h as u8, step, unit, units, needle: needle * columns / len.max(1) }
 }
 
 /// The tokens of a case, its answer but for the last digit included.
@@ -318,12 +391,15 @@ fn passkey_tokens(seed: u64, index: u64, len: usize) -> Result<(Vec<i32>, Passke
     Ok((bytes.iter().map(|&b| b.into()).collect(), case))
 }
 
-/// Of the units that hold one of the tokens `at`: the best rank over heads for the token `t`, from 1, and whether one was chosen.
-/// `None` where nothing is chosen by scores, or the token could not choose it.
-fn rank(r: &Read, t: usize, at: [usize; 2]) -> Option<(f64, bool)> {
-    let (indices, count, scores) = r.choice.as_ref()?;
-    let (i, n, s) = (indices.as_i32()?, count.as_i32()?, scores.as_f32()?);
-    let (len, h, k, units) = (scores.shape[1], scores.shape[2], indices.shape[3], scores.shape[3]);
+/// Of the units that hold one of the tokens `at`, by every choice: the best rank over heads for the token `t`, from 1, and
+/// whether one was chosen.  `None` where the token could not choose it.
+fn ranks(r: &Read, t: usize, at: [usize; 2]) -> Vec<Option<(f64, bool)>> {
+    r.choices.iter().map(|c| rank(c, t, at)).collect()
+}
+
+fn rank(c: &Choice, t: usize, at: [usize; 2]) -> Option<(f64, bool)> {
+    let (i, n, s) = (c.indices.as_i32()?, c.count.as_i32()?, c.scores.as_f32()?);
+    let (len, h, k, units) = (c.scores.shape[1], c.scores.shape[2], c.indices.shape[3], c.scores.shape[3]);
     let mut best: Option<f64> = None;
     let mut chosen = false;
     for unit in at.map(|a| a * units / len.max(1)) {
@@ -341,11 +417,16 @@ fn rank(r: &Read, t: usize, at: [usize; 2]) -> Option<(f64, bool)> {
     best.map(|b| (b, chosen))
 }
 
-fn mean(found: &[(f64, bool)]) -> Option<(f64, f64)> {
-    let n = found.len() as f64;
-    let rank: f64 = found.iter().map(|f| f.0).sum();
-    let chosen = found.iter().filter(|f| f.1).count() as f64;
-    (!found.is_empty()).then(|| (rank / n, chosen / n))
+/// Means over texts, by choice.
+fn means(found: &[Vec<Option<(f64, bool)>>]) -> Vec<Option<Needle>> {
+    let of = |choice: usize| {
+        let seen: Vec<(f64, bool)> = found.iter().filter_map(|text| text[choice]).collect();
+        let n = seen.len() as f64;
+        let rank = seen.iter().map(|f| f.0).sum::<f64>() / n;
+        let chosen = seen.iter().filter(|f| f.1).count() as f64 / n;
+        (!seen.is_empty()).then_some(Needle { rank, chosen })
+    };
+    (0..found.first().map_or(0, Vec::len)).map(of).collect()
 }
 
 /// The curve in block characters, `width` wide.

@@ -2,6 +2,7 @@
 
 pub mod checks;
 pub mod cost;
+pub mod gate;
 pub mod learn;
 pub mod page;
 
@@ -13,9 +14,11 @@ use std::path::{Path, PathBuf};
 
 /// A variant under examination.
 pub struct Subject {
+    /// Its file's, without the ending; of a built-in one its own.
     pub name: String,
     /// Its file; of a built-in one a name that stands for it in messages.
     pub path: PathBuf,
+    pub built_in: bool,
     pub text: String,
     pub fragment: Fragment,
     /// Texts have a multiple of so many tokens.
@@ -29,9 +32,11 @@ impl Subject {
     /// Neither; everything wrong with the text.
     pub fn open(name: &str, values: &[(String, f64)]) -> Result<Self> {
         let path = Path::new(name);
-        let (path, text) = match (path.exists(), variants::built_in(name)) {
-            (true, _) => (path.to_path_buf(), std::fs::read_to_string(path).map_err(|e| miette!("{name}: {e}"))?),
-            (false, Some(v)) => (format!("{name}.ir (built in)").into(), v.text.to_string()),
+        let (path, text, built_in) = match (path.is_file(), variants::built_in(name)) {
+            (true, _) => {
+                (path.to_path_buf(), std::fs::read_to_string(path).map_err(|e| miette!("{name}: {e}"))?, false)
+            }
+            (false, Some(v)) => (format!("{name}.ir (built in)").into(), v.text.to_string(), true),
             (false, None) => {
                 let known: Vec<&str> = variants::BUILT_IN.iter().map(|v| v.name).collect();
                 return Err(miette!(
@@ -44,30 +49,24 @@ impl Subject {
         let fragment = Fragment::read(&text, &values).map_err(|e| findings(&path, &text, e))?;
         let dims = fragment.graph.nodes.iter().flat_map(|n| n.tys.iter().flat_map(|t| &t.shape));
         let unit = dims.map(|d| d.divisor() as usize).fold(1, lcm);
-        Ok(Self { name: fragment.graph.name.clone(), path, text, fragment, unit })
+        let stem = path.file_stem().map(|s| s.to_string_lossy().into_owned());
+        let name = stem.filter(|_| !built_in).unwrap_or_else(|| fragment.graph.name.clone());
+        Ok(Self { name, path, built_in, text, fragment, unit })
     }
 
-    /// A const as a size, or what stands for it.
-    fn size(&self, name: &str, default: usize) -> usize {
-        self.fragment.constant(name).map_or(default, |v| v as usize)
+    /// Where its report goes: beside its file.
+    pub fn report(&self) -> PathBuf {
+        if self.built_in { format!("{}.html", self.name).into() } else { self.path.with_extension("html") }
     }
 
     /// The sizes of its text.
     pub fn sizes(&self) -> Sizes {
-        let (heads, dim) = (self.size("heads", 4), self.size("dim", 16));
-        Sizes {
-            heads,
-            kv_heads: self.size("kv_heads", heads),
-            dim,
-            width: self.size("width", heads * dim),
-            chunk: self.size("chunk", 16),
-            k: self.size("k", 4),
-        }
+        sizes(&self.fragment)
     }
 
     /// Tokens of the texts that checks run on.
     pub fn check_len(&self) -> usize {
-        self.unit * 32usize.div_ceil(self.unit).max(4)
+        check_len(self.unit)
     }
 
     /// A small model around it: one block, the variant, one block.
@@ -124,6 +123,25 @@ impl Subject {
         };
         self.text.lines().map(line).collect::<Vec<_>>().join("\n") + "\n"
     }
+}
+
+/// The sizes that a text has by its consts, or what stands for them.
+fn sizes(f: &Fragment) -> Sizes {
+    let size = |name: &str, default: usize| f.constant(name).map_or(default, |v| v as usize);
+    let (heads, dim) = (size("heads", 4), size("dim", 16));
+    Sizes {
+        heads,
+        kv_heads: size("kv_heads", heads),
+        dim,
+        width: size("width", heads * dim),
+        chunk: size("chunk", 16),
+        k: size("k", 4),
+    }
+}
+
+/// Tokens of a text to check on: four units, and no fewer than 32.
+fn check_len(unit: usize) -> usize {
+    unit * 32usize.div_ceil(unit).max(4)
 }
 
 fn lcm(a: usize, b: usize) -> usize {

@@ -11,7 +11,7 @@ pub struct Entry<'a> {
     pub name: &'a str,
     pub text: &'a str,
     pub checks: &'a Checks,
-    pub costs: &'a Costs,
+    pub costs: Option<&'a Costs>,
     pub learnt: Option<&'a Learnt>,
 }
 
@@ -41,7 +41,7 @@ pub fn html(title: &str, entries: &[Entry]) -> String {
          table{{border-collapse:collapse;margin:8px 0 20px}}td,th{{padding:3px 12px 3px 0;text-align:right;border-bottom:1px solid \
          #e5e7eb;font-variant-numeric:tabular-nums}}td:first-child,th:first-child{{text-align:left}}td:last-child{{max-width:620px}}\
          pre{{background:#f8fafc;padding:12px;overflow:auto;font-size:12px}}h2{{margin-top:32px}}.row{{display:flex;gap:32px;\
-         flex-wrap:wrap}}.left td{{text-align:left}}</style><h1>{0}</h1>\n",
+         flex-wrap:wrap}}.left td,.left th{{text-align:left}}</style><h1>{0}</h1>\n",
         escaped(title)
     );
     learning(&mut out, entries);
@@ -77,13 +77,16 @@ fn learning(out: &mut String, entries: &[Entry]) {
             let at = |len: &usize| l.scores.iter().find(|s| s.task == task && s.len == *len);
             let cell = |len: &usize| at(len).map_or("-".into(), |s| format!("{:.0} %", 100.0 * s.accuracy()));
             rows.push([e.name.to_string()].into_iter().chain(lens.iter().map(cell)).collect());
-            let ranked = |len: &usize| {
-                at(len).and_then(|s| s.needle).map_or("-".into(), |(r, c)| format!("{r:.1} ({:.0} %)", 100.0 * c))
-            };
-            if lens.iter().any(|l| ranked(l) != "-") {
-                rows.push(
-                    ["  rank of the needle (chosen)".to_string()].into_iter().chain(lens.iter().map(ranked)).collect(),
-                );
+            for (i, label) in l.choices.iter().enumerate() {
+                let needle = |len: &usize| at(len).and_then(|s| *s.needles.get(i)?);
+                if !lens.iter().any(|l| needle(l).is_some()) {
+                    continue;
+                }
+                let ranked =
+                    |len| needle(len).map_or("-".into(), |n| format!("{:.1} ({:.0} %)", n.rank, 100.0 * n.chosen));
+                let of = if l.choices.len() > 1 { format!(" by {label}") } else { String::new() };
+                let head = format!("  rank of the needle{of} (chosen)");
+                rows.push([head].into_iter().chain(lens.iter().map(ranked)).collect());
             }
         }
         let _ = write!(out, "<b>{what}</b>");
@@ -155,7 +158,7 @@ fn costs(out: &mut String, entries: &[Entry]) {
     *out += "<h2>What does it cost?</h2><p>One forward and backward of the attention alone, one sequence, beside full attention.</p>";
     let mut rows = vec![];
     for e in entries {
-        for l in &e.costs.lines {
+        for l in e.costs.iter().flat_map(|c| &c.lines) {
             rows.push(vec![
                 e.name.to_string(),
                 show::count(l.len as u64),
@@ -177,22 +180,27 @@ fn one(out: &mut String, e: &Entry) {
         e.checks.answers.iter().map(|a| vec![a.what.to_string(), mark(a.ok), a.detail.clone()]).collect();
     table(out, &["question", "", "answer"], &rows);
     for d in &e.checks.findings {
-        let _ = write!(out, "<p><b>{}</b><br>{}</p>", escaped(&d.message), escaped(d.help.as_deref().unwrap_or("")));
+        let line = d
+            .span
+            .as_ref()
+            .map_or(String::new(), |s| format!("line {}: ", 1 + e.text[..s.start].matches('\n').count()));
+        let help = escaped(d.help.as_deref().unwrap_or(""));
+        let _ = write!(out, "<p><b>{line}{}</b><br>{help}</p>", escaped(&d.message));
     }
-    let fused: Vec<String> = e.costs.fused.iter().map(|(op, n)| format!("{n} {op}")).collect();
-    let _ = write!(
-        out,
-        "<p>Kernels: {}.</p>",
-        if fused.is_empty() { "none of attention's own".into() } else { fused.join(", ") }
-    );
-    for u in &e.costs.unfused {
-        let _ = write!(out, "<p>{}</p>", escaped(u));
+    if let Some(c) = e.costs {
+        let fused: Vec<String> = c.fused.iter().map(|(op, n)| format!("{n} {op}")).collect();
+        let fused = if fused.is_empty() { "none of attention's own".into() } else { fused.join(", ") };
+        let _ = write!(out, "<p>Kernels: {fused}.</p>");
+        for u in &c.unfused {
+            let _ = write!(out, "<p>{}</p>", escaped(u));
+        }
     }
     *out += "</div>";
-    match e.learnt.map(|l| l.heat.as_ref()) {
-        Some(Some(h)) => *out += &heat(h),
-        Some(None) => *out += "<p>It chooses nothing, so there is no map of choices and no rank of the needle.</p>",
-        None => {}
+    if let Some(l) = e.learnt {
+        l.heat.iter().for_each(|h| *out += &heat(h));
+        if l.choices.is_empty() {
+            *out += "<p>It chooses nothing, so there is no map of choices and no rank of the needle.</p>";
+        }
     }
     let _ = write!(out, "<pre>{}</pre>", escaped(e.text));
 }
@@ -200,12 +208,14 @@ fn one(out: &mut String, e: &Entry) {
 /// Tokens downwards, units to the right; the needle's column is marked.
 fn heat(h: &Heat) -> String {
     let columns = h.rows.first().map_or(0, Vec::len);
-    let cell = (560.0 / columns.max(1) as f64).min(14.0);
+    let cell = (560.0 / columns.max(1) as f64).min(24.0);
     let (w, height) = (cell * columns as f64, 4.0 * h.rows.len() as f64);
     let mut s = format!(
-        "<p><b>What tokens choose</b> in a passkey text: units of {} tokens to the right, every {} token downwards; the line \
+        "<p><b>What tokens choose</b> by {} in a passkey text: units of {} to the right{}, every {} token downwards; the line \
          marks the needle.</p><svg width={} height={}>",
-        h.unit,
+        escaped(&h.label),
+        show::plural(h.unit, "token"),
+        if columns < h.units { ", some in one column" } else { "" },
         ordinal(h.step),
         w + 2.0,
         height + 2.0

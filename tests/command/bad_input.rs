@@ -192,8 +192,10 @@ fn unknown_models() {
 fn lengths_that_do_not_divide() {
     let dir = TempDir::new().unwrap();
     let out = dir.path().join("run");
-    let m =
-        refuses(&["train", "tiny", "--len", "250", "--out", text(&out)], &["250", "chunk_size 16", "multiple of 16"]);
+    let m = refuses(
+        &["train", "tiny", "--len", "250", "--out", text(&out)],
+        &["250", "chunk_size 16", "--len 240 and --len 256"],
+    );
     insta::assert_snapshot!("length", m);
     refuses(&["train", "tiny", "--len", "16", "--out", text(&out)], &["16", "too short"]);
     refuses(&["train", "tiny", "--len", "18446744073709551600", "--out", text(&out)], &["18446744073709551600 tokens"]);

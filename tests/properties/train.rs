@@ -178,3 +178,29 @@ fn any_split_of_a_text_is_the_whole() {
         }
     }
 }
+
+#[test]
+fn a_step_that_fails_changes_no_parameter() {
+    let c = preset("tiny").unwrap();
+    let loss = stack::loss(&c, Carry::Zero, false).unwrap();
+    for parts in [1, 2] {
+        for clip in [0.0, 1.0] {
+            let opt = AdamW { warmup: 1, clip, ..AdamW::default() };
+            let mut t = Trainer::new(&loss, &opt, decays, parts, &Memory::Keep, weights(&c), threads(2)).unwrap();
+            let batches =
+                |step: u64| (0..parts as u64).map(|i| batch(step + i, 2, 192, false)).collect::<Vec<MicroBatch>>();
+            t.step(0, &batches(0)).unwrap();
+            let is_kept = |n: &&str| !n.starts_with("accum.") && *n != rambac_passes::train_step::STEP;
+            let kept = |s: &Store| -> Vec<(String, Vec<u32>)> {
+                let bits = |n: &str| s.get(n).and_then(Tensor::as_f32).unwrap().iter().map(|v| v.to_bits()).collect();
+                s.names().filter(is_kept).map(|n| (n.to_string(), bits(n))).collect()
+            };
+            let before = kept(&t.store);
+            let mut broken = batches(9);
+            broken[0].inputs[2].1 = Tensor::f32(&[2, 192], vec![f32::NAN; 2 * 192]);
+            let e = t.step(1, &broken).unwrap_err();
+            assert!(matches!(e, TrainError::NotFinite { step: 1, .. }), "{e}");
+            assert!(before == kept(&t.store), "parts {parts}, clip {clip}");
+        }
+    }
+}

@@ -51,7 +51,9 @@ pub(super) fn check(x: &[&Ty], chunk: usize) -> Result<(), OpError> {
 
 /// FLOPs of the forward: two products per (token, head, filled slot) with a chunk.
 pub(super) fn flops(x: &[ConcreteTy], chunk: usize) -> f64 {
-    4.0 * x[0].elements() as f64 * (chunk * x[3].shape[3]) as f64
+    // No more slots are filled than there are chunks.
+    let slots = x[3].shape[3].min(x[1].shape[1] / chunk.max(1));
+    4.0 * x[0].elements() as f64 * (chunk * slots) as f64
 }
 
 /// The reference's view of attending.

@@ -70,6 +70,12 @@ impl Attention {
             return Err(mismatch("queries that start behind keys see those up to themselves: say causal = true"));
         }
         let h = &x[1].shape[2];
+        if x[1].shape[1] != *keys {
+            return Err(mismatch(format!(
+                "{} keys for {t} tokens: say unit = S, if a key stands for a chunk of S tokens",
+                x[1].shape[1]
+            )));
+        }
         exactly(x, 1, x[0].dtype, &[b, keys, h, d])?;
         exactly(x, 2, x[0].dtype, &[b, keys, h, d])?;
         if self.unit > 0 && (self.causal || self.window > 0 || self.local > 0) {

@@ -27,7 +27,11 @@ fn check_heads(x: &[&Ty]) -> Result<(), OpError> {
     exactly(x, 1, x[0].dtype, &[&q[0], &lm[1], &lm[2], &q[3]])?;
     match (q[2].as_int(), lm[2].as_int()) {
         (Some(a), Some(b)) if b > 0 && a % b == 0 => Ok(()),
-        _ => Err(mismatch(format!("query heads {} must be a multiple of the landmarks' heads {}", q[2], lm[2]))),
+        _ => Err(mismatch(format!(
+            "query heads {} must be a multiple of the landmarks' heads {}: sum the queries of each group alone, reshape {{shape = \
+             [N, L, kv_heads, heads/kv_heads, dim]}}, reduce {{f = sum, axes = [3]}}",
+            q[2], lm[2]
+        ))),
     }
 }
 

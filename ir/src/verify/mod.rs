@@ -55,7 +55,12 @@ pub fn verify(g: &Graph) -> Result<(), Vec<Diagnostic>> {
 
 /// What is probably not meant.  Nothing is said of graphs that [`verify`] refuses.
 pub fn lint(g: &Graph) -> Vec<Diagnostic> {
-    if verify(g).is_err() { vec![] } else { selection::lint(g) }
+    if verify(g).is_err() { vec![] } else { selection::lint(g, true) }
+}
+
+/// As [`lint`], of a graph that will not be trained.
+pub fn lint_untrained(g: &Graph) -> Vec<Diagnostic> {
+    if verify(g).is_err() { vec![] } else { selection::lint(g, false) }
 }
 
 struct Verifier<'g> {

@@ -321,7 +321,7 @@ pub(super) fn check(g: &Graph) -> Vec<Diagnostic> {
 }
 
 /// The warnings of [`lint`](super::lint).
-pub(super) fn lint(g: &Graph) -> Vec<Diagnostic> {
+pub(super) fn lint(g: &Graph, trained: bool) -> Vec<Diagnostic> {
     if !has_selections(g) {
         return vec![];
     }
@@ -356,7 +356,9 @@ pub(super) fn lint(g: &Graph) -> Vec<Diagnostic> {
             }
         }
     }
-    out.extend(unreached(&f));
+    if trained {
+        out.extend(unreached(&f));
+    }
     out.sort_by_key(|d| d.node);
     out
 }

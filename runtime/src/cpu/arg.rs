@@ -75,6 +75,10 @@ impl<'a> Arg<'a> {
         // SAFETY: the struct's contract.
         unsafe { std::slice::from_raw_parts(dangling(self.ptr), self.len()) }
     }
+    /// Whether contiguous floats are all finite.
+    pub(crate) fn is_finite(&self) -> bool {
+        self.f32().iter().all(|v| v.is_finite())
+    }
     /// Contiguous integers.
     pub fn i32(&self) -> &[i32] {
         self.check(DType::I32);

@@ -4,21 +4,22 @@
 //! started, and then the host looks at how the one before went.  It does wait before a checkpoint, at the end of a stage, and
 //! where a loss decides whether a stage goes on: so the same steps are done, with the same numbers, as on the CPU.
 
-use super::{Run, interrupted};
+use super::{Run, carry, interrupted};
 use crate::dashboard::{Dashboard, Step};
 use crate::error::{self, Result, wrap};
 use crate::loader::Loader;
 use crate::profile::Profile;
 use crate::show::{self, Beat};
+use crate::trouble::{self, Failed};
 use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};
-use miette::IntoDiagnostic;
+use miette::{IntoDiagnostic, Report};
 use rambac_ir::Bindings;
 use rambac_models::data::rng::stream;
 use rambac_models::data::{MixTask, Task};
 use rambac_models::recipe::Recipe;
 use rambac_models::stack::{self, Carry};
 use rambac_passes::train_step::STEP;
-use rambac_runtime::{MicroBatch, StepReport, Tensor};
+use rambac_runtime::{MicroBatch, StepReport, Tensor, TrainError};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -157,8 +158,10 @@ impl Run {
         let on_device = self.trainer.machine().is_some();
         let times = if on_device { None } else { Profile::times(&self.profile) };
         let began = Instant::now();
-        let Some(mut times) = times else { return self.trainer.start(step, batch).map_err(error::train) };
-        let report = self.trainer.step_timed(step, batch, Some(&mut times)).map_err(error::train)?;
+        let Some(mut times) = times else {
+            return self.trainer.start(step, batch).map_err(|e| self.explained(e, batch));
+        };
+        let report = self.trainer.step_timed(step, batch, Some(&mut times)).map_err(|e| self.explained(e, batch))?;
         if let Some(p) = &mut self.profile {
             let numbers = [("loss", report.loss.into()), ("gradient norm", report.grad_norm.into())];
             let program = self.trainer.program();
@@ -167,11 +170,23 @@ impl Run {
         Ok(Some((step, report)))
     }
 
+    /// Why a step over `batch` failed.
+    fn explained(&mut self, e: TrainError, batch: &[MicroBatch]) -> Report {
+        let steps = self.folder.steps().unwrap_or_default();
+        let next = trouble::checkpoints(self.folder.path(), &steps);
+        let again = self.trainer.machine().is_none().then_some((batch, &mut self.trainer.store));
+        let (carry, attention) = (carry(&self.state.recipe), self.attention.as_deref());
+        trouble::explain(e, Failed { config: &self.config, carry, again, attention }, &self.pool, Some(next))
+    }
+
     /// Waits for a step that was started, and accounts for it.
     fn land(&mut self, flying: &mut Option<Started>, shown: &mut Shown) -> Result<()> {
         let Some(s) = flying.take() else { return Ok(()) };
-        let (_, report) =
-            self.trainer.finish().map_err(error::train)?.expect("BUG: what was started has told how it went");
+        let (_, report) = self
+            .trainer
+            .finish()
+            .map_err(|e| self.explained(e, &[]))?
+            .expect("BUG: what was started has told how it went");
         self.account(&s, report, shown)
     }
 
