@@ -1,6 +1,6 @@
 //! Devices by name, and programs made ready for one: the only place of the command that opens a device.
 
-use crate::error::{Result, chained, warn, wrap};
+use crate::error::{Result, told, warn, wrap};
 use miette::miette;
 use rambac_codegen::cuda::{Arch, Cache, GpuProgram, Target, emit, tune};
 use rambac_codegen::libraries::installed;
@@ -240,12 +240,6 @@ impl rambac_runtime::trainer_gpu::Gpu for Gpu {
     }
 }
 
-/// All that a report says, in words.
-fn told(e: &miette::Report) -> String {
-    let text = chained(e.as_ref());
-    e.help().map_or(text.clone(), |help| format!("{text}; {help}"))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -317,12 +311,10 @@ mod tests {
         #[derive(Debug, thiserror::Error)]
         #[error("above")]
         struct Above(#[source] std::io::Error);
-        let cause = std::io::Error::other("the cause");
-        assert_eq!(chained(&Above(cause)), "above: the cause");
+        assert_eq!(told(&wrap(Above(std::io::Error::other("the cause")))), "above: the cause");
         let e = wrap(Above(std::io::Error::other("what lies above")));
         assert_eq!(told(&e), "above: what lies above");
-        let e = miette!(help = "do this", "{}", "no").wrap_err("not loaded");
-        let text = told(&e);
+        let text = told(&miette!(help = "do this", "no").wrap_err("not loaded"));
         assert!(text.starts_with("not loaded: no"), "{text}");
         assert_eq!(told(&miette!(help = "do this", "no")), "no; do this");
     }

@@ -16,14 +16,25 @@ pub fn wrap(e: impl std::error::Error + Send + Sync + 'static) -> Report {
 }
 
 /// An error and its causes in one line; most messages hold those of their causes already.
-pub fn chained(e: &(dyn std::error::Error + 'static)) -> String {
-    let mut text = e.to_string();
-    for cause in std::iter::successors(e.source(), |c| c.source()).map(ToString::to_string) {
-        if !text.contains(&cause) {
-            text += &format!(": {cause}");
-        }
+fn chained(e: &(dyn std::error::Error + 'static)) -> String {
+    joined(std::iter::successors(Some(e), |c| c.source()).map(ToString::to_string))
+}
+
+fn joined(causes: impl Iterator<Item = String>) -> String {
+    causes.fold(String::new(), |text, cause| match text.as_str() {
+        "" => cause,
+        t if t.contains(&cause) => text,
+        t => format!("{t}: {cause}"),
+    })
+}
+
+/// All that a report says, in one line: its causes and what helps.
+pub fn told(e: &Report) -> String {
+    let text = joined(e.chain().map(ToString::to_string));
+    match e.help() {
+        Some(help) => format!("{text}; {help}"),
+        None => text,
     }
-    text
 }
 
 /// A limit of memory that cannot be met, with what would help; other errors as [`wrap`].
