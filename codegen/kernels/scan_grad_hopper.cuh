@@ -7,7 +7,8 @@
 //   s:  dx' = to_end∘(b·Dᵀ) + g'ᵀ·dy (g' in registers)      db += (w·x)·D      dots x·dx' are F's sums over t and b_s·v_s
 //   at the end  dc += E·b  and, by way of shared memory,  db += Eᵀ·c
 //
-// A third copies the next heads' tiles, makes their factors, <D, h>, and from the dots da, dd and ddt.  F's sums over s take
+// A third copies the next heads' tiles (h and D, which lie in panels in memory, too, by bulk copies), makes their factors, <D, h>,
+// and from the dots da, dd and ddt.  F's sums over s take
 // g' as rounded as the other's product has it: in what is left of their differences their errors cancel, too.
 //
 // Traffic per head and block, 2·(3·Q·P + 2·P·R) bytes, is what limits it.
@@ -26,9 +27,9 @@ template <class C> struct ScanGradHopper {
     static_assert(STAGES == 3, "a warp each makes the factors of a stage");
     using Tile = Panels<64>;
 
-    // Bytes: x, dy, h and D of every stage; b, c, E.
+    // Bytes: x, dy, h and D of every stage; b, c, E, and c·bᵀ in f32.
     static constexpr u32 TILE = 64 * 128, WIDE = TILE * R / 64, OF_DY = TILE, OF_H = 2 * TILE, OF_D = OF_H + WIDE, STAGE = OF_D + WIDE;
-    static constexpr u32 OF_B = STAGES * STAGE, OF_C = OF_B + WIDE, OF_E = OF_C + WIDE, TILES = OF_E + TILE;
+    static constexpr u32 OF_B = STAGES * STAGE, OF_C = OF_B + WIDE, OF_E = OF_C + WIDE, OF_CB = OF_E + TILE, TILES = OF_CB + 2 * TILE;
     // Dots of a head that make its steps' gradients: F's sums over s with c·z, and x·dx' without and with what is inside the block.
     struct Partial {
         float row[Q], outside[Q], direct[Q];
@@ -88,50 +89,62 @@ template <class C> struct ScanGradHopper {
 
     // The side of t.
     __device__ __forceinline__ void rows_t(typename C::Sum* dc, i64 stride, int rows) {
-        float cb[8][4], e_sum[8][4], sum[R / 8][4];
+        float e_sum[8][4], sum[R / 8][4], acc[8][4];
         clear(e_sum), clear(sum);
         // A single head's would be cleared behind products_begin.
         in_flight(sum);
         const Tile bs(tiles + OF_B), cs(tiles + OF_C);
-        Ring<STAGES> from;
+        const u32 cb_at = tiles + OF_CB + threadIdx.x % 128 * 16;
+        // dy·xᵀ of a head is made while the one before it is finished.
+        auto begin = [&](u32 stage) {
+            products_begin();
+            in_flight(acc);
+#pragma unroll
+            for (int i = 0; i < 4; i++) Wgmma<T, 64, 0, 0>::run(acc, Tile(stage + OF_DY).along_rows(i), Tile(stage).along_rows(i), i > 0);
+            products_commit();
+        };
+        Ring<STAGES> from, next;
+        sh.full[next.at].wait(next.parity);
+        // MUT grad_hopper_ready: ;
+        {
+            // c·bᵀ is the same for all heads; every thread keeps its own in shared memory.
+            float cb[8][4];
+            products_begin();
+            // MUT grad_hopper_unfenced_cb: ;
+#pragma unroll
+            for (int i = 0; i < STEPS; i++) Wgmma<T, 64, 0, 0>::run(cb, cs.along_rows(i), bs.along_rows(i), i > 0);
+            products_commit();
+            products_wait<0>();
+            in_flight(cb);
+#pragma unroll
+            for (int j = 0; j < 8; j++) store_shared16(cb_at + j * 2048, {__float_as_uint(cb[j][0]), __float_as_uint(cb[j][1]), __float_as_uint(cb[j][2]), __float_as_uint(cb[j][3])});
+        }
+        begin(tiles);
 #pragma unroll 1
         for (int m = 0; m < HEADS; m++) {
             const u32 stage = tiles + from.at * STAGE;
             const Tile hs(stage + OF_H);
             const ScanDecay<Q>& decay = sh.decay[from.at];
             Partial& partial = sh.partial[from.at];
-            sh.full[from.at].wait(from.parity);
-            // MUT grad_hopper_ready: ;
-            if (m == 0) {
-                // c·bᵀ is the same for all heads.
-                products_begin();
-                // MUT grad_hopper_unfenced_cb: ;
-#pragma unroll
-                for (int i = 0; i < STEPS; i++) Wgmma<T, 64, 0, 0>::run(cb, cs.along_rows(i), bs.along_rows(i), i > 0);
-                products_commit();
-                products_wait<0>();
-                in_flight(cb);
-            }
             Rows dy, weighted;
-            float acc[8][4], total[2] = {}, dot[2], diagonal = 0.f;
+            float total[2] = {}, dot[2], diagonal = 0.f;
             const float now[2] = {decay.hi[row], decay.hi[row + 8]};
             load_rows(dy, stage + OF_DY);
             scale_rows(weighted, dy, {decay.from_start[row], decay.from_start[row + 8]});
+            products_wait<0>();
+            // MUT grad_hopper_m: ;
+            in_flight(acc);
             products_begin();
-            // MUT grad_hopper_unfenced_m: ;
-#pragma unroll
-            for (int i = 0; i < 4; i++) Wgmma<T, 64, 0, 0>::run(acc, dy[i], Tile(stage).along_rows(i), i > 0);
-            products_commit();
+            // MUT grad_hopper_unfenced_dc: ;
             in_flight(sum);
 #pragma unroll
             for (int i = 0; i < 4; i++) Wgmma<T, R, 0, 1>::run(sum, weighted[i], hs.along_columns(i), true);
             products_commit();
-            products_wait<1>();
-            // MUT grad_hopper_m: ;
-            in_flight(acc);
             below([&](int k, bool last) {
 #pragma unroll
                 for (int j = 2 * k; j < 2 * k + 2; j++) {
+                    const uint4 words = load_shared16(cb_at + j * 2048);
+                    const float cb[4] = {__uint_as_float(words.x), __uint_as_float(words.y), __uint_as_float(words.z), __uint_as_float(words.w)};
                     float hi[2], dt[2];
                     load_f32(hi, decay.hi + 8 * j + q);
                     load_f32(dt, decay.dt + 8 * j + q);
@@ -148,7 +161,7 @@ template <class C> struct ScanGradHopper {
                             value[f] *= dt[f];
                             e_sum[j][2 * e + f] = fmaf(value[f], between[f], e_sum[j][2 * e + f]);
                         }
-                        const u32 g = pack2<T>(cb[j][2 * e] * between[0], cb[j][2 * e + 1] * between[1]);
+                        const u32 g = pack2<T>(cb[2 * e] * between[0], cb[2 * e + 1] * between[1]);
                         total[e] = fmaf(value[0], to_f32(T{(u16)g}), fmaf(value[1], to_f32(T{(u16)(g >> 16)}), total[e]));
                     }
                 }
@@ -158,9 +171,16 @@ template <class C> struct ScanGradHopper {
 #pragma unroll
             for (int i = 0; i < STEPS; i++) Wgmma<T, 64, 0, 0>::run(through, cs.along_rows(i), hs.along_rows(i), i > 0);
             products_commit();
+            // Behind the last head its own product is made once more, and not used.
+            if (m + 1 < HEADS) {
+                next.next();
+                sh.full[next.at].wait(next.parity);
+                // MUT grad_hopper_ready_next: ;
+            }
+            begin(tiles + next.at * STAGE);
             diagonal = warp_sum(diagonal);
             if (lane_id() == 0) partial.diagonal[w] = diagonal;
-            products_wait<0>();
+            products_wait<1>();
             in_flight(sum), in_flight(through);
             // Loaded again: they take no registers in between.
             load_rows(dy, stage + OF_DY);
@@ -174,6 +194,8 @@ template <class C> struct ScanGradHopper {
             if (lane_id() == 0) sh.empty[from.at].arrive();
             from.next();
         }
+        products_wait<0>();
+        in_flight(acc);
         // E takes its place and goes on as an operand.
         u32 e[4][4];
         const u32 to = Tile(tiles + OF_E).at(16 * w + lane_id() % 16, lane_id() / 16);
@@ -320,16 +342,19 @@ template <class C> struct ScanGradHopper {
 
     // <D, h>, per warp.
     __device__ __forceinline__ void product(u32 stage, Partial& partial) const {
-        float sum = 0.f;
-#pragma unroll 2
-        for (u32 i = threadIdx.x % 128 * 16; i < WIDE; i += 128 * 16) {
-            const uint4 a = load_shared16(stage + OF_H + i), b = load_shared16(stage + OF_D + i);
-            const u32 as[4] = {a.x, a.y, a.z, a.w}, bs[4] = {b.x, b.y, b.z, b.w};
+        // Diagonals of D·hᵀ, 8 rows of h at a time.
+        const u32 at = Panels<P>(stage).at(16 * w + lane_id() % 16, lane_id() / 16);
+        float low[4] = {}, high[4] = {};
 #pragma unroll
-            for (int j = 0; j < 4; j++)
-                sum = fmaf(to_f32(T{(u16)as[j]}), to_f32(T{(u16)bs[j]}), fmaf(to_f32(T{(u16)(as[j] >> 16)}), to_f32(T{(u16)(bs[j] >> 16)}), sum));
+        for (int k = 0; k < STEPS; k++) {
+            const u32 place = (at ^ 32 * (k % 4)) + k / 4 * TILE;
+            u32 of_d[4], of_h[4];
+            ldmatrix4(of_d, place + OF_D), ldmatrix4(of_h, place + OF_H);
+            Mma<T>::run(low, of_d, of_h[0], of_h[2]);
+            Mma<T>::run(high, of_d, of_h[1], of_h[3]);
         }
-        sum = warp_sum(sum);
+        const bool even = q == lane_id() / 4, odd = q + 1 == lane_id() / 4;
+        const float sum = warp_sum(even ? low[0] + high[2] : odd ? low[1] + high[3] : 0.f);
         if (lane_id() == 0) partial.product[w] = sum;
     }
 
@@ -355,12 +380,10 @@ template <class C> struct ScanGradHopper {
         if (lane_id() == 0) sh.da[m] = own, sh.dd[m] = diagonal;
     }
 
-    // The third warpgroup.  `copy(stage, m)` begins a head's copies.
+    // The third warpgroup.  `copy(stage, m, full)` begins a head's copies.
     template <class Copy> __device__ __forceinline__ void produce(const Copy& copy) {
         Ring<STAGES> to, done;
-        auto ready = [&] {
-            shared_to_products();
-            sh.full[done.at].arrive();
+        auto finish = [&] {
             sh.full[done.at].wait(done.parity);
             product(tiles + done.at * STAGE, sh.partial[done.at]);
             __syncwarp();
@@ -371,8 +394,10 @@ template <class C> struct ScanGradHopper {
         for (int m = 0; m < HEADS; m++) {
             if (m >= STAGES) sh.empty[to.at].wait(to.parity ^ 1);
             // MUT grad_hopper_free: ;
-            copy(tiles + to.at * STAGE, m);
+            copy(tiles + to.at * STAGE, m, sh.full[to.at]);
             copies_commit();
+            // While it is copied: the head before it, and the factors.
+            if (m > 0) finish();
             if (w == to.at) {
                 if (m >= STAGES) steps(sh.decay[to.at], sh.partial[to.at], m - STAGES);
                 __syncwarp();
@@ -380,15 +405,13 @@ template <class C> struct ScanGradHopper {
                 steps.load(sh.dt + m, DT_PITCH, Q);
                 steps.factors(sh.decay[to.at], sh.rate[m]);
             }
-            if (m > 0) {
-                copies_wait<1>();
-                // MUT grad_hopper_wait: copies_wait<2>();
-                ready();
-            }
+            copies_wait<0>();
+            // MUT grad_hopper_wait: copies_wait<1>();
+            shared_to_products();
+            sh.full[to.at].arrive();
             to.next();
         }
-        copies_wait<0>();
-        ready();
+        finish();
         constexpr int LEFT = min_of(STAGES, HEADS);
 #pragma unroll
         for (int m = HEADS - LEFT; m < HEADS; m++) {
@@ -418,7 +441,7 @@ __device__ __forceinline__ void scan_grad_hopper(const typename C::T* x, i64 x_s
         for (int m = threadIdx.x; m < HEADS; m += blockDim.x) da[slot * C::heads + head0 + m] = dd[slot * C::heads + head0 + m] = 0.f;
         return;
     }
-    if (threadIdx.x < G::STAGES) sh.full[threadIdx.x].init(128), sh.empty[threadIdx.x].init(12);
+    if (threadIdx.x < G::STAGES) sh.full[threadIdx.x].init(128 + 1), sh.empty[threadIdx.x].init(12);
     __syncthreads();
     const i64 to = (i64)part * gridDim.z * l + token;
     if (side == 2) {
@@ -427,11 +450,16 @@ __device__ __forceinline__ void scan_grad_hopper(const typename C::T* x, i64 x_s
         x += token * x_stride + head0 * P, dy += token * dy_stride + head0 * P;
         dt += token * dt_stride + head0;
         const i64 state = ((n * blocks + blockIdx.x) * C::heads + head0) * (P * R);
-        auto copy = [&](u32 stage, int m) {
+        auto copy = [&](u32 stage, int m, Mbarrier& full) {
             copy_panel_rows<8>(Panels<Q>(stage), x + m * P, x_stride, rows);
             copy_panel_rows<8>(Panels<Q>(stage + G::OF_DY), dy + m * P, dy_stride, rows);
-            copy_panel_rows<R / 8>(Panels<P>(stage + G::OF_H), states + state + m * (P * R), R, P);
-            copy_panel_rows<R / 8>(Panels<P>(stage + G::OF_D), gradients + state + m * (P * R), R, P);
+            if (thread == 0) {
+                // States lie in panels.
+                full.expect(2 * G::WIDE);
+                // MUT grad_hopper_bytes: full.expect(G::WIDE);
+                bulk_load(stage + G::OF_H, states + state + m * (P * R), G::WIDE, full);
+                bulk_load(stage + G::OF_D, gradients + state + m * (P * R), G::WIDE, full);
+            }
         };
         copy_panel_rows<R / 8>(Panels<Q>(own.tiles + G::OF_B), b + token * b_stride + group * R, b_stride, rows);
         copy_panel_rows<R / 8>(Panels<Q>(own.tiles + G::OF_C), c + token * c_stride + group * R, c_stride, rows);

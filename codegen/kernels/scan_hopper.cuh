@@ -11,14 +11,16 @@
 //   state·cᵀ runs while g is made of c·bᵀ; g goes through shared memory (its lower triangle; the rest is zero from the
 //   beginning); the state's own product and the next block's c·bᵀ run while y is written.
 //
-// b, c, x and g lie in panels (wgmma.cuh).  A warpgroup of its own copies blocks ahead (cp.async), makes their factors and, where
-// there is no y, weighs x in its place, so that warpgroups do products alone and each goes at its own pace.  Operands come from
-// shared memory once per 64 rows in place of once per 16, which bounded scan.cuh.
+// b, c, x and g lie in panels (wgmma.cuh).  A warpgroup of its own copies blocks ahead (cp.async) and makes factors, a block and
+// head per warp, so that what takes long is done once for several blocks, and warpgroups do products alone, each at its own
+// pace.  Operands come from shared memory once per 64 rows in place of once per 16, which bounded scan.cuh.
 //
-// C: as for scan.cuh; 16-bit T, Q = 64, P a multiple of 64, R 64 or 128, `whole`.  128 threads per 64 rows of a head and 128 more; 3 stages or more.
+// With C::panels a state is recorded as it lies in panels, by bulk copies: scan_grad_hopper.cuh reads it so.
+//
+// C: as for scan.cuh, and panels; 16-bit T, Q = 64, P a multiple of 64, R 64 or 128, `whole`.  128 threads per 64 rows of a head and 128 more; 3 stages or more.
 #pragma once
+#include "bulk.cuh"
 #include "scan_backward.cuh"
-#include "wgmma.cuh"
 
 namespace rambac {
 
@@ -46,20 +48,6 @@ template <int Q> __device__ __forceinline__ u32 across() {
 template <int Q> __device__ __forceinline__ float scan_weight(const ScanDecay<Q>& decay, int t, bool reverse) {
     return reverse ? decay.from_start[t] : decay.to_end[t] * decay.dt[t];
 }
-// Rows of a tile of 64 columns, each thread's as copy_panel_rows brought them, times their weights.
-template <class T, int Q> __device__ __forceinline__ void scan_weigh(Panels<Q> tile, const ScanDecay<Q>& decay, bool reverse) {
-    const int first = threadIdx.x % 128 / 8;
-    const u32 at = tile.at(first, threadIdx.x % 8);
-#pragma unroll
-    for (int i = 0; i < Q; i += 16) {
-        const float by = scan_weight(decay, first + i, reverse);
-        const uint4 x = load_shared16(at + i * Panels<Q>::ROW_BYTES);
-        u32 words[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-        for (int j = 0; j < 4; j++) words[j] = pack2<T>(to_f32(T{(u16)words[j]}) * by, to_f32(T{(u16)(words[j] >> 16)}) * by);
-        store_shared16(at + i * Panels<Q>::ROW_BYTES, words);
-    }
-}
 
 template <class C, class Way> struct ScanWalkHopper : ScanPlace<C, Way> {
     using T = typename C::T;
@@ -72,10 +60,18 @@ template <class C, class Way> struct ScanWalkHopper : ScanPlace<C, Way> {
 
     // Bytes; all tiles are Q rows in panels.  A stage is x of every group, b, c; then g of every group and y on its way out.
     static constexpr u32 TILE = Q * 128, WIDE = TILE * R / 64, OF_B = GROUPS * TILE, OF_C = OF_B + WIDE, STAGE = OF_C + (Way::outputs ? WIDE : 0);
-    static constexpr u32 OF_G = STAGES * STAGE, OF_OUT = OF_G + (Way::outputs ? GROUPS * TILE : 0), TILES = OF_OUT + (Way::outputs ? GROUPS * TILE : 0);
+    static constexpr u32 OF_G = STAGES * STAGE, OF_OUT = OF_G + (Way::outputs ? GROUPS * TILE : 0);
+    // Then two states on their way out.
+    static constexpr bool PANELS = Way::record && C::panels;
+    static constexpr u32 OF_RECORD = OF_OUT + (Way::outputs ? GROUPS * TILE : 0), TILES = OF_RECORD + (PANELS ? 2 * WIDE : 0);
+    static_assert(!PANELS || P * HEADS == 64, "a state of a warpgroup");
+    // Factors of so many blocks are made at once, and kept while they are used.
+    static constexpr int BATCH = 4 / HEADS, KEPT = STAGES - 1 + BATCH;
+    static_assert(HEADS <= 2, "a warp per block and head");
     struct alignas(1024) Shared {
         u8 tiles[TILES];
-        ScanDecay<Q> decay[STAGES][HEADS];
+        ScanDecay<Q> decay[KEPT][HEADS];
+        double total[4];
         Mbarrier full[STAGES], empty[STAGES];
     };
 
@@ -121,27 +117,19 @@ template <class C, class Way> struct ScanWalkHopper : ScanPlace<C, Way> {
         if constexpr (Way::outputs) copy_panel_rows<R / 8>(Tile(stage + OF_C), c + t0 * c_stride, c_stride, rows);
     }
 
-    // The last warpgroup copies blocks ahead; its warp i makes the factors of head i.
+    // The last warpgroup copies blocks ahead; a warp each makes the factors of a head of the next blocks.
     __device__ __forceinline__ void produce(Shared& sh) {
-        const int count = blocks(), m = warp_id() % 4;
+        const int count = blocks(), warp = warp_id() % 4, m = warp % HEADS, ahead = warp / HEADS;
         const u32 tiles = shared_address(sh.tiles);
+        const float rate = to_f32(a[m]);
         ScanSteps<Q> steps;
-        float rate = 0.f;
         double total = 0.;
         auto load = [&](int k) {
-            if (m < HEADS && k < count) steps.load(dt + begin(k) * dt_stride + m, dt_stride, end - begin(k));
+            if (k < count) steps.load(dt + begin(k) * dt_stride + m, dt_stride, end - begin(k));
         };
-        if (m < HEADS) rate = to_f32(a[m]);
-        load(0);
+        load(ahead);
         Ring<STAGES> to, done;
         auto ready = [&] {
-            if constexpr (!Way::outputs) {
-                // x is weighed where it lies: nothing else reads it.
-                warpgroup_sync(GROUPS);
-                // MUT scan_hopper_factors: ;
-#pragma unroll
-                for (int g = 0; g < GROUPS; g++) scan_weigh<T>(Tile(tiles + done.at * STAGE + g * TILE), sh.decay[done.at][g / SLICES], Way::reverse);
-            }
             shared_to_products();
             sh.full[done.at].arrive();
             done.next();
@@ -157,13 +145,22 @@ template <class C, class Way> struct ScanWalkHopper : ScanPlace<C, Way> {
                 // MUT scan_hopper_wait: copies_wait<2>();
                 ready();
             }
-            if (m < HEADS) total += steps.factors(sh.decay[to.at][m], rate);
-            load(k + 1);
+            if (k % BATCH == 0) {
+                if (k + ahead < count) total += steps.factors(sh.decay[(k + ahead) % KEPT][m], rate);
+                load(k + BATCH + ahead);
+            }
             to.next();
         }
         copies_wait<0>();
         if (count > 0) ready();
-        if (Way::totals && m < HEADS && lane_id() == 0) decays[m] = exp2_fast((float)total);
+        if constexpr (Way::totals) {
+            if (lane_id() == 0) sh.total[warp] = total;
+            warpgroup_sync(GROUPS);
+            if (ahead > 0 || lane_id() > 0) return;
+#pragma unroll
+            for (int i = 1; i < BATCH; i++) total += sh.total[i * HEADS + m];
+            decays[m] = exp2_fast((float)total);
+        }
     }
 
     // xᵀ [16, Q] as fragments of A.
@@ -224,6 +221,32 @@ template <class C, class Way> struct ScanWalkHopper : ScanPlace<C, Way> {
         }
     }
 
+    // The warp's rows of the state go to memory in panels, by way of shared memory.
+    __device__ __forceinline__ void begin_record(u32 tile) const {
+        const u32 at = Panels<64>(tile).at(warp_id() % 4 * 16 + lane_id() % 16, lane_id() / 16);
+        if (lane_id() == 0) bulk_wait_read<1>();
+        // MUT scan_hopper_record: ;
+        __syncwarp();
+#pragma unroll
+        for (int k = 0; k < R / 16; k++) {
+            u32 v[4];
+            a_of_d<T>(v, h + 2 * k);
+            stmatrix4((at ^ 32 * (k % 4)) + k / 4 * TILE, v);
+        }
+    }
+    __device__ __forceinline__ static void write_record(u32 tile, T* to) {
+        const int w = warp_id() % 4;
+        shared_to_products();
+        // MUT scan_hopper_record_fence: ;
+        __syncwarp();
+        if (lane_id() == 0) {
+            constexpr u32 ROWS = 16 * 128;
+#pragma unroll
+            for (int i = 0; i < R / 64; i++) bulk_store(to + i * (TILE / 2) + w * (ROWS / 2), tile + i * TILE + w * ROWS, ROWS);
+            bulk_commit();
+        }
+    }
+
     __device__ __forceinline__ void consume(Shared& sh) {
         const int count = blocks(), m = group() / SLICES;
         const u32 tiles = shared_address(sh.tiles), g = tiles + OF_G + group() * TILE, out = tiles + OF_OUT + group() * TILE;
@@ -238,41 +261,70 @@ template <class C, class Way> struct ScanWalkHopper : ScanPlace<C, Way> {
         if constexpr (Way::record) {
             if (count > 0) place += ((i64)(begin(0) / Q) * C::heads + head()) * P * R;
         }
-        // c·bᵀ of a block is made while the one before it is finished.
+        // c·bᵀ of a block is made while the one before it is finished; behind the last one its own once more, which is not used.
         float cb[Way::outputs ? Q / 8 : 2][4];
         Ring<STAGES> from, next;
+        Ring<KEPT> kept;
+        // x of a block as it lies, and what it adds to the state by.
+        Columns xs, weighted;
+        auto load_x = [&](int stage) {
+#pragma unroll
+            for (int i = 0; i < Q / 16; i++) ldmatrix4_trans(xs[i], tiles + stage * STAGE + mine + 16 * i * Tile::ROW_BYTES);
+        };
+        auto weigh_x = [&](int at) {
+            const ScanDecay<Q>& decay = sh.decay[at][m];
+#pragma unroll
+            for (int i = 0; i < Q / 16; i++)
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    const int t = 16 * i + 8 * half + 2 * (lane_id() % 4);
+                    const float lo = scan_weight(decay, t, Way::reverse), hi = scan_weight(decay, t + 1, Way::reverse);
+#pragma unroll
+                    for (int e = 0; e < 2; e++) {
+                        const u32 v = xs[i][2 * half + e];
+                        weighted[i][2 * half + e] = pack2<T>(to_f32(T{(u16)v}) * lo, to_f32(T{(u16)(v >> 16)}) * hi);
+                    }
+                }
+        };
         auto begin_next = [&](int k) {
+            const int at = k < count ? next.at : from.at;
             if (k < count) {
                 sh.full[next.at].wait(next.parity);
                 // MUT scan_hopper_ready: ;
-                if constexpr (Way::outputs) {
-                    const Tile bs(tiles + next.at * STAGE + OF_B), cs(tiles + next.at * STAGE + OF_C);
-                    products_begin();
-#pragma unroll
-                    for (int i = 0; i < R / 16; i++) Wgmma<T, Q, 0, 0>::run(cb, cs.along_rows(i), bs.along_rows(i), i > 0);
-                }
                 next.next();
             }
-            if constexpr (Way::outputs) products_commit();
+            if constexpr (Way::outputs) {
+                const Tile bs(tiles + at * STAGE + OF_B), cs(tiles + at * STAGE + OF_C);
+                products_begin();
+                in_flight(cb);
+#pragma unroll
+                for (int i = 0; i < R / 16; i++) Wgmma<T, Q, 0, 0>::run(cb, cs.along_rows(i), bs.along_rows(i), i > 0);
+                products_commit();
+            }
         };
+        if (count == 0) return;
         if constexpr (Way::outputs) begin_next(0);
 #pragma unroll 1
         for (int k = 0; k < count; k++) {
             const u32 stage = tiles + from.at * STAGE;
-            const ScanDecay<Q>& decay = sh.decay[from.at][m];
+            const ScanDecay<Q>& decay = sh.decay[kept.at][m];
             const Tile bs(stage + OF_B);
+            const u32 recorded = tiles + OF_RECORD + k % 2 * WIDE;
             u32 state[Way::outputs ? R / 16 : 1][4];
-            Columns xs, weighted;
             float acc[Q / 8][4];
             if constexpr (Way::outputs) {
 #pragma unroll
                 for (int i = 0; i < R / 16; i++) a_of_d<T>(state[i], h + 2 * i);
             }
-            if constexpr (!Way::outputs) begin_next(k);
-            if constexpr (Way::record) {
+            if constexpr (PANELS) begin_record(recorded);
+            if constexpr (Way::record && !PANELS) {
                 const int row = slice() + lane_id() / 4;
                 store_d_global(place + row * R, place + (row + 8) * R, h);
-                place += Way::reverse ? -C::heads * P * R : C::heads * P * R;
+            }
+            if constexpr (!Way::outputs) {
+                begin_next(k);
+                load_x(from.at);
+                weigh_x(kept.at);
             }
             if constexpr (Way::outputs) {
                 const Tile cs(stage + OF_C);
@@ -281,8 +333,7 @@ template <class C, class Way> struct ScanWalkHopper : ScanPlace<C, Way> {
 #pragma unroll
                 for (int i = 0; i < R / 16; i++) Wgmma<T, Q, 0, 0>::run(acc, state[i], cs.along_rows(i), i > 0);
                 products_commit();
-#pragma unroll
-                for (int i = 0; i < Q / 16; i++) ldmatrix4_trans(xs[i], stage + mine + 16 * i * Tile::ROW_BYTES);
+                load_x(from.at);
                 products_wait<1>();
                 in_flight(cb);
                 make_g(g, decay, cb);
@@ -305,20 +356,8 @@ template <class C, class Way> struct ScanWalkHopper : ScanPlace<C, Way> {
                 for (int i = 0; i < Q / 16; i++) Wgmma<T, Q, 0, 0>::run(acc, xs[i], Tile(g).along_rows(i), true);
                 products_commit();
                 // Before the next product: what writes registers between products makes them wait for each other.
-#pragma unroll
-                for (int i = 0; i < Q / 16; i++)
-#pragma unroll
-                    for (int half = 0; half < 2; half++) {
-                        const int t = 16 * i + 8 * half + 2 * (lane_id() % 4);
-                        const float lo = scan_weight(decay, t, false), hi = scan_weight(decay, t + 1, false);
-#pragma unroll
-                        for (int e = 0; e < 2; e++) {
-                            const u32 v = xs[i][2 * half + e];
-                            weighted[i][2 * half + e] = pack2<T>(to_f32(T{(u16)v}) * lo, to_f32(T{(u16)(v >> 16)}) * hi);
-                        }
-                    }
+                weigh_x(kept.at);
             }
-
             // state = whole·state + (factor·x)ᵀ·b
             const float whole = decay.from_start[Q - 1];
 #pragma unroll
@@ -329,11 +368,11 @@ template <class C, class Way> struct ScanWalkHopper : ScanPlace<C, Way> {
             // MUT scan_hopper_unfenced_h: ;
             in_flight(h);
 #pragma unroll
-            for (int i = 0; i < Q / 16; i++) {
-                if constexpr (Way::outputs) Wgmma<T, R, 0, 1>::run(h, weighted[i], bs.along_columns(i), true);
-                else Wgmma<T, R, 1, 1>::run(h, Tile(stage + group() * TILE).along_columns(i), bs.along_columns(i), true);
-            }
+            for (int i = 0; i < Q / 16; i++) Wgmma<T, R, 0, 1>::run(h, weighted[i], bs.along_columns(i), true);
             products_commit();
+            if constexpr (PANELS) write_record(recorded, place);
+            if constexpr (Way::record) place += Way::reverse ? -C::heads * P * R : C::heads * P * R;
+            kept.next();
             if constexpr (Way::outputs) {
                 begin_next(k + 1);
                 products_wait<2>();
@@ -355,6 +394,7 @@ template <class C, class Way> struct ScanWalkHopper : ScanPlace<C, Way> {
             if (lane_id() == 0) sh.empty[from.at].arrive();
             from.next();
         }
+        if constexpr (PANELS) bulk_wait<0>();
     }
 
     // As ScanWalk::walk.
@@ -363,10 +403,10 @@ template <class C, class Way> struct ScanWalkHopper : ScanPlace<C, Way> {
         if (threadIdx.x < STAGES) sh.full[threadIdx.x].init(128), sh.empty[threadIdx.x].init(4 * GROUPS);
         __syncthreads();
         if (group() == GROUPS) {
-            if constexpr (GROUPS > 1) fewer_registers<40>();
+            if constexpr (GROUPS > 1) fewer_registers<56>();
             produce(sh);
         } else {
-            if constexpr (GROUPS > 1) more_registers<232>();
+            if constexpr (GROUPS > 1) more_registers<224>();
             first_state();
             consume(sh);
             last_state();

@@ -14,7 +14,7 @@ headers! {
     "types", "warp", "earlier", "mma", "copy", "pages",
     "tile", "chunk_softmax", "attend", "inverted_index", "attend_chunks", "attend_grad", "select", "select_grad",
     "select_scan", "few_rows", "score", "choose", "mix",
-    "attention", "wgmma", "tensor_map", "attend_chunks_hopper", "attend_tile_hopper", "any_size",
+    "attention", "wgmma", "bulk", "tensor_map", "attend_chunks_hopper", "attend_tile_hopper", "any_size",
     "map", "map_each", "move", "reduce", "cross_entropy", "embedding",
     "slots", "conv", "rms_norm", "rotary", "scan", "scan_backward", "scan_hopper", "scan_grad_hopper",
     "scan_step",

@@ -97,9 +97,9 @@ pub fn quick_hopper(rig: &Rig) -> Result<(), String> {
     Ok(())
 }
 
-/// As [`quick_forward`], of scan_grad_hopper.cuh: more heads than stages, a block that is not whole.
+/// As [`quick_forward`], of scan_grad_hopper.cuh: more heads than stages, more blocks than places for states, one that is not whole.
 pub fn quick_grad_hopper(rig: &Rig) -> Result<(), String> {
-    let d = Bindings::new([("N", 1), ("L", 100)]);
+    let d = Bindings::new([("N", 1), ("L", 150)]);
     let mut all = inputs(&mut Rng(13), DType::BF16, (4, 64, 1, 64), &d, false);
     // Slow enough that a block's first state still counts at its end.
     if let rambac_ir::host::Data::Float(a) = &mut all[2].value.data {

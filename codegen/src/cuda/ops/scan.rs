@@ -32,6 +32,8 @@ pub(super) enum Walk {
     Outputs,
     States,
     Record,
+    /// As `Record`, states in the panels that scan_grad_hopper.cuh reads.
+    Panels,
 }
 
 /// How a block walks.
@@ -50,6 +52,8 @@ pub(super) struct Tile {
     pub warpgroups: bool,
     /// Blocks that share a multiprocessor, which registers are kept few for.
     pub per_sm: usize,
+    /// States are recorded in panels.
+    pub panels: bool,
 }
 
 impl Tile {
@@ -63,7 +67,7 @@ impl Tile {
         let stage = x + r + if outputs { r } else { pad };
         let g = if outputs { heads * block * (block + pad) } else { pad };
         let out = match walk {
-            Walk::Record => 16 * (state + pad),
+            Walk::Record | Walk::Panels => 16 * (state + pad),
             Walk::Outputs if size == 2 => 256,
             _ => pad,
         };
@@ -72,23 +76,30 @@ impl Tile {
     }
 
     /// The tile of scan_hopper.cuh: a warpgroup per 64 rows of a head's state, two of them at most.
-    fn warpgroups(s: &Scan, walk: Walk, heads: usize, target: &Target) -> Option<Tile> {
+    pub fn warpgroups(s: &Scan, walk: Walk, heads: usize, target: &Target) -> Option<Tile> {
         const STAGES: usize = 3;
         let (p, r) = s.full();
         let fits = s.whole && s.dtype.size() == 2 && p.is_multiple_of(64) && (r == 64 || r == 128);
-        let groups = heads * p / 64;
-        if target.arch != Arch::Sm90a || !fits || groups > 2 || !(s.heads / s.groups).is_multiple_of(heads) {
+        let (groups, panels) = (heads * p / 64, walk == Walk::Panels);
+        if target.arch != Arch::Sm90a
+            || !fits
+            || groups > if panels { 1 } else { 2 }
+            || !(s.heads / s.groups).is_multiple_of(heads)
+        {
             return None;
         }
-        // Panels of 64 rows of 128 bytes: x, b and perhaps c of every stage; g and y of every warpgroup.
+        // Panels of 64 rows of 128 bytes: x, b and perhaps c of every stage; g and y of every warpgroup, or two states on their way out.
         let (panel, outputs) = (64 * 128, walk == Walk::Outputs);
         let wide = panel * r / 64 * if outputs { 2 } else { 1 };
-        let tiles = STAGES * (groups * panel + wide) + if outputs { 2 * groups * panel } else { 0 };
-        let shared = (tiles + STAGES * (heads * 5 * 64 * 4 + 16)).next_multiple_of(1024);
+        let out = if outputs { 2 * groups * panel } else { 0 } + if panels { 2 * wide } else { 0 };
+        let tiles = STAGES * (groups * panel + wide) + out;
+        // Factors of the blocks in use and of those that four warps make at once.
+        let factors = (STAGES - 1 + 4 / heads.clamp(1, 4)) * heads * 5 * 64 * 4;
+        let shared = (tiles + factors + 4 * 8 + STAGES * 16).next_multiple_of(1024);
         // A walk with one warpgroup, which keeps a state and no more, leaves room for another.
         let two = groups == 1 && !outputs && 2 * (shared + Target::SHARED_RESERVED) <= target.shared_per_sm;
         let (threads, per_sm) = (128 * (groups + 1), if two { 2 } else { 1 });
-        let tile = Tile { block: 64, stages: STAGES, heads, shared, threads, warpgroups: true, per_sm };
+        let tile = Tile { block: 64, stages: STAGES, heads, shared, threads, warpgroups: true, per_sm, panels };
         (shared <= target.shared_per_block).then_some(tile)
     }
 
@@ -109,7 +120,7 @@ impl Tile {
         }
         let all = [2, 1].map(|stages| {
             let shared = Tile::shared(s, walk, block, stages, heads);
-            Tile { block, stages, heads, shared, threads, warpgroups: false, per_sm: 1 }
+            Tile { block, stages, heads, shared, threads, warpgroups: false, per_sm: 1, panels: false }
         });
         all.into_iter().find(|t| t.shared <= target.shared_per_block)
     }
@@ -194,6 +205,7 @@ impl Scan {
             .int("stages", t.stages)
             .tag(format!("s{}", t.stages))
             .int("shared", t.shared)
+            .flag("panels", t.panels)
             .flag("reverse", reverse)
             .tag(if reverse { "back" } else { "forth" })
             .blocks_per_sm(t.per_sm)
@@ -439,13 +451,29 @@ mod tests {
         let s = scan(32, 64, 128, DType::BF16);
         assert_eq!(Tile::heads(&s), 2);
         let tile = |arch| s.tile(Walk::Outputs, 2, &Target::of(arch)).unwrap();
-        let warps =
-            Tile { block: 64, stages: 2, heads: 2, shared: 129_536, threads: 256, warpgroups: false, per_sm: 1 };
+        let warps = Tile {
+            block: 64,
+            stages: 2,
+            heads: 2,
+            shared: 129_536,
+            threads: 256,
+            warpgroups: false,
+            per_sm: 1,
+            panels: false,
+        };
         assert_eq!(tile(Arch::Sm80), warps);
-        let groups =
-            Tile { block: 64, stages: 3, heads: 2, shared: 188_416, threads: 384, warpgroups: true, per_sm: 1 };
+        let groups = Tile {
+            block: 64,
+            stages: 3,
+            heads: 2,
+            shared: 191_488,
+            threads: 384,
+            warpgroups: true,
+            per_sm: 1,
+            panels: false,
+        };
         assert_eq!(tile(Arch::Sm90a), groups);
-        assert_eq!(s.tile(Walk::Record, 1, &Target::of(Arch::Sm90a)).unwrap().per_sm, 2);
+        assert_eq!(s.tile(Walk::Panels, 1, &Target::of(Arch::Sm90a)).unwrap().per_sm, 2);
         let s = scan(32, 64, 128, DType::F32);
         assert_eq!(s.tile(Walk::Outputs, 1, &Target::of(Arch::Sm80)).unwrap().block, 32);
     }

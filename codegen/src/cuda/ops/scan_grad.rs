@@ -1,6 +1,7 @@
 //! Gradients of the selective scan: states and their gradients at block boundaries are written down by walks, then a
 //! block of tokens goes through the heads of a group.
 
+use super::scan as walk;
 use super::scan::{A, B, C, D, FILL, H0, SEGMENT, Scan, Walk, X, enough};
 use super::slots::Slots;
 use super::{Cuda, Site, Unsupported, because};
@@ -51,9 +52,11 @@ impl Tile {
         if target.arch != Arch::Sm90a || !fits {
             return None;
         }
-        // Panels of 64 rows of 128 bytes: x, dy, states and their gradients of every stage; b, c and E.
+        // It reads what this walk writes.
+        walk::Tile::warpgroups(s, Walk::Panels, 1, target)?;
+        // Panels of 64 rows of 128 bytes: x, dy, states and their gradients of every stage; b, c, E and c·bᵀ in f32.
         let (panel, wide) = (64 * 128, 64 * 128 * r / 64);
-        let tiles = STAGES * (2 * panel + 2 * wide) + 2 * wide + panel;
+        let tiles = STAGES * (2 * panel + 2 * wide) + 2 * wide + 3 * panel;
         let factors = STAGES * 4 * (5 * 64 + 3 * 64 + 8);
         let steps = s.exact.size() * 64 * (heads | 1) + 4 * 4 * heads;
         let shared = (tiles + factors + steps + 16 * STAGES).next_multiple_of(1024);
@@ -131,7 +134,7 @@ impl Plan<'_> {
         let (s, site) = (self.s, self.site);
         // The blocks are those of the gradients' kernel.
         let own = |walk| s.tile_of(walk, 1, self.tile.block, site.target);
-        let t = own(Walk::Record)?;
+        let t = own(if self.tile.warpgroups { Walk::Panels } else { Walk::Record })?;
         let (over, first, last, to) = if reverse { ((DY, C), DH, DH0, GRADIENTS) } else { ((X, B), H0, DH0, STATES) };
         let stub = |template, start: DType| {
             let stub = s.walk("scan_backward", template, t, reverse);
