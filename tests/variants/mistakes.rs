@@ -288,13 +288,11 @@ fn what_try_calls_wrong_is_not_trained_in_silence() {
     expect(&text, &["mine.ir: 1 warning", what[0]]);
 
     // A scorer that learns nothing: a warning, but not where nothing is to be learnt.
-    let deaf = format!(
-        "  %wq = param \"scorer\" : f32[kv_heads*dim, width]\n  %rf = matmul %x, %wq {{trans_b = true}}\n  \
-         %rq = reshape %rf {{shape = [N, L, kv_heads, dim]}}\n  %kc = summarise %k {{chunk = chunk}}\n  \
-         %s = score %rq, %kc, %t0 {{chunk = chunk, scale = scale}}\n  %i, %n = select %s {{k = k}}\n  \
-         %y, %ly = attend %q, %k, %v, %i, %n {{chunk = chunk, scale = scale, joint = true}}\n  return \"o\" = %y\n"
-    );
-    write(at, "mine", &deaf);
+    let deaf = "  %wq = param \"scorer\" : f32[kv_heads*dim, width]\n  %rf = matmul %x, %wq {trans_b = true}\n  \
+         %rq = reshape %rf {shape = [N, L, kv_heads, dim]}\n  %kc = summarise %k {chunk = chunk}\n  \
+         %s = score %rq, %kc, %t0 {chunk = chunk, scale = scale}\n  %i, %n = select %s {k = k}\n  \
+         %y, %ly = attend %q, %k, %v, %i, %n {chunk = chunk, scale = scale, joint = true}\n  return \"o\" = %y\n";
+    write(at, "mine", deaf);
     let (code, text) = rambac(at, &[&train[..], &["deaf"]].concat());
     assert_eq!(code, Some(0), "{text}");
     expect(&text, &["⚠", "no gradient reaches \"scorer\", so it never learns", "mine.ir:8:3"]);

@@ -121,7 +121,8 @@ impl Part {
         // runs on a GPU, its memory lies in pages.
         let gpus = || {
             let lowered = || {
-                let pages = (name == "upper").then(|| crate::session::upper_half(gpu_graph, DType::BF16).ok()).flatten();
+                let pages =
+                    (name == "upper").then(|| crate::session::upper_half(gpu_graph, DType::BF16).ok()).flatten();
                 pages.unwrap_or_else(|| lower_for(gpu_graph, Kernels::Gpu))
             };
             let program = (!targets.is_empty()).then(|| Arc::new(lowered()));

@@ -141,7 +141,8 @@ impl Cuda for CausalConv1d {
         }
         for steps in STEPS {
             let t = tile(steps);
-            let stub = operands(c.stub("causal_conv", t, THREADS)).blocks_per_sm(if c.dtype.size() == 2 { 6 } else { 4 });
+            let stub =
+                operands(c.stub("causal_conv", t, THREADS)).blocks_per_sm(if c.dtype.size() == 2 { 6 } else { 4 });
             let l = stub.i32("l", &c.l).launch((c.tiles(t), c.blocks_of(t), &c.n));
             let why = format!("a thread walks {steps} tokens of {} channels; {} are read twice", t.vec, c.k - 1);
             let form = Form::new("causal_conv", why, vec![l.into()]);
