@@ -200,7 +200,10 @@ fn by_chunks(a: &Attending, site: &Site, dy: Operand, before: Vec<Call>, rows: E
     let two_passes = parts > 1 && !s.joint;
     if two_passes {
         let (held, shared) = s.stats(&t, site.target);
-        let stub = a.tiled("attend_grad", "attend_grad_stats", &Tile { blocks_per_sm: 1, ..t }, shared, s.slab());
+        // Of f32 a few keys at a time: registers hold no more beside whole rows.
+        let keys = if a.dtype == DType::F32 { 16 } else { t.keys };
+        let tile = Tile { blocks_per_sm: 1, keys, ..t };
+        let stub = a.tiled("attend_grad", "attend_grad_stats", &tile, shared, s.slab());
         let stub = stub.int("held", held);
         let stub = stub.write("log2_sum", DType::F32, log2_sum).write("delta", DType::F32, delta);
         calls.push(operands(stub)?.launch((slabs.clone(), 1, 1)).into());
