@@ -314,9 +314,9 @@ mod tests {
         assert_eq!(told(&wrap(Above(std::io::Error::other("the cause")))), "above: the cause");
         let e = wrap(Above(std::io::Error::other("what lies above")));
         assert_eq!(told(&e), "above: what lies above");
-        let text = told(&miette!(help = "do this", "no").wrap_err("not loaded"));
-        assert!(text.starts_with("not loaded: no"), "{text}");
-        assert_eq!(told(&miette!(help = "do this", "no")), "no; do this");
+        let text = told(&miette!(help = "do this", "it is gone").wrap_err("not loaded"));
+        assert!(text.starts_with("not loaded: it is gone"), "{text}");
+        assert_eq!(told(&miette!(help = "do this", "it is gone")), "it is gone; do this");
     }
 
     #[test]

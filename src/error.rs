@@ -133,17 +133,21 @@ pub fn findings(path: &std::path::Path, text: &str, all: Vec<diagnostic::Diagnos
     Report::new(Findings { path: path.into(), findings: all.into_iter().map(finding).collect() })
 }
 
-/// Prints an error to standard error; of a file its findings one below the other.
-pub fn report(e: Report) {
+/// A report as it is shown: of a file's findings how many there are, then each.
+pub fn parts(e: Report) -> Vec<Report> {
     match e.downcast::<Findings>() {
         Ok(all) => {
-            let head = all.to_string();
-            let severity = all.severity().unwrap_or(Severity::Error);
-            eprintln!("{:?}", miette!(severity = severity, "{head}"));
-            all.findings.into_iter().for_each(|f| eprintln!("{:?}", Report::new(f)));
+            let (head, severity) = (all.to_string(), all.severity().unwrap_or(Severity::Error));
+            let each = all.findings.into_iter().map(Report::new);
+            std::iter::once(miette!(severity = severity, "{head}")).chain(each).collect()
         }
-        Err(e) => eprintln!("{e:?}"),
+        Err(e) => vec![e],
     }
+}
+
+/// Prints an error to standard error, its [`parts`] one below the other.
+pub fn report(e: Report) {
+    parts(e).iter().for_each(|e| eprintln!("{e:?}"));
 }
 
 /// Prints a warning to standard error.

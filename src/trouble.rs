@@ -1,6 +1,6 @@
 //! A training step that gave NaN or infinity: run again on the same batch, the first value that is not finite.
 //!
-//! On the CPU a step that fails leaves parameters and moments as they were (`Executor::guard`), so the step can be done again; it
+//! On the CPU a step whose gradient's norm is not finite leaves parameters and moments as they were (`Executor::guard`), so the step can be done again; it
 //! is done without the passes, so that what is found has the name and the line that its author gave it.
 
 use crate::error::{self, Result};
@@ -32,6 +32,10 @@ pub fn explain(e: TrainError, mut f: Failed, pool: &Arc<rayon::ThreadPool>, next
     let TrainError::NotFinite { step, loss, grad_norm } = e else { return error::train(e) };
     let what = format!("step {}: the loss is {loss} and the gradient's norm {grad_norm}", step + 1);
     let found = match f.again.take() {
+        // What stops an update is the norm.
+        Some(_) if grad_norm.is_finite() => {
+            Found::told("the loss overflows where its gradient does not, and parameters have been replaced by then")
+        }
         Some((batch, store)) => find(&f, batch, store, pool)
             .unwrap_or_else(|e| Found::told(format!("it could not be run again to see where that begins: {e}"))),
         None => Found::told("a GPU has replaced its parameters by then; a run on the CPU tells where it begins"),
@@ -91,6 +95,9 @@ fn find(f: &Failed, batch: &[MicroBatch], store: &mut Store, pool: &Arc<rayon::T
         if let Some(at) = at {
             return Ok(told(e.program().steps[at].node, &e.program().graph));
         }
+    }
+    if !matches!(f.carry, Carry::Zero) {
+        return Ok(Found::told("run again on the same batch from the states that it left, every value is finite"));
     }
     let mut found = Found::told("run again, every value is finite, so it is the sum of squares that overflows");
     found.help = Some("gradients are too large: lower --lr, or make --warmup longer".into());

@@ -1,9 +1,9 @@
 //! Which casts from bf16 and to bf16 are no steps, because a kernel reads or writes bf16 in their place.
 //!
-//! On GPUs an op's operands and results that go together (`rambac_passes::mixed::halves`) are all bf16 or none is.
+//! On GPUs an op's operands and results that go together (`rambac_passes::mixed::halves`) are all bf16 or none is; a memory that will be
+//! pages of bf16 counts as such.
 
-use crate::cuda::takes_pages;
-use crate::traits::{Kernels, reads_bf16};
+use crate::traits::{Kernels, kernel_traits, reads_bf16};
 use rambac_ir::ops::{Op, SourceKind};
 use rambac_ir::{DType, Graph, Node, NodeId, Ty, Value};
 use rambac_passes::mixed::{halves, narrows, widens};
@@ -21,7 +21,8 @@ pub struct Narrow {
 
 /// Whether a node is a memory that `op` can read in pages.
 fn in_pages(op: &Op, operand: usize, memory: &Node) -> bool {
-    matches!(&memory.op, Op::Source(s) if s.kind == SourceKind::Input) && takes_pages(op, operand)
+    let input = matches!(&memory.op, Op::Source(s) if s.kind == SourceKind::Input);
+    input && kernel_traits(op).paged_inputs.contains(&operand)
 }
 
 /// What a result's readers say of it.
@@ -87,7 +88,7 @@ impl Narrow {
         n
     }
 
-    /// Whether the node's kernel reads operand `i` as bf16 if it is a cast from bf16.
+    /// Whether the node's kernel reads operand `i` as bf16 if it is a cast from bf16, or a memory that will be pages of bf16.
     pub fn reads(&self, id: NodeId, i: usize) -> bool {
         self.reads[id.index()][i]
     }

@@ -275,8 +275,8 @@ impl Trainer {
     /// One step over `batch`, which has as many micro-batches as the trainer has parts.
     ///
     /// # Errors
-    /// A refused input, or a loss or gradient that is not finite: on this machine's cores parameters and moments are then what
-    /// they were before the step; a GPU's are spoilt.
+    /// A refused input, or a loss or gradient that is not finite: where the gradient's norm is not, parameters and moments on this
+    /// machine's cores are then what they were before the step; a GPU's are spoilt.
     pub fn step(&mut self, step: u64, batch: &[MicroBatch]) -> Result<StepReport, TrainError> {
         self.step_timed(step, batch, None)
     }

@@ -118,7 +118,7 @@ pub fn too_many(g: &Graph, len: usize) -> Vec<Diagnostic> {
             let remedy = format!(
                 "choose fewer (k = {}), make chunks smaller, or train on longer texts: --len {} or more",
                 (have / 2).max(1),
-                op.k.saturating_mul(len / have.max(1))
+                op.k.saturating_mul(units.divisor() as usize)
             );
             Diagnostic::error(message).on(id, &n.loc).help(remedy)
         })

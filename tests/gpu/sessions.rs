@@ -26,6 +26,7 @@ pub const ALL: &[Case] = &[
     ("between_choices_tokens_are_decoded_by_records", between),
     ("prompts_of_several_sequences_are_replayed", replayed),
     ("landmarks_beyond_the_limit_come_in_parts", in_parts),
+    ("sessions_in_parts_in_turns", in_parts_in_turns),
     ("faults_while_chunks_are_gathered", faults),
 ];
 
@@ -459,6 +460,44 @@ fn in_parts(rig: &Rig) -> Result<String, String> {
         ": {} parts, {peak} of {limit} bytes ({short} at a 64th of the text, {all} without a limit)",
         r.landmark_parts
     ))
+}
+
+/// Two sequences in turns, one with landmarks that come in parts and one whose pages stay: as where all is on the device.
+fn in_parts_in_turns(rig: &Rig) -> Result<String, String> {
+    let c = Config { chunk_size: 16, chunk_topk: 3, ..small()? };
+    let least = match watched(rig, &c, &options(2, Precision::Bf16), Some(1)) {
+        Err(SessionError::DeviceMemory { need, .. }) => need,
+        other => return Err(format!("a limit of one byte: {:?}", other.err())),
+    };
+    let run = |limit: Option<usize>| -> Result<(Vec<Segment>, Session), String> {
+        let (mut a, _) = text(watched(rig, &c, &options(2, Precision::Bf16), limit))?;
+        // The short one first: its pages are the first.
+        for (seq, tokens) in [(1, 64), (0, 3 * 128 * 16)] {
+            ids(tokens, 3 + seq).chunks(64).try_for_each(|part| text(a.skim(seq, part)))?;
+        }
+        let mut out = vec![];
+        for part in ids(12, 8).chunks(2) {
+            for seq in [0, 1] {
+                out.push(text(a.feed(seq, part))?);
+            }
+        }
+        Ok((out, a))
+    };
+    let (got, a) = run(Some(least + (24 << 10)))?;
+    let (want, _) = run(None)?;
+    let r = a.residency().ok_or("chunks are on the device")?;
+    if r.landmark_parts == 0 {
+        return Err(format!("{r:?}: landmarks come in parts"));
+    }
+    for (i, (x, y)) in got.iter().zip(&want).enumerate() {
+        if x.hidden != y.hidden
+            || x.retrieved.indices != y.retrieved.indices
+            || x.retrieved.weights != y.retrieved.weights
+        {
+            return Err(format!("turn {i} is other than where all is on the device"));
+        }
+    }
+    Ok(format!(": {} parts", r.landmark_parts))
 }
 
 /// A store that is cut under a session, and a device of which every call fails once while it chooses, brings and attends: an error

@@ -23,16 +23,16 @@ pub fn arch(a: &ViewArgs) -> Arch {
 pub fn opener(given: ViewArgs) -> Opener {
     Box::new(move |path| {
         let a = ViewArgs { model: path.display().to_string(), part: None, ..given.clone() };
-        view::scene(&a).map_err(|e| plain(&e))
+        view::scene(&a).map_err(plain)
     })
 }
 
 /// An error as text without colours, as the window shows it.
-fn plain(e: &Report) -> String {
+fn plain(e: Report) -> String {
     let handler = GraphicalReportHandler::new_themed(GraphicalTheme::unicode_nocolor()).with_width(100);
-    let mut text = String::new();
-    match handler.render_report(&mut text, e.as_ref()) {
-        Ok(()) => text,
-        Err(_) => e.to_string(),
-    }
+    let one = |e: &Report| {
+        let mut text = String::new();
+        handler.render_report(&mut text, e.as_ref()).map_or_else(|_| e.to_string(), |()| text)
+    };
+    rambac::error::parts(e).iter().map(one).collect::<Vec<_>>().join("\n")
 }

@@ -32,5 +32,5 @@ pub use describe::{describe, kernel};
 pub use emit::{EmitError, GpuProgram, GpuStep, emit};
 pub use expr::Expr;
 pub use form::{Call, Condition, Form, Gemm, GemmOperand, Kernel, Launch, Operand, Param, TensorParam, Workspace};
-pub use pages::{PagesError, paged, takes_pages};
+pub use pages::{PagesError, paged};
 pub use target::{Arch, Target};

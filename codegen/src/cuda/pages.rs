@@ -60,11 +60,6 @@ fn unit(op: &Op, operand: usize) -> Option<Unit> {
     }
 }
 
-/// Whether a step of this op can read its operand in pages.
-pub fn takes_pages(op: &Op, operand: usize) -> bool {
-    unit(op, operand).is_some()
-}
-
 /// The program with the inputs `names` as pools of `stored` elements and tables.
 ///
 /// # Errors

@@ -188,12 +188,13 @@ fn argument(p: &Param, dims: &Bindings, place: &impl Fn(Operand) -> Result<Place
     })
 }
 
-/// What devices call a float type; others are none.
+/// What devices call a float type.
 fn float(t: DType) -> Float {
     match t {
         DType::BF16 => Float::Bf16,
         DType::F16 => Float::F16,
-        _ => Float::F32,
+        DType::F32 => Float::F32,
+        other => unreachable!("BUG: {other} is no float"),
     }
 }
 

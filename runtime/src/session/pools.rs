@@ -194,9 +194,10 @@ impl Pools {
         let all = self.landmark_pages[seqs].iter().map(of).collect();
         (all, others)
     }
-    /// Parts in which the landmarks of `seqs` come; 0: they are all there.
+    /// Parts in which the landmarks of `seqs` come; 0: those of all sequences are there.  Where others' are not there is one at least,
+    /// which may bring nothing: sequences share their records, and these stop at parts.
     fn parts(&self, seqs: Range<usize>) -> usize {
-        if self.away() { self.split(seqs).1.div_ceil(self.passing()) } else { 0 }
+        if self.away() { self.split(seqs).1.div_ceil(self.passing()).max(1) } else { 0 }
     }
 
     fn dtype(&self) -> DType {

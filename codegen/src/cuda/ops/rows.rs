@@ -5,6 +5,7 @@ use super::{Cuda, Site, Unsupported, because};
 use crate::cuda::expr::Expr;
 use crate::cuda::form::{Form, Operand};
 use crate::cuda::stub::Stub;
+use crate::cuda::target::Target;
 use rambac_ir::ops::*;
 use rambac_ir::{DType, Dim};
 
@@ -23,6 +24,11 @@ pub(super) struct CrossEntropyStub<'a> {
     pub vec: usize,
     /// Of shared memory that logits may be held in.
     pub bytes: usize,
+}
+
+/// Shared memory that two resident blocks may hold logits in, each: half, less what sums and the hardware take.
+pub(super) fn to_hold(target: &Target) -> usize {
+    target.shared_per_block / 2 - 2048
 }
 
 /// Bytes of a row up to which the second cache keeps the rows that are under way at a time.
@@ -67,7 +73,7 @@ fn labelled(site: &Site, template: &'static str, ignore: i64) -> Result<(Stub, D
     let rows: Vec<Operand> = if template == "cross_entropy" { vec![z] } else { vec![z, Operand::Output(0)] };
     let widest = rows.iter().map(|&at| site.dtype(at).size()).max().unwrap_or(4);
     let vec = row_vector(&cols, site.vector(&rows, 16 / widest));
-    let bytes = if template == "cross_entropy" { 0 } else { site.target.shared_per_block / 2 - 2048 };
+    let bytes = if template == "cross_entropy" { 0 } else { to_hold(site.target) };
     let stub = cross_entropy(&CrossEntropyStub { template, dtype: site.dtype(z), cols: &cols, ignore, vec, bytes })?
         .read("z", site.dtype(z), z)
         .i64("stride", site.row_stride(z, shape.len() - 1)?)

@@ -218,7 +218,7 @@ fn tiled(op: &Selection, site: &Site) -> Result<Vec<Form>, Unsupported> {
         let template = if pages.is_some() { "select_paged" } else { "select" };
         let launch = read(write(search(template, &tile)), true)?.launch((blocks.clone(), 1, 1));
         let form = Form::new(name, why(&tile), vec![launch.into()]);
-        Ok(if pages.is_some() { form.when(all_there()) } else { form })
+        Ok(if pages.is_some() { form.needs(all_there()) } else { form })
     };
     let Some(narrow) = SelectTile::choose(site.target, t, op.k, 64) else {
         return because(format!("{} slots do not fit {} bytes", op.k, site.target.shared_per_block));
