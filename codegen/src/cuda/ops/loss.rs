@@ -2,7 +2,7 @@
 //! less where rows are many.  Logits are f32; their gradient overwrites them, or stands beside them in bf16.
 
 use super::reduce::rows_of;
-use super::rows::{CrossEntropyStub, cross_entropy, row_vector, to_hold};
+use super::rows::{CrossEntropyStub, cross_entropy, row_vector};
 use super::{Cuda, Site, Unsupported};
 use crate::cuda::expr::Expr;
 use crate::cuda::form::{Call, Condition, Form, Gemm, GemmOperand, Operand};
@@ -93,7 +93,7 @@ impl<'a> Parts<'a> {
             ignore: self.ignore,
             // Of workspace, so that only rows' length matters.
             vec: row_vector(cols, 4),
-            bytes: if template == "cross_entropy" { 0 } else { to_hold(self.site.target) },
+            target: self.site.target,
         };
         Ok(cross_entropy(&s)?.read("z", DType::F32, LOGITS).i64("stride", self.vocab.clone()).read_from(
             "labels",

@@ -22,13 +22,7 @@ pub(super) struct CrossEntropyStub<'a> {
     pub ignore: i64,
     /// Logits that can be moved at once.
     pub vec: usize,
-    /// Of shared memory that logits may be held in.
-    pub bytes: usize,
-}
-
-/// Shared memory that two resident blocks may hold logits in, each: half, less what sums and the hardware take.
-pub(super) fn to_hold(target: &Target) -> usize {
-    target.shared_per_block / 2 - 2048
+    pub target: &'a Target,
 }
 
 /// Bytes of a row up to which the second cache keeps the rows that are under way at a time.
@@ -37,11 +31,13 @@ const CACHED: usize = 64 << 10;
 /// A stub without its parameters.
 pub(super) fn cross_entropy(s: &CrossEntropyStub) -> Result<Stub, Unsupported> {
     let size = s.dtype.size();
-    let long = s.cols.as_int().filter(|&cols| cols * size > CACHED && s.bytes > CACHED / 2);
+    // Gradients read a row twice.  Two blocks are resident: each may hold half, less what sums and the hardware take.
+    let bytes = if s.template == "cross_entropy" { 0 } else { s.target.shared_per_block / 2 - 2048 };
+    let long = s.cols.as_int().filter(|&cols| cols * size > CACHED && bytes > CACHED / 2);
     let threads = if long.is_some() { 512 } else { row_threads(s.cols) };
     // Turns of all threads.
     let turn = threads * s.vec;
-    let held = long.map_or(0, |cols| cols.div_ceil(turn).min(s.bytes / size / turn) * turn);
+    let held = long.map_or(0, |cols| cols.div_ceil(turn).min(bytes / size / turn) * turn);
     let Ok(ignore) = i32::try_from(s.ignore) else {
         return because(format!("the ignored label {} is no i32", s.ignore));
     };
@@ -73,11 +69,17 @@ fn labelled(site: &Site, template: &'static str, ignore: i64) -> Result<(Stub, D
     let rows: Vec<Operand> = if template == "cross_entropy" { vec![z] } else { vec![z, Operand::Output(0)] };
     let widest = rows.iter().map(|&at| site.dtype(at).size()).max().unwrap_or(4);
     let vec = row_vector(&cols, site.vector(&rows, 16 / widest));
-    let bytes = if template == "cross_entropy" { 0 } else { to_hold(site.target) };
-    let stub = cross_entropy(&CrossEntropyStub { template, dtype: site.dtype(z), cols: &cols, ignore, vec, bytes })?
-        .read("z", site.dtype(z), z)
-        .i64("stride", site.row_stride(z, shape.len() - 1)?)
-        .read("labels", DType::I32, labels);
+    let stub = cross_entropy(&CrossEntropyStub {
+        template,
+        dtype: site.dtype(z),
+        cols: &cols,
+        ignore,
+        vec,
+        target: site.target,
+    })?
+    .read("z", site.dtype(z), z)
+    .i64("stride", site.row_stride(z, shape.len() - 1)?)
+    .read("labels", DType::I32, labels);
     Ok((stub, cols, rows_of(shape)))
 }
 
