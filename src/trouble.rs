@@ -1,7 +1,7 @@
 //! A training step that gave NaN or infinity: run again on the same batch, the first value that is not finite.
 //!
-//! On the CPU a step whose gradient's norm is not finite leaves parameters and moments as they were (`Executor::guard`), so the step can be done again; it
-//! is done without the passes, so that what is found has the name and the line that its author gave it.
+//! On the CPU a step whose gradient's norm is not finite leaves parameters and moments as they were (`Executor::guard`), so the
+//! step can be done again; it is done without the passes, so that what is found has the name and the line that its author gave it.
 
 use crate::error::{self, Result};
 use crate::{machine, show};

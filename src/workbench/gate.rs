@@ -1,7 +1,7 @@
 //! What is asked of an attention before a model with it is trained or compiled: those questions of `try` that cost next to
 //! nothing.  What sees the future is refused; what merely learns nothing, or chooses oddly, is told.
 
-use super::{checks, lcm};
+use super::checks;
 use crate::error::{self, Result, warn};
 use miette::miette;
 use rambac_ir::{Diagnostic, Severity, verify};
@@ -78,8 +78,7 @@ fn smaller(s: Sizes) -> Sizes {
 /// The findings; errors are what no training and no inference can do with.
 fn asked(f: &Fragment, trained: bool) -> std::result::Result<Vec<Diagnostic>, ProbeError> {
     let (g, seed) = (&f.graph, 7);
-    let unit = g.nodes.iter().flat_map(|n| n.tys.iter().flat_map(|t| &t.shape)).map(|d| d.divisor() as usize);
-    let l = super::check_len(unit.fold(1, lcm));
+    let l = super::check_len(super::unit(g));
     let warning = |d: Diagnostic| Diagnostic { severity: Severity::Warning, ..d };
     let mut out = if trained { verify::lint(g) } else { verify::lint_untrained(g) };
     if let Some(bad) = probe::finite(g, l, seed)? {

@@ -8,6 +8,7 @@ pub mod page;
 
 use crate::error::{Result, findings};
 use miette::miette;
+use rambac_ir::Graph;
 use rambac_models::variants::{self, Fragment, Sizes};
 use rambac_models::{Attention, Config};
 use std::path::{Path, PathBuf};
@@ -47,8 +48,7 @@ impl Subject {
         };
         let values: Vec<(&str, f64)> = values.iter().map(|(n, v)| (n.as_str(), *v)).collect();
         let fragment = Fragment::read(&text, &values).map_err(|e| findings(&path, &text, e))?;
-        let dims = fragment.graph.nodes.iter().flat_map(|n| n.tys.iter().flat_map(|t| &t.shape));
-        let unit = dims.map(|d| d.divisor() as usize).fold(1, lcm);
+        let unit = unit(&fragment.graph);
         let stem = path.file_stem().map(|s| s.to_string_lossy().into_owned());
         let name = stem.filter(|_| !built_in).unwrap_or_else(|| fragment.graph.name.clone());
         Ok(Self { name, path, built_in, text, fragment, unit })
@@ -142,6 +142,12 @@ fn sizes(f: &Fragment) -> Sizes {
 /// Tokens of a text to check on: four units, and no fewer than 32.
 fn check_len(unit: usize) -> usize {
     unit * 32usize.div_ceil(unit).max(4)
+}
+
+/// What the length of a text must be a multiple of.
+fn unit(g: &Graph) -> usize {
+    let dims = g.nodes.iter().flat_map(|n| n.tys.iter().flat_map(|t| &t.shape));
+    dims.map(|d| d.divisor() as usize).fold(1, lcm)
 }
 
 fn lcm(a: usize, b: usize) -> usize {
